@@ -1,0 +1,74 @@
+"""Per-step attention metadata: an argument of every forward, never a global.
+
+Shape letters: T new tokens of the step, S sequences, B blocks in a table row, H query heads, U KV heads
+(shard units), D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GroupTables:
+    """Where the positions of each sequence lie in one group.
+
+    `block_tables_SB`: int32; entry [s, i] holds positions [i * block_size, (i + 1) * block_size). Entries that
+    the group no longer keeps, or that lie past the end, are 0 and never read.
+    `slots_T`: int64, block_id * block_size + offset of each new token.
+    """
+
+    block_tables_SB: Tensor
+    slots_T: Tensor
+    block_size: int
+    window: int = 0  # tokens a query sees, itself included; 0 is all
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """`query_starts_S1` and `seq_lens_S` are int32 on the device; seq_lens count the new tokens too.
+
+    Token t of sequence s sits at position seq_lens[s] - (query_starts[s+1] - t) and attends to all positions up
+    to its own. `kv` gives the pool views, `backend` does the work.
+    """
+
+    query_starts_S1: Tensor
+    seq_lens_S: Tensor
+    max_query_len: int
+    max_seq_len: int
+    groups: Mapping[str, GroupTables]
+    kv: KVViews
+    backend: AttentionBackend
+
+
+class KVViews(Protocol):
+    """Pool memory by region."""
+
+    def region(self, name: str) -> Tensor:
+        """[num_blocks, num_layers, num_parts, units, block_size, width], strided over the pool."""
+
+
+class AttentionBackend(Protocol):
+    name: str
+
+    def write(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables) -> None:
+        """Store new keys and values. `cache`: [num_blocks, 2, U, block_size, D], one layer's view."""
+
+    def attend(
+        self, q_THD: Tensor, cache: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float
+    ) -> Tensor:
+        """Causal attention of new tokens over the cache (their own keys included): [T, H, D]."""
+
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "uint8": torch.uint8,
+}

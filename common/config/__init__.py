@@ -1,0 +1,23 @@
+"""Configuration of every component."""
+
+from common.config.schema import (
+    ClusterConfig,
+    ControllerConfig,
+    EngineConfig,
+    HandoffConfig,
+    LogConfig,
+    RouterConfig,
+    UcxConfig,
+    WorkerConfig,
+)
+
+__all__ = [
+    "ClusterConfig",
+    "ControllerConfig",
+    "EngineConfig",
+    "HandoffConfig",
+    "LogConfig",
+    "RouterConfig",
+    "UcxConfig",
+    "WorkerConfig",
+]

@@ -1,0 +1,110 @@
+"""One frozen config per component; together they are the sections of the YAML file.
+
+Nothing here reads the environment: a service's `__main__` loads the file, lays environment overrides over
+it (`common.config.load`) and hands one section down. Every field is read by something (a test says so).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LogConfig(_Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class EngineConfig(_Section):
+    """One model on one device. Names follow vLLM's flags."""
+
+    model: str = Field("", description="folder of a Hugging Face checkpoint")
+    served_model_name: str = Field("", description="name in the API; the folder's name when empty")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, for benchmarks")
+    max_model_len: int = Field(0, ge=0, description="tokens; 0 takes the checkpoint's")
+    max_num_seqs: int = Field(64, ge=1, description="sequences in a batch")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens computed in one step")
+    max_waiting_seqs: int = Field(1024, ge=1, description="sequences queued before requests are refused")
+    block_size: int = Field(16, ge=16, multiple_of=16, description="tokens in a KV block")
+    kv_cache_memory_bytes: int = Field(0, ge=0, description="KV pool; 0 sizes it from memory_utilization")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of device memory to use")
+    enable_prefix_caching: bool = True
+    tensor_parallel_size: int = Field(1, ge=1)
+    attention_backend: Literal["auto", "reference", "cpu"] = "auto"
+    num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 is all cores")
+    lease_ttl_s: float = Field(30.0, gt=0, description="life of published KV after its last extent")
+    max_restarts: int = Field(5, ge=0, description="engine restarts in 5 minutes before the worker gives up")
+
+
+class HandoffConfig(_Section):
+    """How a decode worker uses prefill workers."""
+
+    transports: tuple[str, ...] = ("ucx",)
+    require_transport: str = Field("", description="refuse peers that this (prefix of a) transport does not reach")
+    min_remote_tokens: int = Field(32, ge=0, description="fewer uncached prompt tokens are prefilled here")
+    accept_timeout_s: float = Field(5.0, gt=0, description="order sent -> accepted")
+    progress_timeout_s: float = Field(10.0, gt=0, description="longest silence of an accepted order")
+    read_timeout_s: float = Field(10.0, gt=0, description="one read, queued -> verified")
+
+
+class UcxConfig(_Section):
+    """Passed to UCX as it is; see `ucx_info -c`."""
+
+    library: str = Field("", description="path of a libucp to load instead of the wheel's (for verbs)")
+    tls: str = Field("posix,cma,self,tcp", description="UCX_TLS")
+    net_devices: str = Field("", description="UCX_NET_DEVICES; empty is all")
+
+
+class ControllerConfig(_Section):
+    host: str = "127.0.0.1"
+    port: int = 7100
+    http_port: int = 7101
+    redis_url: str = Field("redis://127.0.0.1:7099/0", description="Redis 7.0+ or Valkey")
+    namespace: str = Field("nanodeploy", description="prefix of all keys")
+    lease_ttl_s: float = Field(3.0, gt=0, description="a silent worker is removed after this long")
+    heartbeat_s: float = Field(1.0, gt=0)
+
+
+class WorkerConfig(_Section):
+    worker_id: str = Field("", description="stable name; made from host and port when empty")
+    host: str = "127.0.0.1"
+    port: int = 0
+    http_port: int = 0
+    advertise_host: str = Field("", description="host others reach it at; `host` when empty")
+    controllers: tuple[str, ...] = ("127.0.0.1:7100",)
+    drain_grace_s: float = Field(30.0, ge=0)
+    reattach_s: float = Field(30.0, gt=0, description="unacknowledged deltas are kept this long without a stream")
+    engine: EngineConfig = EngineConfig()
+    handoff: HandoffConfig = HandoffConfig()
+    ucx: UcxConfig = UcxConfig()
+
+
+class RouterConfig(_Section):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    controllers: tuple[str, ...] = ("127.0.0.1:7100",)
+    model_path: str = Field("", description="folder with tokenizer.json; the workers' own when empty")
+    chat_template: str = Field("", description="file with a Jinja template that replaces the checkpoint's")
+    request_timeout_s: float = Field(600.0, gt=0)
+    connect_timeout_s: float = Field(5.0, gt=0)
+    max_body_bytes: int = Field(16 * 2**20, gt=0)
+    max_concurrent_requests: int = Field(4096, ge=1, description="more are refused with 429")
+    stream_buffer_tokens: int = Field(8192, ge=1, description="a client that falls this far behind is cut off")
+
+
+class ClusterConfig(_Section):
+    """The whole file. Each service reads its own section."""
+
+    log: LogConfig = LogConfig()
+    controller: ControllerConfig = ControllerConfig()
+    router: RouterConfig = RouterConfig()
+    prefill: WorkerConfig = WorkerConfig(port=7200, http_port=7201)
+    decode: WorkerConfig = WorkerConfig(port=7300, http_port=7301)

@@ -1,0 +1,332 @@
+"""What passes between a gRPC process and its engine process: plain msgspec structs, no proto, no torch.
+
+Down: requests, peers and orders. Up: deltas, orders to place, order events, load. The same order events
+travel up from the engine that computes (owner) and down to the engine that reads.
+
+    reader engine --PlaceOrder--> servicer ==gRPC==> servicer --Order--> owner engine
+    reader engine <--OrderEvent-- servicer <==gRPC== servicer <--OrderEvent-- owner engine
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from common.kvcache.layout import KVLayout
+from common.kvtransfer.transport import Endpoint
+from common.types import (
+    BlockStates,
+    ChoiceDelta,
+    EmbeddingHandle,
+    GenerationRequest,
+    RequestStats,
+    WorkerLoad,
+    WorkerRef,
+)
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """An error as data: `code` of `common.errors`, a message safe to show, the field at fault."""
+
+    code: str
+    message: str
+    param: str = ""
+
+
+# -- orders: KV that one engine computes for another -------------------------------------------------
+
+
+class OrderAccepted(Message, frozen=True):
+    order_id: int
+    promised_tokens: int
+    queue_tokens: int
+
+
+class OrderStarted(Message, frozen=True):
+    order_id: int
+    lease_id: int
+    cached_tokens: int
+
+
+class OrderExtent(Message, frozen=True):
+    """Positions [start_position, start_position + num_tokens) of one group may be read.
+
+    `digests` is flat [blocks, digests per block] in the owner's layout order.
+    """
+
+    order_id: int
+    lease_id: int
+    group: str
+    start_position: int
+    num_tokens: int
+    block_ids: tuple[int, ...]
+    prefix_hash: bytes
+    digests: tuple[int, ...]
+
+
+class OrderFinished(Message, frozen=True):
+    order_id: int
+    lease_id: int
+    num_tokens: int
+    queue_ms: float
+    compute_ms: float
+
+
+class OrderFailed(Message, frozen=True):
+    order_id: int
+    failure: Failure
+
+
+OrderEvent = OrderAccepted | OrderStarted | OrderExtent | OrderFinished | OrderFailed
+
+
+# -- down: to the engine -----------------------------------------------------------------------------
+
+
+class Submit(Message, frozen=True):
+    """Run a request. `remaining_s` is its time left (0: none). `prefill` is a peer key, 0 for here."""
+
+    slot: int
+    request: GenerationRequest
+    remaining_s: float = 0.0
+    prefill: int = 0
+
+
+class Cancel(Message, frozen=True):
+    slots: tuple[int, ...]
+
+
+class PeerReady(Message, frozen=True):
+    """A prefill worker's session is up. `peer` is a number the servicer made for (worker, epoch)."""
+
+    peer: int
+    ref: WorkerRef
+    layout: KVLayout
+    endpoints: tuple[Endpoint, ...]
+    lease_ttl_s: float
+
+
+class PeerGone(Message, frozen=True):
+    """The session broke: every order placed there has failed."""
+
+    peer: int
+    reason: str
+
+
+class PeerEvent(Message, frozen=True):
+    """An order event from a peer, for the engine that placed the order."""
+
+    peer: int
+    event: OrderEvent
+
+
+class Order(Message, frozen=True):
+    """Compute KV for a reader. `reader` is a key the servicer made for the session."""
+
+    reader: int
+    order_id: int
+    request_id: str
+    token_ids: tuple[int, ...]
+    start_position: int
+    adapter_id: str
+    cache_salt: str
+    embeddings: tuple[EmbeddingHandle, ...]
+    priority: int
+    remaining_s: float
+    traceparent: str = ""
+
+
+class OrderCancel(Message, frozen=True):
+    reader: int
+    order_id: int
+
+
+class LeaseReleased(Message, frozen=True):
+    reader: int
+    lease_id: int
+
+
+class ReaderGone(Message, frozen=True):
+    """A reader's session broke: its orders are cancelled; its leases run out by their own time."""
+
+    reader: int
+
+
+class GetLedger(Message, frozen=True):
+    call_id: int
+    with_blocks: bool
+
+
+class Drain(Message, frozen=True):
+    pass
+
+
+class Shutdown(Message, frozen=True):
+    pass
+
+
+ToEngine = (
+    Submit
+    | Cancel
+    | PeerReady
+    | PeerGone
+    | PeerEvent
+    | Order
+    | OrderCancel
+    | LeaseReleased
+    | ReaderGone
+    | GetLedger
+    | Drain
+    | Shutdown
+)
+
+
+# -- up: from the engine -----------------------------------------------------------------------------
+
+
+class EngineReady(Message, frozen=True):
+    """The model is loaded and the self-test made a token (or computed a block and read it back)."""
+
+    layout: KVLayout
+    endpoints: tuple[Endpoint, ...]
+    max_model_len: int
+    vocab_size: int
+    architecture: str
+    dtype: str
+    device: str
+    lease_ttl_s: float
+    pid: int
+
+
+class DeltaRow(msgspec.Struct, frozen=True, array_like=True):
+    slot: int
+    delta: ChoiceDelta
+
+
+class StatsOf(msgspec.Struct, frozen=True, array_like=True):
+    slot: int
+    stats: RequestStats
+
+
+class FailureOf(msgspec.Struct, frozen=True, array_like=True):
+    slot: int
+    failure: Failure
+
+
+class PromptLogprobsOf(msgspec.Struct, frozen=True, array_like=True):
+    slot: int
+    token_logprobs: tuple[float, ...]
+    top_n: int
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+class Deltas(Message, frozen=True):
+    """All that one step brought. A request ends by a finish on every choice or by one failure."""
+
+    step: int
+    rows: tuple[DeltaRow, ...] = ()
+    failures: tuple[FailureOf, ...] = ()
+    stats: tuple[StatsOf, ...] = ()
+    prompt_logprobs: tuple[PromptLogprobsOf, ...] = ()
+
+
+class PlaceOrder(Message, frozen=True):
+    """Ask a peer for KV; the servicer sends it as Prefill on that peer's session."""
+
+    peer: int
+    order_id: int
+    request_id: str
+    token_ids: tuple[int, ...]
+    start_position: int
+    adapter_id: str
+    cache_salt: str
+    embeddings: tuple[EmbeddingHandle, ...]
+    priority: int
+    remaining_s: float
+    traceparent: str
+
+
+class DropOrder(Message, frozen=True):
+    peer: int
+    order_id: int
+
+
+class ReleaseLease(Message, frozen=True):
+    peer: int
+    lease_id: int
+
+
+class PeerVerdict(Message, frozen=True):
+    """How a peer stands: state is ready, refused or lost; transport is what reads run over."""
+
+    peer: int
+    state: str
+    transport: str
+    detail: str
+
+
+class ReaderEvent(Message, frozen=True):
+    """An order event for the session `reader`."""
+
+    reader: int
+    event: OrderEvent
+
+
+class PeerTraffic(msgspec.Struct, frozen=True, array_like=True):
+    peer: int
+    transport: str
+    bytes_read: int
+    reads: int
+    digest_mismatches: int
+
+
+class EngineLoad(Message, frozen=True):
+    """Sent about once a second and whenever the engine turns idle: progress as well as load.
+
+    `counters` and `histograms` feed Prometheus in the gRPC process: (name, value since start) and
+    (name, observations since the last message).
+    """
+
+    load: WorkerLoad
+    peers: tuple[PeerTraffic, ...]
+    counters: tuple[tuple[str, float], ...] = ()
+    histograms: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+
+class LedgerBlock(msgspec.Struct, frozen=True, array_like=True):
+    group: str
+    block_id: int
+    state: str
+    owner: str
+    age_ms: int
+    tier: str = "device"
+
+
+class Ledger(Message, frozen=True):
+    call_id: int
+    groups: tuple[BlockStates, ...]
+    blocks: tuple[LedgerBlock, ...]
+
+
+class EngineFatal(Message, frozen=True):
+    """The engine cannot go on (bad checkpoint, out of memory at start, failed self-test); it exits."""
+
+    failure: Failure
+
+
+FromEngine = (
+    EngineReady
+    | Deltas
+    | PlaceOrder
+    | DropOrder
+    | ReleaseLease
+    | PeerVerdict
+    | ReaderEvent
+    | EngineLoad
+    | Ledger
+    | EngineFatal
+)

@@ -1,0 +1,78 @@
+"""Prefix hashing: one keyed chain over units of 16 tokens, shared by router, workers and KV events.
+
+hash(0) = H(key = SCHEMA, salt);  hash(i) = H(key = hash(i-1), tokens of unit i as little-endian int32,
+and the media hashes whose rows start in the unit). A prefix hash therefore names every token before it,
+the model, the adapter, the cache salt and the media. Block sizes are multiples of `UNIT`.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import sys
+from collections.abc import Sequence
+
+UNIT = 16
+HASH_NBYTES = 16
+_SCHEMA = b"nanodeploy-prefix-1"
+
+
+def root_hash(model_hash: bytes, adapter_id: str = "", cache_salt: str = "") -> bytes:
+    """Start of the chain: 16 bytes that depend on all that must not be shared."""
+    h = hashlib.blake2b(key=_SCHEMA, digest_size=HASH_NBYTES)
+    for part in (model_hash, adapter_id.encode(), cache_salt.encode()):
+        h.update(len(part).to_bytes(4, "little"))
+        h.update(part)
+    return h.digest()
+
+
+def _pack(token_ids: Sequence[int]) -> bytes:
+    packed = array.array("i", token_ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _unit_hash(parent: bytes, raw: bytes, start: int, media: Sequence[tuple[int, bytes]]) -> bytes:
+    h = hashlib.blake2b(raw, key=parent, digest_size=HASH_NBYTES)
+    for position, media_hash in media:
+        if start <= position < start + len(raw) // 4:
+            h.update((position - start).to_bytes(4, "little"))
+            h.update(media_hash)
+    return h.digest()
+
+
+def extend_chain(
+    chain: list[bytes],
+    token_ids: Sequence[int],
+    media: Sequence[tuple[int, bytes]] = (),
+) -> None:
+    """Append to `chain` (whose first entry is the root) the hashes of all whole units of `token_ids`.
+
+    chain[i] is the hash of the first i * UNIT tokens. Units hashed before are not hashed again.
+    `media` holds (position, media hash) pairs.
+    """
+    done = len(chain) - 1
+    total = len(token_ids) // UNIT
+    if total <= done:
+        return
+    raw = _pack(token_ids[done * UNIT : total * UNIT])
+    stride = UNIT * 4
+    for i in range(total - done):
+        chain.append(_unit_hash(chain[-1], raw[i * stride : (i + 1) * stride], (done + i) * UNIT, media))
+
+
+def hash_at(
+    chain: Sequence[bytes],
+    token_ids: Sequence[int],
+    num_tokens: int,
+    media: Sequence[tuple[int, bytes]] = (),
+) -> bytes:
+    """Prefix hash of the first `num_tokens` tokens; a part of a unit is hashed as it is.
+
+    `chain` must cover the whole units before it.
+    """
+    units, rest = divmod(num_tokens, UNIT)
+    if not rest:
+        return chain[units]
+    return _unit_hash(chain[units], _pack(token_ids[units * UNIT : num_tokens]), units * UNIT, media)
