@@ -59,9 +59,7 @@ class AttentionBackend(Protocol):
     def write(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables) -> None:
         """Store new keys and values. `cache`: [num_blocks, 2, U, block_size, D], one layer's view."""
 
-    def attend(
-        self, q_THD: Tensor, cache: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float
-    ) -> Tensor:
+    def attend(self, q_THD: Tensor, cache: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float) -> Tensor:
         """Causal attention of new tokens over the cache (their own keys included): [T, H, D]."""
 
 

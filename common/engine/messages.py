@@ -12,76 +12,19 @@ from __future__ import annotations
 import msgspec
 
 from common.kvcache.layout import KVLayout
+from common.kvtransfer.orders import DropOrder, OrderEvent, PeerVerdict, PlaceOrder, ReleaseLease
 from common.kvtransfer.transport import Endpoint
 from common.types import (
     BlockStates,
     ChoiceDelta,
     EmbeddingHandle,
+    Failure,
     GenerationRequest,
+    Message,
     RequestStats,
     WorkerLoad,
     WorkerRef,
 )
-
-
-class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Base of all messages; the class name is the tag on the wire."""
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """An error as data: `code` of `common.errors`, a message safe to show, the field at fault."""
-
-    code: str
-    message: str
-    param: str = ""
-
-
-# -- orders: KV that one engine computes for another -------------------------------------------------
-
-
-class OrderAccepted(Message, frozen=True):
-    order_id: int
-    promised_tokens: int
-    queue_tokens: int
-
-
-class OrderStarted(Message, frozen=True):
-    order_id: int
-    lease_id: int
-    cached_tokens: int
-
-
-class OrderExtent(Message, frozen=True):
-    """Positions [start_position, start_position + num_tokens) of one group may be read.
-
-    `digests` is flat [blocks, digests per block] in the owner's layout order.
-    """
-
-    order_id: int
-    lease_id: int
-    group: str
-    start_position: int
-    num_tokens: int
-    block_ids: tuple[int, ...]
-    prefix_hash: bytes
-    digests: tuple[int, ...]
-
-
-class OrderFinished(Message, frozen=True):
-    order_id: int
-    lease_id: int
-    num_tokens: int
-    queue_ms: float
-    compute_ms: float
-
-
-class OrderFailed(Message, frozen=True):
-    order_id: int
-    failure: Failure
-
-
-OrderEvent = OrderAccepted | OrderStarted | OrderExtent | OrderFinished | OrderFailed
-
 
 # -- down: to the engine -----------------------------------------------------------------------------
 
@@ -232,41 +175,6 @@ class Deltas(Message, frozen=True):
     failures: tuple[FailureOf, ...] = ()
     stats: tuple[StatsOf, ...] = ()
     prompt_logprobs: tuple[PromptLogprobsOf, ...] = ()
-
-
-class PlaceOrder(Message, frozen=True):
-    """Ask a peer for KV; the servicer sends it as Prefill on that peer's session."""
-
-    peer: int
-    order_id: int
-    request_id: str
-    token_ids: tuple[int, ...]
-    start_position: int
-    adapter_id: str
-    cache_salt: str
-    embeddings: tuple[EmbeddingHandle, ...]
-    priority: int
-    remaining_s: float
-    traceparent: str
-
-
-class DropOrder(Message, frozen=True):
-    peer: int
-    order_id: int
-
-
-class ReleaseLease(Message, frozen=True):
-    peer: int
-    lease_id: int
-
-
-class PeerVerdict(Message, frozen=True):
-    """How a peer stands: state is ready, refused or lost; transport is what reads run over."""
-
-    peer: int
-    state: str
-    transport: str
-    detail: str
 
 
 class ReaderEvent(Message, frozen=True):

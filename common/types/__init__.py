@@ -1,6 +1,7 @@
 """Plain data shared by all components."""
 
 from common.types.clock import Clock, MonotonicClock
+from common.types.message import Failure, Message
 from common.types.request import (
     ChoiceDelta,
     EmbeddingHandle,
@@ -26,8 +27,10 @@ __all__ = [
     "ChoiceDelta",
     "Clock",
     "EmbeddingHandle",
+    "Failure",
     "FinishReason",
     "GenerationRequest",
+    "Message",
     "ModelInfo",
     "MonotonicClock",
     "RequestStats",
