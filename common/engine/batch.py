@@ -1,0 +1,104 @@
+"""One step as plain arrays: what the runner needs and nothing of sequences or the cache. No torch.
+
+Rows are sequences; tokens of all rows lie one after the other. Rows with no new token (their last hidden
+row was handed over) take part in sampling only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """What the draw of one token depends on, beside its logits."""
+
+    seed: int
+    choice: int
+    output_index: int
+    params: SamplingParams
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+    stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """Compute `token_ids` from position `start`. `tables`: block ids by group, at least up to the last position."""
+
+    token_ids: Sequence[int]
+    start: int
+    tables: Mapping[str, Sequence[int]]
+    sample: SampleRow | None = None
+    tail_read: int = -1  # tail block that holds this row's last hidden row
+    tail_write: int = -1  # tail block that takes it
+    prompt_logprobs: int = -1  # alternatives per prompt token; -1 is none
+    prompt_targets: Sequence[int] = ()  # token after each new token, as far as the prompt goes
+
+
+@dataclass(frozen=True)
+class GroupArrays:
+    tables_SB: NDArray[np.int32]
+    slots_T: NDArray[np.int64]
+    block_size: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`last_rows[i]`: index in T of row i's last token, -1 for rows without new tokens."""
+
+    rows: Sequence[BatchRow]
+    input_ids_T: NDArray[np.int64]
+    positions_T: NDArray[np.int64]
+    query_starts_S1: NDArray[np.int32]
+    seq_lens_S: NDArray[np.int32]
+    max_query_len: int
+    max_seq_len: int
+    groups: Mapping[str, GroupArrays]
+    last_rows: Sequence[int] = field(default_factory=list)
+
+
+def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]]) -> Batch:
+    """Lay out a step. `groups` maps each positional group to (block size, window)."""
+    active = [r for r in rows if r.token_ids]
+    counts = np.fromiter((len(r.token_ids) for r in active), np.int32, len(active))
+    starts = np.fromiter((r.start for r in active), np.int64, len(active))
+    query_starts = np.zeros(len(active) + 1, np.int32)
+    np.cumsum(counts, out=query_starts[1:])
+    total = int(query_starts[-1])
+    input_ids = np.fromiter((t for r in active for t in r.token_ids), np.int64, total)
+    row_of_T = np.repeat(np.arange(len(active)), counts)
+    positions = np.arange(total, dtype=np.int64) - query_starts[row_of_T] + starts[row_of_T]
+    seq_lens = (starts + counts).astype(np.int32)
+    max_seq_len = int(seq_lens.max(initial=0))
+    arrays = {}
+    for name, (block_size, window) in groups.items():
+        tables = np.zeros((len(active), -(-max_seq_len // block_size)), np.int32)
+        for i, r in enumerate(active):
+            held = r.tables[name][: -(-int(seq_lens[i]) // block_size)]
+            tables[i, : len(held)] = held
+        np.maximum(tables, 0, out=tables)
+        slots = tables[row_of_T, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        arrays[name] = GroupArrays(tables, slots, block_size, window)
+    last_rows, index = [], 0
+    for r in rows:
+        index += len(r.token_ids)
+        last_rows.append(index - 1 if r.token_ids else -1)
+    return Batch(
+        rows=rows,
+        input_ids_T=input_ids,
+        positions_T=positions,
+        query_starts_S1=query_starts,
+        seq_lens_S=seq_lens,
+        max_query_len=int(counts.max(initial=0)),
+        max_seq_len=max_seq_len,
+        groups=arrays,
+        last_rows=last_rows,
+    )

@@ -1,0 +1,161 @@
+"""Runs a batch on the device: forward, sample, collect (architecture, decision 5).
+
+    pending = forward(batch) -> sample(pending) -> collect(pending)
+
+The three are apart so that a device may overlap them with the next step's planning; on CPU they happen
+back to back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.attention.context import AttentionBackend, AttentionContext, GroupTables
+from common.engine.batch import Batch, SampleRow
+from common.engine.sampler import Sampler, SampleResult
+from common.kvcache.pool import KVPool
+from common.types import TokenLogprobs
+
+
+class CausalModel(Protocol):
+    """The face of every model family."""
+
+    def forward(self, input_ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor:
+        """Hidden rows [T, hidden] before the final norm."""
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Final norm and head: float32 [R, vocab]."""
+
+
+@dataclass
+class Pending:
+    """A step on the device. Sampled rows are those of the batch with a `sample`, in order."""
+
+    batch: Batch
+    logits_RV: Tensor | None
+    sample_rows: Sequence[SampleRow]
+    prompt_logprobs: dict[int, TokenLogprobs]
+    result: SampleResult | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`token_ids[i]`: drawn for batch row i, None where nothing was drawn; `failures[i]`: why a draw failed."""
+
+    token_ids: Sequence[int | None]
+    logprobs: Sequence[TokenLogprobs | None]
+    failures: Sequence[str | None]
+    prompt_logprobs: dict[int, TokenLogprobs]
+
+
+class ModelRunner:
+    def __init__(
+        self, model: CausalModel, pool: KVPool, backend: AttentionBackend, sampler: Sampler, device: torch.device
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._backend = backend
+        self._sampler = sampler
+        self._device = device
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Pending:
+        """Compute new KV and the logits of the rows that are sampled."""
+        hidden_TD = self._run_model(batch) if len(batch.input_ids_T) else None
+        self._write_tails(batch, hidden_TD)
+        sampled = [i for i, r in enumerate(batch.rows) if r.sample is not None]
+        logits = self._model.logits(self._gather(batch, hidden_TD, sampled)) if sampled else None
+        rows = [r.sample for r in batch.rows if r.sample is not None]
+        return Pending(batch, logits, rows, self._prompt_logprobs(batch, hidden_TD))
+
+    @torch.inference_mode()
+    def sample(self, pending: Pending, masks: Tensor | None = None) -> None:
+        """Draw the next token of each sampled row. `masks`: bool [R, vocab], True is allowed."""
+        if pending.logits_RV is not None:
+            pending.result = self._sampler.sample(pending.logits_RV, pending.sample_rows, masks)
+
+    def collect(self, pending: Pending) -> StepResult:
+        """Wait for the step and bring its results to the host."""
+        count = len(pending.batch.rows)
+        tokens: list[int | None] = [None] * count
+        logprobs: list[TokenLogprobs | None] = [None] * count
+        failures: list[str | None] = [None] * count
+        if pending.result is not None:
+            drawn = pending.result.token_ids_R.tolist()
+            sampled = (i for i, r in enumerate(pending.batch.rows) if r.sample is not None)
+            for j, i in enumerate(sampled):
+                failures[i] = pending.result.failures.get(j)
+                if failures[i] is None:
+                    tokens[i] = drawn[j]
+                    logprobs[i] = pending.result.logprobs[j]
+        return StepResult(tokens, logprobs, failures, pending.prompt_logprobs)
+
+    def _run_model(self, batch: Batch) -> Tensor:
+        dev = self._device
+        groups = {
+            name: GroupTables(
+                torch.from_numpy(g.tables_SB).to(dev), torch.from_numpy(g.slots_T).to(dev), g.block_size, g.window
+            )
+            for name, g in batch.groups.items()
+        }
+        ctx = AttentionContext(
+            query_starts_S1=torch.from_numpy(batch.query_starts_S1).to(dev),
+            seq_lens_S=torch.from_numpy(batch.seq_lens_S).to(dev),
+            max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
+            groups=groups,
+            kv=self._pool,
+            backend=self._backend,
+        )
+        input_ids = torch.from_numpy(batch.input_ids_T).to(dev)
+        return self._model.forward(input_ids, torch.from_numpy(batch.positions_T).to(dev), ctx)
+
+    def _gather(self, batch: Batch, hidden_TD: Tensor | None, rows: Sequence[int]) -> Tensor:
+        """Last hidden rows of `rows`, from this step's forward or from the tail pool."""
+        computed = [batch.last_rows[i] for i in rows if batch.rows[i].tail_read < 0]
+        if len(computed) == len(rows):
+            assert hidden_TD is not None
+            return hidden_TD[torch.tensor(computed, device=self._device)]
+        tails = [batch.rows[i].tail_read for i in rows if batch.rows[i].tail_read >= 0]
+        tail_RD = self._pool.read_tail(tails)
+        out = tail_RD.new_empty(len(rows), tail_RD.shape[1])
+        is_tail = torch.tensor([batch.rows[i].tail_read >= 0 for i in rows], device=self._device)
+        out[is_tail] = tail_RD
+        if computed:
+            assert hidden_TD is not None
+            out[~is_tail] = hidden_TD[torch.tensor(computed, device=self._device)]
+        return out
+
+    def _write_tails(self, batch: Batch, hidden_TD: Tensor | None) -> None:
+        writers = [i for i, r in enumerate(batch.rows) if r.tail_write >= 0]
+        if writers:
+            assert hidden_TD is not None
+            rows = hidden_TD[torch.tensor([batch.last_rows[i] for i in writers], device=self._device)]
+            self._pool.write_tail([batch.rows[i].tail_write for i in writers], rows)
+
+    def _prompt_logprobs(self, batch: Batch, hidden_TD: Tensor | None) -> dict[int, TokenLogprobs]:
+        out: dict[int, TokenLogprobs] = {}
+        for i, row in enumerate(batch.rows):
+            if row.prompt_logprobs < 0 or not row.prompt_targets:
+                continue
+            assert hidden_TD is not None
+            first = batch.last_rows[i] + 1 - len(row.token_ids)
+            logits = self._model.logits(hidden_TD[first : first + len(row.prompt_targets)])
+            out[i] = _logprobs_of(logits, row.prompt_targets, row.prompt_logprobs)
+        return out
+
+
+def _logprobs_of(logits_RV: Tensor, targets: Sequence[int], top_n: int) -> TokenLogprobs:
+    logprobs = torch.log_softmax(logits_RV, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(targets, device=logprobs.device)[:, None])[:, 0]
+    if not top_n:
+        return TokenLogprobs(tuple(chosen.tolist()))
+    top = logprobs.topk(top_n, dim=-1)
+    return TokenLogprobs(
+        tuple(chosen.tolist()), top_n, tuple(top.indices.flatten().tolist()), tuple(top.values.flatten().tolist())
+    )

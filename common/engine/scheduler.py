@@ -1,0 +1,187 @@
+"""Which sequences advance in the next step, and by how many tokens.
+
+    schedule() -> StepPlan -> (runner) -> engine appends tokens -> finish() | preempted by a later schedule()
+
+Running sequences come first, then waiting ones by priority and arrival, all within one token budget.
+Blocks are reserved before a sequence is planned. When a running sequence cannot grow, the running
+sequence that comes last by (priority, arrival) gives its blocks back and waits again: recompute is the same
+rule from the start. Orders reserve their whole prompt when they start and are never preempted.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common.engine.sequence import Phase, Sequence
+from common.kvcache.manager import KVCacheManager, PrefixHit
+from common.types import Clock
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True)
+class StepItem:
+    """Compute `num_new` tokens of `seq` from its `num_computed`; 0 means only the head on its tail row."""
+
+    seq: Sequence
+    num_new: int
+
+    @property
+    def reaches_end(self) -> bool:
+        return self.seq.num_computed + self.num_new == self.seq.num_tokens
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    items: tuple[StepItem, ...]
+    preempted: tuple[Sequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(i.num_new for i in self.items)
+
+
+def _rank(seq: Sequence) -> tuple[int, int, int]:
+    return (seq.priority, seq.arrival, seq.choice)
+
+
+class Scheduler:
+    """Owns the queues. `try_remote(seq, hit)` may take a waiting sequence over (hand-off); it returns True if so."""
+
+    def __init__(
+        self,
+        cache: KVCacheManager,
+        limits: SchedulerLimits,
+        clock: Clock,
+        try_remote: Callable[[Sequence, PrefixHit], bool] = lambda seq, hit: False,
+        on_started: Callable[[Sequence], None] = lambda seq: None,
+    ) -> None:
+        self._cache = cache
+        self._limits = limits
+        self._clock = clock
+        self._try_remote = try_remote
+        self._on_started = on_started
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.remote: dict[int, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence."""
+        seq.phase = Phase.WAITING
+        bisect.insort(self.waiting, seq, key=_rank)
+
+    def finish(self, seq: Sequence) -> None:
+        """Take a sequence out, in whatever phase; its blocks go back to the cache. Idempotent."""
+        if seq.phase is Phase.ENDED:
+            return
+        self._unlink(seq)
+        seq.phase = Phase.ENDED
+        self._cache.close(seq.seq_id)
+
+    def remote_done(self, seq: Sequence) -> None:
+        """A hand-off brought all KV and the tail row: only the head is missing."""
+        del self.remote[seq.seq_id]
+        seq.num_computed = seq.num_tokens
+        seq.tail_ready = True
+        seq.phase = Phase.RUNNING
+        bisect.insort(self.running, seq, key=_rank)
+
+    def remote_failed(self, seq: Sequence, num_verified: int) -> None:
+        """A hand-off failed: what was verified is sealed, found again as a prefix hit, and the rest computed here."""
+        del self.remote[seq.seq_id]
+        self._cache.advance(seq.seq_id, seq.chain, num_verified)
+        self._cache.close(seq.seq_id)
+        seq.remote_peer = 0
+        self.add(seq)
+
+    def schedule(self) -> StepPlan:
+        """Plan a step; an empty plan means that nothing can run now."""
+        budget = self._limits.max_num_batched_tokens
+        items: list[StepItem] = []
+        preempted: list[Sequence] = []
+        index = 0
+        while index < len(self.running) and budget > 0:
+            seq = self.running[index]
+            num_new = min(seq.gap, budget)
+            if not self._make_room(seq, num_new, preempted):
+                break
+            items.append(StepItem(seq, num_new))
+            budget -= max(num_new, 1)
+            index += 1
+        if not preempted:
+            self._admit(items, budget)
+        return StepPlan(tuple(items), tuple(preempted))
+
+    def _make_room(self, seq: Sequence, num_new: int, preempted: list[Sequence]) -> bool:
+        """Reserve for `seq`, preempting those that come last. False when it was preempted itself."""
+        while not self._cache.reserve(seq.seq_id, seq.num_computed + num_new):
+            victim = next(s for s in reversed(self.running) if s.order is None or s is seq)
+            self._preempt(victim)
+            preempted.append(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._unlink(seq)
+        self._cache.close(seq.seq_id)
+        seq.num_computed = 0
+        seq.tail_ready = False
+        seq.preemptions += 1
+        seq.phase = Phase.WAITING
+        bisect.insort(self.waiting, seq, key=_rank)
+
+    def _admit(self, items: list[StepItem], budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) + len(self.remote) < self._limits.max_num_seqs:
+            seq = self.waiting[0]
+            hit = self._match(seq)
+            if seq.remote_peer and self._try_remote(seq, hit):
+                self.waiting.pop(0)
+                seq.phase = Phase.REMOTE
+                self.remote[seq.seq_id] = seq
+                continue
+            if seq.remote_peer:  # wants the hand-off and has no room yet: stays first in line
+                break
+            num_new = min(seq.num_tokens - hit.num_tokens, budget)
+            if not self._start(seq, hit, num_new):
+                break
+            self.waiting.pop(0)
+            seq.phase = Phase.RUNNING
+            seq.num_computed = hit.num_tokens
+            bisect.insort(self.running, seq, key=_rank)
+            items.append(StepItem(seq, num_new))
+            budget -= num_new
+            self._on_started(seq)
+
+    def _match(self, seq: Sequence) -> PrefixHit:
+        seq.grow_chain()
+        limit = 0 if seq.wants_prompt_logprobs else seq.num_tokens - 1
+        return self._cache.match_prefix(seq.chain, limit)
+
+    def _start(self, seq: Sequence, hit: PrefixHit, num_new: int) -> bool:
+        whole = seq.order is not None
+        self._cache.open(seq.seq_id, seq.label)
+        ok = self._cache.reserve(seq.seq_id, seq.num_tokens if whole else hit.num_tokens + num_new, hit)
+        if ok and whole:
+            ok = self._cache.reserve_tail(seq.seq_id) is not None
+        if not ok:
+            self._cache.close(seq.seq_id)
+        return ok
+
+    def _unlink(self, seq: Sequence) -> None:
+        if seq.phase is Phase.RUNNING:
+            self.running.remove(seq)
+        elif seq.phase is Phase.WAITING:
+            self.waiting.remove(seq)
+        elif seq.phase is Phase.REMOTE:
+            del self.remote[seq.seq_id]

@@ -1,0 +1,114 @@
+"""A sequence: tokens, how many of them have KV, and why it runs.
+
+    WAITING -> RUNNING -> ENDED                  computed here
+    WAITING -> REMOTE -> RUNNING -> ENDED        prompt KV read from a prefill worker
+               REMOTE -> WAITING                 the hand-off failed: go on from what was verified
+               RUNNING -> WAITING                preempted: blocks given back, recomputed later
+    HELD -> WAITING                              a further choice of n, until the first has its prompt KV
+
+One rule moves them all: each step closes part of the gap between `num_computed` and `num_tokens`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from common.types import GenerationRequest, RequestStats, SamplingParams, TokenLogprobs
+from common.types.prefix import extend_chain, hash_at
+
+
+class Phase(enum.Enum):
+    HELD = "held"
+    WAITING = "waiting"
+    REMOTE = "remote"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass
+class OrderState:
+    """A sequence that computes KV for a reader and publishes it instead of generating."""
+
+    reader: int
+    order_id: int
+    start_position: int
+    accepted_at: float
+    lease_id: int = 0
+    num_published: int = 0  # positions below this are out
+    started_at: float = 0.0
+
+
+@dataclass
+class Times:
+    """Instants on the engine's clock, 0 when not reached."""
+
+    submitted: float = 0.0
+    scheduled: float = 0.0
+    prefilled: float = 0.0
+    first_token: float = 0.0
+
+
+@dataclass(eq=False)
+class Sequence:
+    seq_id: int
+    slot: int  # request it belongs to; 0 for orders
+    choice: int
+    label: str  # owner shown in the ledger
+    token_ids: list[int]
+    num_prompt: int
+    sampling: SamplingParams
+    stop_ids: frozenset[int]
+    chain: list[bytes]
+    priority: int
+    arrival: int
+    deadline: float  # engine clock, inf for none
+    media: tuple[tuple[int, bytes], ...] = ()
+    remote_peer: int = 0
+    order: OrderState | None = None
+    phase: Phase = Phase.WAITING
+    num_computed: int = 0
+    num_sent: int = 0  # output tokens the client already had (resume)
+    tail_ready: bool = False  # the last hidden row lies in the tail block: only the head is missing
+    preemptions: int = 0
+    times: Times = field(default_factory=Times)
+    stats: RequestStats = field(default_factory=RequestStats)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def gap(self) -> int:
+        """Tokens whose KV is missing."""
+        return len(self.token_ids) - self.num_computed
+
+    def grow_chain(self) -> None:
+        """Hash the whole units of all tokens known so far."""
+        extend_chain(self.chain, self.token_ids, self.media)
+
+    def prefix_hash(self, num_tokens: int) -> bytes:
+        return hash_at(self.chain, self.token_ids, num_tokens, self.media)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.sampling.prompt_logprobs is not None
+
+
+@dataclass(eq=False)
+class Request:
+    """A request in an engine: its sequences, one per choice."""
+
+    slot: int
+    request: GenerationRequest
+    sequences: list[Sequence]
+    stats_sent: bool = False
+
+    @property
+    def open_choices(self) -> int:
+        return sum(s.phase is not Phase.ENDED for s in self.sequences)
