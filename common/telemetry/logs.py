@@ -1,0 +1,79 @@
+"""Logs as events: one line, one dict, one place that formats it.
+
+`configure_logging` is called once by a `__main__`; from then on structlog and the standard library (uvicorn,
+grpc, warnings) leave through the same handler on stderr. What a task knows about its request is bound to
+context variables with `log_context` and appears on every line logged inside, in that task alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import orjson
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, Processor
+
+from common.config.schema import LogConfig
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_NOISY = ("uvicorn.access", "httpx", "httpcore", "asyncio", "hpack")
+
+
+def _dumps(event: EventDict, **_: Any) -> str:
+    return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+def configure_logging(config: LogConfig, service: str, stream: TextIO | None = None) -> None:
+    """Send all logs of this process to `stream` (default stderr), each line with `service` on it."""
+
+    def add_service(_logger: Any, _method: str, event: EventDict) -> EventDict:
+        event["service"] = service
+        return event
+
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        add_service,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    out = stream if stream is not None else sys.stderr
+    final: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if config.format == "json":
+        final += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_dumps)]
+    else:
+        final.append(structlog.dev.ConsoleRenderer(colors=out.isatty()))
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final))
+
+    level = _LEVELS[config.level]
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+    logging.captureWarnings(capture=True)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger(name: str) -> FilteringBoundLogger:
+    """A logger that takes an event and fields: `log.info("worker added", worker_id=..., role=...)`."""
+    logger: FilteringBoundLogger = structlog.get_logger(name)
+    return logger
+
+
+@contextmanager
+def log_context(**fields: Any) -> Iterator[None]:
+    """Bind fields (request_id, trace_id, worker_id ...) to every line logged inside, in this task."""
+    with structlog.contextvars.bound_contextvars(**fields):
+        yield

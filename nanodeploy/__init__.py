@@ -1,0 +1,29 @@
+"""NanoDeploy from Python: `from nanodeploy import LLM, SamplingParams`.
+
+Loaded on first use: importing `nanodeploy.v1` (the generated contracts) must cost neither torch nor an engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from common.types import SamplingParams as SamplingParams
+    from nanodeploy.llm import LLM as LLM
+    from nanodeploy.llm import RequestOutput as RequestOutput
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+
+_HOME = {"LLM": "nanodeploy.llm", "RequestOutput": "nanodeploy.llm", "SamplingParams": "common.types"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+import structlog
+
+from common.config.schema import LogConfig
+from common.telemetry import Metrics, configure_logging, get_logger, log_context, new_trace, parse_traceparent
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(capture=False)
+    structlog.reset_defaults()
+
+
+def lines(out: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_json_lines_carry_service_and_context() -> None:
+    out = io.StringIO()
+    early = get_logger("made.before.configure")
+    configure_logging(LogConfig(), "router", out)
+    with log_context(request_id="r1", trace_id="t1"):
+        get_logger("a.b").info("admitted", tokens=3)
+        logging.getLogger("uvicorn.error").warning("from %s", "stdlib")
+    early.error("late")
+    first, second, third = lines(out)
+    assert first["event"] == "admitted"
+    assert (first["service"], first["level"], first["logger"]) == ("router", "info", "a.b")
+    assert (first["request_id"], first["trace_id"], first["tokens"]) == ("r1", "t1", 3)
+    assert (second["event"], second["request_id"], second["service"]) == ("from stdlib", "r1", "router")
+    assert third["event"] == "late"
+    assert "request_id" not in third
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_level_exceptions_and_odd_values() -> None:
+    out = io.StringIO()
+    configure_logging(LogConfig(level="warning"), "x", out)
+    get_logger("a").info("hidden")
+    logging.getLogger("a").info("hidden")
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        get_logger("a").exception("failed", value={1: object, "b": b"\xff"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("careful", UserWarning, stacklevel=1)
+    failed, warned = lines(out)
+    assert "ValueError: boom" in str(failed["exception"])
+    assert "careful" in str(warned["event"])
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_console_format_is_for_people() -> None:
+    out = io.StringIO()
+    configure_logging(LogConfig(format="console"), "x", out)
+    get_logger("a").info("hello", n=1)
+    assert "hello" in out.getvalue()
+    assert not out.getvalue().startswith("{")
+
+
+@pytest.mark.usefixtures("restored_logging")
+async def test_context_belongs_to_its_task() -> None:
+    out = io.StringIO()
+    configure_logging(LogConfig(), "x", out)
+
+    async def one(name: str) -> None:
+        with log_context(request_id=name):
+            await asyncio.sleep(0)
+            get_logger("a").info(name)
+
+    await asyncio.gather(*(one(f"r{i}") for i in range(8)))
+    assert all(line["event"] == line["request_id"] for line in lines(out))
+    assert len(lines(out)) == 8
+
+
+def test_traceparent_round_trip_and_child() -> None:
+    random = Random(1)
+    trace = new_trace(random, sampled=True)
+    assert parse_traceparent(trace.traceparent) == trace
+    child = trace.child(random)
+    assert (child.trace_id, child.sampled) == (trace.trace_id, True)
+    assert child.span_id != trace.span_id
+    known = parse_traceparent("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    assert known is not None
+    assert known.trace_id == "0af7651916cd43dd8448eb211c80319c"
+    assert parse_traceparent("01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00-later") is not None
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "nonsense",
+        "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+        "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
+        "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
+        "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-extra",
+        "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331",
+    ],
+)
+def test_bad_traceparent_is_none(header: str) -> None:
+    assert parse_traceparent(header) is None
+
+
+def test_metrics_render_with_our_prefix() -> None:
+    metrics = Metrics()
+    metrics.counter("prompt_tokens", "Prompt tokens.", ["model"]).labels("m").inc(5)
+    assert metrics.counter("prompt_tokens", "Prompt tokens.", ["model"]).labels("m") is not None
+    metrics.gauge("num_requests_running", "Running.").set(2)
+    metrics.histogram("time_to_first_token_seconds", "TTFT.").observe(0.2)
+    text = metrics.render().decode()
+    assert 'nanodeploy:prompt_tokens_total{model="m"} 5.0' in text
+    assert "nanodeploy:num_requests_running 2.0" in text
+    assert 'nanodeploy:time_to_first_token_seconds_bucket{le="0.3"} 1.0' in text
+    assert "process_resident_memory_bytes" in text
+
+
+def test_engine_counts_are_taken_over() -> None:
+    metrics = Metrics(with_process=False)
+    metrics.apply_engine([("num_preemptions", 3.0)], [("request_queue_time_seconds", (0.01, 0.2))])
+    metrics.apply_engine([("num_preemptions_total", 4.0)], [("request_queue_time_seconds", (0.3,))])
+    text = metrics.render().decode()
+    assert "nanodeploy:num_preemptions_total 4.0" in text
+    assert "nanodeploy:request_queue_time_seconds_count 3.0" in text
+
+
+def test_registries_are_separate() -> None:
+    one, two = Metrics(with_process=False), Metrics(with_process=False)
+    one.counter("a", "A.").inc()
+    assert b"nanodeploy:a" not in two.render()
+
+
+def test_one_name_has_one_kind() -> None:
+    metrics = Metrics(with_process=False)
+    metrics.counter("a", "A.")
+    with pytest.raises(AssertionError, match="no gauge"):
+        metrics.gauge("a", "A.")
