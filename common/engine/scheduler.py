@@ -52,7 +52,12 @@ def _rank(seq: Sequence) -> tuple[int, int, int]:
 
 
 class Scheduler:
-    """Owns the queues. `try_remote(seq, hit)` may take a waiting sequence over (hand-off); it returns True if so."""
+    """Owns the queues.
+
+    `try_remote(seq, hit)` may take a waiting sequence over for a hand-off: True if it did; False with
+    `seq.remote_peer` cleared to run it here, False with it kept when there is no room yet.
+    `on_started(seq, hit)` is told of each admission, after `num_computed` was set.
+    """
 
     def __init__(
         self,
@@ -60,7 +65,7 @@ class Scheduler:
         limits: SchedulerLimits,
         clock: Clock,
         try_remote: Callable[[Sequence, PrefixHit], bool] = lambda seq, hit: False,
-        on_started: Callable[[Sequence], None] = lambda seq: None,
+        on_started: Callable[[Sequence, PrefixHit], None] = lambda seq, hit: None,
     ) -> None:
         self._cache = cache
         self._limits = limits
@@ -161,7 +166,7 @@ class Scheduler:
             bisect.insort(self.running, seq, key=_rank)
             items.append(StepItem(seq, num_new))
             budget -= num_new
-            self._on_started(seq)
+            self._on_started(seq, hit)
 
     def _match(self, seq: Sequence) -> PrefixHit:
         seq.grow_chain()

@@ -87,6 +87,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request, complete: any decode worker can run or continue it from this alone.
 
     `sent[c]` holds the output tokens of choice c that the client has already (resume); missing is empty.
+    `ended_choices` are complete already and not run again.
     `deadline_s` is on the local monotonic clock, 0 for none.
     """
 
@@ -97,6 +98,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     adapter_id: str = ""
     cache_salt: str = ""
     sent: tuple[tuple[int, ...], ...] = ()
+    ended_choices: tuple[int, ...] = ()
     embeddings: tuple[EmbeddingHandle, ...] = ()
     priority: int = 0
     deadline_s: float = 0.0

@@ -1,0 +1,114 @@
+"""The reader's side of a hand-off, as the scheduler sees it: prompts whose KV a prefill worker supplies.
+
+    waiting --try_remote--> REMOTE --Done--> running, only the head is missing
+                                   `-Failed-> waiting, goes on here from what was verified
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from common.config import HandoffConfig
+from common.engine.scheduler import Scheduler
+from common.engine.sequence import Phase, Sequence
+from common.kvcache.manager import KVCacheManager, PrefixHit
+from common.kvtransfer.session import Done, Failed, HandoffReader, OrderSpec
+from common.types import Clock
+
+
+class Demand:
+    """Places orders for sequences and brings their outcome back to the scheduler."""
+
+    def __init__(self, reader: HandoffReader, cache: KVCacheManager, config: HandoffConfig, clock: Clock) -> None:
+        self._reader = reader
+        self._cache = cache
+        self._config = config
+        self._clock = clock
+        self._placed: dict[int, Sequence] = {}
+        self.fallbacks: dict[str, int] = {}
+        self.local_by_choice = 0  # prompts short or cached enough to stay here
+
+    def try_remote(self, seq: Sequence, hit: PrefixHit) -> bool:
+        """Hand `seq` over if that is possible and worth it (see `Scheduler` for the verdicts)."""
+        if seq.num_tokens - hit.num_tokens < self._config.min_remote_tokens or seq.wants_prompt_logprobs:
+            self.local_by_choice += 1
+            seq.remote_peer = 0
+            return False
+        if not self._reader.usable(seq.remote_peer):
+            self._fall_back(seq, "peer not usable")
+            return False
+        self._cache.open(seq.seq_id, seq.label)
+        if not self._cache.reserve(seq.seq_id, seq.num_tokens, hit) or self._cache.reserve_tail(seq.seq_id) is None:
+            self._cache.close(seq.seq_id)
+            return False
+        self._place(seq, hit.num_tokens)
+        return True
+
+    def _place(self, seq: Sequence, start: int) -> None:
+        now = self._clock.now()
+        seq.times.scheduled = now
+        seq.num_computed = start
+        cached = min(start, seq.num_prompt)
+        seq.stats = msgspec.structs.replace(
+            seq.stats,
+            prompt_tokens=seq.num_prompt,
+            cached_tokens=cached,
+            transferred_tokens=seq.num_prompt - cached,
+        )
+        remaining_s = seq.deadline - now if seq.deadline < math.inf else 0.0
+        self._placed[seq.seq_id] = seq
+        self._reader.place(
+            OrderSpec(
+                seq_id=seq.seq_id,
+                peer=seq.remote_peer,
+                request_id=seq.label,
+                token_ids=tuple(seq.token_ids),
+                chain=seq.chain,
+                start_position=start,
+                priority=seq.priority,
+                remaining_s=remaining_s,
+            )
+        )
+
+    def cancel(self, seq: Sequence) -> None:
+        """The sequence ended while its KV was on the way."""
+        if self._placed.pop(seq.seq_id, None) is not None:
+            self._reader.cancel(seq.seq_id)
+
+    def poll(self, scheduler: Scheduler) -> None:
+        """Move sequences whose hand-off ended since the last call."""
+        for update in self._reader.poll():
+            if not isinstance(update, Done | Failed):
+                continue
+            seq = self._placed.pop(update.seq_id, None)
+            if seq is None or seq.phase is not Phase.REMOTE:
+                continue
+            seq.times.prefilled = self._clock.now()
+            if isinstance(update, Done):
+                self._finish(seq, update)
+                scheduler.remote_done(seq)
+            else:
+                self._fall_back(seq, update.reason)
+                scheduler.remote_failed(seq, update.num_verified)
+
+    def _finish(self, seq: Sequence, done: Done) -> None:
+        seconds = done.read_seconds
+        seq.stats = msgspec.structs.replace(
+            seq.stats,
+            remote_cached_tokens=done.remote_cached_tokens,
+            transfer_ms=done.wait_seconds * 1e3,
+            transfer_bytes=done.nbytes,
+            transfer_gbps=done.nbytes / seconds / 1e9 if seconds > 0 else 0.0,
+            transport=done.transport,
+            prefill_worker=done.worker_id,
+        )
+        self._cache.advance(seq.seq_id, seq.chain, seq.num_tokens)
+
+    def _fall_back(self, seq: Sequence, reason: str) -> None:
+        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+        seq.remote_peer = 0
+        seq.stats = msgspec.structs.replace(
+            seq.stats, fallback=reason, transferred_tokens=0, prefill_worker="", computed_tokens=0
+        )

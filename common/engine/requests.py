@@ -1,0 +1,291 @@
+"""Requests in an engine: admission, tokens as they come, and the one end each request gets.
+
+    submit -> (delta rows) -> a finish on every choice
+          `-> one failure: invalid, overloaded, out of time, or the step failed
+
+EOS, stop token ids, min_tokens and lengths are decided here; stop strings belong to whoever makes text.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from common.engine.messages import PromptLogprobsOf, Submit
+from common.engine.outbox import Outbox
+from common.engine.scheduler import Scheduler
+from common.engine.sequence import Phase, Request, Sequence
+from common.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    NanoDeployError,
+    OverloadedError,
+    UnavailableError,
+    UnsupportedError,
+)
+from common.kvcache.manager import PrefixHit
+from common.types import ChoiceDelta, Clock, FinishReason, GenerationRequest, TokenLogprobs
+from common.types.prefix import root_hash
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What requests are checked against. `max_model_len` and `vocab_size` in tokens."""
+
+    model_hash: bytes
+    max_model_len: int
+    vocab_size: int
+    eos_ids: frozenset[int]
+    max_waiting_seqs: int
+    max_num_seqs: int
+
+
+class Requests:
+    """Owns the requests of one engine, by slot."""
+
+    def __init__(self, limits: ModelLimits, scheduler: Scheduler, outbox: Outbox, clock: Clock) -> None:
+        self._limits = limits
+        self._scheduler = scheduler
+        self._outbox = outbox
+        self._clock = clock
+        self._by_slot: dict[int, Request] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._ids = itertools.count(1)
+        self.draining = False
+        self.finished: dict[str, int] = {}  # by finish reason or error code
+        self.tokens_out = 0
+
+    def __len__(self) -> int:
+        return len(self._by_slot)
+
+    def next_id(self) -> int:
+        """A sequence id; orders draw from the same source."""
+        return next(self._ids)
+
+    def submit(self, message: Submit) -> None:
+        """Admit a request or give it its one failure."""
+        try:
+            self._check(message.request)
+        except NanoDeployError as error:
+            self._count(error.code)
+            self._outbox.fail(message.slot, error)
+            return
+        now = self._clock.now()
+        deadline = now + message.remaining_s if message.remaining_s > 0 else math.inf
+        request = Request(message.slot, message.request, [])
+        ended = frozenset(message.request.ended_choices)
+        choices = [c for c in range(message.request.sampling.n) if c not in ended]
+        request.sequences = [self._sequence(message, c, deadline, leads=c == choices[0]) for c in choices]
+        self._by_slot[message.slot] = request
+        if deadline < math.inf:
+            heapq.heappush(self._deadlines, (deadline, message.slot))
+        self._scheduler.add(request.sequences[0])
+
+    def cancel(self, slots: Iterable[int]) -> None:
+        """End requests; unknown and ended slots are ignored."""
+        for slot in slots:
+            request = self._by_slot.get(slot)
+            if request is None:
+                continue
+            for seq in request.sequences:
+                if seq.phase is not Phase.ENDED:
+                    self._end(seq, FinishReason.CANCELLED, ())
+
+    def fail(self, slot: int, error: NanoDeployError) -> None:
+        """End a request with one failure."""
+        request = self._by_slot.pop(slot, None)
+        if request is None:
+            return
+        for seq in request.sequences:
+            self._scheduler.finish(seq)
+        self._count(error.code)
+        self._outbox.fail(slot, error)
+
+    def expire(self) -> None:
+        """Fail what ran out of time."""
+        now = self._clock.now()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, slot = heapq.heappop(self._deadlines)
+            self.fail(slot, DeadlineExceededError("the request ran out of time"))
+
+    @property
+    def next_deadline(self) -> float:
+        return self._deadlines[0][0] if self._deadlines else math.inf
+
+    def started(self, seq: Sequence, hit: PrefixHit) -> None:
+        """Account for prompt tokens by source when a sequence is first computed here."""
+        stats = seq.stats
+        if stats.computed_tokens or stats.cached_tokens == seq.num_prompt:
+            return
+        found = min(hit.num_tokens, seq.num_prompt)
+        cached = stats.cached_tokens if stats.fallback else found
+        seq.stats = msgspec.structs.replace(
+            stats,
+            prompt_tokens=seq.num_prompt,
+            cached_tokens=cached,
+            transferred_tokens=max(0, found - cached),
+            computed_tokens=seq.num_prompt - max(found, cached),
+        )
+
+    def token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """A token was drawn: append it, tell the router, and end the sequence if it is the last."""
+        seq.token_ids.append(token_id)
+        self.tokens_out += 1
+        first = not seq.times.first_token
+        if first:
+            self._first_token(seq)
+        reason = self._finish_reason(seq, token_id)
+        if reason is None:
+            delta = ChoiceDelta(
+                choice=seq.choice, position=seq.num_output - 1, token_ids=(token_id,), logprobs=logprobs
+            )
+            self._outbox.delta(seq.slot, delta)
+        else:
+            self._end(seq, reason, (token_id,), logprobs)
+
+    def take_prompt_logprobs(self, seq: Sequence, part: TokenLogprobs) -> None:
+        """Collect prompt logprobs chunk by chunk; they are sent once, complete."""
+        seq.prompt_logprobs.append(part)
+
+    def _first_token(self, seq: Sequence) -> None:
+        now = self._clock.now()
+        times = seq.times
+        times.first_token = now
+        request = self._by_slot[seq.slot]
+        if seq is not request.sequences[0]:
+            return
+        times.prefilled = times.prefilled or now
+        scheduled = times.scheduled or now
+        seq.stats = msgspec.structs.replace(
+            seq.stats,
+            queue_ms=(scheduled - times.submitted) * 1e3,
+            prefill_ms=(times.prefilled - scheduled) * 1e3,
+            decode_queue_ms=(now - times.prefilled) * 1e3,
+            first_token_ms=(now - times.submitted) * 1e3,
+        )
+        self._outbox.stats(seq.slot, seq.stats)
+        if seq.prompt_logprobs:
+            self._send_prompt_logprobs(seq)
+        for sibling in request.sequences[1:]:
+            if sibling.phase is Phase.HELD:
+                self._scheduler.add(sibling)
+
+    def _send_prompt_logprobs(self, seq: Sequence) -> None:
+        parts = seq.prompt_logprobs
+        self._outbox.prompt_logprobs(
+            PromptLogprobsOf(
+                seq.slot,
+                tuple(v for p in parts for v in p.token_logprobs),
+                parts[0].top_n,
+                tuple(v for p in parts for v in p.top_ids),
+                tuple(v for p in parts for v in p.top_logprobs),
+            )
+        )
+        parts.clear()
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        if token_id in seq.stop_ids:
+            return FinishReason.STOP
+        if seq.num_output >= seq.sampling.max_tokens or seq.num_tokens >= self._limits.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _end(
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        token_ids: tuple[int, ...],
+        logprobs: TokenLogprobs | None = None,
+    ) -> None:
+        self._scheduler.finish(seq)
+        self._outbox.delta(
+            seq.slot,
+            ChoiceDelta(
+                choice=seq.choice,
+                position=seq.num_output - len(token_ids),
+                token_ids=token_ids,
+                finish=reason,
+                stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
+                logprobs=logprobs,
+            ),
+        )
+        self._count(reason.value)
+        request = self._by_slot[seq.slot]
+        if not request.open_choices:
+            first = request.sequences[0]
+            preemptions = sum(s.preemptions for s in request.sequences)
+            self._outbox.stats(seq.slot, msgspec.structs.replace(first.stats, preemptions=preemptions))
+            del self._by_slot[seq.slot]
+
+    def _count(self, end: str) -> None:
+        self.finished[end] = self.finished.get(end, 0) + 1
+
+    def _sequence(self, message: Submit, choice: int, deadline: float, *, leads: bool) -> Sequence:
+        request = message.request
+        params = request.sampling
+        sent = request.sent[choice] if choice < len(request.sent) else ()
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._limits.eos_ids)
+        seq = Sequence(
+            seq_id=self.next_id(),
+            slot=message.slot,
+            choice=choice,
+            label=request.request_id,
+            token_ids=[*request.prompt_token_ids, *sent],
+            num_prompt=len(request.prompt_token_ids),
+            sampling=params,
+            stop_ids=stop_ids,
+            chain=[root_hash(self._limits.model_hash, request.adapter_id, request.cache_salt)],
+            priority=request.priority,
+            arrival=message.slot,
+            deadline=deadline,
+            remote_peer=message.prefill if leads else 0,
+            phase=Phase.HELD,
+            num_sent=len(sent),
+        )
+        seq.times.submitted = self._clock.now()
+        return seq
+
+    def _check(self, request: GenerationRequest) -> None:
+        limits, params = self._limits, request.sampling
+        prompt = request.prompt_token_ids
+        if self.draining:
+            raise UnavailableError("the worker is draining")
+        waiting = len(self._scheduler.waiting)
+        if waiting >= limits.max_waiting_seqs:
+            raise OverloadedError(f"{waiting} sequences wait already; the limit is {limits.max_waiting_seqs}")
+        if not prompt:
+            raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        if len(prompt) >= limits.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt)} tokens; the model takes at most {limits.max_model_len - 1} "
+                f"and one of output (max_model_len {limits.max_model_len})",
+                param="prompt",
+            )
+        if params.n > limits.max_num_seqs:
+            raise InvalidRequestError(f"n is {params.n}; this worker runs {limits.max_num_seqs} at most", param="n")
+        if params.seed is None:
+            raise InvalidRequestError("seed must be set before a request reaches an engine", param="seed")
+        if request.adapter_id:
+            raise UnsupportedError(f"adapter {request.adapter_id!r} is not loaded here", param="adapter_id")
+        if request.embeddings:
+            raise UnsupportedError("this model takes no images", param="embeddings")
+        self._check_ids("prompt", (*prompt, *itertools.chain.from_iterable(request.sent)))
+        self._check_ids("logit_bias", (i for i, _ in params.logit_bias))
+        if len({c for c in request.ended_choices if c < params.n}) >= params.n:
+            raise InvalidRequestError("every choice has ended already", param="ended_choices")
+        for choice, sent in enumerate(request.sent):
+            if choice in request.ended_choices:
+                continue
+            if choice >= params.n or len(sent) >= params.max_tokens or len(prompt) + len(sent) >= limits.max_model_len:
+                raise InvalidRequestError(f"choice {choice} has nothing left to generate", param="sent")
+
+    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
+        vocab = self._limits.vocab_size
+        for i in ids:
+            if not 0 <= i < vocab:
+                raise InvalidRequestError(f"token id {i} is outside the vocabulary of {vocab}", param=field)
