@@ -15,35 +15,26 @@ collected later.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from common.engine.batch import SampleRow
 from common.engine.logprobs import RawLogprobs
-from common.errors import InternalError, InvalidRequestError, NanoDeployError
 from common.kernels.sampling import Draw, DrawStatus, draw_rows, noise_key
-from common.types import SamplingParams, TokenLogprobs
+from common.types import TokenLogprobs
 
+_GREEDY = Draw(0, 0.0, 0, 1.0, 0.0)
 
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """One token to draw. `output_index` is the place of that token in the choice's output, from 0.
-
-    Of `params`, stop, n and seed are not used. `stop_ids` (EOS and stop_token_ids) cannot be drawn while
-    `output_index` < min_tokens. `prompt_ids` and `output_ids` (so far) are read for penalties only.
-    """
-
-    seed: int
-    choice: int
-    output_index: int
-    params: SamplingParams
-    prompt_ids: Sequence[int] = ()
-    output_ids: Sequence[int] = ()
-    stop_ids: frozenset[int] = frozenset()
+_REASONS = {
+    DrawStatus.EMPTY: "no token is allowed: the grammar, bans and min_tokens leave nothing to draw",
+    DrawStatus.NOT_A_NUMBER: "the model's logits are not finite numbers",
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +46,9 @@ class SampleResult:
     raw: RawLogprobs | None = field(repr=False)
 
     @cached_property
-    def failures(self) -> list[NanoDeployError | None]:
-        """One entry per row: why it has no token."""
-        return [_failure(DrawStatus(status)) for status in self.status_R.tolist()]
+    def failures(self) -> dict[int, str]:
+        """Rows without a token, and why."""
+        return {r: _REASONS[DrawStatus(status)] for r, status in enumerate(self.status_R.tolist()) if status}
 
     @cached_property
     def logprobs(self) -> list[TokenLogprobs | None]:
@@ -82,14 +73,12 @@ class Sampler:
         """
         if logits_RV.shape != (len(rows), self.vocab_size) or logits_RV.dtype != torch.float32:
             raise ValueError(
-                f"logits must be float32 [{len(rows)}, {self.vocab_size}], got {logits_RV.dtype} "
-                f"{list(logits_RV.shape)}"
+                f"logits must be float32 {[len(rows), self.vocab_size]}, got {logits_RV.dtype} {list(logits_RV.shape)}"
             )
         logits_RV = logits_RV.contiguous()
         wanted = [(r, row.params.logprobs) for r, row in enumerate(rows) if row.params.logprobs is not None]
         raw = RawLogprobs.of(logits_RV, wanted) if wanted else None
-        adjusted_RV = self._adjusted(logits_RV, rows, masks)
-        token_ids_R, status_R = draw_rows(adjusted_RV, [_draw(row) for row in rows])
+        token_ids_R, status_R = draw_rows(self._adjusted(logits_RV, rows, masks), [_draw(row) for row in rows])
         return SampleResult(token_ids_R, status_R, raw)
 
     def _adjusted(self, logits_RV: Tensor, rows: Sequence[SampleRow], masks: Tensor | None) -> Tensor:
@@ -106,41 +95,44 @@ class Sampler:
         return out_RV
 
     def _bias(self, logits_V: Tensor, row: SampleRow) -> None:
-        bias = dict(row.params.logit_bias)
+        bias = {t: value for t, value in row.params.logit_bias if 0 <= t < self.vocab_size}
         if bias:
-            ids_K = self._ids(np.fromiter(bias.keys(), np.int64, len(bias)), "logit_bias")
+            ids_K = torch.tensor(list(bias.keys()), device=self.device)
             logits_V[ids_K] += torch.tensor(list(bias.values()), dtype=torch.float32, device=self.device)
-        if row.stop_ids and row.output_index < row.params.min_tokens:
-            kept = np.fromiter((t for t in row.stop_ids if 0 <= t < self.vocab_size), np.int64)
-            logits_V[torch.from_numpy(kept).to(self.device)] = -torch.inf
+        if row.output_index < row.params.min_tokens:
+            logits_V[self._tensor(self._known(row.stop_ids))] = -torch.inf
 
     def _penalise(self, logits_V: Tensor, row: SampleRow) -> None:
         params = row.params
+        output_ids = self._known(row.output_ids)
         if params.repetition_penalty != 1.0:
-            seen = np.concatenate([np.asarray(ids, np.int64) for ids in (row.prompt_ids, row.output_ids)])
-            ids_K = self._ids(np.unique(seen), "prompt")
+            seen = np.unique(np.concatenate([self._known(row.prompt_ids), output_ids]))
+            ids_K = self._tensor(seen)
             x_K = logits_V[ids_K]
-            penalty = params.repetition_penalty
-            logits_V[ids_K] = torch.where(x_K > 0, x_K / penalty, x_K * penalty)
-        if (params.presence_penalty or params.frequency_penalty) and len(row.output_ids):
-            unique, counts = np.unique(np.asarray(row.output_ids, np.int64), return_counts=True)
+            logits_V[ids_K] = torch.where(x_K > 0, x_K / params.repetition_penalty, x_K * params.repetition_penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            unique, counts = np.unique(output_ids, return_counts=True)
             cost = params.presence_penalty + params.frequency_penalty * counts
-            logits_V[self._ids(unique, "output")] -= torch.from_numpy(cost.astype(np.float32)).to(self.device)
+            logits_V[self._tensor(unique)] -= torch.from_numpy(cost.astype(np.float32)).to(self.device)
 
-    def _ids(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]], param: str) -> Tensor:
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
-            raise InvalidRequestError(f"{param} holds a token id outside 0..{self.vocab_size - 1}", param=param)
+    def _known(self, ids: Iterable[int]) -> NDArray[np.int64]:
+        """Ids of the vocabulary; others (media placeholders past its end) have no logit."""
+        array = np.asarray(ids if isinstance(ids, Sequence) else list(ids), dtype=np.int64)
+        return array[(array >= 0) & (array < self.vocab_size)]
+
+    def _tensor(self, ids: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(ids).to(self.device)
 
     def _allowed(self, masks: Tensor, num_rows: int) -> Tensor:
+        num_words = -(-self.vocab_size // 32)
         if masks.dtype == torch.bool and masks.shape == (num_rows, self.vocab_size):
             return masks.to(self.device)
-        if masks.dtype == torch.int32 and masks.shape == (num_rows, -(-self.vocab_size // 32)):
-            bit = torch.arange(32, dtype=torch.int32, device=self.device)
-            allowed = (masks.to(self.device).unsqueeze(-1) >> bit) & 1
+        if masks.dtype == torch.int32 and masks.shape == (num_rows, num_words):
+            bits = torch.arange(32, dtype=torch.int32, device=self.device)
+            allowed = (masks.to(self.device).unsqueeze(-1) >> bits) & 1
             return allowed.view(num_rows, -1)[:, : self.vocab_size].bool()
         raise ValueError(
-            f"masks must be bool [{num_rows}, {self.vocab_size}] or int32 [{num_rows}, {-(-self.vocab_size // 32)}], "
+            f"masks must be bool {[num_rows, self.vocab_size]} or int32 {[num_rows, num_words]}, "
             f"got {masks.dtype} {list(masks.shape)}"
         )
 
@@ -162,14 +154,3 @@ def _draw(row: SampleRow) -> Draw:
         return _GREEDY
     key = noise_key(row.seed, row.choice, row.output_index)
     return Draw(key, p.temperature, max(p.top_k, 0), p.top_p, p.min_p)
-
-
-_GREEDY = Draw(0, 0.0, 0, 1.0, 0.0)
-
-
-def _failure(status: DrawStatus) -> NanoDeployError | None:
-    if status is DrawStatus.OK:
-        return None
-    if status is DrawStatus.EMPTY:
-        return InvalidRequestError("no token is allowed: the grammar, bans and min_tokens leave nothing to draw")
-    return InternalError("the model's logits are not finite numbers")
