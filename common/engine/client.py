@@ -1,25 +1,132 @@
-"""The one face of an engine, wherever it runs: a process of its own (`common.engine.process`) or in-process."""
+"""The one face of an engine, wherever it runs. No torch here.
+
+    start -> (EngineProgress ...) -> EngineReady | EngineFatal -> messages both ways -> stop
+
+`ProcessEngine` keeps the engine in a process of its own, reached over a socket pair; the child ends when its
+parent does. When it dies, `on_death` is called once, after all its messages were delivered; the owner fails
+what was running and may `start` again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from common.engine.messages import FromEngine, ToEngine
+import msgspec
+
+from common.config import LogConfig, WorkerConfig
+from common.engine.channel import FrameDecoder, frame
+from common.engine.messages import FromEngine, Setup, Shutdown, ToEngine
+from common.types import Role
 
 
 class EngineClient(Protocol):
-    """Life: start -> (EngineReady | EngineFatal) -> messages both ways -> stop.
+    async def start(self, on_message: Callable[[FromEngine], None], on_death: Callable[[str], None]) -> None: ...
 
-    When the engine dies, `on_death(reason)` is called once after all its messages were delivered; the
-    owner fails what was running and may `start` again. `send` never blocks and is a no-op on a dead engine.
-    """
-
-    def start(self, on_message: Callable[[FromEngine], None], on_death: Callable[[str], None]) -> None: ...
-
-    def send(self, message: ToEngine) -> None: ...
+    def send(self, message: ToEngine) -> None:
+        """Never blocks; dropped when the engine is dead."""
 
     @property
     def alive(self) -> bool: ...
 
-    async def stop(self, timeout_s: float) -> None: ...
+    @property
+    def pid(self) -> int: ...
+
+    async def stop(self, timeout_s: float) -> None:
+        """Ask the engine to end, then make it."""
+
+
+class ProcessEngine:
+    """An engine in a child process. All methods belong to the event loop that called `start`."""
+
+    def __init__(self, role: Role, config: WorkerConfig, log: LogConfig, environ: Mapping[str, str]) -> None:
+        self._setup = Setup(role.value, config.model_dump_json().encode(), log.model_dump_json().encode())
+        self._environ = dict(environ)
+        if config.engine.num_threads:
+            self._environ["OMP_NUM_THREADS"] = str(config.engine.num_threads)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self._writer is not None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process is not None else 0
+
+    async def start(self, on_message: Callable[[FromEngine], None], on_death: Callable[[str], None]) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            theirs.set_inheritable(True)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "common.engine.process", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=self._environ,
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
+        self.send(self._setup)
+        self._task = asyncio.create_task(self._read(reader, on_message, on_death))
+
+    def send(self, message: ToEngine) -> None:
+        if self._writer is not None:
+            self._writer.write(frame(self._encoder.encode(message)))
+
+    async def stop(self, timeout_s: float) -> None:
+        process, task = self._process, self._task
+        if process is None:
+            return
+        self.send(Shutdown())
+        try:
+            await asyncio.wait_for(asyncio.to_thread(process.wait, timeout_s), timeout_s + 1)
+        except (subprocess.TimeoutExpired, TimeoutError):
+            process.kill()
+            await asyncio.to_thread(process.wait, 10)
+        if task is not None:
+            await task
+
+    async def _read(
+        self,
+        reader: asyncio.StreamReader,
+        on_message: Callable[[FromEngine], None],
+        on_death: Callable[[str], None],
+    ) -> None:
+        frames = FrameDecoder()
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 20):
+                for raw in frames.feed(data):
+                    on_message(self._decoder.decode(raw))
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+        on_death(await self._exit_reason())
+
+    async def _exit_reason(self) -> str:
+        process = self._process
+        assert process is not None
+        try:
+            code = await asyncio.to_thread(process.wait, 5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = await asyncio.to_thread(process.wait, 10)
+        return f"engine process {process.pid} ended with {_exit_name(code)}"
+
+
+def _exit_name(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"

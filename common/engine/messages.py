@@ -29,6 +29,14 @@ from common.types import (
 # -- down: to the engine -----------------------------------------------------------------------------
 
 
+class Setup(Message, frozen=True):
+    """First message to a new engine process: its role and the JSON of its worker and log configs."""
+
+    role: str
+    worker_json: bytes
+    log_json: bytes
+
+
 class Submit(Message, frozen=True):
     """Run a request. `remaining_s` is its time left (0: none). `prefill` is a peer key, 0 for here."""
 
@@ -112,7 +120,8 @@ class Shutdown(Message, frozen=True):
 
 
 ToEngine = (
-    Submit
+    Setup
+    | Submit
     | Cancel
     | PeerReady
     | PeerGone
@@ -128,6 +137,14 @@ ToEngine = (
 
 
 # -- up: from the engine -----------------------------------------------------------------------------
+
+
+class EngineProgress(Message, frozen=True):
+    """A long step of the start: `done` of `total` (bytes for weights)."""
+
+    stage: str
+    done: int
+    total: int
 
 
 class EngineReady(Message, frozen=True):
@@ -227,7 +244,8 @@ class EngineFatal(Message, frozen=True):
 
 
 FromEngine = (
-    EngineReady
+    EngineProgress
+    | EngineReady
     | Deltas
     | PlaceOrder
     | DropOrder

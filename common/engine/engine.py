@@ -1,0 +1,258 @@
+"""One rank's engine: messages in, steps, messages out. No threads, no sockets, no clock of its own.
+
+    handle(message)* -> step() -> drain() -> ... ; sleep until `next_deadline` or a message when not `has_work`
+
+A step plans, runs, and brings tokens to requests and extents to readers. A step that raises fails the
+requests that were in it; the engine gives up after several in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.engine.batch import BatchRow, SampleRow, build_batch
+from common.engine.demand import Demand
+from common.engine.load import LoadMeter
+from common.engine.messages import (
+    Cancel,
+    Drain,
+    FromEngine,
+    GetLedger,
+    LeaseReleased,
+    Ledger,
+    LedgerBlock,
+    Order,
+    OrderCancel,
+    PeerEvent,
+    PeerGone,
+    PeerReady,
+    ReaderGone,
+    Submit,
+    ToEngine,
+)
+from common.engine.outbox import Outbox
+from common.engine.requests import Requests
+from common.engine.runner import ModelRunner, StepResult
+from common.engine.scheduler import Scheduler, StepItem, StepPlan
+from common.engine.sequence import Phase
+from common.engine.supply import Supply
+from common.errors import InternalError
+from common.kvcache.layout import KVLayout, Retention
+from common.kvcache.manager import KVCacheManager
+from common.kvtransfer.session import HandoffReader
+from common.telemetry import get_logger
+from common.types import Clock
+
+log = get_logger(__name__)
+
+MAX_FAILED_STEPS = 3
+IDLE_WAIT_S = 1.0
+STALL_RETRY_S = 0.05
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """Everything an engine is made of; `build.py` makes them for a config, tests make their own."""
+
+    layout: KVLayout
+    cache: KVCacheManager
+    scheduler: Scheduler
+    requests: Requests
+    demand: Demand
+    reader: HandoffReader
+    supply: Supply
+    runner: ModelRunner
+    outbox: Outbox
+    meter: LoadMeter
+    clock: Clock
+    check_ledger: bool = False
+
+
+class Engine:
+    def __init__(self, parts: EngineParts) -> None:
+        self._p = parts
+        self._groups: Mapping[str, tuple[int, int]] = {
+            g.name: (g.block_size, g.window) for g in parts.layout.groups if g.retention is not Retention.SNAPSHOT
+        }
+        self._failed_steps = 0
+        self._stalled = False
+        self.steps = 0
+
+    # -- messages --
+
+    def handle(self, message: ToEngine) -> None:
+        """Take one message. Bad input ends in a failure of that request or order, never in an exception."""
+        p = self._p
+        match message:
+            case Submit():
+                p.requests.submit(message)
+            case Cancel():
+                self._cancel(message)
+            case PeerReady():
+                p.reader.peer_ready(
+                    message.peer, message.ref, message.layout, message.endpoints, message.lease_ttl_s
+                )
+            case PeerGone():
+                p.reader.peer_gone(message.peer, message.reason)
+            case PeerEvent():
+                p.reader.on_event(message.peer, message.event)
+            case Order():
+                p.supply.order(message)
+            case OrderCancel():
+                p.supply.cancel(message.reader, message.order_id)
+            case LeaseReleased():
+                p.supply.release(message.lease_id)
+            case ReaderGone():
+                p.supply.reader_gone(message.reader)
+            case GetLedger():
+                p.outbox.send(self._ledger(message))
+            case Drain():
+                p.requests.draining = True
+                p.supply.draining = True
+
+    def _cancel(self, message: Cancel) -> None:
+        for seq in list(self._p.scheduler.remote.values()):
+            if seq.slot in message.slots:
+                self._p.demand.cancel(seq)
+        self._p.requests.cancel(message.slots)
+
+    # -- work --
+
+    @property
+    def has_work(self) -> bool:
+        """True if a step now would compute something."""
+        return self._p.scheduler.has_work and not self._stalled
+
+    @property
+    def stalled(self) -> bool:
+        """Sequences wait for blocks that only a message, a read or a deadline can free."""
+        return self._stalled
+
+    @property
+    def next_deadline(self) -> float:
+        """Instant at which `step` must run even if nothing arrives."""
+        p = self._p
+        return min(p.requests.next_deadline, p.reader.next_deadline(), p.supply.next_deadline, p.meter.next_report)
+
+    def step(self) -> bool:
+        """Do what can be done now; True if tokens were computed."""
+        p = self._p
+        p.demand.poll(p.scheduler)
+        p.requests.expire()
+        p.supply.expire()
+        plan = p.scheduler.schedule()
+        if plan.items:
+            self.steps += 1
+            self._run(plan)
+        self._stalled = not plan.items and p.scheduler.has_work
+        p.meter.report(self.steps, idle=not p.scheduler.has_work)
+        if p.check_ledger:
+            p.cache.check()
+        return bool(plan.items)
+
+    def drain(self) -> list[FromEngine]:
+        """Messages since the last call."""
+        return self._p.outbox.drain(self.steps)
+
+    def _run(self, plan: StepPlan) -> None:
+        runner = self._p.runner
+        try:
+            pending = runner.forward(build_batch([self._row(i) for i in plan.items], self._groups))
+            runner.sample(pending)
+            result = runner.collect(pending)
+        except Exception as error:  # noqa: BLE001 - edge of the step: fails what was in it
+            self._step_failed(plan, error)
+            return
+        self._failed_steps = 0
+        self._p.meter.step(plan)
+        self._apply(plan, result)
+
+    def _row(self, item: StepItem) -> BatchRow:
+        seq, cache = item.seq, self._p.cache
+        end = seq.num_computed + item.num_new
+        ends = end == seq.num_tokens
+        tail = cache.tail_block(seq.seq_id)
+        tail_id = -1 if tail is None else tail
+        wants_logprobs = seq.wants_prompt_logprobs and seq.num_computed < seq.num_prompt - 1 and not seq.num_output
+        return BatchRow(
+            token_ids=seq.token_ids[seq.num_computed : end],
+            start=seq.num_computed,
+            tables={g: cache.block_table(seq.seq_id, g) for g in self._groups},
+            sample=_sample_row(item) if ends and seq.order is None else None,
+            tail_read=tail_id if seq.tail_ready else -1,
+            tail_write=tail_id if ends and seq.order is not None else -1,
+            prompt_logprobs=(seq.sampling.prompt_logprobs or 0) if wants_logprobs else -1,
+            prompt_targets=seq.token_ids[seq.num_computed + 1 : min(end + 1, seq.num_prompt)] if wants_logprobs else (),
+        )
+
+    def _apply(self, plan: StepPlan, result: StepResult) -> None:
+        p = self._p
+        for index, item in enumerate(plan.items):
+            seq = item.seq
+            if seq.phase is not Phase.RUNNING:
+                continue  # a failure of another choice ended it
+            if item.num_new:
+                seq.num_computed += item.num_new
+                seq.grow_chain()
+                p.cache.advance(seq.seq_id, seq.chain, seq.num_computed)
+            if seq.order is not None:
+                p.supply.advanced(seq)
+                continue
+            if seq.tail_ready:
+                seq.tail_ready = False
+                p.cache.free_tail(seq.seq_id)
+            if index in result.prompt_logprobs:
+                p.requests.take_prompt_logprobs(seq, result.prompt_logprobs[index])
+            failure, token_id = result.failures[index], result.token_ids[index]
+            if failure is not None:
+                p.requests.fail(seq.slot, InternalError(failure))
+            elif token_id is not None:
+                p.requests.token(seq, token_id, result.logprobs[index])
+
+    def _step_failed(self, plan: StepPlan, error: Exception) -> None:
+        self._failed_steps += 1
+        log.error("step failed", step=self.steps, sequences=len(plan.items), exc_info=error)
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise error
+        reason = InternalError(f"the engine step failed: {type(error).__name__}")
+        for item in plan.items:
+            if item.seq.order is not None:
+                self._p.supply.fail(item.seq, reason)
+            else:
+                self._p.requests.fail(item.seq.slot, reason)
+
+    def _ledger(self, message: GetLedger) -> Ledger:
+        cache = self._p.cache
+        blocks = ()
+        if message.with_blocks:
+            blocks = tuple(
+                LedgerBlock(b.group, b.block_id, b.state, b.owner, int(b.age_s * 1e3)) for b in cache.ledger_blocks()
+            )
+        return Ledger(message.call_id, cache.ledger(), blocks)
+
+
+def _sample_row(item: StepItem) -> SampleRow:
+    seq = item.seq
+    return SampleRow(
+        seed=(seq.sampling.seed or 0) % 2**64,
+        choice=seq.choice,
+        output_index=seq.num_output,
+        params=seq.sampling,
+        prompt_ids=seq.token_ids[: seq.num_prompt] if _needs_history(item) else (),
+        output_ids=seq.token_ids[seq.num_prompt :] if _needs_history(item) else (),
+        stop_ids=seq.stop_ids,
+    )
+
+
+def _needs_history(item: StepItem) -> bool:
+    params = item.seq.sampling
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def sleep_until(engine: Engine, now: float) -> float:
+    """Seconds an engine with nothing to compute may wait for a message."""
+    if engine.has_work:
+        return 0.0
+    longest = STALL_RETRY_S if engine.stalled else IDLE_WAIT_S
+    return min(longest, max(0.0, engine.next_deadline - now))

@@ -1,0 +1,88 @@
+"""What an engine says of itself: load, progress, counters and histograms, about once a second."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+
+from common.engine.messages import EngineLoad, PeerTraffic
+from common.engine.outbox import Outbox
+from common.engine.scheduler import Scheduler, StepPlan
+from common.kvcache.manager import KVCacheManager
+from common.types import Clock, WorkerLoad
+
+REPORT_S = 1.0
+RATE_WINDOW_S = 5.0
+
+
+class LoadMeter:
+    """`sources` are read at each report: counters by name, and traffic per peer."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cache: KVCacheManager,
+        main_group: str,
+        outbox: Outbox,
+        clock: Clock,
+        counters: Callable[[], dict[str, float]],
+        traffic: Callable[[], tuple[PeerTraffic, ...]],
+    ) -> None:
+        self._scheduler = scheduler
+        self._cache = cache
+        self._main_group = main_group
+        self._outbox = outbox
+        self._clock = clock
+        self._counters = counters
+        self._traffic = traffic
+        self._rates: collections.deque[tuple[float, int]] = collections.deque()
+        self._step_tokens: list[float] = []
+        self._step_seqs: list[float] = []
+        self._preemptions = 0
+        self._was_idle = True
+        self.next_report = clock.now()
+
+    def step(self, plan: StepPlan) -> None:
+        """Note a finished step."""
+        now = self._clock.now()
+        self._rates.append((now, max(plan.num_tokens, 1)))
+        self._step_tokens.append(plan.num_tokens)
+        self._step_seqs.append(len(plan.items))
+        self._preemptions += len(plan.preempted)
+
+    def report(self, steps: int, *, idle: bool) -> None:
+        """Send the load if it is time, or if the engine has just turned idle."""
+        now = self._clock.now()
+        turned_idle = idle and not self._was_idle
+        self._was_idle = idle
+        if now < self.next_report and not turned_idle:
+            return
+        self.next_report = now + REPORT_S
+        counters = {"preemptions": float(self._preemptions), **self._counters()}
+        self._outbox.send(
+            EngineLoad(
+                self._load(steps, now),
+                self._traffic(),
+                tuple(counters.items()),
+                (("step_tokens", tuple(self._step_tokens)), ("step_sequences", tuple(self._step_seqs))),
+            )
+        )
+        self._step_tokens, self._step_seqs = [], []
+
+    def _load(self, steps: int, now: float) -> WorkerLoad:
+        while self._rates and self._rates[0][0] < now - RATE_WINDOW_S:
+            self._rates.popleft()
+        scheduler = self._scheduler
+        queued = [*scheduler.waiting, *scheduler.remote.values(), *scheduler.running]
+        states = self._cache.ledger()
+        main = next((s for s in states if s.group == self._main_group), states[0])
+        return WorkerLoad(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(scheduler.remote),
+            waiting_tokens=sum(s.gap for s in queued),
+            kv_blocks_total=main.total,
+            kv_blocks_available=main.free + main.cached,
+            steps=steps,
+            tokens_per_s=sum(n for _, n in self._rates) / RATE_WINDOW_S,
+            kv_states=states,
+        )

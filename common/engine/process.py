@@ -1,0 +1,92 @@
+"""The engine process: `python -m common.engine.process FD PARENT_PID`, started by `ProcessEngine` only.
+
+    Setup -> build (EngineProgress ...) -> EngineReady -> loop until Shutdown, end of the socket, or a fatal error
+
+One thread runs everything; the transport has threads of its own that never hold the GIL. When there is
+nothing to do the loop sleeps in poll() on the socket and on the transport's descriptor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+
+import msgspec
+
+from common.config import LogConfig, WorkerConfig
+from common.engine.build import BuiltEngine, build_engine
+from common.engine.channel import EngineChannel
+from common.engine.engine import sleep_until
+from common.engine.messages import EngineFatal, EngineProgress, Setup, Shutdown, ToEngine
+from common.errors import NanoDeployError
+from common.telemetry import configure_logging, get_logger
+from common.types import Failure, MonotonicClock, Role
+
+log = get_logger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Serve one parent; the exit code is 0 for a shutdown, 1 for a failure that was reported."""
+    fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    _die_with_parent(parent)
+    channel = EngineChannel(socket.socket(fileno=fd), msgspec.msgpack.Decoder(ToEngine))
+    messages: list[ToEngine] = []
+    while not messages and not channel.closed:
+        messages = channel.wait(60.0)
+    if channel.closed:
+        return 0
+    setup = messages.pop(0)
+    assert isinstance(setup, Setup)
+    configure_logging(LogConfig.model_validate_json(setup.log_json), f"{setup.role}-engine")
+    try:
+        built = _build(setup, channel)
+    except NanoDeployError as error:
+        channel.send([EngineFatal(Failure.of(error))])
+        log.error("engine cannot start", error=error.message)
+        return 1
+    try:
+        return _serve(built, channel, messages)
+    finally:
+        built.close()
+
+
+def _build(setup: Setup, channel: EngineChannel) -> BuiltEngine:
+    config = WorkerConfig.model_validate_json(setup.worker_json)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        channel.send([EngineProgress(stage, done, total)])
+
+    built = build_engine(config, Role(setup.role), MonotonicClock(), progress)
+    channel.watch(built.wakeup_fd)
+    channel.send([built.ready])
+    return built
+
+
+def _serve(built: BuiltEngine, channel: EngineChannel, messages: list[ToEngine]) -> int:
+    engine, clock = built.engine, built.clock
+    while not channel.closed:
+        for message in messages:
+            if isinstance(message, Shutdown):
+                return 0
+            engine.handle(message)
+        engine.step()
+        channel.send(engine.drain())
+        messages = channel.wait(sleep_until(engine, clock.now()))
+    return 0
+
+
+def _die_with_parent(parent: int) -> None:
+    """Linux: be killed when the parent ends, however it ends. Ctrl-C is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
