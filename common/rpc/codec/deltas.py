@@ -1,0 +1,149 @@
+"""What one engine step brought: rows of (slot, ChoiceDelta) <-> the columns of StepDeltas.
+
+Columns are filled with one `extend` of a flat list each: building nested messages costs 20 times more.
+Every row is one (request, choice) that got tokens or ended; `token_ids` is flat over all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import accumulate, chain
+from typing import NamedTuple
+
+from common.rpc.codec import checks
+from common.rpc.codec.errors import failure_from_proto, failure_to_proto
+from common.rpc.codec.request import stats_from_proto, stats_to_proto
+from common.types import ChoiceDelta, Failure, FinishReason, RequestStats, TokenLogprobs
+from nanodeploy.v1 import decode_pb2 as pb
+from nanodeploy.v1 import types_pb2
+
+_FINISH_TO_WIRE: dict[FinishReason | None, types_pb2.FinishReason] = {
+    None: types_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: types_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: types_pb2.FINISH_REASON_ERROR,
+}
+_FINISH_FROM_WIRE: dict[int, FinishReason | None] = {number: reason for reason, number in _FINISH_TO_WIRE.items()}
+
+
+class StepRows(NamedTuple):
+    """One decoded StepDeltas; the first member of each pair is the slot."""
+
+    rows: list[tuple[int, ChoiceDelta]]
+    failures: list[tuple[int, Failure]]
+    stats: list[tuple[int, RequestStats]]
+    prompt_logprobs: list[tuple[int, TokenLogprobs]]
+
+
+def deltas_to_proto(
+    rows: Sequence[tuple[int, ChoiceDelta]],
+    failures: Collection[tuple[int, Failure]] = (),
+    stats: Collection[tuple[int, RequestStats]] = (),
+    prompt_logprobs: Collection[tuple[int, TokenLogprobs]] = (),
+) -> pb.StepDeltas:
+    out = pb.StepDeltas()
+    if rows:
+        out.slots.extend([slot for slot, _ in rows])
+        out.choices.extend([d.choice for _, d in rows])
+        out.positions.extend([d.position for _, d in rows])
+        out.num_tokens.extend([len(d.token_ids) for _, d in rows])
+        out.finish_reasons.extend([_FINISH_TO_WIRE[d.finish] for _, d in rows])
+        out.stop_token_ids.extend([0 if d.stop_token_id is None else d.stop_token_id + 1 for _, d in rows])
+        out.token_ids.extend(list(chain.from_iterable(d.token_ids for _, d in rows)))
+        out.logprobs.extend([_logprobs_to_proto(i, d.logprobs) for i, (_, d) in enumerate(rows) if d.logprobs])
+    if failures:
+        out.errors.extend([pb.ErrorRow(slot=slot, error=failure_to_proto(f)) for slot, f in failures])
+    if stats:
+        out.stats.extend([pb.StatsRow(slot=slot, stats=stats_to_proto(s)) for slot, s in stats])
+    if prompt_logprobs:
+        out.prompt_logprobs.extend([_prompt_logprobs_to_proto(slot, p) for slot, p in prompt_logprobs])
+    return out
+
+
+def deltas_from_proto(deltas: pb.StepDeltas) -> StepRows:
+    return StepRows(
+        list(iter_deltas(deltas)),
+        [(row.slot, failure_from_proto(row.error)) for row in deltas.errors],
+        [(row.slot, stats_from_proto(row.stats)) for row in deltas.stats],
+        [(row.slot, _prompt_logprobs_from_proto(row)) for row in deltas.prompt_logprobs],
+    )
+
+
+def iter_deltas(deltas: pb.StepDeltas) -> Iterator[tuple[int, ChoiceDelta]]:
+    """Rows in order. Everything is checked before the first row is given out."""
+    slots, counts, tokens = deltas.slots, list(deltas.num_tokens), tuple(deltas.token_ids)
+    finishes = [checks.enum_value(_FINISH_FROM_WIRE, f, "deltas.finish_reasons") for f in deltas.finish_reasons]
+    checks.equal_lengths(
+        "deltas",
+        slots=slots,
+        choices=deltas.choices,
+        positions=deltas.positions,
+        num_tokens=counts,
+        finish_reasons=finishes,
+        stop_token_ids=deltas.stop_token_ids,
+    )
+    ends = list(accumulate(counts))
+    if (ends[-1] if ends else 0) != len(tokens):
+        raise checks.fail("deltas.token_ids", f"has {len(tokens)} entries, num_tokens add up to {sum(counts)}")
+    logprobs = _logprobs_by_row(deltas, counts) if deltas.logprobs else {}
+    return (
+        (
+            slot,
+            ChoiceDelta(
+                choice=choice,
+                position=position,
+                token_ids=tokens[end - count : end],
+                finish=finish,
+                stop_token_id=stop - 1 if stop else None,
+                logprobs=logprobs.get(row),
+            ),
+        )
+        for row, (slot, choice, position, count, end, finish, stop) in enumerate(
+            zip(slots, deltas.choices, deltas.positions, counts, ends, finishes, deltas.stop_token_ids, strict=True)
+        )
+    )
+
+
+def _logprobs_to_proto(row: int, logprobs: TokenLogprobs) -> pb.LogprobRow:
+    return pb.LogprobRow(
+        row=row,
+        token_logprobs=logprobs.token_logprobs,
+        top_n=logprobs.top_n,
+        top_token_ids=logprobs.top_ids,
+        top_logprobs=logprobs.top_logprobs,
+    )
+
+
+def _prompt_logprobs_to_proto(slot: int, logprobs: TokenLogprobs) -> pb.PromptLogprobRow:
+    return pb.PromptLogprobRow(
+        slot=slot,
+        token_logprobs=logprobs.token_logprobs,
+        top_n=logprobs.top_n,
+        top_token_ids=logprobs.top_ids,
+        top_logprobs=logprobs.top_logprobs,
+    )
+
+
+def _logprobs_by_row(deltas: pb.StepDeltas, counts: list[int]) -> dict[int, TokenLogprobs]:
+    found: dict[int, TokenLogprobs] = {}
+    for entry in deltas.logprobs:
+        if entry.row >= len(counts) or entry.row in found:
+            raise checks.fail("deltas.logprobs.row", f"{entry.row} is named twice or not below {len(counts)}")
+        if len(entry.token_logprobs) != counts[entry.row]:
+            have = len(entry.token_logprobs)
+            raise checks.fail("deltas.logprobs.token_logprobs", f"has {have} entries for {counts[entry.row]} tokens")
+        found[entry.row] = _token_logprobs(entry, "deltas.logprobs")
+    return found
+
+
+def _prompt_logprobs_from_proto(row: pb.PromptLogprobRow) -> TokenLogprobs:
+    return _token_logprobs(row, "deltas.prompt_logprobs")
+
+
+def _token_logprobs(row: pb.LogprobRow | pb.PromptLogprobRow, field: str) -> TokenLogprobs:
+    checks.equal_lengths(field, top_token_ids=row.top_token_ids, top_logprobs=row.top_logprobs)
+    want = len(row.token_logprobs) * row.top_n
+    if len(row.top_token_ids) != want:
+        raise checks.fail(f"{field}.top_token_ids", f"has {len(row.top_token_ids)} entries, not {want}")
+    return TokenLogprobs(tuple(row.token_logprobs), row.top_n, tuple(row.top_token_ids), tuple(row.top_logprobs))
