@@ -1,0 +1,141 @@
+"""A checkpoint's tokenizer, without torch and transformers.
+
+Read from `tokenizer.json` (the algorithm), `tokenizer_config.json` and `special_tokens_map.json` (which tokens
+are BOS, EOS ...) and `generation_config.json` (the checkpoint's own sampling defaults). Immutable after `load`
+and safe to use from several threads; encoding releases the GIL.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RawTokenizer
+
+from common.errors import ConfigError, InvalidRequestError
+from common.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from common.text.pieces import TokenPieces
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SURE_BELOW = 1 << 16  # characters; shorter texts are cheap to encode, no estimate needed
+_NORMALIZER_SHRINK = 4  # a normalizer may shorten a text by at most about this (NFC: 3)
+
+
+class Tokenizer:
+    """`special_tokens` maps `bos_token`, `eos_token` ... to their text, as chat templates expect them."""
+
+    def __init__(
+        self,
+        raw: RawTokenizer,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        config: dict[str, Any] | None = None,
+        generation_config: dict[str, Any] | None = None,
+    ) -> None:
+        raw.no_truncation()
+        raw.no_padding()
+        self.raw = raw
+        self.config = config or {}
+        self.generation_config = generation_config or {}
+        self.special_tokens = special_tokens or {}
+        self.special_ids = frozenset(i for i, token in raw.get_added_tokens_decoder().items() if token.special)
+        self.vocab_size = raw.get_vocab_size()
+        self._pieces = TokenPieces.of(raw)
+        self._text_pieces = None if self._pieces is None else self._pieces.with_skipped(self.special_ids)
+        self._longest = max((len(token.encode()) for token in raw.get_vocab()), default=1)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Raises `ConfigError` if the folder has no readable tokenizer.json."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{folder} has no tokenizer.json: prepare the checkpoint first", param="model_path")
+        try:
+            raw = RawTokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ConfigError(f"{path} is not a tokenizer: {error}", param="model_path") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        special = _special_tokens(_read_json(folder / "special_tokens_map.json"), config)
+        generation = _read_json(folder / "generation_config.json")
+        return cls(raw, special_tokens=special, config=config, generation_config=generation)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Of generation_config.json where it names them, else the EOS token's."""
+        named = self.generation_config.get("eos_token_id")
+        if isinstance(named, int):
+            return (named,)
+        if isinstance(named, list):
+            return tuple(named)
+        eos = self.token_id(self.special_tokens.get("eos_token", ""))
+        return () if eos is None else (eos,)
+
+    def token_id(self, token: str) -> int | None:
+        found: int | None = self.raw.token_to_id(token)
+        return found
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. `add_special_tokens` runs the post-processor (BOS and the like)."""
+        try:
+            ids: list[int] = self.raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except (UnicodeEncodeError, TypeError) as error:  # a lone surrogate: which of the two depends on the version
+            raise InvalidRequestError("text is not valid Unicode", param="prompt") from error
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence, from its start."""
+        stream = self.detokenizer(skip_special_tokens=skip_special_tokens, at_start=True)
+        return (stream.push(token_ids) if token_ids else "") + stream.finish()
+
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, at_start: bool = False, context: Sequence[int] = ()
+    ) -> Detokenizer:
+        """A stream of text. `at_start` False: it continues `context`, the end of the prompt."""
+        pieces = self._text_pieces if skip_special_tokens else self._pieces
+        if pieces is not None:
+            return ByteDetokenizer(pieces, at_start=at_start)
+        return WindowDetokenizer(self.raw, skip_special_tokens=skip_special_tokens, context=context)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text; special tokens are their own text. Empty if there is no such id."""
+        if self._pieces is not None:
+            return self._pieces[token_id]
+        text: str = self.raw.decode([token_id], skip_special_tokens=False)
+        return text.encode()
+
+    def token_string(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty if there is no such id."""
+        return self.raw.id_to_token(token_id) or ""
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of `len(encode(text))`, to refuse hopelessly long texts without encoding them."""
+        if len(text) < _SURE_BELOW or self._pieces is None:
+            return 0
+        return len(text) // (self._longest * _NORMALIZER_SHRINK)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return content
+
+
+def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
+    """Later sources win. A token is a string or an object with `content`."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for name in _SPECIAL_NAMES:
+            value = source.get(name)
+            if isinstance(value, dict):
+                value = value.get("content")
+            if isinstance(value, str):
+                found[name] = value
+    return found
