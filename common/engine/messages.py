@@ -22,6 +22,7 @@ from common.types import (
     GenerationRequest,
     Message,
     RequestStats,
+    TokenLogprobs,
     WorkerLoad,
     WorkerRef,
 )
@@ -178,10 +179,7 @@ class FailureOf(msgspec.Struct, frozen=True, array_like=True):
 
 class PromptLogprobsOf(msgspec.Struct, frozen=True, array_like=True):
     slot: int
-    token_logprobs: tuple[float, ...]
-    top_n: int
-    top_ids: tuple[int, ...]
-    top_logprobs: tuple[float, ...]
+    logprobs: TokenLogprobs
 
 
 class Deltas(Message, frozen=True):

@@ -177,15 +177,13 @@ class Requests:
 
     def _send_prompt_logprobs(self, seq: Sequence) -> None:
         parts = seq.prompt_logprobs
-        self._outbox.prompt_logprobs(
-            PromptLogprobsOf(
-                seq.slot,
-                tuple(v for p in parts for v in p.token_logprobs),
-                parts[0].top_n,
-                tuple(v for p in parts for v in p.top_ids),
-                tuple(v for p in parts for v in p.top_logprobs),
-            )
+        whole = TokenLogprobs(
+            tuple(v for p in parts for v in p.token_logprobs),
+            parts[0].top_n,
+            tuple(v for p in parts for v in p.top_ids),
+            tuple(v for p in parts for v in p.top_logprobs),
         )
+        self._outbox.prompt_logprobs(PromptLogprobsOf(seq.slot, whole))
         parts.clear()
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:

@@ -30,7 +30,7 @@ from common.errors import (
 from common.kvcache.manager import PrefixHit
 from common.kvtransfer.leases import Leases
 from common.kvtransfer.orders import OrderAccepted, OrderEvent, OrderFailed, OrderFinished, OrderStarted
-from common.kvtransfer.publish import Publisher
+from common.kvtransfer.publish import Publisher, PublishOrder
 from common.types import Clock, Failure, SamplingParams
 from common.types.prefix import root_hash
 
@@ -83,7 +83,11 @@ class Supply:
 
     def advanced(self, seq: Sequence) -> None:
         """More of the prompt is computed: publish it, and finish at its end."""
-        self._publish(seq)
+        try:
+            self._publish(seq)
+        except NanoDeployError as error:  # the lease ran out while the prompt was computed
+            self.fail(seq, error)
+            return
         if seq.gap:
             return
         order = seq.order
@@ -142,19 +146,21 @@ class Supply:
     def _publish(self, seq: Sequence) -> None:
         order = seq.order
         assert order is not None
-        extents = self._p.publisher.publish(
+        if seq.num_computed <= order.num_published:
+            return
+        what = PublishOrder(
+            seq_id=seq.seq_id,
             order_id=order.order_id,
             lease_id=order.lease_id,
-            seq_id=seq.seq_id,
-            start=order.num_published,
-            end=seq.num_computed,
-            is_last=not seq.gap,
-            prefix_hash=seq.prefix_hash,
+            token_ids=seq.token_ids,
+            chain=seq.chain,
+            start_position=order.start_position,
+            media=seq.media,
         )
-        for extent in extents:
+        for extent in self._p.publisher.publish(what, order.num_published, seq.num_computed):
             self._p.leases.extend(order.lease_id, extent.group, extent.block_ids)
-            order.num_published = max(order.num_published, extent.start_position + extent.num_tokens)
             self._tell(seq, extent)
+        order.num_published = seq.num_computed
 
     def _drop(self, seq: Sequence) -> None:
         self._close(seq)

@@ -1,0 +1,158 @@
+"""DecodeService: translates between the wire and the streams, sessions and engine of one decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator
+
+import grpc
+
+from common.engine.messages import Deltas, EngineLoad, EngineReady, FromEngine, Submit
+from common.errors import InvalidRequestError, NotFoundError
+from common.kvtransfer.orders import DropOrder, PeerVerdict, PlaceOrder, ReleaseLease
+from common.rpc import codec
+from common.telemetry import get_logger
+from common.types import Clock, Failure, GenerationRequest, WorkerRef
+from nanodeploy.v1 import decode_pb2 as pb
+from nanodeploy.v1 import decode_pb2_grpc as pb_grpc
+from nanodeploy.v1 import types_pb2
+from services.decode_worker.sessions import PrefillSessions
+from services.decode_worker.streams import GENERATE_PREFIX, Link, Rows, Streams
+from services.decode_worker.tokenlog import RequestLog
+from services.worker.host import EngineHost
+
+log = get_logger(__name__)
+
+
+class DecodeServicer(pb_grpc.DecodeServiceServicer):
+    def __init__(
+        self, host: EngineHost, streams: Streams, sessions: PrefillSessions, served: frozenset[str], clock: Clock
+    ) -> None:
+        self._host = host
+        self._streams = streams
+        self._sessions = sessions
+        self._served = served
+        self._clock = clock
+        self.tokens_made = 0
+
+    # -- RPCs --
+
+    async def Submit(self, request: pb.SubmitRequest, context: grpc.aio.ServicerContext) -> pb.SubmitResponse:
+        if not request.router_id or request.router_id.startswith(GENERATE_PREFIX):
+            raise InvalidRequestError("router_id must be set", param="router_id")
+        entry = await self._submit(request.router_id, request.request, _prefill_of(request))
+        return pb.SubmitResponse(slot=entry.slot)
+
+    async def Stream(
+        self, request_iterator: AsyncIterator[pb.StreamRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.StreamResponse]:
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("message") != "attach" or not first.attach.router_id:
+            raise InvalidRequestError("the first message of a stream must be attach, with a router_id", param="attach")
+        attach = first.attach
+        lost = attach.epoch not in (0, self._host.epoch)
+        if not len(attach.slots) == len(attach.choices) == len(attach.next_positions):
+            raise InvalidRequestError("attach: its columns have unequal lengths", param="attach")
+        positions = () if lost else zip(attach.slots, attach.choices, attach.next_positions, strict=True)
+        link, generation, unknown = self._streams.attach(attach.router_id, positions)
+        unknown = sorted(set(attach.slots)) if lost else unknown
+        yield pb.StreamResponse(attached=pb.StreamAttached(epoch=self._host.epoch, unknown_slots=unknown))
+        reader = asyncio.create_task(self._read(request_iterator, link))
+        try:
+            async for deltas in self._rows(link, generation, reader):
+                yield pb.StreamResponse(deltas=deltas)
+        finally:
+            reader.cancel()
+            self._streams.detach(link, generation)
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        link = self._streams.private_link(GENERATE_PREFIX + uuid.uuid4().hex)
+        try:
+            entry = await self._submit(link.router_id, request.request, _prefill_of(request))
+            while True:
+                rows = await link.take()
+                if rows:
+                    yield pb.GenerateResponse(deltas=_rows_to_proto(rows))
+                if entry.ended_at and not link.rows:
+                    return
+        finally:
+            self._streams.close_private(link)
+
+    # -- engine --
+
+    def on_engine(self, message: FromEngine) -> None:
+        match message:
+            case Deltas():
+                self.tokens_made += sum(len(r.delta.token_ids) for r in message.rows)
+                self._streams.deliver(message)
+            case PlaceOrder() | DropOrder() | ReleaseLease():
+                self._sessions.place(message)
+            case PeerVerdict():
+                self._sessions.verdict(message)
+            case EngineLoad():
+                self._streams.sweep()
+
+    def on_engine_ready(self, ready: EngineReady) -> None:
+        log.info("engine ready", max_model_len=ready.max_model_len, device=ready.device, dtype=ready.dtype)
+
+    def on_engine_lost(self, reason: str) -> None:
+        self._streams.fail_all(Failure("unavailable", f"the worker's engine died: {reason}"))
+
+    # -- helpers --
+
+    async def _submit(self, router_id: str, wire: types_pb2.GenerationRequest, prefill: WorkerRef | None) -> RequestLog:
+        self._host.require_ready()
+        request = codec.request_from_proto(wire, self._clock.now())
+        if request.model not in self._served:
+            raise NotFoundError(f"this worker serves {sorted(self._served)}, not {request.model!r}", param="model")
+        peer = await self._sessions.ensure(prefill) if prefill is not None else 0
+        entry = self._streams.open(router_id, request.request_id, _open_choices(request))
+        remaining_s = request.deadline_s - self._clock.now() if request.deadline_s else 0.0
+        self._host.send(Submit(entry.slot, request, max(remaining_s, 1e-3) if request.deadline_s else 0.0, peer))
+        return entry
+
+    async def _read(self, requests: AsyncIterator[pb.StreamRequest], link: Link) -> None:
+        """Cancels and acknowledgements; its end is the end of the stream."""
+        try:
+            async for request in requests:
+                match request.WhichOneof("message"):
+                    case "cancel":
+                        self._streams.cancel(request.cancel.slots)
+                    case "ack":
+                        ack = request.ack
+                        columns = zip(ack.slots, ack.choices, ack.next_positions, strict=False)
+                        self._streams.ack(columns)
+                    case _:
+                        raise InvalidRequestError("only cancel and ack may follow attach", param="message")
+        finally:
+            link.wake()
+
+    async def _rows(
+        self, link: Link, generation: int, reader: asyncio.Task[None]
+    ) -> AsyncIterator[pb.StepDeltas]:
+        while link.generation == generation:
+            rows = await link.take()
+            if link.generation != generation:
+                return
+            if rows:
+                yield _rows_to_proto(rows)
+            if reader.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    reader.result()
+                return
+
+
+def _rows_to_proto(rows: Rows) -> pb.StepDeltas:
+    return codec.deltas_to_proto(rows.deltas, rows.failures, rows.stats, rows.prompt_logprobs)
+
+
+def _prefill_of(request: pb.SubmitRequest | pb.GenerateRequest) -> WorkerRef | None:
+    return codec.ref_from_proto(request.prefill, "prefill") if request.HasField("prefill") else None
+
+
+def _open_choices(request: GenerationRequest) -> int:
+    return request.sampling.n - len({c for c in request.ended_choices if c < request.sampling.n})

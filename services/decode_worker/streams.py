@@ -1,0 +1,218 @@
+"""Token traffic: one stream per router, cut off and taken up again without losing a token.
+
+    router: absent -> ATTACHED <-> DETACHED (its stream broke; logs are kept `reattach_s`) -> dropped
+
+Rows of an engine step are handed to each router's link and leave in one message; a link whose network is slow
+collects rows of several steps in the next message. Nothing here ever waits for a router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable
+
+from common.engine.messages import Cancel, Deltas
+from common.types import ChoiceDelta, Clock, Failure, RequestStats, TokenLogprobs
+from services.decode_worker.tokenlog import RequestLog
+
+GENERATE_PREFIX = "generate:"
+
+
+class Rows:
+    """What waits to be sent on one link."""
+
+    def __init__(self) -> None:
+        self.deltas: list[tuple[int, ChoiceDelta]] = []
+        self.failures: list[tuple[int, Failure]] = []
+        self.stats: list[tuple[int, RequestStats]] = []
+        self.prompt_logprobs: list[tuple[int, TokenLogprobs]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.deltas or self.failures or self.stats or self.prompt_logprobs)
+
+
+class Link:
+    """One router's (or one Generate call's) end of the traffic."""
+
+    def __init__(self, router_id: str) -> None:
+        self.router_id = router_id
+        self.attached = False
+        self.generation = 0  # of the stream: an older stream of the same router ends when a newer one attaches
+        self.detached_at = 0.0
+        self._rows = Rows()
+        self._wake = asyncio.Event()
+
+    @property
+    def rows(self) -> Rows:
+        return self._rows
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def take(self) -> Rows:
+        """Wait for rows (or a wake-up) and take them all."""
+        await self._wake.wait()
+        self._wake.clear()
+        rows, self._rows = self._rows, Rows()
+        return rows
+
+    def discard(self) -> None:
+        self._rows = Rows()
+
+
+class Streams:
+    """Owns the logs of all requests and the links of all routers."""
+
+    def __init__(self, send_cancel: Callable[[Cancel], None], reattach_s: float, clock: Clock) -> None:
+        self._send_cancel = send_cancel
+        self._reattach_s = reattach_s
+        self._clock = clock
+        self._logs: dict[int, RequestLog] = {}
+        self._links: dict[str, Link] = {}
+        self._slots = itertools.count(1)
+
+    def __len__(self) -> int:
+        return sum(not log.ended_at for log in self._logs.values())
+
+    def open(self, router_id: str, request_id: str, num_choices: int) -> RequestLog:
+        """A log for a new request; its slot is unique while this process lives."""
+        log = RequestLog(next(self._slots), router_id, request_id, num_choices, self._clock.now())
+        self._logs[log.slot] = log
+        self._link(router_id)
+        return log
+
+    def forget(self, slot: int) -> None:
+        """Drop a log, cancelling what still runs."""
+        log = self._logs.pop(slot, None)
+        if log is not None and not log.ended_at:
+            self._send_cancel(Cancel((slot,)))
+
+    def deliver(self, deltas: Deltas) -> None:
+        """Log a step's rows and hand them to their routers."""
+        now = self._clock.now()
+        touched: set[Link] = set()
+        for row in deltas.rows:
+            if (log := self._logs.get(row.slot)) is not None:
+                log.add(row.delta, now)
+                self._push(log, touched).deltas.append((row.slot, row.delta))
+        for failure in deltas.failures:
+            if (log := self._logs.get(failure.slot)) is not None:
+                log.fail(failure.failure, now)
+                self._push(log, touched).failures.append((failure.slot, failure.failure))
+        for stats in deltas.stats:
+            if (log := self._logs.get(stats.slot)) is not None:
+                log.stats = stats.stats
+                self._push(log, touched).stats.append((stats.slot, stats.stats))
+        for prompt in deltas.prompt_logprobs:
+            if (log := self._logs.get(prompt.slot)) is not None:
+                log.prompt_logprobs = prompt.logprobs
+                self._push(log, touched).prompt_logprobs.append((prompt.slot, prompt.logprobs))
+        for link in touched:
+            if link.attached:
+                link.wake()
+            else:
+                link.discard()  # the log has it; a reattaching router gets it from there
+
+    def fail_all(self, failure: Failure) -> None:
+        """The engine died: one terminal event for each request that ran."""
+        now = self._clock.now()
+        for log in self._logs.values():
+            if log.ended_at:
+                continue
+            log.fail(failure, now)
+            link = self._link(log.router_id)
+            if link.attached:
+                link.rows.failures.append((log.slot, failure))
+                link.wake()
+
+    def attach(self, router_id: str, positions: Iterable[tuple[int, int, int]]) -> tuple[Link, int, list[int]]:
+        """Bind a stream: replay what (slot, choice, next position) lack. Returns link, generation, unknown slots."""
+        link = self._link(router_id)
+        link.discard()
+        link.attached = True
+        link.generation += 1
+        unknown: list[int] = []
+        replayed: set[int] = set()
+        for slot, choice, next_position in positions:
+            log = self._logs.get(slot)
+            if log is None or log.router_id != router_id:
+                unknown.append(slot)
+                continue
+            link.rows.deltas.extend((slot, d) for d in log.replay(choice, next_position))
+            if slot not in replayed:
+                replayed.add(slot)
+                self._replay_extras(link, log)
+        now = self._clock.now()
+        for log in [x for x in self._logs.values() if x.router_id == router_id and x.slot not in replayed]:
+            if now - log.created_at > self._reattach_s:
+                self.forget(log.slot)
+            elif log.rows or log.failure is not None:
+                link.rows.deltas.extend((log.slot, d) for rows in log.rows.values() for d in rows)
+                self._replay_extras(link, log)
+        link.wake()
+        return link, link.generation, sorted(set(unknown))
+
+    def detach(self, link: Link, generation: int) -> None:
+        """A stream ended; a newer one of the same router is left alone."""
+        if link.generation == generation:
+            link.attached = False
+            link.detached_at = self._clock.now()
+            link.discard()
+
+    def ack(self, positions: Iterable[tuple[int, int, int]]) -> None:
+        for slot, choice, next_position in positions:
+            log = self._logs.get(slot)
+            if log is not None:
+                log.ack(choice, next_position)
+                if log.all_acked:
+                    del self._logs[slot]
+
+    def cancel(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self.forget(slot)
+
+    def sweep(self) -> None:
+        """Drop what nobody came back for: called about once a second."""
+        now = self._clock.now()
+        for link in list(self._links.values()):
+            if not link.attached and now - link.detached_at > self._reattach_s:
+                for log in [x for x in self._logs.values() if x.router_id == link.router_id]:
+                    if now - log.created_at > self._reattach_s:
+                        self.forget(log.slot)
+                if all(x.router_id != link.router_id for x in self._logs.values()):
+                    del self._links[link.router_id]
+        for log in [x for x in self._logs.values() if x.ended_at and now - x.ended_at > self._reattach_s]:
+            del self._logs[log.slot]
+
+    def private_link(self, router_id: str) -> Link:
+        """The link of one Generate call, attached from the start."""
+        assert router_id.startswith(GENERATE_PREFIX), router_id
+        link = self._link(router_id)
+        link.attached = True
+        return link
+
+    def close_private(self, link: Link) -> None:
+        for log in [x for x in self._logs.values() if x.router_id == link.router_id]:
+            self.forget(log.slot)
+        self._links.pop(link.router_id, None)
+
+    def _replay_extras(self, link: Link, log: RequestLog) -> None:
+        if log.failure is not None:
+            link.rows.failures.append((log.slot, log.failure))
+        if log.stats is not None:
+            link.rows.stats.append((log.slot, log.stats))
+        if log.prompt_logprobs is not None:
+            link.rows.prompt_logprobs.append((log.slot, log.prompt_logprobs))
+
+    def _push(self, log: RequestLog, touched: set[Link]) -> Rows:
+        link = self._link(log.router_id)
+        touched.add(link)
+        return link.rows
+
+    def _link(self, router_id: str) -> Link:
+        link = self._links.get(router_id)
+        if link is None:
+            link = self._links[router_id] = Link(router_id)
+            link.detached_at = self._clock.now()
+        return link

@@ -1,0 +1,89 @@
+"""What each request has produced and the router has not taken over yet.
+
+    open -> (rows ...) -> ended (a finish on every choice, or one failure) -> acknowledged or too old: dropped
+
+The log outlives a broken stream: a router that comes back says where it stands and gets the rest again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from common.types import ChoiceDelta, Failure, RequestStats, TokenLogprobs
+
+
+@dataclass(eq=False)
+class RequestLog:
+    """Unacknowledged output of one request."""
+
+    slot: int
+    router_id: str
+    request_id: str
+    num_choices: int
+    created_at: float
+    rows: dict[int, list[ChoiceDelta]] = field(default_factory=dict)
+    acked: dict[int, int] = field(default_factory=dict)
+    open_choices: int = 0
+    stats: RequestStats | None = None
+    prompt_logprobs: TokenLogprobs | None = None
+    failure: Failure | None = None
+    ended_at: float = 0.0  # 0 while it runs
+
+    def __post_init__(self) -> None:
+        self.open_choices = self.num_choices
+
+    def add(self, delta: ChoiceDelta, now: float) -> None:
+        self.rows.setdefault(delta.choice, []).append(delta)
+        if delta.finish is not None:
+            self.open_choices -= 1
+            if not self.open_choices:
+                self.ended_at = now
+
+    def fail(self, failure: Failure, now: float) -> None:
+        self.failure = failure
+        self.ended_at = now
+
+    def ack(self, choice: int, next_position: int) -> None:
+        """Everything of `choice` below `next_position` has arrived."""
+        self.acked[choice] = max(next_position, self.acked.get(choice, 0))
+        rows = self.rows.get(choice)
+        if rows:
+            keep = next((i for i, d in enumerate(rows) if _end(d) > next_position), len(rows))
+            if keep:
+                self.rows[choice] = rows[keep:]
+
+    @property
+    def all_acked(self) -> bool:
+        """Ended, and every row was acknowledged."""
+        if not self.ended_at or self.failure is not None:
+            return False
+        return not any(self.rows.values())
+
+    def replay(self, choice: int, next_position: int) -> Iterator[ChoiceDelta]:
+        """Rows from `next_position` on; what precedes it in a row is cut off."""
+        for delta in self.rows.get(choice, ()):
+            if _end(delta) > next_position or (delta.finish is not None and _end(delta) == next_position):
+                yield _cut(delta, next_position)
+
+
+def _end(delta: ChoiceDelta) -> int:
+    return delta.position + len(delta.token_ids)
+
+
+def _cut(delta: ChoiceDelta, start: int) -> ChoiceDelta:
+    skip = start - delta.position
+    if skip <= 0:
+        return delta
+    lp = delta.logprobs
+    if lp is not None:
+        n = lp.top_n * skip
+        lp = TokenLogprobs(lp.token_logprobs[skip:], lp.top_n, lp.top_ids[n:], lp.top_logprobs[n:])
+    return ChoiceDelta(
+        choice=delta.choice,
+        position=start,
+        token_ids=delta.token_ids[skip:],
+        finish=delta.finish,
+        stop_token_id=delta.stop_token_id,
+        logprobs=lp,
+    )

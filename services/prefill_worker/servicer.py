@@ -1,0 +1,132 @@
+"""PrefillService: one session per decode worker, orders in, order events out."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+
+import grpc
+
+from common.engine.messages import (
+    EngineReady,
+    FromEngine,
+    LeaseReleased,
+    Order,
+    OrderCancel,
+    ReaderEvent,
+    ReaderGone,
+)
+from common.errors import InvalidRequestError, LayoutMismatchError, UnavailableError
+from common.kvcache.layout import compare
+from common.rpc import codec
+from common.telemetry import get_logger
+from common.types import WorkerRef
+from nanodeploy.v1 import prefill_pb2 as pb
+from nanodeploy.v1 import prefill_pb2_grpc as pb_grpc
+from services.worker.host import EngineHost
+
+log = get_logger(__name__)
+
+
+class PrefillServicer(pb_grpc.PrefillServiceServicer):
+    """`identity` is this worker's ref; its epoch is that of the running engine."""
+
+    def __init__(self, host: EngineHost) -> None:
+        self._host = host
+        self._keys = itertools.count(1)
+        self._readers: dict[int, asyncio.Queue[pb.SessionResponse | None]] = {}
+        self.worker_id = ""
+        self.address = ""
+
+    async def Session(
+        self, request_iterator: AsyncIterator[pb.SessionRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.SessionResponse]:
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("message") != "hello":
+            raise InvalidRequestError("the first message of a session must be hello", param="hello")
+        welcome = self._welcome(codec.hello_from_proto(first.hello))
+        key = next(self._keys)
+        queue: asyncio.Queue[pb.SessionResponse | None] = asyncio.Queue()
+        self._readers[key] = queue
+        reader = asyncio.create_task(self._read(request_iterator, key, queue))
+        try:
+            yield codec.welcome_to_proto(welcome)
+            while (response := await queue.get()) is not None:
+                yield response
+            if reader.done() and not reader.cancelled():
+                reader.result()
+        finally:
+            reader.cancel()
+            del self._readers[key]
+            self._host.send(ReaderGone(key))
+
+    def _welcome(self, hello: codec.Hello) -> codec.Welcome:
+        ready = self._host.require_ready()
+        if hello.expected_epoch != self._host.epoch:
+            raise UnavailableError("this is another epoch of the worker: ask the controller again")
+        verdict = compare(ready.layout, hello.layout)
+        if not verdict.ok:
+            raise LayoutMismatchError(f"the layouts do not convert: {verdict.reason}")
+        me = WorkerRef(self.worker_id, self._host.epoch, self.address)
+        log.info("session opened", reader=hello.reader.worker_id, equal_layout=verdict.equal)
+        return codec.Welcome(me, ready.layout, ready.endpoints, ready.lease_ttl_s)
+
+    async def _read(
+        self,
+        requests: AsyncIterator[pb.SessionRequest],
+        key: int,
+        queue: asyncio.Queue[pb.SessionResponse | None],
+    ) -> None:
+        try:
+            async for request in requests:
+                self._take(request, key, queue)
+        finally:
+            queue.put_nowait(None)
+
+    def _take(self, request: pb.SessionRequest, key: int, queue: asyncio.Queue[pb.SessionResponse | None]) -> None:
+        match request.WhichOneof("message"):
+            case "prefill":
+                self._host.send(_order(request.prefill, key))
+            case "cancel":
+                self._host.send(OrderCancel(key, request.cancel.order_id))
+            case "release":
+                self._host.send(LeaseReleased(key, request.release.lease_id))
+            case "ping":
+                steps = self._host.load.load.steps if self._host.load is not None else 0
+                queue.put_nowait(pb.SessionResponse(pong=pb.SessionPong(nonce=request.ping.nonce, steps=steps)))
+            case _:
+                raise InvalidRequestError("hello may come only once", param="message")
+
+    # -- engine --
+
+    def on_engine(self, message: FromEngine) -> None:
+        if isinstance(message, ReaderEvent):
+            queue = self._readers.get(message.reader)
+            if queue is not None:
+                queue.put_nowait(codec.order_event_to_proto(message.event))
+
+    def on_engine_ready(self, ready: EngineReady) -> None:
+        log.info("engine ready", max_model_len=ready.max_model_len, device=ready.device, dtype=ready.dtype)
+
+    def on_engine_lost(self, reason: str) -> None:
+        """Its memory is gone: every session ends, readers prefill elsewhere."""
+        for queue in self._readers.values():
+            queue.put_nowait(None)
+
+
+def _order(wire: pb.PrefillOrder, key: int) -> Order:
+    placed = codec.order_from_proto(wire, key)
+    return Order(
+        reader=key,
+        order_id=placed.order_id,
+        request_id=placed.request_id,
+        token_ids=placed.token_ids,
+        start_position=placed.start_position,
+        adapter_id=placed.adapter_id,
+        cache_salt=placed.cache_salt,
+        embeddings=placed.embeddings,
+        priority=placed.priority,
+        remaining_s=placed.remaining_s,
+        traceparent=placed.traceparent,
+    )

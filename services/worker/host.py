@@ -1,0 +1,189 @@
+"""Keeps one engine running behind a gRPC process.
+
+    STARTING -> READY -> (engine died) -> STARTING -> READY ...        at most `max_restarts` in 5 minutes
+    STARTING -> FAILED                                                  the engine said why it cannot start
+
+Each engine gets an epoch of its own: its memory, its requests and its leases die with it, so to the cluster a
+restarted engine is another worker of the same name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import enum
+from collections.abc import Callable
+from typing import Protocol
+
+from common.config import WorkerConfig
+from common.engine.client import EngineClient
+from common.engine.messages import (
+    EngineFatal,
+    EngineLoad,
+    EngineProgress,
+    EngineReady,
+    FromEngine,
+    GetLedger,
+    Ledger,
+    ToEngine,
+)
+from common.errors import DeadlineExceededError, UnavailableError
+from common.telemetry import get_logger
+from common.types import Clock, new_epoch
+
+log = get_logger(__name__)
+
+RESTART_WINDOW_S = 300.0
+PROGRESS_LIMIT_S = 5.0
+LEDGER_TIMEOUT_S = 5.0
+
+
+class HostState(enum.Enum):
+    STARTING = "starting"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class EngineOwner(Protocol):
+    """The servicer behind which the engine runs."""
+
+    def on_engine(self, message: FromEngine) -> None:
+        """A message other than those the host takes itself."""
+
+    def on_engine_ready(self, ready: EngineReady) -> None: ...
+
+    def on_engine_lost(self, reason: str) -> None:
+        """Everything that was running is gone: give each of it one terminal event."""
+
+
+class EngineHost:
+    def __init__(self, config: WorkerConfig, make_engine: Callable[[], EngineClient], clock: Clock) -> None:
+        self._make_engine = make_engine
+        self._clock = clock
+        self._max_restarts = config.engine.max_restarts
+        self._engine: EngineClient | None = None
+        self._owner: EngineOwner | None = None
+        self._deaths: collections.deque[float] = collections.deque()
+        self._ledger_calls: dict[int, asyncio.Future[Ledger]] = {}
+        self._restart: asyncio.Task[None] | None = None
+        self._steps = -1
+        self._progress_at = clock.now()
+        self.on_change: Callable[[], None] = lambda: None
+        self.epoch = new_epoch()
+        self.state = HostState.STARTING
+        self.reason = "the engine is starting"
+        self.restarts = 0
+        self.ready: EngineReady | None = None
+        self.load: EngineLoad | None = None
+
+    async def start(self, owner: EngineOwner) -> None:
+        """Start the first engine; later ones start by themselves."""
+        self._owner = owner
+        await self._start_engine()
+
+    def send(self, message: ToEngine) -> None:
+        if self._engine is not None:
+            self._engine.send(message)
+
+    def require_ready(self) -> EngineReady:
+        """The running engine's facts, or `UnavailableError` that says what is amiss."""
+        if self.state is not HostState.READY or self.ready is None:
+            raise UnavailableError(f"the engine is not ready: {self.reason}")
+        return self.ready
+
+    @property
+    def engine_pid(self) -> int:
+        return self._engine.pid if self._engine is not None else 0
+
+    def health(self) -> tuple[bool, str]:
+        """Is the engine's loop making progress? Starting counts as healthy, giving up does not."""
+        if self.state is HostState.FAILED:
+            return False, self.reason
+        silent = self._clock.now() - self._progress_at
+        if self.state is HostState.READY and silent > PROGRESS_LIMIT_S:
+            return False, f"the engine loop has said nothing for {silent:.1f} s"
+        return True, self.reason
+
+    async def ledger(self, *, with_blocks: bool) -> Ledger:
+        """Ask the engine for its KV ledger."""
+        self.require_ready()
+        call_id = new_epoch()
+        future: asyncio.Future[Ledger] = asyncio.get_running_loop().create_future()
+        self._ledger_calls[call_id] = future
+        try:
+            self.send(GetLedger(call_id, with_blocks))
+            return await asyncio.wait_for(future, LEDGER_TIMEOUT_S)
+        except TimeoutError:
+            raise DeadlineExceededError(f"the engine did not answer within {LEDGER_TIMEOUT_S} s") from None
+        finally:
+            self._ledger_calls.pop(call_id, None)
+
+    async def stop(self, timeout_s: float) -> None:
+        self._set(HostState.STOPPED, "stopped")
+        if self._restart is not None:
+            self._restart.cancel()
+        if self._engine is not None:
+            await self._engine.stop(timeout_s)
+
+    async def _start_engine(self) -> None:
+        self.epoch = new_epoch()
+        self.ready, self.load = None, None
+        self._set(HostState.STARTING, "the engine is starting")
+        engine = self._make_engine()
+        self._engine = engine
+        await engine.start(self._on_message, self._on_death)
+
+    def _on_message(self, message: FromEngine) -> None:
+        assert self._owner is not None
+        match message:
+            case EngineReady():
+                self.ready = message
+                self._progress_at = self._clock.now()
+                self._set(HostState.READY, "ready")
+                self._owner.on_engine_ready(message)
+            case EngineLoad():
+                self.load = message
+                self._progress_at = self._clock.now()
+                self._owner.on_engine(message)
+            case EngineProgress():
+                self.reason = f"{message.stage}: {message.done} of {message.total}"
+            case EngineFatal():
+                self._set(HostState.FAILED, message.failure.message)
+                log.error("engine cannot start", error=message.failure.message)
+            case Ledger():
+                future = self._ledger_calls.pop(message.call_id, None)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case _:
+                self._owner.on_engine(message)
+
+    def _on_death(self, reason: str) -> None:
+        assert self._owner is not None
+        self._engine = None
+        for future in self._ledger_calls.values():
+            if not future.done():
+                future.set_exception(UnavailableError(reason))
+        self._ledger_calls.clear()
+        self._owner.on_engine_lost(reason)
+        if self.state in (HostState.STOPPED, HostState.FAILED):
+            return
+        now = self._clock.now()
+        self._deaths.append(now)
+        while self._deaths[0] < now - RESTART_WINDOW_S:
+            self._deaths.popleft()
+        log.error("engine died", reason=reason, deaths=len(self._deaths))
+        if len(self._deaths) > self._max_restarts:
+            self._set(HostState.FAILED, f"{reason}; {len(self._deaths)} deaths in {RESTART_WINDOW_S:.0f} s")
+            return
+        self.restarts += 1
+        self._set(HostState.STARTING, f"restarting: {reason}")
+        self._restart = asyncio.get_running_loop().create_task(self._restart_later(len(self._deaths)))
+
+    async def _restart_later(self, deaths: int) -> None:
+        await asyncio.sleep(min(0.1 * 2 ** (deaths - 1), 10.0))
+        await self._start_engine()
+
+    def _set(self, state: HostState, reason: str) -> None:
+        self.state, self.reason = state, reason
+        self.on_change()
