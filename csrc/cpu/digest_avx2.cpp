@@ -2,19 +2,44 @@
 
 #include "cpu/digest.h"
 
+// The next loop runs a few times: unrolling or vectorising it only costs.
+#if defined(__clang__)
+#define ND_SHORT_LOOP _Pragma("clang loop unroll(disable) vectorize(disable)")
+#else
+#define ND_SHORT_LOOP _Pragma("GCC unroll 1")
+#endif
+
 namespace nd {
 namespace {
 
-inline __m256i terms(const uint8_t* words, const uint64_t* keys, __m256i mixed) {
-  const __m256i key = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys)), mixed);
-  const __m256i sum = _mm256_add_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)), key);
+inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline __m256i terms(__m256i words, __m256i keys, __m256i mixed) {
+  const __m256i sum = _mm256_add_epi32(words, _mm256_xor_si256(keys, mixed));
   return _mm256_mul_epu32(sum, _mm256_srli_epi64(sum, 32));
 }
 
-}  // namespace
+inline uint64_t lane_sum(__m256i v) {
+  alignas(32) uint64_t lanes[4];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), v);
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3];
+}
 
-uint64_t digest_rows_avx2(const uint8_t* rows, size_t token_stride, size_t num_tokens, uint64_t seed,
-                          const uint64_t* keys, size_t num_words) {
+// Rows of exactly 4 * kVectors words, the usual head sizes: nothing but the sum in the loop.
+template <int kVectors>
+uint64_t fixed_rows(const uint8_t* rows, size_t token_stride, size_t num_tokens, uint64_t seed, const uint64_t* keys) {
+  __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (size_t t = 0; t < num_tokens; ++t, rows += token_stride, seed += kDigestC1) {
+    const __m256i mix = _mm256_set1_epi64x(static_cast<long long>(digest_mix(seed)));
+    for (int v = 0; v < kVectors; ++v) {
+      sums[v % 4] = _mm256_add_epi64(sums[v % 4], terms(load(rows + v * 32), load(keys + v * 4), mix));
+    }
+  }
+  return lane_sum(_mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]), _mm256_add_epi64(sums[2], sums[3])));
+}
+
+uint64_t any_rows(const uint8_t* rows, size_t token_stride, size_t num_tokens, uint64_t seed, const uint64_t* keys,
+                  size_t num_words) {
   __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
   uint64_t rest = 0;
   const size_t in_sixteens = num_words & ~size_t{15}, in_fours = num_words & ~size_t{3};
@@ -24,22 +49,37 @@ uint64_t digest_rows_avx2(const uint8_t* rows, size_t token_stride, size_t num_t
     const uint8_t* row = rows + t * token_stride;
     size_t w = 0;
     for (; w < in_sixteens; w += 16) {
-      a = _mm256_add_epi64(a, terms(row + w * 8, keys + w, mix));
-      b = _mm256_add_epi64(b, terms(row + w * 8 + 32, keys + w + 4, mix));
-      c = _mm256_add_epi64(c, terms(row + w * 8 + 64, keys + w + 8, mix));
-      d = _mm256_add_epi64(d, terms(row + w * 8 + 96, keys + w + 12, mix));
+      a = _mm256_add_epi64(a, terms(load(row + w * 8), load(keys + w), mix));
+      b = _mm256_add_epi64(b, terms(load(row + w * 8 + 32), load(keys + w + 4), mix));
+      c = _mm256_add_epi64(c, terms(load(row + w * 8 + 64), load(keys + w + 8), mix));
+      d = _mm256_add_epi64(d, terms(load(row + w * 8 + 96), load(keys + w + 12), mix));
     }
-    for (; w < in_fours; w += 4) a = _mm256_add_epi64(a, terms(row + w * 8, keys + w, mix));
+    ND_SHORT_LOOP
+    for (; w < in_fours; w += 4) a = _mm256_add_epi64(a, terms(load(row + w * 8), load(keys + w), mix));
+    ND_SHORT_LOOP
     for (; w < num_words; ++w) {
       uint64_t word;
       __builtin_memcpy(&word, row + w * 8, 8);
       rest += digest_term(word, keys[w] ^ mixed);
     }
   }
-  a = _mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d));
-  alignas(32) uint64_t lanes[4];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), a);
-  return lanes[0] + lanes[1] + lanes[2] + lanes[3] + rest;
+  return lane_sum(_mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d))) + rest;
+}
+
+}  // namespace
+
+uint64_t digest_rows_avx2(const uint8_t* rows, size_t token_stride, size_t num_tokens, uint64_t seed,
+                          const uint64_t* keys, size_t num_words) {
+  switch (num_words) {
+    case 16:
+      return fixed_rows<4>(rows, token_stride, num_tokens, seed, keys);
+    case 32:
+      return fixed_rows<8>(rows, token_stride, num_tokens, seed, keys);
+    case 64:
+      return fixed_rows<16>(rows, token_stride, num_tokens, seed, keys);
+    default:
+      return any_rows(rows, token_stride, num_tokens, seed, keys, num_words);
+  }
 }
 
 }  // namespace nd
