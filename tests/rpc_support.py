@@ -46,7 +46,7 @@ addresses = st.builds(
     lambda host, port: f"{host}:{port}", st.sampled_from(["localhost", "10.0.0.1", "[::1]"]), st.integers(1, 65535)
 )
 hashes = st.binary(min_size=16, max_size=16)
-traceparents = st.one_of(st.just(""), st.from_regex(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", fullmatch=True))
+traceparents = st.one_of(st.just(""), st.from_regex(r"00-[1-9a-f]{32}-[1-9a-f]{16}-0[01]", fullmatch=True))
 
 
 def between(low: float, high: float, *, exclude_min: bool = False) -> st.SearchStrategy[float]:

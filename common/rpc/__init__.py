@@ -1,0 +1,1 @@
+"""gRPC in one place: codec, status, server bootstrap, calls with deadlines, membership."""

@@ -8,13 +8,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 from common.errors import InvalidRequestError
+from common.telemetry import parse_traceparent
 
 T = TypeVar("T")
 
 HASH_NBYTES = 16
 MAX_NAME_CHARS = 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]{0,127}")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def fail(field: str, message: str) -> InvalidRequestError:
@@ -86,4 +86,4 @@ def token_ids(values: Sequence[int], field: str) -> tuple[int, ...]:
 
 def traceparent(value: str) -> str:
     """A malformed trace context is ignored, as W3C asks."""
-    return value if _TRACEPARENT.fullmatch(value) else ""
+    return value if parse_traceparent(value) else ""
