@@ -1,0 +1,178 @@
+"""The peers a reader knows: verdict on each pair of layouts, its connection, what was read over it.
+
+    add -> READY | REFUSED;   READY --lose--> LOST --add--> READY;   remove: gone
+
+A number stands for one (worker, epoch): a restarted worker comes under a new number, so that endpoints and
+remote keys of the old process are never used for the new one.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from common.config.schema import HandoffConfig
+from common.errors import NanoDeployError
+from common.kvcache.layout import KVLayout, compare
+from common.kvtransfer.orders import PeerVerdict, ReaderCommand
+from common.kvtransfer.plan import supplied_groups, uncovered_region
+from common.kvtransfer.transport import Endpoint, Transport
+from common.types import WorkerRef
+
+
+class PeerState(enum.StrEnum):
+    READY = "ready"
+    REFUSED = "refused"
+    LOST = "lost"
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """What was read from one peer since it was announced."""
+
+    peer: int
+    worker_id: str
+    transport: str
+    state: str
+    bytes_read: int
+    reads: int
+    digest_mismatches: int
+
+
+@dataclass
+class Peer:
+    number: int
+    ref: WorkerRef
+    layout: KVLayout
+    lease_ttl_s: float
+    state: PeerState = PeerState.REFUSED
+    transport: str = ""
+    transport_id: int = 0
+    session_up: bool = True
+    bytes_read: int = 0
+    reads: int = 0
+    mismatches: int = 0
+
+
+class Peers:
+    """All peers of one reader, by number. Emits a PeerVerdict at every change of state but removal."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        transport: Transport,
+        config: HandoffConfig,
+        emit: Callable[[ReaderCommand], None],
+    ) -> None:
+        self._layout = layout
+        self._transport = transport
+        self._config = config
+        self._emit = emit
+        self._peers: dict[int, Peer] = {}
+        self._by_transport: dict[int, Peer] = {}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._peers
+
+    def __getitem__(self, number: int) -> Peer:
+        return self._peers[number]
+
+    def by_transport(self, transport_id: int) -> Peer | None:
+        return self._by_transport.get(transport_id)
+
+    def usable(self, number: int) -> bool:
+        peer = self._peers.get(number)
+        return peer is not None and peer.state is PeerState.READY
+
+    def can_tell(self, number: int) -> bool:
+        """Is the peer's session up, so that it hears what is emitted?"""
+        peer = self._peers.get(number)
+        return peer is not None and peer.session_up
+
+    def add(
+        self, number: int, ref: WorkerRef, layout: KVLayout, endpoints: Sequence[Endpoint], lease_ttl_s: float
+    ) -> None:
+        """Judge a peer and connect to it; the verdict is emitted and kept as its state."""
+        peer = Peer(number, ref, layout, lease_ttl_s)
+        old = self._peers.get(number)
+        if old is not None:
+            peer.bytes_read, peer.reads, peer.mismatches = old.bytes_read, old.reads, old.mismatches
+        self._peers[number] = peer
+        refusal, cold = self._judge(layout)
+        endpoint = self._choose(endpoints)
+        if not refusal and endpoint is None:
+            offered = ", ".join(e.transport for e in endpoints) or "none"
+            refusal = f"transports: source offers {offered}, reader uses {self._usable_transports()}"
+        if not refusal and endpoint is not None:
+            refusal = self._short_memory(layout, endpoint) or self._connect(peer, endpoint)
+        peer.state = PeerState.REFUSED if refusal else PeerState.READY
+        detail = refusal or (f"cold regions: {', '.join(cold)}" if cold else "")
+        self._emit(PeerVerdict(number, peer.state.value, peer.transport, detail))
+
+    def lose(self, number: int, reason: str, *, tell: bool = True) -> None:
+        """Destroy the peer's endpoint; without effect on one that is not ready."""
+        peer = self._peers[number]
+        if peer.state is not PeerState.READY:
+            return
+        peer.state = PeerState.LOST
+        del self._by_transport[peer.transport_id]
+        self._transport.disconnect(peer.transport_id)
+        if tell:
+            self._emit(PeerVerdict(number, peer.state.value, peer.transport, reason))
+
+    def remove(self, number: int) -> None:
+        del self._peers[number]
+
+    def count(self, number: int, nbytes: int, mismatch: bool) -> None:
+        """A read ended; peers that are gone are not counted any more."""
+        peer = self._peers.get(number)
+        if peer is not None:
+            peer.reads += 1
+            peer.bytes_read += nbytes
+            peer.mismatches += mismatch
+
+    def traffic(self) -> list[Traffic]:
+        return [
+            Traffic(p.number, p.ref.worker_id, p.transport, p.state.value, p.bytes_read, p.reads, p.mismatches)
+            for p in self._peers.values()
+        ]
+
+    def _judge(self, layout: KVLayout) -> tuple[str, tuple[str, ...]]:
+        verdict = compare(layout, self._layout)
+        if not verdict.ok:
+            return verdict.reason, ()
+        region = uncovered_region(layout, self._layout)
+        if region:
+            return f"region {region}: rank {layout.tp_rank} of {layout.tp_size} lacks units of the reader", ()
+        return "", verdict.cold_regions
+
+    def _usable_transports(self) -> list[str]:
+        return [t for t in self._config.transports if t == self._transport.name]
+
+    def _choose(self, endpoints: Sequence[Endpoint]) -> Endpoint | None:
+        names = self._usable_transports()
+        return next((e for e in endpoints if e.transport in names), None)
+
+    def _short_memory(self, layout: KVLayout, endpoint: Endpoint) -> str:
+        handles = {h.group: h for h in endpoint.memory}
+        for group in supplied_groups(layout, self._layout):
+            need = layout.group(group).num_blocks * layout.block_nbytes(group)
+            have = handles[group].nbytes if group in handles else 0
+            if have < need:
+                return f"endpoint.memory[{group}]: {have} bytes, the layout needs {need}"
+        return ""
+
+    def _connect(self, peer: Peer, endpoint: Endpoint) -> str:
+        try:
+            peer.transport_id = self._transport.connect(endpoint)
+        except NanoDeployError as error:
+            return f"endpoint.address: {error.message}"
+        peer.transport = self._transport.describe(peer.transport_id)
+        required = self._config.require_transport
+        if required and not peer.transport.startswith(required):
+            self._transport.disconnect(peer.transport_id)
+            return f"require_transport: {required} is required, {peer.transport} reaches the peer"
+        self._by_transport[peer.transport_id] = peer
+        return ""

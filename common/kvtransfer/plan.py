@@ -1,0 +1,325 @@
+"""Which bytes to read for a published extent, and how to check them. Pure functions of two layouts.
+
+An extent names positions [start, end) of one group and, in order, the source's blocks that hold them; its
+first and last block may be covered in part. Digests cover, per source block, exactly the positions of the
+extent that lie in it. Both sides may differ in block size and tensor-parallel rank:
+
+    positions   |---- source block 0 ----|---- source block 1 ----|
+    reader      |-- block a --|-- block b --|-- block c --|-- block d
+    runs        [     a       ][   b    ][b ][     c      ][ d   ]
+
+Each run becomes strided copies per region (layers x parts x units x tokens, merged where both sides are
+contiguous); blocks of equal layouts are copied whole. A check sums over the runs of its source block.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from common.errors import KVTransferError
+from common.kvcache.layout import GroupSpec, KVLayout, RegionPlace, Retention, compare
+from common.kvtransfer.orders import OrderExtent
+from common.kvtransfer.transport import DigestCheck, ReadPiece
+from common.types.prefix import UNIT
+
+
+class ExtentPlan(msgspec.Struct, frozen=True):
+    """What to read for one extent.
+
+    Positions [first_position, end of the extent) are read; the ones before are not needed by the reader.
+    `block_ids` are the reader's blocks that are written, each once.
+    """
+
+    pieces: tuple[ReadPiece, ...]
+    checks: tuple[DigestCheck, ...]
+    block_ids: tuple[int, ...]
+    first_position: int
+
+
+class _Shared(msgspec.Struct, frozen=True):
+    """A region that both sides have, cut down to the units that both sides hold."""
+
+    source: RegionPlace
+    reader: RegionPlace
+    first_unit: int
+    num_units: int
+    digest_index: int  # of `first_unit` among the source's digests of a block
+    num_layers: int
+    num_parts: int
+
+
+class _GroupPair(msgspec.Struct, frozen=True):
+    equal: bool
+    source: GroupSpec
+    reader: GroupSpec
+    source_nbytes: int
+    reader_nbytes: int
+    num_digests: int
+    shared: tuple[_Shared, ...]
+
+
+class _Run(msgspec.Struct, frozen=True):
+    """Consecutive positions that lie in one block on each side."""
+
+    source_block: int
+    reader_block: int
+    position: int
+    num_tokens: int
+    source_token: int  # of the first position, inside its block
+    reader_token: int
+
+
+def window_start(group: GroupSpec, num_tokens: int) -> int:
+    """First position that a window group must bring for a sequence of `num_tokens`.
+
+    The next query, at `num_tokens`, sees itself and the `window - 1` positions before it. Rounded down to a
+    hash unit and not to a block, so that sides with different block sizes mean the same positions.
+    """
+    return max(0, num_tokens - group.window + 1) // UNIT * UNIT
+
+
+def uncovered_region(source: KVLayout, reader: KVLayout) -> str:
+    """Name of a region of which this source rank lacks units that the reader holds; empty if none."""
+    for region in reader.regions:
+        if any(r.name == region.name for r in source.regions):
+            have, want = source.place(region.name), reader.place(region.name)
+            end = want.first_unit + want.local_units
+            if not have.first_unit <= want.first_unit <= end <= have.first_unit + have.local_units:
+                return region.name
+    return ""
+
+
+def supplied_groups(source: KVLayout, reader: KVLayout) -> tuple[str, ...]:
+    """The reader's groups of which the source has a region: what a complete hand-off must bring."""
+    names = {r.name for r in source.regions}
+    return tuple(g.name for g in reader.groups if any(r.name in names for r in reader.regions_of(g.name)))
+
+
+def block_checks(
+    layout: KVLayout, group: str, base: int, block_id: int, position: int, num_tokens: int, first_token: int = 0
+) -> list[DigestCheck]:
+    """What is digested of one local block, one check per region and local unit in layout order.
+
+    `num_tokens` tokens from index `first_token` of the block on, the first at absolute `position`.
+    """
+    start = base + block_id * layout.block_nbytes(group)
+    checks = []
+    for place, num_layers, num_parts in _places(layout, group):
+        address = start + place.offset + first_token * place.token_stride
+        for unit in range(place.local_units):
+            segments = ((address + unit * place.unit_stride, position, num_tokens),)
+            checks.append(_check(place, num_layers, num_parts, segments, 0))
+    return checks
+
+
+@functools.lru_cache(maxsize=64)
+def _places(layout: KVLayout, group: str) -> tuple[tuple[RegionPlace, int, int], ...]:
+    return tuple((layout.place(r.name), r.num_layers, r.num_parts) for r in layout.regions_of(group))
+
+
+def check_extent(source: KVLayout, extent: OrderExtent) -> None:
+    """KVTransferError, with `param` the field at fault, if an extent cannot be one of this source."""
+    try:
+        group = source.group(extent.group)
+    except KeyError:
+        raise KVTransferError(f"extent of unknown group {extent.group!r}", param="group") from None
+    start, count = extent.start_position, extent.num_tokens
+    if start < 0 or count < 1 or (group.retention is Retention.SNAPSHOT and count != 1):
+        raise KVTransferError(f"extent of {count} tokens at position {start} in group {group.name}", param="num_tokens")
+    num_blocks = 1
+    if group.retention is not Retention.SNAPSHOT:
+        num_blocks = (start + count - 1) // group.block_size - start // group.block_size + 1
+    if len(extent.block_ids) != num_blocks:
+        why = f"{len(extent.block_ids)} blocks of {group.block_size} for {count} tokens at position {start}"
+        raise KVTransferError(why, param="block_ids")
+    if any(not 0 <= b < group.num_blocks for b in extent.block_ids):
+        raise KVTransferError(f"block outside the source's pool of {group.num_blocks}", param="block_ids")
+    expected = num_blocks * source.num_digests(group.name)
+    if len(extent.digests) != expected:
+        raise KVTransferError(f"{len(extent.digests)} digests, expected {expected}", param="digests")
+
+
+def plan_extent(
+    source: KVLayout,
+    reader: KVLayout,
+    extent: OrderExtent,
+    table: Sequence[int],
+    base: int,
+    num_tokens: int,
+) -> ExtentPlan:
+    """Plan the read of `extent` from one source rank into the reader's blocks.
+
+    `table` is the reader's block table of the group, `base` the address of its block 0, `num_tokens` the
+    positions of the whole order (nothing valid lies behind them). The pair must pass `compare`; a reader
+    rank is complete when the plans of all source ranks that share units with it have run.
+    Raises KVTransferError, with `param` the field at fault, for an extent that cannot be read whole.
+    """
+    check_extent(source, extent)
+    pair = _pair(source, reader, extent.group)
+    end = extent.start_position + extent.num_tokens
+    if end > num_tokens:
+        raise KVTransferError(f"extent ends at {end}, the order at {num_tokens}", param="num_tokens")
+    pieces = _Pieces(extent.group)
+    checks: list[DigestCheck] = []
+    blocks: dict[int, None] = {}
+    first_position = end
+    for index, runs in _runs(pair, extent, table, num_tokens):
+        first_position = min(first_position, runs[0].position)
+        for run in runs:
+            blocks[run.reader_block] = None
+            _add_run(pieces, pair, run, base, num_tokens)
+        digests = extent.digests[index * pair.num_digests : (index + 1) * pair.num_digests]
+        checks.extend(_block_checks(pair, runs, base, digests))
+    return ExtentPlan(tuple(pieces.done()), tuple(checks), tuple(blocks), first_position)
+
+
+def _runs(
+    pair: _GroupPair, extent: OrderExtent, table: Sequence[int], num_tokens: int
+) -> Iterator[tuple[int, list[_Run]]]:
+    """(index of the source block in the extent, its runs), for the source blocks that the reader needs."""
+    start, end = extent.start_position, extent.start_position + extent.num_tokens
+    if pair.source.retention is Retention.SNAPSHOT:
+        held = next((b for b in reversed(table) if b >= 0), -1)
+        yield 0, [_Run(extent.block_ids[0], _held(held, start), start, 1, 0, 0)]
+        return
+    floor = window_start(pair.reader, num_tokens) if pair.reader.retention is Retention.WINDOW else 0
+    source_size, reader_size = pair.source.block_size, pair.reader.block_size
+    for index, source_block in enumerate(extent.block_ids):
+        block_start = (start // source_size + index) * source_size
+        position, stop = max(start, block_start), min(end, block_start + source_size)
+        if stop <= floor:
+            continue
+        runs = []
+        while position < stop:
+            logical, token = divmod(position, reader_size)
+            count = min(stop - position, reader_size - token)
+            block = _held(table[logical] if logical < len(table) else -1, position)
+            runs.append(_Run(source_block, block, position, count, position - block_start, token))
+            position += count
+        yield index, runs
+
+
+def _held(block: int, position: int) -> int:
+    if block < 0:
+        raise KVTransferError(f"the reader holds no block for position {position}", param="block_table")
+    return block
+
+
+def _add_run(pieces: _Pieces, pair: _GroupPair, run: _Run, base: int, num_tokens: int) -> None:
+    source_start = run.source_block * pair.source_nbytes
+    reader_start = base + run.reader_block * pair.reader_nbytes
+    whole = run.num_tokens == pair.reader.block_size or run.position + run.num_tokens == num_tokens
+    if pair.equal and whole and not run.reader_token:
+        pieces.add(source_start, reader_start, pair.reader_nbytes)
+        return
+    for region in pair.shared:
+        src, dst = region.source, region.reader
+        source_at = source_start + src.offset + run.source_token * src.token_stride
+        source_at += (region.first_unit - src.first_unit) * src.unit_stride
+        reader_at = reader_start + dst.offset + run.reader_token * dst.token_stride
+        reader_at += (region.first_unit - dst.first_unit) * dst.unit_stride
+        nbytes = run.num_tokens * dst.token_stride
+        loops: list[list[tuple[int, int]]] = []
+        for count, source_stride, reader_stride in (
+            (region.num_units, src.unit_stride, dst.unit_stride),
+            (region.num_parts, src.part_stride, dst.part_stride),
+            (region.num_layers, src.layer_stride, dst.layer_stride),
+        ):
+            if not loops and source_stride == reader_stride == nbytes:
+                nbytes *= count
+            elif count > 1:
+                loops.insert(0, [(i * source_stride, i * reader_stride) for i in range(count)])
+        for steps in itertools.product(*loops):
+            pieces.add(source_at + sum(s for s, _ in steps), reader_at + sum(d for _, d in steps), nbytes)
+
+
+def _block_checks(pair: _GroupPair, runs: Sequence[_Run], base: int, digests: Sequence[int]) -> Iterator[DigestCheck]:
+    for region in pair.shared:
+        place = region.reader
+        for i in range(region.num_units):
+            in_block = place.offset + (region.first_unit + i - place.first_unit) * place.unit_stride
+            segments = tuple(
+                (
+                    base + r.reader_block * pair.reader_nbytes + in_block + r.reader_token * place.token_stride,
+                    r.position,
+                    r.num_tokens,
+                )
+                for r in runs
+            )
+            yield _check(place, region.num_layers, region.num_parts, segments, digests[region.digest_index + i])
+
+
+def _check(
+    place: RegionPlace, layers: int, parts: int, segments: tuple[tuple[int, int, int], ...], expected: int
+) -> DigestCheck:
+    return DigestCheck(
+        segments=segments,
+        num_layers=layers,
+        num_parts=parts,
+        layer_stride=place.layer_stride,
+        part_stride=place.part_stride,
+        token_stride=place.token_stride,
+        token_nbytes=place.token_stride,
+        expected=expected,
+    )
+
+
+class _Pieces:
+    """Collects copies; those that go on where the last one ended, on both sides, become one."""
+
+    def __init__(self, group: str) -> None:
+        self._group = group
+        self._done: list[ReadPiece] = []
+        self._last: tuple[int, int, int] | None = None
+
+    def add(self, remote_offset: int, local_address: int, nbytes: int) -> None:
+        if self._last is not None:
+            remote, local, size = self._last
+            if remote + size == remote_offset and local + size == local_address:
+                self._last = (remote, local, size + nbytes)
+                return
+            self._done.append(ReadPiece(self._group, remote, local, size))
+        self._last = (remote_offset, local_address, nbytes)
+
+    def done(self) -> list[ReadPiece]:
+        if self._last is not None:
+            self._done.append(ReadPiece(self._group, *self._last))
+            self._last = None
+        return self._done
+
+
+@functools.lru_cache(maxsize=256)
+def _pair(source: KVLayout, reader: KVLayout, group: str) -> _GroupPair:
+    verdict = compare(source, reader)
+    if not verdict.ok:
+        raise KVTransferError(verdict.reason, param="layout")
+    try:
+        reader_group = reader.group(group)
+    except KeyError:
+        raise KVTransferError(f"the reader has no group {group!r}", param="group") from None
+    wanted = {r.name for r in reader.regions_of(group)}
+    shared = []
+    digest_index = 0
+    for region in source.regions_of(group):
+        src = source.place(region.name)
+        if region.name in wanted:
+            dst = reader.place(region.name)
+            first = max(src.first_unit, dst.first_unit)
+            count = min(src.first_unit + src.local_units, dst.first_unit + dst.local_units) - first
+            if count > 0:
+                at = digest_index + first - src.first_unit
+                shared.append(_Shared(src, dst, first, count, at, region.num_layers, region.num_parts))
+        digest_index += src.local_units
+    return _GroupPair(
+        equal=verdict.equal,
+        source=source.group(group),
+        reader=reader_group,
+        source_nbytes=source.block_nbytes(group),
+        reader_nbytes=reader.block_nbytes(group),
+        num_digests=digest_index,
+        shared=tuple(shared),
+    )
