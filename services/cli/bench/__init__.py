@@ -1,0 +1,1 @@
+"""`nanodeploy bench`: load against an OpenAI endpoint, measured at the client."""

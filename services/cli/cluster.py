@@ -1,0 +1,146 @@
+"""The running cluster as the command line shows it: members from the controller, details from each worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from common.errors import NanoDeployError
+from common.rpc.admin import WorkerStatus, fetch_snapshot, fetch_status
+from common.types import Role, WorkerInfo
+
+CALL_TIMEOUT_S = 5.0
+
+
+class WorkerView(msgspec.Struct, frozen=True):
+    """A member and what it answers; `error` says why it did not."""
+
+    info: WorkerInfo
+    status: WorkerStatus | None
+    error: str = ""
+
+
+async def view_cluster(controller: str, timeout_s: float = CALL_TIMEOUT_S) -> list[WorkerView]:
+    """All members, by role and name. Raises an error of the tree when the controller does not answer."""
+    snapshot = await fetch_snapshot(controller, timeout_s)
+    views = await asyncio.gather(*(_view(info, timeout_s) for info in snapshot.workers))
+    return sorted(views, key=lambda view: (view.info.role, view.info.ref.worker_id))
+
+
+async def _view(info: WorkerInfo, timeout_s: float) -> WorkerView:
+    try:
+        return WorkerView(info, await fetch_status(info.ref.address, timeout_s))
+    except NanoDeployError as error:
+        return WorkerView(info, None, error.message)
+
+
+def current(view: WorkerView) -> WorkerInfo:
+    """The freshest facts: the worker's own answer, else what the controller has."""
+    return view.status.worker if view.status is not None else view.info
+
+
+def prefill_pairs(views: Sequence[WorkerView]) -> dict[tuple[str, str], int]:
+    """Reads so far of each (decode worker, prefill worker) that can exist; 0 for a pair without a session."""
+    pairs = {
+        (decode.info.ref.worker_id, prefill.info.ref.worker_id): 0
+        for decode in views
+        if decode.info.role is Role.DECODE
+        for prefill in views
+        if prefill.info.role is Role.PREFILL
+    }
+    for view in views:
+        for peer in view.status.peers if view.status is not None else ():
+            pair = (view.info.ref.worker_id, peer.ref.worker_id)
+            if pair in pairs:
+                pairs[pair] += peer.reads
+    return pairs
+
+
+def transports_in_use(view: WorkerView) -> list[str]:
+    """`transport peer` of a decode worker's sessions; what a prefill worker offers."""
+    if view.info.role is not Role.DECODE or view.status is None:
+        return [f"offers {transport}" for transport in view.info.transports]
+    return [
+        f"{peer.transport or peer.state} <- {peer.ref.worker_id}" + (f" ({peer.detail})" if peer.detail else "")
+        for peer in view.status.peers
+    ]
+
+
+def worker_table(views: Sequence[WorkerView]) -> Table:
+    """For people. KV is blocks of the first group: live/cached/leased/in flight of total."""
+    table = Table(title="Workers", title_justify="left", show_edge=False, pad_edge=False)
+    for name in (
+        "worker",
+        "role",
+        "state",
+        "address",
+        "pid",
+        "run",
+        "wait",
+        "tok/s",
+        "KV live/cached/leased/moving",
+        "KV moved by",
+    ):
+        table.add_column(name, justify="right" if name in ("pid", "run", "wait", "tok/s") else "left")
+    for view in views:
+        info = current(view)
+        load = info.load
+        kv = "; ".join(f"{s.live}/{s.cached}/{s.leased}/{s.in_flight} of {s.total}" for s in load.kv_states)
+        table.add_row(
+            info.ref.worker_id,
+            info.role.value,
+            f"{info.state.value}{f' ({view.error})' if view.error else ''}",
+            info.ref.address,
+            str(info.pid or "-"),
+            str(load.running),
+            str(load.waiting),
+            f"{load.tokens_per_s:.0f}",
+            kv,
+            "\n".join(transports_in_use(view)),
+        )
+    return table
+
+
+def worker_json(view: WorkerView) -> dict[str, Any]:
+    """The stable form that `status --json` prints for a worker."""
+    info = current(view)
+    return {
+        "worker_id": info.ref.worker_id,
+        "role": info.role.value,
+        "state": info.state.value,
+        "address": info.ref.address,
+        "http_address": info.http_address,
+        "epoch": f"{info.ref.epoch:016x}",
+        "pid": info.pid,
+        "host": info.host,
+        "version": info.version,
+        "device": info.device,
+        "model": info.model.name,
+        "load": {
+            "running": info.load.running,
+            "waiting": info.load.waiting,
+            "waiting_tokens": info.load.waiting_tokens,
+            "tokens_per_s": info.load.tokens_per_s,
+            "steps": info.load.steps,
+        },
+        "kv": [msgspec.to_builtins(states) for states in info.load.kv_states],
+        "transports": list(info.transports),
+        "engine_restarts": view.status.engine_restarts if view.status is not None else 0,
+        "peers": [
+            {
+                "worker_id": peer.ref.worker_id,
+                "state": peer.state,
+                "transport": peer.transport,
+                "detail": peer.detail,
+                "bytes_read": peer.bytes_read,
+                "reads": peer.reads,
+                "digest_mismatches": peer.digest_mismatches,
+            }
+            for peer in (view.status.peers if view.status is not None else ())
+        ],
+        "error": view.error,
+    }

@@ -1,0 +1,65 @@
+"""What the launcher shows once its cluster runs: how the proving token came, the way in, the live table."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from common.errors import NanoDeployError, UnavailableError
+from services.cli.cluster import prefill_pairs, transports_in_use, view_cluster, worker_table
+from services.cli.plan import ClusterPlan
+from services.cli.probe import Answer
+
+REFRESH_S = 2.0
+
+
+async def check_path(controller: str, answer: Answer, num_prefill: int) -> str:
+    """Say which way the proving completion took. Raises `UnavailableError` when a separated cluster recomputed.
+
+    A token that came although the KV was not handed over would hide a pair that never works.
+    """
+    came = f"{answer.completion_tokens} tokens of {answer.prompt_tokens} prompt tokens"
+    views = await view_cluster(controller)
+    if num_prefill == 0:
+        return f"{came}, prefilled by the decode worker"
+    pairs = prefill_pairs(views)
+    used = [f"{prefill} -> {decode}" for (decode, prefill), reads in pairs.items() if reads]
+    if used:
+        return f"{came}, KV read {', '.join(used)}"
+    said = [line for view in views if view.status and view.status.peers for line in transports_in_use(view)]
+    raise UnavailableError(
+        f"a token came, but no prefill worker took part: the decode worker recomputed. "
+        f"Its sessions: {'; '.join(said) or 'none'}. `nanodeploy doctor` says more"
+    )
+
+
+def print_banner(plan: ClusterPlan, console: Console) -> None:
+    """The address, a line to copy, and what to type next."""
+    body = json.dumps({"model": plan.model, "messages": [{"role": "user", "content": "Why is the sky blue?"}]})
+    curl = f"curl {plan.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    console.print(f"\n[bold green]Ready[/bold green]: {plan.url}/v1 (documented at {plan.url}/docs)", highlight=False)
+    console.out(f'Try:\n  {curl}\n  nanodeploy chat "Why is the sky blue?"\n', highlight=False)
+
+
+async def live_table(controller: str, console: Console) -> None:
+    """The workers: once when there is no terminal, else until cancelled, drawn anew when something changed."""
+    if not console.is_terminal:
+        console.print(worker_table(await view_cluster(controller)), width=200)
+        return
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        shown = None
+        while True:
+            try:
+                views = await view_cluster(controller)
+                if views != shown:
+                    table = worker_table(views)
+                    table.caption = "Ctrl-C drains and stops everything"
+                    live.update(table, refresh=True)
+                    shown = views
+            except NanoDeployError as error:
+                live.update(Text(f"controller: {error.message}"), refresh=True)
+            await asyncio.sleep(REFRESH_S)

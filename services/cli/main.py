@@ -1,0 +1,301 @@
+"""The `nanodeploy` command. Each command's work is imported when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import nanodeploy
+from common.errors import ConfigError, NanoDeployError
+from services.cli import options as opt
+from services.cli.plan import ClusterRequest
+from services.cli.state import StateFolder, state_root
+
+app = typer.Typer(
+    name="nanodeploy",
+    help="Serve large language models on a cluster: prefill and decode apart, KV cache over RDMA.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nanodeploy {nanodeploy.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _url(url: str, name: str) -> str:
+    return url.rstrip("/") if url else opt.running_cluster(StateFolder(state_root(os.environ), name)).url
+
+
+@app.command()
+def up(
+    model: Annotated[
+        str, typer.Option(help="Folder of a Hugging Face checkpoint; the demo model when not given.")
+    ] = "",
+    prefill: opt.Prefill = 1,
+    decode: opt.Decode = 1,
+    host: opt.Host = "127.0.0.1",
+    port: opt.Port = 8000,
+    detach: opt.Detach = False,
+    name: opt.Name = "default",
+    config: opt.ConfigFile = None,
+    redis_url: opt.RedisUrl = "",
+    ready_timeout: opt.ReadyTimeout = 300.0,
+    log_level: opt.LogLevel = "",
+    served_model_name: opt.ServedModelName = None,
+    max_model_len: opt.MaxModelLen = None,
+    max_num_seqs: opt.MaxNumSeqs = None,
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = None,
+    kv_cache_memory_bytes: opt.KvCacheMemoryBytes = None,
+    tensor_parallel_size: opt.TensorParallelSize = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    block_size: opt.BlockSize = None,
+    enable_prefix_caching: opt.EnablePrefixCaching = None,
+) -> None:
+    """Start a cluster on this machine: storage, controller, router, prefill and decode workers."""
+    from services.cli.up import UpOptions, run_up
+
+    request = ClusterRequest(
+        model=model,
+        num_prefill=prefill,
+        num_decode=decode,
+        host=host,
+        port=port,
+        redis_url=redis_url,
+        log_level=log_level,
+        engine=opt.engine_fields(
+            served_model_name=served_model_name,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            tensor_parallel_size=tensor_parallel_size,
+            dtype=dtype,
+            device=device,
+            block_size=block_size,
+            enable_prefix_caching=enable_prefix_caching,
+        ),
+    )
+    raise typer.Exit(run_up(request, UpOptions(name, config, ready_timeout), detach, Console()))
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
+    prefill: opt.Prefill = 0,
+    decode: opt.Decode = 1,
+    host: opt.Host = "127.0.0.1",
+    port: opt.Port = 8000,
+    detach: opt.Detach = False,
+    name: opt.Name = "default",
+    config: opt.ConfigFile = None,
+    redis_url: opt.RedisUrl = "",
+    ready_timeout: opt.ReadyTimeout = 300.0,
+    log_level: opt.LogLevel = "",
+    served_model_name: opt.ServedModelName = None,
+    max_model_len: opt.MaxModelLen = None,
+    max_num_seqs: opt.MaxNumSeqs = None,
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = None,
+    kv_cache_memory_bytes: opt.KvCacheMemoryBytes = None,
+    tensor_parallel_size: opt.TensorParallelSize = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    block_size: opt.BlockSize = None,
+    enable_prefix_caching: opt.EnablePrefixCaching = None,
+) -> None:
+    """Serve one model, with vLLM's flags; `--prefill N` separates prefill from decode."""
+    up(**{**locals(), "model": opt.check_model_folder(model)})
+
+
+@app.command()
+def down(name: opt.Name = "default") -> None:
+    """Stop a cluster of this machine."""
+    from services.cli.up import stop
+
+    raise typer.Exit(stop(name, Console()))
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    name: opt.Name = "default",
+    controller: Annotated[str, typer.Option(help="host:port of a controller, for a cluster not started by `up`.")] = "",
+) -> None:
+    """Show services and workers: role, address, pid, state, load, KV by state, transport in use."""
+    from services.cli.status import show_status
+
+    raise typer.Exit(asyncio.run(show_status(name, controller, as_json, Console())))
+
+
+@app.command()
+def chat(
+    text: Annotated[str, typer.Argument(help="What to say; a conversation when not given.")] = "",
+    url: opt.Url = "",
+    name: opt.Name = "default",
+    model: Annotated[str, typer.Option(help="Model to ask; the first one served when not given.")] = "",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
+) -> None:
+    """Talk to the running cluster."""
+    from services.cli.chat import ChatOptions, run_chat
+
+    options = ChatOptions(model, system, max_tokens, temperature, seed)
+    raise typer.Exit(run_chat(_url(url, name), text, options, Console()))
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str, typer.Option(help="Folder of a Hugging Face checkpoint; the demo model when not given.")
+    ] = "",
+    input: Annotated[str, typer.Option("--input", "-i", help="One prompt a line, or JSONL; - is stdin.")] = "-",
+    output: Annotated[str, typer.Option("--output", "-o", help="JSONL to write; - is stdout.")] = "-",
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_k: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int | None, typer.Option()] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
+    max_model_len: opt.MaxModelLen = None,
+    max_num_seqs: opt.MaxNumSeqs = None,
+    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
+    gpu_memory_utilization: opt.GpuMemoryUtilization = None,
+    kv_cache_memory_bytes: opt.KvCacheMemoryBytes = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    block_size: opt.BlockSize = None,
+    enable_prefix_caching: opt.EnablePrefixCaching = None,
+) -> None:
+    """Answer prompts offline: prompts to JSONL, no services."""
+    from services.cli.generate import run_generate
+    from services.cli.up import resolve_model
+
+    engine = opt.engine_fields(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        dtype=dtype,
+        device=device,
+        block_size=block_size,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    flags: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "ignore_eos": ignore_eos,
+    }
+    raise typer.Exit(run_generate(resolve_model(model, Console(stderr=True)), engine, flags, input, output))
+
+
+@app.command()
+def bench(
+    url: opt.Url = "",
+    name: opt.Name = "default",
+    model: Annotated[str, typer.Option(help="Model to ask; the first one served when not given.")] = "",
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests to send.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once (closed loop).")] = 8,
+    request_rate: Annotated[float, typer.Option(min=0, help="Arrivals per second, Poisson; 0: closed loop.")] = 0.0,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 256,
+    output_len: Annotated[int, typer.Option(min=1, help="Output tokens.")] = 64,
+    shared_prefix_len: Annotated[int, typer.Option(min=0, help="Tokens that all prompts begin with.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use chat completions instead of completions.")] = False,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    warmups: Annotated[int, typer.Option(min=0, help="Requests sent before, not counted.")] = 2,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one request.")] = 600.0,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Bearer token.", show_default=False)] = "",
+    json_file: Annotated[str, typer.Option("--json", help="File for the result as JSON; - prints it.")] = "",
+) -> None:
+    """Measure an OpenAI endpoint: tokens, time to first token, time per token, gaps."""
+    import httpx
+
+    from services.cli.api import list_models
+    from services.cli.bench.command import run_bench
+    from services.cli.bench.load import LoadOptions
+
+    base = _url(url, name)
+    if not model:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        with httpx.Client(timeout=10.0, headers=headers) as client:
+            models = list_models(client, base)
+        if not models:
+            raise ConfigError(f"{base} serves no model: give --model")
+        model = models[0]
+    load = LoadOptions(
+        model=model,
+        num_prompts=num_prompts,
+        concurrency=concurrency,
+        request_rate=request_rate,
+        input_len=input_len,
+        output_len=output_len,
+        shared_prefix_len=shared_prefix_len,
+        chat=chat,
+        seed=seed,
+        temperature=temperature,
+        timeout_s=timeout,
+    )
+    raise typer.Exit(run_bench(base, load, warmups, api_key, json_file, Console(stderr=json_file == "-")))
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Option(help="Also check this model folder.")] = "",
+    name: opt.Name = "default",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check this machine and the running cluster; every failure comes with its fix."""
+    from services.cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(model, name, as_json, Console()))
+
+
+@app.command(hidden=True)
+def launch(file: Path) -> None:
+    """The launcher of a detached cluster."""
+    from services.cli.up import launch_detached
+
+    raise typer.Exit(launch_detached(file, Console()))
+
+
+def main() -> None:
+    """Exit codes: 0 well, 1 failed, 2 wrong use or configuration."""
+    try:
+        app()
+    except NanoDeployError as error:
+        Console(stderr=True).print(f"error: {error.message}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

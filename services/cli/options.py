@@ -1,0 +1,83 @@
+"""Flags that several commands share, and how engine flags become config fields. Spellings are vLLM's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.errors import ConfigError, UnavailableError
+from services.cli.state import ClusterState, StateFolder
+
+ENGINE_PANEL = "Engine"
+CLUSTER_PANEL = "Cluster"
+
+
+def _cluster(help: str, *names: str, **rules: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=CLUSTER_PANEL, **rules)
+
+
+def _engine(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=ENGINE_PANEL)
+
+
+ModelFolder = Annotated[str, typer.Option(help="Folder of a Hugging Face checkpoint; by default the demo model.")]
+Name = Annotated[str, typer.Option(help="Name of the cluster on this machine.", envvar="NANODEPLOY_CLUSTER")]
+Url = Annotated[str, typer.Option(help="Base URL of the API; by default the running cluster's.")]
+
+Host = Annotated[str, _cluster("Address the API listens on.")]
+Port = Annotated[int, _cluster("Port of the API; 0 takes a free one.", min=0, max=65535)]
+Prefill = Annotated[int, _cluster("Prefill workers; 0: decode workers prefill themselves.", min=0)]
+Decode = Annotated[int, _cluster("Decode workers.", min=1)]
+Detach = Annotated[bool, _cluster("Return when the cluster is ready; `down` stops it.", "--detach", "-d")]
+ConfigFile = Annotated[str | None, _cluster("YAML file to start from.", "--config")]
+RedisUrl = Annotated[str, _cluster("A Redis 7.0+ or Valkey to use; by default one of its own.")]
+ReadyTimeout = Annotated[float, _cluster("Seconds until the first token must have come.", min=1)]
+LogLevel = Annotated[str, _cluster("debug, info, warning or error.")]
+
+ServedModelName = Annotated[str | None, _engine("Name in the API; by default the folder's.")]
+MaxModelLen = Annotated[int | None, _engine("Prompt and output tokens of one sequence.")]
+MaxNumSeqs = Annotated[int | None, _engine("Sequences in a batch.")]
+MaxNumBatchedTokens = Annotated[int | None, _engine("Tokens computed in one step.")]
+GpuMemoryUtilization = Annotated[float | None, _engine("Share of device memory to use.")]
+KvCacheMemoryBytes = Annotated[int | None, _engine("Bytes of the KV pool of each worker.")]
+TensorParallelSize = Annotated[int | None, _engine("Devices that share one model.")]
+Dtype = Annotated[str | None, _engine("auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, _engine("auto, cpu or cuda.")]
+BlockSize = Annotated[int | None, _engine("Tokens in a KV block, a multiple of 16.")]
+EnablePrefixCaching = Annotated[
+    bool | None, _engine("Reuse KV of equal prefixes.", "--enable-prefix-caching/--no-enable-prefix-caching")
+]
+
+_DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other names
+
+
+def engine_fields(**flags: Any) -> dict[str, Any]:
+    """The flags that were given, as fields of `EngineConfig`."""
+    fields = {name: value for name, value in flags.items() if value is not None}
+    if "dtype" in fields:
+        fields["dtype"] = _DTYPES.get(fields["dtype"], fields["dtype"])
+    return fields
+
+
+def check_model_folder(path: str) -> str:
+    """Raises `ConfigError` unless `path` is a folder of a Hugging Face checkpoint."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model {path!r} is not a folder: give the folder of a downloaded Hugging Face checkpoint", param="model"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model folder {folder} has no config.json: not a Hugging Face checkpoint", param="model")
+    return str(folder.resolve())
+
+
+def running_cluster(folder: StateFolder) -> ClusterState:
+    """The cluster that is up. Raises `UnavailableError` that says how to start one."""
+    state = folder.running()
+    if state is None:
+        raise UnavailableError(f"no cluster {folder.name!r} is up: start one with `nanodeploy up`, or give --url")
+    if state.phase != "ready":
+        raise UnavailableError(f"cluster {folder.name!r} is {state.phase}: see `nanodeploy status`")
+    return state

