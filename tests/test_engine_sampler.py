@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -11,12 +12,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.engine import logprobs as logprobs_module
+from common.engine import sampler as sampler_module
 from common.engine.batch import SampleRow
 from common.engine.sampler import Sampler
-from common.kernels import sampling
+from common.kernels import cpu, sampling
 from common.types import SamplingParams
 
 VOCAB = 1000
+
+
+@pytest.fixture(autouse=True, params=["torch", *(isa.name for isa in cpu.available())])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    draw, top = sampling.draw_rows_torch, sampling.top_rows_torch
+    if name != "torch":
+        draw = functools.partial(sampling.draw_rows_native, isa=cpu.Isa[name])
+        top = functools.partial(sampling.top_rows_native, isa=cpu.Isa[name])
+    monkeypatch.setattr(sampler_module, "draw_rows", draw)
+    monkeypatch.setattr(logprobs_module, "top_rows", top)
+    return name
 
 
 def make_row(
@@ -119,6 +134,27 @@ def test_tokens_equal_the_plain_reference(params: dict[str, Any]) -> None:
     assert result.logprobs == [None] * 6
 
 
+@pytest.mark.parametrize("vocab", [1, 2, 31, 32, 33, 4097])
+@pytest.mark.parametrize("ties", [False, True])
+def test_any_vocabulary_size_gives_the_tokens_of_the_reference(vocab: int, ties: bool) -> None:
+    rows = [
+        make_row(seed=i, temperature=t, top_k=k, top_p=p, min_p=m)
+        for i, (t, k, p, m) in enumerate(
+            (t, k, p, m) for t in (0.1, 1.0, 9.0) for k in (0, 3, 40) for p in (0.3, 0.97, 1.0) for m in (0.0, 0.2)
+        )
+    ]
+    logits = make_logits(len(rows), vocab, seed=vocab)
+    if ties:
+        logits = logits.round()
+        logits[:, ::5] = -math.inf
+        logits[:, vocab // 2] = 1.0
+    tokens = Sampler(vocab, "cpu").sample(logits, rows).token_ids_R.tolist()
+    if vocab <= 33:
+        assert tokens == [token_reference(x, row) for x, row in zip(logits, rows, strict=True)]
+    draws = [sampler_module._draw(row) for row in rows]
+    assert tokens == sampling.draw_rows_torch(logits, draws)[0].tolist()
+
+
 def mixed_rows() -> list[SampleRow]:
     return [make_row(seed=100 + i, **{"output_index": i, **params}) for i, params in enumerate(PARAMS)]
 
@@ -142,8 +178,8 @@ def test_logits_are_left_as_they_are_and_need_not_be_contiguous() -> None:
 @pytest.mark.parametrize(
     "params", [{"temperature": 1.0}, {"temperature": 0.6}, {"top_p": 0.8}, {"top_k": 6}, {"min_p": 0.1}], ids=str
 )
-def test_frequencies_follow_the_distribution(params: dict[str, Any]) -> None:
-    draws, vocab = 8000, 16
+def test_frequencies_follow_the_distribution(implementation: str, params: dict[str, Any]) -> None:
+    draws, vocab = 1000 if implementation == "torch" else 8000, 16
     logits = make_logits(1, vocab, seed=3, scale=1.0)
     rows = [make_row(seed=11, output_index=i % 100, choice=i // 100, **params) for i in range(draws)]
     tokens = Sampler(vocab, "cpu").sample(logits.expand(draws, vocab), rows).token_ids_R
@@ -162,6 +198,7 @@ def test_frequencies_follow_the_distribution(params: dict[str, Any]) -> None:
     assert chi2 < freedom + 3.5 * math.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize("implementation", ["torch"], indirect=True)
 def test_noise_of_places_and_choices_is_unrelated() -> None:
     ids = torch.arange(4000)
     keys = [sampling.noise_key(s, c, i) for s in (0, 1) for c in (0, 1) for i in (0, 1)]
@@ -172,6 +209,7 @@ def test_noise_of_places_and_choices_is_unrelated() -> None:
     assert g.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
 
 
+@pytest.mark.parametrize("implementation", ["torch"], indirect=True)
 def test_noise_is_the_documented_function() -> None:
     assert sampling.mix64(0) == 0
     assert sampling.mix64(sampling.C1) == 0xE220A8397B1DCDAF  # first output of splitmix64 seeded with 0
@@ -226,6 +264,16 @@ def test_top_logprobs_ties_are_listed_by_id() -> None:
     got = Sampler(VOCAB, "cpu").sample(logits, [make_row(logprobs=3)]).logprobs[0]
     assert got is not None
     assert got.top_ids == (4, 40, 44)
+
+
+def test_prompt_logprobs_follow_the_targets() -> None:
+    logits = make_logits(5)
+    expected = torch.log_softmax(logits, dim=-1)
+    got = logprobs_module.prompt_logprobs(logits, [3, 1, 4, 1, 5], 2)
+    assert got.token_logprobs == pytest.approx([expected[i, t].item() for i, t in enumerate([3, 1, 4, 1, 5])], abs=1e-6)
+    top = expected.topk(2)
+    assert (got.top_n, got.top_ids) == (2, tuple(top.indices.flatten().tolist()))
+    assert got.top_logprobs == pytest.approx(top.values.flatten().tolist(), abs=1e-6)
 
 
 def test_min_tokens_holds_stop_tokens_back_until_reached() -> None:

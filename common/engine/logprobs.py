@@ -1,55 +1,61 @@
-"""Logprobs of drawn tokens and of the best ones, from the model's raw logits."""
+"""Logprobs of drawn tokens and of the best ones: the log softmax of the model's raw logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from common.kernels.sampling import top_rows
 from common.types import TokenLogprobs
 
 
 @dataclass(frozen=True)
 class RawLogprobs:
-    """Log softmax of the rows that asked, taken before anything changed them.
+    """Logprobs of one token per row, still on the device.
 
-    `top`: (row, number of best tokens to list) for each line of `logprobs_LV`, float32.
+    `top_n`: alternatives to list for each row, None for no logprobs at all; the tensors hold the rows that have
+    some, with as many alternatives as the greediest of them wants.
     """
 
-    num_rows: int
-    top: Sequence[tuple[int, int]]
-    logprobs_LV: Tensor
+    top_n: Sequence[int | None]
+    chosen_L: Tensor
+    ids_LN: Tensor
+    values_LN: Tensor
 
     @classmethod
-    def of(cls, logits_RV: Tensor, wanted: Sequence[tuple[int, int | None]]) -> RawLogprobs:
-        """`wanted`: (row, number of best tokens)."""
-        picked = logits_RV if len(wanted) == logits_RV.shape[0] else logits_RV[[r for r, _ in wanted]]
-        return cls(logits_RV.shape[0], [(r, n or 0) for r, n in wanted], picked.log_softmax(dim=-1))
+    def of(cls, logits_RV: Tensor, token_ids_R: Tensor, top_n: Sequence[int | None]) -> RawLogprobs:
+        """`logits_RV`: raw, float32; `token_ids_R`: int64, -1 where there is no token."""
+        lines = [r for r, n in enumerate(top_n) if n is not None]
+        logits_LV = logits_RV if len(lines) == len(top_n) else logits_RV[lines]
+        ids_L = token_ids_R if len(lines) == len(top_n) else token_ids_R[lines]
+        most = min(max((n for n in top_n if n is not None), default=0), logits_RV.shape[1])
+        log_sum_L, ids_LN, values_LN = top_rows(logits_LV, most)
+        chosen_L = logits_LV.gather(1, ids_L.clamp(min=0).unsqueeze(1)).squeeze(1).double() - log_sum_L
+        return cls(top_n, chosen_L.float(), ids_LN, (values_LN.double() - log_sum_L.unsqueeze(1)).float())
 
-    def of_tokens(self, token_ids: Sequence[int]) -> list[TokenLogprobs | None]:
-        """One entry per row; None for rows that did not ask and for token -1."""
-        out: list[TokenLogprobs | None] = [None] * self.num_rows
-        for line, (r, top_n) in enumerate(self.top):
-            if token_ids[r] >= 0:
-                out[r] = token_logprobs(self.logprobs_LV[line : line + 1], [token_ids[r]], top_n)
+    def per_row(self) -> list[TokenLogprobs | None]:
+        """One entry per row; None for rows that did not ask."""
+        lines = iter(zip(self.chosen_L.tolist(), self.ids_LN.tolist(), self.values_LN.tolist(), strict=True))
+        out: list[TokenLogprobs | None] = []
+        for top_n in self.top_n:
+            if top_n is None:
+                out.append(None)
+                continue
+            chosen, ids, values = next(lines)
+            out.append(TokenLogprobs((chosen,), len(ids[:top_n]), tuple(ids[:top_n]), tuple(values[:top_n])))
         return out
 
 
-def token_logprobs(logprobs_TV: Tensor, token_ids: Sequence[int], top_n: int) -> TokenLogprobs:
-    """Logprobs of one token per line and of each line's best `top_n`; equal ones by lower id."""
-    ids_T1 = torch.tensor(token_ids, dtype=torch.int64, device=logprobs_TV.device).unsqueeze(1)
-    chosen = tuple(logprobs_TV.gather(1, ids_T1).squeeze(1).tolist())
-    top_n = min(top_n, logprobs_TV.shape[1])
-    if top_n == 0:
-        return TokenLogprobs(chosen)
-    top_ids: list[int] = []
-    top_values: list[float] = []
-    floor_T1 = logprobs_TV.topk(top_n, dim=-1).values[:, -1:]
-    for line_V, floor in zip(logprobs_TV, floor_T1, strict=True):
-        ids_K = (line_V >= floor).nonzero().squeeze(1)
-        values_K, order_K = line_V[ids_K].sort(descending=True, stable=True)
-        top_ids += ids_K[order_K[:top_n]].tolist()
-        top_values += values_K[:top_n].tolist()
-    return TokenLogprobs(chosen, top_n, tuple(top_ids), tuple(top_values))
+def prompt_logprobs(logits_TV: Tensor, targets: Sequence[int], top_n: int) -> TokenLogprobs:
+    """Logprobs of the token that really follows each position, and the best `top_n` of each position."""
+    targets_T = logits_TV.new_tensor(targets).long()
+    lines = RawLogprobs.of(logits_TV, targets_T, [top_n] * len(targets)).per_row()
+    found = [line for line in lines if line is not None]
+    return TokenLogprobs(
+        tuple(line.token_logprobs[0] for line in found),
+        min(top_n, logits_TV.shape[1]),
+        tuple(t for line in found for t in line.top_ids),
+        tuple(v for line in found for v in line.top_logprobs),
+    )

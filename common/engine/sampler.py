@@ -55,7 +55,7 @@ class SampleResult:
         """One entry per row; None where the request asked for none or the row failed."""
         if self.raw is None:
             return [None] * self.token_ids_R.shape[0]
-        return self.raw.of_tokens(self.token_ids_R.tolist())
+        return [None if r in self.failures else entry for r, entry in enumerate(self.raw.per_row())]
 
 
 class Sampler:
@@ -76,9 +76,9 @@ class Sampler:
                 f"logits must be float32 {[len(rows), self.vocab_size]}, got {logits_RV.dtype} {list(logits_RV.shape)}"
             )
         logits_RV = logits_RV.contiguous()
-        wanted = [(r, row.params.logprobs) for r, row in enumerate(rows) if row.params.logprobs is not None]
-        raw = RawLogprobs.of(logits_RV, wanted) if wanted else None
         token_ids_R, status_R = draw_rows(self._adjusted(logits_RV, rows, masks), [_draw(row) for row in rows])
+        top_n = [row.params.logprobs for row in rows]
+        raw = RawLogprobs.of(logits_RV, token_ids_R, top_n) if any(n is not None for n in top_n) else None
         return SampleResult(token_ids_R, status_R, raw)
 
     def _adjusted(self, logits_RV: Tensor, rows: Sequence[SampleRow], masks: Tensor | None) -> Tensor:
@@ -106,8 +106,7 @@ class Sampler:
         params = row.params
         output_ids = self._known(row.output_ids)
         if params.repetition_penalty != 1.0:
-            seen = np.unique(np.concatenate([self._known(row.prompt_ids), output_ids]))
-            ids_K = self._tensor(seen)
+            ids_K = self._tensor(np.concatenate([self._known(row.prompt_ids), output_ids]))
             x_K = logits_V[ids_K]
             logits_V[ids_K] = torch.where(x_K > 0, x_K / params.repetition_penalty, x_K * params.repetition_penalty)
         if params.presence_penalty or params.frequency_penalty:

@@ -21,11 +21,14 @@ from __future__ import annotations
 
 import enum
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from common.kernels import cpu
 
 MASK = (1 << 64) - 1
 C1 = 0x9E3779B97F4A7C15
@@ -33,6 +36,8 @@ C2 = 0xC2B2AE3D27D4EB4F
 C3 = 0x165667B19E3779F9
 M1 = 0xBF58476D1CE4E5B9
 M2 = 0x94D049BB133111EB
+
+_SPEC = struct.Struct("@Qdddq")  # nd::DrawSpec
 
 
 class DrawStatus(enum.IntEnum):
@@ -72,7 +77,33 @@ def draw_rows(logits_RV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]
 
     `logits_RV`: float32, rows contiguous.
     """
+    if logits_RV.device.type == "cpu" and cpu.library() is not None:
+        return draw_rows_native(logits_RV, draws)
     return draw_rows_torch(logits_RV, draws)
+
+
+def draw_rows_native(logits_RV: Tensor, draws: Sequence[Draw], isa: cpu.Isa = cpu.Isa.BEST) -> tuple[Tensor, Tensor]:
+    """`draw_rows` by the CPU kernel."""
+    lib = cpu.library()
+    assert lib is not None
+    assert logits_RV.dtype == torch.float32
+    assert logits_RV.stride(1) == 1
+    specs = b"".join(_SPEC.pack(d.key, d.temperature, d.top_p, d.min_p, d.top_k) for d in draws)
+    rows, vocab_size = logits_RV.shape
+    token_ids_R = torch.empty(rows, dtype=torch.int64)
+    status_R = torch.empty(rows, dtype=torch.int8)
+    lib.nd_draw_rows(
+        isa,
+        torch.get_num_threads(),
+        logits_RV.data_ptr(),
+        logits_RV.stride(0),
+        rows,
+        vocab_size,
+        specs,
+        token_ids_R.data_ptr(),
+        status_R.data_ptr(),
+    )
+    return token_ids_R, status_R
 
 
 def draw_rows_torch(logits_RV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
@@ -121,7 +152,7 @@ def _kept(logits_V: Tensor, draw: Draw) -> Tensor:
         total = _weights(logits_V, logits_V.max(), draw.temperature).sum()
     width = limit if draw.top_k > 0 else min(256, vocab_size)
     while True:
-        ids_K = _first(logits_V, width)
+        ids_K = first_ids(logits_V, width)
         weight_K = _weights(logits_V[ids_K], logits_V[ids_K[0]], draw.temperature)
         keep = torch.ones_like(weight_K, dtype=torch.bool)
         if draw.top_p < 1:
@@ -135,12 +166,13 @@ def _kept(logits_V: Tensor, draw: Draw) -> Tensor:
         width = min(width * 8, limit)
 
 
-def _first(logits_V: Tensor, count: int) -> Tensor:
-    """The first `count` ids in the order (higher logit, lower id)."""
-    floor = logits_V.topk(count).values[-1]
-    ids_K = (logits_V >= floor).nonzero().squeeze(1)
-    order = logits_V[ids_K].sort(descending=True, stable=True).indices
-    return ids_K[order[:count]]
+def first_ids(logits: Tensor, count: int) -> Tensor:
+    """The first `count` ids of the last dimension in the order (higher logit, lower id)."""
+    bits = (logits + 0.0).view(torch.int32).long()  # adding zero makes -0 equal to 0
+    ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    ids_V = torch.arange(logits.shape[-1], device=logits.device)
+    ids: Tensor = ((ordered << 32) - ids_V).topk(count).indices
+    return ids
 
 
 def _weights(logits: Tensor, best: Tensor, temperature: float) -> Tensor:
@@ -154,6 +186,50 @@ def _signed(word: int) -> int:
 def _shift(z: Tensor, n: int) -> Tensor:
     """Logical right shift of int64."""
     return (z >> n) & ((1 << (64 - n)) - 1)
+
+
+def top_rows(logits_RV: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log of the sum of exponentials [R], best ids [R, top_n], their logits [R, top_n]) of float32 rows.
+
+    float64, int64 and float32; ids in the order (higher logit, lower id). Rows that hold NaN or +inf, or nothing
+    but -inf, give NaN.
+    """
+    if logits_RV.device.type == "cpu" and cpu.library() is not None:
+        return top_rows_native(logits_RV, top_n)
+    return top_rows_torch(logits_RV, top_n)
+
+
+def top_rows_torch(logits_RV: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
+    log_sum_R = logits_RV.double().logsumexp(dim=-1)
+    log_sum_R = log_sum_R.masked_fill(log_sum_R.isinf(), torch.nan)
+    ids_RN = first_ids(logits_RV, top_n)
+    values_RN = logits_RV.gather(1, ids_RN).masked_fill(log_sum_R.isnan().unsqueeze(1), torch.nan)
+    return log_sum_R, ids_RN, values_RN
+
+
+def top_rows_native(logits_RV: Tensor, top_n: int, isa: cpu.Isa = cpu.Isa.BEST) -> tuple[Tensor, Tensor, Tensor]:
+    lib = cpu.library()
+    assert lib is not None
+    assert logits_RV.dtype == torch.float32
+    assert logits_RV.stride(1) == 1
+    rows, vocab_size = logits_RV.shape
+    assert 0 <= top_n <= vocab_size
+    log_sum_R = torch.empty(rows, dtype=torch.float64)
+    ids_RN = torch.empty(rows, top_n, dtype=torch.int64)
+    values_RN = torch.empty(rows, top_n, dtype=torch.float32)
+    lib.nd_top_rows(
+        isa,
+        torch.get_num_threads(),
+        logits_RV.data_ptr(),
+        logits_RV.stride(0),
+        rows,
+        vocab_size,
+        top_n,
+        log_sum_R.data_ptr(),
+        ids_RN.data_ptr(),
+        values_RN.data_ptr(),
+    )
+    return log_sum_R, ids_RN, values_RN
 
 
 def gumbel_reference(key: int, token_id: int) -> float:

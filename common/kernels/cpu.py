@@ -1,0 +1,48 @@
+"""Bindings of the CPU kernels in csrc/cpu (libnd_cpu.so), through ctypes. Calls release the GIL.
+
+Each kernel exists once per instruction set; `ISA` names them. BEST is what production uses; tests name one to
+force it. Work is spread over `torch.get_num_threads()` threads of the library's own pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import functools
+
+from common.kernels.native import LIBRARY_PATH
+
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+
+class Isa(enum.IntEnum):
+    BEST = -1
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512 = 2
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where they were not built: callers then use torch."""
+    try:
+        lib = ctypes.CDLL(str(LIBRARY_PATH))
+    except OSError:
+        return None
+    lib.nd_has_kernels.argtypes = [_INT]
+    lib.nd_has_kernels.restype = ctypes.c_bool
+    signatures = {
+        "nd_draw_rows": [_INT, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
+        "nd_top_rows": [_INT, _INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
+    }
+    for name, argtypes in signatures.items():
+        function = getattr(lib, name)
+        function.argtypes = argtypes
+        function.restype = None
+    return lib
+
+
+def available() -> list[Isa]:
+    """The instruction sets that this machine runs; empty where the library was not built."""
+    lib = library()
+    return [isa for isa in Isa if isa is not Isa.BEST and lib.nd_has_kernels(isa)] if lib is not None else []

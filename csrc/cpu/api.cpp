@@ -1,0 +1,60 @@
+// The C ABI of the CPU kernels. Sizes are in elements, strides in elements of the tensor, pointers are raw.
+
+#include <cstdlib>
+#include <new>
+
+#include "cpu/features.h"
+#include "cpu/kernels.h"
+#include "cpu/pool.h"
+#include "export.h"
+
+namespace nd {
+
+Arena::~Arena() { std::free(memory_); }
+
+void* Arena::get(size_t nbytes) {
+  if (nbytes > nbytes_) {
+    std::free(memory_);
+    nbytes_ = (nbytes + 4095) & ~size_t{4095};
+    memory_ = std::aligned_alloc(64, nbytes_);
+    if (memory_ == nullptr) throw std::bad_alloc();
+  }
+  return memory_;
+}
+
+Arena* thread_arena() {
+  static thread_local Arena arena;
+  return &arena;
+}
+
+const Kernels* kernels(int isa) {
+#if defined(__x86_64__)
+  const CpuFeatures& f = cpu_features();
+  if ((isa == kAvx512 || isa == kBest) && f.avx512) return &kernels_avx512;
+  if ((isa == kAvx2 || isa == kBest) && f.avx2) return &kernels_avx2;
+#endif
+  return isa == kPortable || isa == kBest ? &kernels_portable : nullptr;
+}
+
+}  // namespace nd
+
+ND_EXPORT bool nd_has_kernels(int isa) { return nd::kernels(isa) != nullptr; }
+
+// status[r]: nd::DrawStatus; tokens[r] is -1 unless it is 0.
+ND_EXPORT void nd_draw_rows(int isa, int threads, const float* logits, int64_t row_stride, int64_t rows, int64_t vocab,
+                            const nd::DrawSpec* specs, int64_t* tokens, int8_t* status) {
+  const nd::Kernels* k = nd::kernels(isa);
+  nd::parallel(threads, rows, [=](int64_t r) {
+    status[r] = static_cast<int8_t>(k->draw_row(logits + r * row_stride, vocab, specs[r], tokens + r));
+  });
+}
+
+// Of each row: log of the sum of exponentials, and the best `top_n` [rows, top_n] in the order (higher logit,
+// lower id). A row that has NaN or +inf, or nothing but -inf, gives NaN.
+ND_EXPORT void nd_top_rows(int isa, int threads, const float* logits, int64_t row_stride, int64_t rows, int64_t vocab,
+                           int64_t top_n, double* log_sums, int64_t* ids, float* values) {
+  const nd::Kernels* k = nd::kernels(isa);
+  nd::parallel(threads, rows, [=](int64_t r) {
+    k->top_row(logits + r * row_stride, vocab, top_n, log_sums + r, ids + r * top_n, values + r * top_n);
+  });
+}

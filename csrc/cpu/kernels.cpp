@@ -1,0 +1,2 @@
+#define ND_TABLE kernels_portable
+#include "cpu/kernels_isa.inl"

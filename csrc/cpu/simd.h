@@ -1,0 +1,218 @@
+// One vector of floats per instruction set, under one name, so that each kernel is written once.
+//
+// A file kernels_<isa>.cpp defines ND_ISA_<ISA>, sets the compiler's target and includes this header and then
+// the kernels (*.inl), all inside namespace nd::<isa>. Standard headers come before the target is set: an
+// inline function of theirs compiled for AVX-512 could otherwise be the copy that the linker keeps for all.
+//
+//     F::W             floats in a vector
+//     load, store      unaligned; load_bf16 and store_bf16 convert (round to nearest even)
+//     load_n, store_n  the first n of W; the rest reads as zero and is not written
+#pragma once
+
+namespace {
+
+inline float bf16_to_float(uint16_t x) {
+  uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+inline uint16_t float_to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(ND_ISA_AVX512)
+
+struct F {
+  static constexpr int W = 16;
+  using V = __m512;
+  static V zero() { return _mm512_setzero_ps(); }
+  static V set1(float x) { return _mm512_set1_ps(x); }
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, V x) { _mm512_storeu_ps(p, x); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static bool any_nan(V a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+  static float sum(V a) { return _mm512_reduce_add_ps(a); }
+  static float largest(V a) { return _mm512_reduce_max_ps(a); }
+  static V from_bits(__m512i x) { return _mm512_castsi512_ps(x); }
+  static V load_bf16(const uint16_t* p) {
+    __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return from_bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static void store_bf16(uint16_t* p, V x) {
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i near = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    __m256i out = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(near, nan, quiet));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), out);
+  }
+  // 2^n for whole n in [-126, 127]
+  static V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static V power_of_two(V n) {
+    return from_bits(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+  }
+};
+
+#elif defined(ND_ISA_AVX2)
+
+struct F {
+  static constexpr int W = 8;
+  using V = __m256;
+  static V zero() { return _mm256_setzero_ps(); }
+  static V set1(float x) { return _mm256_set1_ps(x); }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, V x) { _mm256_storeu_ps(p, x); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static bool any_nan(V a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
+  static float sum(V a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  static float largest(V a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  static V from_bits(__m256i x) { return _mm256_castsi256_ps(x); }
+  static V load_bf16(const uint16_t* p) {
+    __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return from_bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static void store_bf16(uint16_t* p, V x) {
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i near = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    __m256i words = _mm256_blendv_epi8(near, quiet, nan);
+    __m128i out = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), out);
+  }
+  static V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static V power_of_two(V n) {
+    return from_bits(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  }
+};
+
+#else
+
+struct F {
+  static constexpr int W = 8;
+  struct V {
+    float x[W];
+  };
+  template <typename Fn>
+  static V make(Fn fn) {
+    V out;
+    for (int i = 0; i < W; ++i) out.x[i] = fn(i);
+    return out;
+  }
+  static V zero() { return set1(0.0f); }
+  static V set1(float v) {
+    return make([=](int) { return v; });
+  }
+  static V load(const float* p) {
+    return make([=](int i) { return p[i]; });
+  }
+  static void store(float* p, const V& a) {
+    for (int i = 0; i < W; ++i) p[i] = a.x[i];
+  }
+  static V add(const V& a, const V& b) {
+    return make([&](int i) { return a.x[i] + b.x[i]; });
+  }
+  static V mul(const V& a, const V& b) {
+    return make([&](int i) { return a.x[i] * b.x[i]; });
+  }
+  static V fma(const V& a, const V& b, const V& c) {
+    return make([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
+  }
+  static V max(const V& a, const V& b) {
+    return make([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; });
+  }
+  static bool any_nan(const V& a) {
+    bool any = false;
+    for (int i = 0; i < W; ++i) any |= a.x[i] != a.x[i];
+    return any;
+  }
+  static float sum(const V& a) {
+    return ((a.x[0] + a.x[4]) + (a.x[2] + a.x[6])) + ((a.x[1] + a.x[5]) + (a.x[3] + a.x[7]));
+  }
+  static float largest(const V& a) {
+    float best = a.x[0];
+    for (int i = 1; i < W; ++i) best = a.x[i] > best ? a.x[i] : best;
+    return best;
+  }
+  static V load_bf16(const uint16_t* p) {
+    return make([=](int i) { return bf16_to_float(p[i]); });
+  }
+  static void store_bf16(uint16_t* p, const V& a) {
+    for (int i = 0; i < W; ++i) p[i] = float_to_bf16(a.x[i]);
+  }
+  static V round(const V& a) {
+    constexpr float magic = 12582912.0f;  // 1.5 * 2^23
+    return make([&](int i) { return (a.x[i] + magic) - magic; });
+  }
+  static V power_of_two(const V& n) {
+    return make([&](int i) {
+      uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.x[i]) + 127) << 23;
+      float out;
+      std::memcpy(&out, &bits, 4);
+      return out;
+    });
+  }
+};
+
+#endif
+
+using V = F::V;
+
+// exp of x <= 88, relative error under 2e-7; below -87 it is 0 to 1e-38 (Cody and Waite's reduction, Cephes'
+// polynomial).
+inline V exp_v(V x) {
+  x = F::max(x, F::set1(-87.0f));
+  V n = F::round(F::mul(x, F::set1(1.44269504088896341f)));
+  V r = F::fma(n, F::set1(-0.693359375f), x);
+  r = F::fma(n, F::set1(2.12194440e-4f), r);
+  V p = F::set1(1.9875691500e-4f);
+  p = F::fma(p, r, F::set1(1.3981999507e-3f));
+  p = F::fma(p, r, F::set1(8.3334519073e-3f));
+  p = F::fma(p, r, F::set1(4.1665795894e-2f));
+  p = F::fma(p, r, F::set1(1.6666665459e-1f));
+  p = F::fma(p, r, F::set1(5.0000001201e-1f));
+  p = F::add(F::fma(F::mul(r, r), p, r), F::set1(1.0f));
+  return F::mul(p, F::power_of_two(n));
+}
+
+template <typename T>
+struct Element;
+
+template <>
+struct Element<float> {
+  static V load(const float* p) { return F::load(p); }
+  static void store(float* p, V x) { F::store(p, x); }
+  static float get(float x) { return x; }
+  static void put(float* p, float x) { *p = x; }
+};
+
+template <>
+struct Element<uint16_t> {  // bfloat16
+  static V load(const uint16_t* p) { return F::load_bf16(p); }
+  static void store(uint16_t* p, V x) { F::store_bf16(p, x); }
+  static float get(uint16_t x) { return bf16_to_float(x); }
+  static void put(uint16_t* p, float x) { *p = float_to_bf16(x); }
+};
+
+}  // namespace
