@@ -36,9 +36,9 @@ class Traffic(msgspec.Struct, frozen=True):
     worker_id: str
     transport: str
     state: str
-    bytes_read: int
+    nbytes: int
     reads: int
-    digest_mismatches: int
+    mismatches: int
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Peer:
     transport: str = ""
     transport_id: int = 0
     session_up: bool = True
-    bytes_read: int = 0
+    nbytes: int = 0
     reads: int = 0
     mismatches: int = 0
 
@@ -98,7 +98,7 @@ class Peers:
         peer = Peer(number, ref, layout, lease_ttl_s)
         old = self._peers.get(number)
         if old is not None:
-            peer.bytes_read, peer.reads, peer.mismatches = old.bytes_read, old.reads, old.mismatches
+            peer.nbytes, peer.reads, peer.mismatches = old.nbytes, old.reads, old.mismatches
         self._peers[number] = peer
         refusal, cold = self._judge(layout)
         endpoint = self._choose(endpoints)
@@ -130,12 +130,12 @@ class Peers:
         peer = self._peers.get(number)
         if peer is not None:
             peer.reads += 1
-            peer.bytes_read += nbytes
+            peer.nbytes += nbytes
             peer.mismatches += mismatch
 
     def traffic(self) -> list[Traffic]:
         return [
-            Traffic(p.number, p.ref.worker_id, p.transport, p.state.value, p.bytes_read, p.reads, p.mismatches)
+            Traffic(p.number, p.ref.worker_id, p.transport, p.state.value, p.nbytes, p.reads, p.mismatches)
             for p in self._peers.values()
         ]
 

@@ -9,9 +9,10 @@ publish one block there. The caller pins an extent's blocks with `Leases.extend`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
+
+import msgspec
 
 from common.errors import InternalError
 from common.kvcache.layout import GroupSpec, KVLayout, Retention
@@ -19,6 +20,7 @@ from common.kvtransfer.cache import CacheView
 from common.kvtransfer.orders import OrderExtent
 from common.kvtransfer.plan import block_checks, window_start
 from common.kvtransfer.transport import DigestCheck
+from common.types.prefix import hash_at
 
 MAX_EXTENT_TOKENS = 4096  # bounds one read, so that its time limit means something
 
@@ -29,18 +31,20 @@ class Digester(Protocol):
     def __call__(self, check: DigestCheck, /) -> int: ...
 
 
-@dataclass(frozen=True)
-class _Span:
-    """One call's order: positions [first, num_tokens) are wanted in all, [start, end) are new."""
+class PublishOrder(msgspec.Struct, frozen=True):
+    """What the publisher must know of an order. `token_ids` is the whole prompt.
 
+    `chain` covers the whole units of what is computed; `start_position` is the first position that the
+    reader lacks.
+    """
+
+    seq_id: int
     order_id: int
     lease_id: int
-    seq_id: int
-    first: int
-    start: int
-    end: int
-    num_tokens: int
-    prefix_hash: Callable[[int], bytes]
+    token_ids: Sequence[int]
+    chain: Sequence[bytes]
+    start_position: int
+    media: tuple[tuple[int, bytes], ...] = ()
 
 
 class Publisher:
@@ -53,63 +57,56 @@ class Publisher:
         self._digest = digest
         self._num_digests = {g.name: layout.num_digests(g.name) for g in layout.groups}
 
-    def publish(
-        self,
-        *,
-        order_id: int,
-        lease_id: int,
-        seq_id: int,
-        first: int,
-        start: int,
-        end: int,
-        num_tokens: int,
-        prefix_hash: Callable[[int], bytes],
-    ) -> list[OrderExtent]:
-        """Extents that computed positions [start, end) complete, for an order of positions [first, num_tokens).
+    def publish(self, order: PublishOrder, start: int, end: int) -> list[OrderExtent]:
+        """Extents that computed positions [start, end) complete; those below `start` were passed before.
 
-        `start` is where the extents given before end (`first` at the start; with several block sizes, the
-        farthest of them). `prefix_hash(n)` is the hash of the first n tokens. `end` equal to `num_tokens`
-        publishes all that is left, partial and snapshot blocks included. An empty run publishes nothing.
+        `end` at the prompt's length publishes all that is left, partial and snapshot blocks included.
+        Positions before the order's start are left out, and an empty run publishes nothing.
         Raises InternalError if the sequence does not hold a block that it must publish.
         """
+        start = max(start, order.start_position)
+        if end > len(order.token_ids):
+            raise ValueError(f"positions up to {end} of a prompt of {len(order.token_ids)} tokens")
         if end <= start:
             return []
-        if not 0 <= first <= start < end <= num_tokens:
-            raise ValueError(f"positions [{start}, {end}) of an order for [{first}, {num_tokens})")
-        span = _Span(order_id, lease_id, seq_id, first, start, end, num_tokens, prefix_hash)
         extents: list[OrderExtent] = []
         for group in self._layout.groups:
             if not self._num_digests[group.name]:
                 continue
-            table = self._cache.block_table(seq_id, group.name)
+            table = self._cache.block_table(order.seq_id, group.name)
             if group.retention is not Retention.SNAPSHOT:
-                extents.extend(self._blocks(span, group, table))
-            elif end == num_tokens:
-                extents.extend(self._snapshot(span, group, table))
+                extents.extend(self._blocks(order, group, table, start, end))
+            elif end == len(order.token_ids):
+                extents.append(self._snapshot(order, group, table))
         return extents
 
-    def _snapshot(self, span: _Span, group: GroupSpec, table: Sequence[int]) -> Iterator[OrderExtent]:
+    def _snapshot(self, order: PublishOrder, group: GroupSpec, table: Sequence[int]) -> OrderExtent:
         block = next((b for b in reversed(table) if b >= 0), -1)
         if block < 0:
-            raise InternalError(f"sequence {span.seq_id} holds no {group.name} block to publish")
-        yield self._extent(span, group, span.num_tokens - 1, span.num_tokens, [block])
+            raise InternalError(f"sequence {order.seq_id} holds no {group.name} block to publish")
+        return self._extent(order, group, len(order.token_ids) - 1, len(order.token_ids), [block])
 
-    def _blocks(self, span: _Span, group: GroupSpec, table: Sequence[int]) -> Iterator[OrderExtent]:
-        size = group.block_size
-        begin = max(span.first, span.start // size * size)
-        stop = span.end if span.end == span.num_tokens else span.end // size * size
+    def _blocks(
+        self, order: PublishOrder, group: GroupSpec, table: Sequence[int], start: int, end: int
+    ) -> Iterator[OrderExtent]:
+        size, total = group.block_size, len(order.token_ids)
+        begin = max(order.start_position, start // size * size)
+        stop = end if end == total else end // size * size
         if group.retention is Retention.WINDOW:
-            begin = max(begin, window_start(group, span.num_tokens))
+            begin = max(begin, window_start(group, total))
         step = max(MAX_EXTENT_TOKENS // size, 1) * size
         while begin < stop:
             until = min(stop, begin // size * size + step)
-            blocks = list(table[begin // size : (until - 1) // size + 1])
-            if len(blocks) != (until - 1) // size + 1 - begin // size or min(blocks) < 0:
-                raise InternalError(f"sequence {span.seq_id} lacks {group.name} positions [{begin}, {until})")
-            yield self._extent(span, group, begin, until, blocks)
+            count = (until - 1) // size + 1 - begin // size
+            blocks = list(table[begin // size : begin // size + count])
+            if len(blocks) != count or min(blocks) < 0:
+                raise InternalError(f"sequence {order.seq_id} lacks {group.name} positions [{begin}, {until})")
+            yield self._extent(order, group, begin, until, blocks)
             begin = until
 
-    def _extent(self, span: _Span, group: GroupSpec, begin: int, end: int, blocks: Sequence[int]) -> OrderExtent:
+    def _extent(
+        self, order: PublishOrder, group: GroupSpec, begin: int, end: int, blocks: Sequence[int]
+    ) -> OrderExtent:
         digests: list[int] = []
         position = begin
         for block in blocks:
@@ -118,13 +115,13 @@ class Publisher:
             digests.extend(self._block_digests(group, block, position, first_token, count))
             position += count
         return OrderExtent(
-            order_id=span.order_id,
-            lease_id=span.lease_id,
+            order_id=order.order_id,
+            lease_id=order.lease_id,
             group=group.name,
             start_position=begin,
             num_tokens=end - begin,
             block_ids=tuple(blocks),
-            prefix_hash=span.prefix_hash(end),
+            prefix_hash=hash_at(order.chain, order.token_ids, end, order.media),
             digests=tuple(digests),
         )
 
