@@ -41,6 +41,7 @@ class EngineConfig(_Section):
     attention_backend: Literal["auto", "reference", "cpu"] = "auto"
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 is all cores")
     lease_ttl_s: float = Field(30.0, gt=0, description="life of published KV after its last extent")
+    check_ledger: bool = Field(False, description="recount every KV block at every step; for tests, slow")
     max_restarts: int = Field(5, ge=0, description="engine restarts in 5 minutes before the worker gives up")
 
 

@@ -69,7 +69,7 @@ class ProcessEngine:
         ours, theirs = socket.socketpair()
         with theirs:
             theirs.set_inheritable(True)
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: ASYNC220 - returns after fork; waited for in a thread
                 [sys.executable, "-m", "common.engine.process", str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

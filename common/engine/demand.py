@@ -1,7 +1,7 @@
 """The reader's side of a hand-off, as the scheduler sees it: prompts whose KV a prefill worker supplies.
 
-    waiting --try_remote--> REMOTE --Done--> running, only the head is missing
-                                   `-Failed-> waiting, goes on here from what was verified
+waiting --try_remote--> REMOTE --Done--> running, only the head is missing
+`-Failed-> waiting, goes on here from what was verified
 """
 
 from __future__ import annotations
@@ -13,19 +13,30 @@ import msgspec
 from common.config import HandoffConfig
 from common.engine.scheduler import Scheduler
 from common.engine.sequence import Phase, Sequence
+from common.kvcache.layout import KVLayout, Retention
 from common.kvcache.manager import KVCacheManager, PrefixHit
-from common.kvtransfer.session import Done, Failed, HandoffReader, OrderSpec
+from common.kvtransfer.session import Done, HandoffReader, OrderSpec, Progress
 from common.types import Clock
 
 
 class Demand:
     """Places orders for sequences and brings their outcome back to the scheduler."""
 
-    def __init__(self, reader: HandoffReader, cache: KVCacheManager, config: HandoffConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        reader: HandoffReader,
+        cache: KVCacheManager,
+        layout: KVLayout,
+        config: HandoffConfig,
+        clock: Clock,
+    ) -> None:
         self._reader = reader
         self._cache = cache
         self._config = config
         self._clock = clock
+        # Verified positions are sealed as they come, so that a failure loses none; a window's are final only at
+        # the end of the prompt.
+        self._seal_early = all(g.retention is not Retention.WINDOW for g in layout.groups)
         self._placed: dict[int, Sequence] = {}
         self.fallbacks: dict[str, int] = {}
         self.local_by_choice = 0  # prompts short or cached enough to stay here
@@ -40,7 +51,8 @@ class Demand:
             self._fall_back(seq, "peer not usable")
             return False
         self._cache.open(seq.seq_id, seq.label)
-        if not self._cache.reserve(seq.seq_id, seq.num_tokens, hit) or self._cache.reserve_tail(seq.seq_id) is None:
+        n = seq.num_tokens
+        if not self._cache.reserve(seq.seq_id, n, hit, fetch_to=n) or self._cache.reserve_tail(seq.seq_id) is None:
             self._cache.close(seq.seq_id)
             return False
         self._place(seq, hit.num_tokens)
@@ -67,6 +79,9 @@ class Demand:
                 token_ids=tuple(seq.token_ids),
                 chain=seq.chain,
                 start_position=start,
+                adapter_id=seq.adapter_id,
+                cache_salt=seq.cache_salt,
+                traceparent=seq.traceparent,
                 priority=seq.priority,
                 remaining_s=remaining_s,
             )
@@ -80,18 +95,21 @@ class Demand:
     def poll(self, scheduler: Scheduler) -> None:
         """Move sequences whose hand-off ended since the last call."""
         for update in self._reader.poll():
-            if not isinstance(update, Done | Failed):
-                continue
-            seq = self._placed.pop(update.seq_id, None)
+            seq = self._placed.get(update.seq_id)
             if seq is None or seq.phase is not Phase.REMOTE:
                 continue
+            if isinstance(update, Progress):
+                if self._seal_early:
+                    self._cache.advance(seq.seq_id, seq.chain, update.num_verified)
+                continue
+            del self._placed[seq.seq_id]
             seq.times.prefilled = self._clock.now()
             if isinstance(update, Done):
                 self._finish(seq, update)
                 scheduler.remote_done(seq)
             else:
                 self._fall_back(seq, update.reason)
-                scheduler.remote_failed(seq, update.num_verified)
+                scheduler.remote_failed(seq)
 
     def _finish(self, seq: Sequence, done: Done) -> None:
         seconds = done.read_seconds

@@ -90,9 +90,7 @@ class Engine:
             case Cancel():
                 self._cancel(message)
             case PeerReady():
-                p.reader.peer_ready(
-                    message.peer, message.ref, message.layout, message.endpoints, message.lease_ttl_s
-                )
+                p.reader.peer_ready(message.peer, message.ref, message.layout, message.endpoints, message.lease_ttl_s)
             case PeerGone():
                 p.reader.peer_gone(message.peer, message.reason)
             case PeerEvent():
@@ -112,10 +110,10 @@ class Engine:
                 p.supply.draining = True
 
     def _cancel(self, message: Cancel) -> None:
-        for seq in list(self._p.scheduler.remote.values()):
-            if seq.slot in message.slots:
-                self._p.demand.cancel(seq)
-        self._p.requests.cancel(message.slots)
+        p = self._p
+        choices = message.choices or (None,) * len(message.slots)
+        for slot, choice in zip(message.slots, choices, strict=True):
+            p.requests.cancel(slot, choice)
 
     # -- work --
 
@@ -224,7 +222,7 @@ class Engine:
 
     def _ledger(self, message: GetLedger) -> Ledger:
         cache = self._p.cache
-        blocks = ()
+        blocks: tuple[LedgerBlock, ...] = ()
         if message.with_blocks:
             blocks = tuple(
                 LedgerBlock(b.group, b.block_id, b.state, b.owner, int(b.age_s * 1e3)) for b in cache.ledger_blocks()

@@ -48,7 +48,10 @@ class Submit(Message, frozen=True):
 
 
 class Cancel(Message, frozen=True):
+    """End requests, or one choice of each: `choices` is empty (all) or per slot, None for all."""
+
     slots: tuple[int, ...]
+    choices: tuple[int | None, ...] = ()
 
 
 class PeerReady(Message, frozen=True):

@@ -63,6 +63,10 @@ class Requests:
     def __len__(self) -> int:
         return len(self._by_slot)
 
+    @property
+    def vocab_size(self) -> int:
+        return self._limits.vocab_size
+
     def next_id(self) -> int:
         """A sequence id; orders draw from the same source."""
         return next(self._ids)
@@ -86,15 +90,17 @@ class Requests:
             heapq.heappush(self._deadlines, (deadline, message.slot))
         self._scheduler.add(request.sequences[0])
 
-    def cancel(self, slots: Iterable[int]) -> None:
-        """End requests; unknown and ended slots are ignored."""
-        for slot in slots:
-            request = self._by_slot.get(slot)
-            if request is None:
-                continue
-            for seq in request.sequences:
-                if seq.phase is not Phase.ENDED:
-                    self._end(seq, FinishReason.CANCELLED, ())
+    def cancel(self, slot: int, choice: int | None) -> None:
+        """End a request or one choice of it; what is unknown or has ended is ignored."""
+        request = self._by_slot.get(slot)
+        if request is None:
+            return
+        for seq in request.sequences:
+            if seq.phase is not Phase.ENDED and choice in (None, seq.choice):
+                self._end(seq, FinishReason.CANCELLED, ())
+        leader = request.sequences[0]
+        if request.open_choices and leader.phase is Phase.ENDED and not leader.times.first_token:
+            self._start_siblings(request)
 
     def fail(self, slot: int, error: NanoDeployError) -> None:
         """End a request with one failure."""
@@ -171,6 +177,9 @@ class Requests:
         self._outbox.stats(seq.slot, seq.stats)
         if seq.prompt_logprobs:
             self._send_prompt_logprobs(seq)
+        self._start_siblings(request)
+
+    def _start_siblings(self, request: Request) -> None:
         for sibling in request.sequences[1:]:
             if sibling.phase is Phase.HELD:
                 self._scheduler.add(sibling)
@@ -244,6 +253,9 @@ class Requests:
             remote_peer=message.prefill if leads else 0,
             phase=Phase.HELD,
             num_sent=len(sent),
+            adapter_id=request.adapter_id,
+            cache_salt=request.cache_salt,
+            traceparent=request.traceparent,
         )
         seq.times.submitted = self._clock.now()
         return seq

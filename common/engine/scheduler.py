@@ -47,6 +47,11 @@ class StepPlan:
         return sum(i.num_new for i in self.items)
 
 
+TryRemote = Callable[[Sequence, PrefixHit], bool]
+Abandon = Callable[[Sequence], None]
+OnStarted = Callable[[Sequence, PrefixHit], None]
+
+
 def _rank(seq: Sequence) -> tuple[int, int, int]:
     return (seq.priority, seq.arrival, seq.choice)
 
@@ -56,25 +61,26 @@ class Scheduler:
 
     `try_remote(seq, hit)` may take a waiting sequence over for a hand-off: True if it did; False with
     `seq.remote_peer` cleared to run it here, False with it kept when there is no room yet.
+    `abandon(seq)` is told of one that ends while its hand-off is under way, before its blocks are given back.
     `on_started(seq, hit)` is told of each admission, after `num_computed` was set.
     """
 
-    def __init__(
-        self,
-        cache: KVCacheManager,
-        limits: SchedulerLimits,
-        clock: Clock,
-        try_remote: Callable[[Sequence, PrefixHit], bool] = lambda seq, hit: False,
-        on_started: Callable[[Sequence, PrefixHit], None] = lambda seq, hit: None,
-    ) -> None:
+    def __init__(self, cache: KVCacheManager, limits: SchedulerLimits, clock: Clock) -> None:
         self._cache = cache
         self._limits = limits
         self._clock = clock
-        self._try_remote = try_remote
-        self._on_started = on_started
+        self._try_remote: TryRemote = lambda seq, hit: False
+        self._abandon: Abandon = lambda seq: None
+        self._on_started: OnStarted = lambda seq, hit: None
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.remote: dict[int, Sequence] = {}
+
+    def connect(self, try_remote: TryRemote, abandon: Abandon, on_started: OnStarted) -> None:
+        """Name those who hear of sequences; see the class."""
+        self._try_remote = try_remote
+        self._abandon = abandon
+        self._on_started = on_started
 
     @property
     def has_work(self) -> bool:
@@ -89,6 +95,8 @@ class Scheduler:
         """Take a sequence out, in whatever phase; its blocks go back to the cache. Idempotent."""
         if seq.phase is Phase.ENDED:
             return
+        if seq.phase is Phase.REMOTE:
+            self._abandon(seq)
         self._unlink(seq)
         seq.phase = Phase.ENDED
         self._cache.close(seq.seq_id)
@@ -101,10 +109,9 @@ class Scheduler:
         seq.phase = Phase.RUNNING
         bisect.insort(self.running, seq, key=_rank)
 
-    def remote_failed(self, seq: Sequence, num_verified: int) -> None:
-        """A hand-off failed: what was verified is sealed, found again as a prefix hit, and the rest computed here."""
+    def remote_failed(self, seq: Sequence) -> None:
+        """A hand-off failed: what was sealed is found again as a prefix hit, and the rest computed here."""
         del self.remote[seq.seq_id]
-        self._cache.advance(seq.seq_id, seq.chain, num_verified)
         self._cache.close(seq.seq_id)
         seq.remote_peer = 0
         self.add(seq)

@@ -64,6 +64,9 @@ class Sequence:
     arrival: int
     deadline: float  # engine clock, inf for none
     media: tuple[tuple[int, bytes], ...] = ()
+    adapter_id: str = ""
+    cache_salt: str = ""
+    traceparent: str = ""
     remote_peer: int = 0
     order: OrderState | None = None
     phase: Phase = Phase.WAITING

@@ -125,6 +125,11 @@ class Supply:
         """The reader has verified all it needs of a lease, or gave it up."""
         self._p.leases.release(lease_id)
 
+    def release_all(self) -> None:
+        """End every open lease: nobody is left to read."""
+        for lease in self._p.leases.snapshot():
+            self._p.leases.release(lease.lease_id)
+
     def reader_gone(self, reader: int) -> None:
         """A session broke: its orders end; published blocks stay until their lease runs out."""
         for seq in [s for (r, _), s in self._open.items() if r == reader]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 
@@ -39,14 +40,14 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
 
     # -- RPCs --
 
-    async def Submit(self, request: pb.SubmitRequest, context: grpc.aio.ServicerContext) -> pb.SubmitResponse:
+    async def Submit(self, request: pb.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.SubmitResponse:
         if not request.router_id or request.router_id.startswith(GENERATE_PREFIX):
             raise InvalidRequestError("router_id must be set", param="router_id")
         entry = await self._submit(request.router_id, request.request, _prefill_of(request))
         return pb.SubmitResponse(slot=entry.slot)
 
     async def Stream(
-        self, request_iterator: AsyncIterator[pb.StreamRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[pb.StreamRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.StreamResponse]:
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("message") != "attach" or not first.attach.router_id:
@@ -68,7 +69,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
             self._streams.detach(link, generation)
 
     async def Generate(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
         link = self._streams.private_link(GENERATE_PREFIX + uuid.uuid4().hex)
         try:
@@ -121,7 +122,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
             async for request in requests:
                 match request.WhichOneof("message"):
                     case "cancel":
-                        self._streams.cancel(request.cancel.slots)
+                        self._cancel(request.cancel)
                     case "ack":
                         ack = request.ack
                         columns = zip(ack.slots, ack.choices, ack.next_positions, strict=False)
@@ -131,9 +132,14 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         finally:
             link.wake()
 
-    async def _rows(
-        self, link: Link, generation: int, reader: asyncio.Task[None]
-    ) -> AsyncIterator[pb.StepDeltas]:
+    def _cancel(self, cancel: pb.StreamCancel) -> None:
+        choices = list(cancel.choices) or [0] * len(cancel.slots)
+        if len(choices) != len(cancel.slots):
+            raise InvalidRequestError("cancel: choices and slots have unequal lengths", param="cancel.choices")
+        for slot, choice in zip(cancel.slots, choices, strict=True):
+            self._streams.cancel(slot, choice - 1 if choice else None)
+
+    async def _rows(self, link: Link, generation: int, reader: asyncio.Task[None]) -> AsyncIterator[pb.StepDeltas]:
         while link.generation == generation:
             rows = await link.take()
             if link.generation != generation:

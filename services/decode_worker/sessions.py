@@ -14,6 +14,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -166,7 +167,8 @@ class PrefillSessions:
     async def _converse(self, session: Session) -> None:
         me, layout = self._identity()
         async with open_channel(session.ref.address) as channel:
-            call = pb_grpc.PrefillServiceStub(channel).Session(self._requests(session, me, layout))
+            stub: Any = pb_grpc
+            call = stub.PrefillServiceStub(channel).Session(self._requests(session, me, layout))
             watchdog = asyncio.create_task(self._watch(session, call))
             try:
                 await self._receive(session, call)
@@ -176,14 +178,12 @@ class PrefillSessions:
                 watchdog.cancel()
                 call.cancel()
 
-    async def _requests(
-        self, session: Session, me: WorkerRef, layout: KVLayout
-    ) -> AsyncIterator[pb.SessionRequest]:
+    async def _requests(self, session: Session, me: WorkerRef, layout: KVLayout) -> AsyncIterator[pb.SessionRequest]:
         yield codec.hello_to_proto(codec.Hello(me, layout, self._config.transports, session.ref.epoch))
         while (message := await session.outgoing.get()) is not None:
             yield message
 
-    async def _receive(self, session: Session, call: grpc.aio.StreamStreamCall) -> None:
+    async def _receive(self, session: Session, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         session.heard_at = self._clock.now()
         owner_layout: KVLayout | None = None
         async for response in call:
@@ -198,7 +198,7 @@ class PrefillSessions:
             elif kind not in ("pong", None) and owner_layout is not None:
                 self._send(PeerEvent(session.peer, codec.order_event_from_proto(response, owner_layout)))
 
-    async def _watch(self, session: Session, call: grpc.aio.StreamStreamCall) -> None:
+    async def _watch(self, session: Session, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         """A peer that does not answer pings is gone, however open its socket is."""
         for nonce in itertools.count(1):
             await asyncio.sleep(PING_S)

@@ -168,9 +168,15 @@ class Streams:
                 if log.all_acked:
                     del self._logs[slot]
 
-    def cancel(self, slots: Iterable[int]) -> None:
-        for slot in slots:
+    def cancel(self, slot: int, choice: int | None) -> None:
+        """The router wants no more of a request, or of one choice of it."""
+        log = self._logs.get(slot)
+        if log is None:
+            return
+        if choice is None or log.open_choices <= 1:
             self.forget(slot)
+        else:
+            self._send_cancel(Cancel((slot,), (choice,)))
 
     def sweep(self) -> None:
         """Drop what nobody came back for: called about once a second."""

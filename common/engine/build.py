@@ -1,0 +1,236 @@
+"""Makes an engine for a config: model, cache, transport, scheduler, and the self-test that says it works."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from common.attention.select import choose
+from common.config import EngineConfig, WorkerConfig
+from common.engine.demand import Demand
+from common.engine.engine import Engine, EngineParts
+from common.engine.load import LoadMeter
+from common.engine.messages import EngineReady, PeerTraffic
+from common.engine.outbox import Outbox
+from common.engine.requests import ModelLimits, Requests
+from common.engine.runner import ModelRunner
+from common.engine.sampler import Sampler
+from common.engine.scheduler import Scheduler, SchedulerLimits
+from common.engine.selftest import self_test
+from common.engine.sequence import Sequence
+from common.engine.supply import Supply, SupplyParts
+from common.errors import ConfigError
+from common.kvcache.layout import KVLayout
+from common.kvcache.manager import KVCacheManager, PrefixHit
+from common.kvcache.pool import KVPool
+from common.kvtransfer.digester import digest
+from common.kvtransfer.leases import Leases
+from common.kvtransfer.memory import MemoryNetwork, MemoryTransport
+from common.kvtransfer.publish import Publisher
+from common.kvtransfer.session import HandoffReader
+from common.kvtransfer.transport import Transport
+from common.kvtransfer.ucx import UcxTransport
+from common.models.kv import kv_layout, size_num_blocks
+from common.models.spec import ModelSpec
+from common.models.weights import load_model
+from common.telemetry import get_logger
+from common.types import Clock, Role
+
+log = get_logger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+# CPU memory is shared with everything else, so `gpu_memory_utilization` of what is available is an upper bound.
+CPU_KV_BYTES = 2 << 30
+LEASED_TAILS = 4  # tail rows of published prompts outlive their sequences on a prefill worker
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    engine: Engine
+    ready: EngineReady
+    parts: EngineParts
+    transport: Transport
+    clock: Clock
+
+    @property
+    def wakeup_fd(self) -> int:
+        return self.transport.wakeup_fd
+
+    def close(self) -> None:
+        self.transport.close()
+
+
+def make_transport(config: WorkerConfig, clock: Clock) -> Transport:
+    """The first configured transport. ConfigError names one that does not exist."""
+    name = config.handoff.transports[0] if config.handoff.transports else "memory"
+    if name == "ucx":
+        return UcxTransport(config.ucx)
+    if name == "memory":
+        return MemoryTransport(MemoryNetwork(clock), digest)
+    raise ConfigError(f"handoff.transports: unknown transport {name!r}; there are ucx and memory")
+
+
+def build_engine(
+    config: WorkerConfig, role: Role, clock: Clock, progress: Progress, transport: Transport | None = None
+) -> BuiltEngine:
+    """Load the model and put an engine together; it has passed its self-test on return.
+
+    Raises ConfigError for a bad checkpoint or setting. `transport` is given in tests that join engines.
+    """
+    engine = config.engine
+    if engine.num_threads:
+        torch.set_num_threads(engine.num_threads)
+    device = _device(engine)
+    spec = ModelSpec.from_folder(engine.model, weights=engine.load_format != "dummy")
+    dtype = spec.dtype if engine.dtype == "auto" else engine.dtype
+    kv_dtype = dtype if engine.kv_dtype == "auto" else engine.kv_dtype
+    max_model_len = _max_model_len(engine, spec)
+    layout = _layout(engine, spec, role, dtype, kv_dtype, max_model_len)
+    backend = choose(engine.attention_backend, _needs(spec, device, dtype, kv_dtype)).backend
+    model = load_model(
+        spec,
+        dtype=dtype,
+        device=device,
+        max_positions=max_model_len,
+        load_format=engine.load_format,
+        progress=lambda name, done, total: progress("loading weights", done, total),
+    )
+    transport = transport or make_transport(config, clock)
+    bases = {g.name: transport.allocate(g.name, layout.block_nbytes(g.name) * g.num_blocks) for g in layout.groups}
+    runner = ModelRunner(model, KVPool(layout, bases, device), backend, Sampler(spec.vocab_size, device), device)
+    limits = ModelLimits(
+        model_hash=spec.model_hash,
+        max_model_len=max_model_len,
+        vocab_size=spec.vocab_size,
+        eos_ids=frozenset(spec.eos_token_ids),
+        max_waiting_seqs=engine.max_waiting_seqs,
+        max_num_seqs=engine.max_num_seqs,
+    )
+    parts = assemble(config, layout, bases, limits, runner, transport, clock)
+    progress("self-test", 0, 1)
+    built = Engine(parts)
+    self_test(built, parts, transport, bases)
+    ready = EngineReady(
+        layout=layout,
+        endpoints=(transport.endpoint(),),
+        max_model_len=max_model_len,
+        vocab_size=spec.vocab_size,
+        architecture=spec.model_type,
+        dtype=dtype,
+        device=str(device),
+        lease_ttl_s=engine.lease_ttl_s,
+        pid=os.getpid(),
+    )
+    return BuiltEngine(built, ready, parts, transport, clock)
+
+
+def assemble(
+    config: WorkerConfig,
+    layout: KVLayout,
+    bases: dict[str, int],
+    limits: ModelLimits,
+    runner: ModelRunner,
+    transport: Transport,
+    clock: Clock,
+) -> EngineParts:
+    """Join the parts around a runner and a transport."""
+    engine = config.engine
+    outbox = Outbox()
+    cache = KVCacheManager(layout, clock, enable_prefix_caching=engine.enable_prefix_caching)
+    scheduler = Scheduler(cache, SchedulerLimits(engine.max_num_seqs, engine.max_num_batched_tokens), clock)
+    requests = Requests(limits, scheduler, outbox, clock)
+    reader = HandoffReader(layout, bases, cache, transport, clock, config.handoff, outbox.send)
+    demand = Demand(reader, cache, layout, config.handoff, clock)
+    leases = Leases(cache, clock, engine.lease_ttl_s)
+    publisher = Publisher(layout, bases, cache, digest)
+    supply = Supply(SupplyParts(limits, scheduler, leases, publisher, outbox, clock), requests.next_id)
+
+    def counters() -> dict[str, float]:
+        c = reader.counters
+        named = {
+            "generation_tokens_total": requests.tokens_out,
+            "kv_leases_active": leases.num_active,
+            "kv_leases_expired_total": leases.counters.expired,
+            "kv_transfer_bytes_total": c.nbytes,
+            "kv_transfer_reads_total": c.reads,
+            "kv_digest_mismatches_total": c.mismatches,
+            "kv_unknown_leases_total": leases.counters.lost,
+            "handoff_orders_total": c.placed,
+            "handoff_fallbacks_total": sum(demand.fallbacks.values()),
+            "prefill_orders_finished_total": supply.finished,
+            "prefill_orders_failed_total": sum(supply.failed.values()),
+        }
+        return {k: float(v) for k, v in named.items()}
+
+    def traffic() -> tuple[PeerTraffic, ...]:
+        return tuple(PeerTraffic(t.peer, t.transport, t.nbytes, t.reads, t.mismatches) for t in reader.traffic())
+
+    meter = LoadMeter(scheduler, cache, layout.groups[0].name, outbox, clock, counters, traffic)
+
+    def started(seq: Sequence, hit: PrefixHit) -> None:
+        (requests if seq.order is None else supply).started(seq, hit)
+
+    scheduler.connect(demand.try_remote, demand.cancel, started)
+    return EngineParts(
+        layout=layout,
+        cache=cache,
+        scheduler=scheduler,
+        requests=requests,
+        demand=demand,
+        reader=reader,
+        supply=supply,
+        runner=runner,
+        outbox=outbox,
+        meter=meter,
+        clock=clock,
+        check_ledger=engine.check_ledger,
+    )
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            raise ConfigError("device cuda was asked for and torch sees no GPU", param="device")
+        return torch.device("cuda", 0)
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}; one rank is possible on CPU",
+            param="tensor_parallel_size",
+        )
+    return torch.device("cpu")
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    longest = spec.max_position_embeddings
+    if config.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the checkpoint allows {longest}", param="max_model_len"
+        )
+    return config.max_model_len or longest
+
+
+def _layout(
+    config: EngineConfig, spec: ModelSpec, role: Role, dtype: str, kv_dtype: str, max_model_len: int
+) -> KVLayout:
+    budget = config.kv_cache_memory_bytes
+    if not budget:
+        available = psutil.virtual_memory().available
+        budget = int(min(CPU_KV_BYTES, config.gpu_memory_utilization * available / 2))
+    tails = config.max_num_seqs * (LEASED_TAILS if role is Role.PREFILL else 1)
+    num_blocks = size_num_blocks(
+        spec,
+        budget,
+        kv_dtype=kv_dtype,
+        dtype=dtype,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=tails,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
+    log.info("kv cache sized", budget_bytes=budget, blocks=num_blocks, block_size=config.block_size, dtype=kv_dtype)
+    return kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=config.block_size, num_blocks=num_blocks)

@@ -1,0 +1,266 @@
+"""Offline generation: the engine in this process, no services.
+
+llm = LLM("path/to/model", dtype="float32")
+for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
+print(out.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.config import EngineConfig, HandoffConfig, WorkerConfig
+from common.engine.build import build_engine
+from common.engine.messages import Cancel, Deltas, Submit
+from common.text.chat_template import ChatTemplate
+from common.text.detokenizer import Detokenizer
+from common.text.stop import StopAutomaton, StopMatcher
+from common.text.tokenizer import Tokenizer
+from common.types import (
+    ChoiceDelta,
+    FinishReason,
+    GenerationRequest,
+    MonotonicClock,
+    RequestStats,
+    Role,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+Prompt = str | Sequence[int]
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class CompletionOutput:
+    """One choice. `text` ends before a stop string unless it was asked for; `token_ids` may run past it."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass
+class RequestOutput:
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: TokenLogprobs | None = None
+    stats: RequestStats = field(default_factory=RequestStats)
+
+
+@dataclass
+class _Choice:
+    output: CompletionOutput
+    detokenizer: Detokenizer
+    stops: StopMatcher | None
+
+    def push(self, delta: ChoiceDelta) -> bool:
+        """Take new tokens; True if a stop string ended the choice."""
+        output = self.output
+        output.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            output.logprobs.append(delta.logprobs)
+        stop_id = delta.stop_token_id
+        shown = delta.token_ids if stop_id is None else delta.token_ids[:-1]
+        text = self.detokenizer.push(shown) if shown else ""
+        if delta.finish is not None:
+            text += self.detokenizer.finish()
+        if self.stops is not None:
+            text = self.stops.push(text)
+            if self.stops.matched is None and delta.finish is not None:
+                text += self.stops.flush()
+        output.text += text
+        if self.stops is not None and self.stops.matched is not None:
+            output.finish_reason, output.stop_reason = FinishReason.STOP.value, self.stops.matched
+            return True
+        if delta.finish is not None:
+            output.finish_reason, output.stop_reason = delta.finish.value, stop_id
+        return False
+
+
+class LLM:
+    """A model, loaded. `options` are the fields of `EngineConfig` (vLLM's names): dtype, max_model_len ...
+
+    Raises ConfigError for a bad checkpoint or option.
+    """
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        engine = EngineConfig(model=str(model), **options)
+        config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
+        self._clock = MonotonicClock()
+        self._built = build_engine(config, Role.DECODE, self._clock, lambda stage, done, total: None)
+        self._built.engine.drain()
+        self._slots = itertools.count(1)
+        self.tokenizer = Tokenizer.load(Path(model)) if _has_tokenizer(Path(model)) else None
+
+    @property
+    def max_model_len(self) -> int:
+        return self._built.ready.max_model_len
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all prompts (texts or token ids), batched, in their order.
+
+        `progress(done, total)` is called as requests end. Raises the error of the first request that fails.
+        """
+        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)  # type: ignore[list-item]
+        params = sampling_params if sampling_params is not None else SamplingParams()
+        per_prompt = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
+        if len(per_prompt) != len(many):
+            raise ValueError(f"{len(many)} prompts and {len(per_prompt)} sampling params")
+        run = _Run(self, many, per_prompt)
+        run.loop(progress)
+        return run.outputs
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling_params: SamplingParams | None = None,
+    ) -> RequestOutput:
+        """Answer one conversation with the checkpoint's chat template."""
+        tokenizer = self._need_tokenizer()
+        if tokenizer.chat_template is None:
+            raise ValueError("the checkpoint has no chat template")
+        template: ChatTemplate = tokenizer.chat_template
+        prompt = tokenizer.encode(template.render(list(messages)), add_special_tokens=False)
+        return self.generate([prompt], sampling_params)[0]
+
+    def close(self) -> None:
+        """Free the KV cache and stop the transport."""
+        self._built.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("the model folder has no tokenizer.json: give token ids")
+        return self.tokenizer
+
+
+class _Run:
+    """One call of `generate`."""
+
+    def __init__(self, llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
+        self._llm = llm
+        self._engine = llm._built.engine
+        self.outputs: list[RequestOutput] = []
+        self._choices: dict[int, list[_Choice]] = {}
+        self._by_slot: dict[int, RequestOutput] = {}
+        for prompt, one in zip(prompts, params, strict=True):
+            self._submit(prompt, one)
+
+    def loop(self, progress: Progress | None) -> None:
+        total = len(self.outputs)
+        try:
+            while self._by_slot:
+                self._engine.step()
+                for message in self._engine.drain():
+                    if isinstance(message, Deltas):
+                        self._take(message)
+                if progress is not None:
+                    progress(total - len(self._by_slot), total)
+        finally:
+            if self._by_slot:
+                self._engine.handle(Cancel(tuple(self._by_slot)))
+                self._engine.drain()
+
+    def _submit(self, prompt: Prompt, params: SamplingParams) -> None:
+        llm = self._llm
+        slot = next(llm._slots)
+        ids = llm._need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if params.seed is None:
+            params = msgspec.structs.replace(params, seed=secrets.randbits(64))
+        output = RequestOutput(
+            request_id=f"{slot:032x}",
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=ids,
+            outputs=[CompletionOutput(i) for i in range(params.n)],
+        )
+        stops = StopAutomaton(params.stop) if params.stop else None
+        self._choices[slot] = [self._choice(o, ids, params, stops) for o in output.outputs]
+        self._by_slot[slot] = output
+        self.outputs.append(output)
+        request = GenerationRequest(
+            request_id=output.request_id, model="", prompt_token_ids=tuple(ids), sampling=params
+        )
+        self._engine.handle(Submit(slot, request))
+
+    def _choice(
+        self, output: CompletionOutput, prompt_ids: list[int], params: SamplingParams, stops: StopAutomaton | None
+    ) -> _Choice:
+        tokenizer = self._llm.tokenizer
+        detokenizer: Detokenizer = (
+            _NoText()
+            if tokenizer is None
+            else tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens, context=prompt_ids)
+        )
+        matcher = None
+        if stops is not None:
+            self._llm._need_tokenizer()
+            matcher = StopMatcher(stops, include_stop=params.include_stop_str_in_output)
+        return _Choice(output, detokenizer, matcher)
+
+    def _take(self, deltas: Deltas) -> None:
+        for failure in deltas.failures:
+            if self._by_slot.pop(failure.slot, None) is not None:
+                raise failure.failure.to_error()
+        for row in deltas.stats:
+            if row.slot in self._by_slot:
+                self._by_slot[row.slot].stats = row.stats
+        for prompt in deltas.prompt_logprobs:
+            self._by_slot[prompt.slot].prompt_logprobs = prompt.logprobs
+        for delta_row in deltas.rows:
+            output = self._by_slot.get(delta_row.slot)
+            if output is not None:
+                self._delta(delta_row.slot, output, delta_row.delta)
+
+    def _delta(self, slot: int, output: RequestOutput, delta: ChoiceDelta) -> None:
+        choice = self._choices[slot][delta.choice]
+        if choice.output.finish_reason is not None:
+            return
+        if choice.push(delta) and delta.finish is None:
+            self._engine.handle(Cancel((slot,), (delta.choice,)))
+        if all(o.finish_reason is not None for o in output.outputs):
+            del self._by_slot[slot]
+
+
+class _NoText:
+    """A model folder without a tokenizer gives token ids only."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+def _is_ids(prompts: object) -> bool:
+    return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(p, int) for p in prompts)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file()
+
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]

@@ -1,0 +1,67 @@
+"""WorkerService: what every worker answers beside its own service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from common.rpc import codec
+from common.types import WorkerInfo
+from nanodeploy.v1 import types_pb2
+from nanodeploy.v1 import worker_pb2 as pb
+from nanodeploy.v1 import worker_pb2_grpc as pb_grpc
+from services.worker.host import EngineHost
+
+
+class WorkerServicer(pb_grpc.WorkerServiceServicer):
+    def __init__(
+        self,
+        host: EngineHost,
+        info: Callable[[], WorkerInfo],
+        peers: Callable[[], Sequence[pb.PeerStatus]],
+        drain: Callable[[float], None],
+    ) -> None:
+        self._host = host
+        self._info = info
+        self._peers = peers
+        self._drain = drain
+
+    async def GetStatus(
+        self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetStatusResponse:
+        return pb.GetStatusResponse(
+            worker=codec.worker_to_proto(self._info()), engine_restarts=self._host.restarts, peers=self._peers()
+        )
+
+    async def DrainWorker(
+        self, request: pb.DrainWorkerRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.DrainWorkerResponse:
+        self._drain(request.grace_ms / 1e3)
+        return pb.DrainWorkerResponse()
+
+    async def GetLedger(
+        self, request: pb.GetLedgerRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetLedgerResponse:
+        ledger = await self._host.ledger(with_blocks=request.with_blocks)
+        return pb.GetLedgerResponse(
+            groups=[
+                types_pb2.KvBlockStates(
+                    group=g.group,
+                    total=g.total,
+                    free=g.free,
+                    live=g.live,
+                    cached=g.cached,
+                    leased=g.leased,
+                    in_flight=g.in_flight,
+                )
+                for g in ledger.groups
+            ],
+            blocks=[
+                pb.LedgerBlock(
+                    group=b.group, block_id=b.block_id, state=b.state, owner=b.owner, age_ms=b.age_ms, tier=b.tier
+                )
+                for b in ledger.blocks
+            ],
+        )
