@@ -120,7 +120,7 @@ class LLM:
 
         `progress(done, total)` is called as requests end. Raises the error of the first request that fails.
         """
-        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)  # type: ignore[list-item]
+        many = _many(prompts)
         params = sampling_params if sampling_params is not None else SamplingParams()
         per_prompt = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(many):
@@ -255,8 +255,15 @@ class _NoText:
         return ""
 
 
-def _is_ids(prompts: object) -> bool:
-    return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(p, int) for p in prompts)
+def _many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [p for p in prompts if isinstance(p, int)]
+    if not ids:
+        return [p for p in prompts if not isinstance(p, int)]
+    if len(ids) != len(prompts):
+        raise ValueError("prompts mixes token ids with prompts")
+    return [ids]
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from common.attention.capability import Needs
 from common.attention.select import choose
 from common.config import EngineConfig, WorkerConfig
 from common.engine.demand import Demand
@@ -91,7 +92,16 @@ def build_engine(
     kv_dtype = dtype if engine.kv_dtype == "auto" else engine.kv_dtype
     max_model_len = _max_model_len(engine, spec)
     layout = _layout(engine, spec, role, dtype, kv_dtype, max_model_len)
-    backend = choose(engine.attention_backend, _needs(spec, device, dtype, kv_dtype)).backend
+    needs = Needs(
+        device=device.type,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        head_dim=spec.head_dim,
+        group_size=spec.num_heads // spec.num_kv_heads,
+        block_size=engine.block_size,
+        has_windows=any(spec.windows),
+    )
+    backend = choose(engine.attention_backend, needs).backend
     model = load_model(
         spec,
         dtype=dtype,

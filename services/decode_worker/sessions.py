@@ -119,6 +119,13 @@ class PrefillSessions:
     def statuses(self) -> list[Session]:
         return list(self._by_worker.values())
 
+    def reset(self, reason: str) -> None:
+        """Our engine died, and with it all it had connected to: sessions start anew when asked for."""
+        for session in self._by_worker.values():
+            if session.task is not None:
+                session.detail = reason
+                session.task.cancel()
+
     async def close(self, reason: str = "shutting down") -> None:
         for session in list(self._by_worker.values()):
             await self._end(session, reason)

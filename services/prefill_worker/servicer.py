@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -31,14 +31,13 @@ log = get_logger(__name__)
 
 
 class PrefillServicer(pb_grpc.PrefillServiceServicer):
-    """`identity` is this worker's ref; its epoch is that of the running engine."""
+    """`ref` is this worker with the running engine's epoch."""
 
-    def __init__(self, host: EngineHost) -> None:
+    def __init__(self, host: EngineHost, ref: Callable[[], WorkerRef]) -> None:
         self._host = host
+        self._ref = ref
         self._keys = itertools.count(1)
         self._readers: dict[int, asyncio.Queue[pb.SessionResponse | None]] = {}
-        self.worker_id = ""
-        self.address = ""
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: grpc.aio.ServicerContext[Any, Any]
@@ -69,9 +68,8 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         verdict = compare(ready.layout, hello.layout)
         if not verdict.ok:
             raise LayoutMismatchError(f"the layouts do not convert: {verdict.reason}")
-        me = WorkerRef(self.worker_id, self._host.epoch, self.address)
         log.info("session opened", reader=hello.reader.worker_id, equal_layout=verdict.equal)
-        return codec.Welcome(me, ready.layout, ready.endpoints, ready.lease_ttl_s)
+        return codec.Welcome(self._ref(), ready.layout, ready.endpoints, ready.lease_ttl_s)
 
     async def _read(
         self,
@@ -112,6 +110,9 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
 
     def on_engine_lost(self, reason: str) -> None:
         """Its memory is gone: every session ends, readers prefill elsewhere."""
+        self.end_sessions()
+
+    def end_sessions(self) -> None:
         for queue in self._readers.values():
             queue.put_nowait(None)
 

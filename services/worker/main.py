@@ -1,0 +1,37 @@
+"""The command line of a worker: configuration in, one process until drained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import uvloop
+
+from common.config.load import load
+from common.errors import NanoDeployError
+from common.telemetry import configure_logging
+from common.types import Role
+from services.worker.app import RolePart, WorkerApp
+
+
+def run_worker(
+    role: Role, make_part: Callable[[WorkerApp], RolePart], argv: Sequence[str], environ: Mapping[str, str]
+) -> int:
+    """Run until SIGTERM or a drain. Exit code 2 for a bad configuration."""
+    parser = argparse.ArgumentParser(prog=f"services.{role.value}_worker")
+    parser.add_argument("--config", help="YAML file; environment variables NANODEPLOY_SECTION__FIELD override it")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load(arguments.config, environ)
+        worker = config.prefill if role is Role.PREFILL else config.decode
+        configure_logging(config.log, f"{role.value}_worker")
+
+        async def serve() -> None:
+            await WorkerApp(role, worker, config.log, environ, make_part).run()
+
+        uvloop.run(serve())
+    except NanoDeployError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 2
+    return 0
