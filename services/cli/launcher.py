@@ -204,6 +204,7 @@ class Launcher:
         while True:
             await self._running[spec.name].wait()
             service = self._running[spec.name]
+            service.kill()  # what it had started, an engine
             self._report.note(escape(_death_notice(service)))
             deaths.append(loop.time())
             while loop.time() - deaths[0] > RESTART_WINDOW_S:
