@@ -237,20 +237,19 @@ class BlockPool:
     def check(self, refs: Sequence[int], pins: Sequence[int], reads: Sequence[int]) -> None:
         """Recount everything against the claims the manager knows of. Raises AssertionError."""
         name, n = f"group {self.spec.name}", self.spec.num_blocks
+        for what, have, want in (("refs", self._refs, refs), ("pins", self._pins, pins), ("reads", self._reads, reads)):
+            wrong = [] if have == want else [b for b in range(n) if have[b] != want[b]]
+            assert not wrong, f"{name}: {what} differ from the holders' at {wrong}"
         counts = [0] * len(BlockState)
-        for b in range(n):
-            for what, have, want in (
-                ("refs", self._refs, refs),
-                ("pins", self._pins, pins),
-                ("reads", self._reads, reads),
-            ):
-                assert have[b] == want[b], f"{self._name(b)}: {what} is {have[b]}, holders add up to {want[b]}"
-            expected = (reads[b] and IN_FLIGHT) or (refs[b] and LIVE) or (pins[b] and LEASED) or -1
-            expected = expected if expected >= 0 else (CACHED if self._is_indexed(b) else FREE)
-            assert self._state[b] == expected, f"{self._name(b)} should be {BlockState(expected).name.lower()}"
-            counts[expected] += 1
-            assert expected not in (FREE, IN_FLIGHT) or self._hashes[b] is None, f"{self._name(b)} is sealed"
-            assert expected != FREE or self._digests[b] is None, f"{self._name(b)} has digests"
+        for b, state in enumerate(self._state):
+            counts[state] += 1
+            if reads[b] or refs[b] or pins[b]:
+                expected = IN_FLIGHT if reads[b] else LIVE if refs[b] else LEASED
+            else:
+                expected = CACHED if self._is_indexed(b) else FREE
+            assert state == expected, f"{self._name(b)} should be {BlockState(expected).name.lower()}"
+            assert state not in (FREE, IN_FLIGHT) or self._hashes[b] is None, f"{self._name(b)} is sealed"
+            assert state != FREE or self._digests[b] is None, f"{self._name(b)} has digests"
         assert counts == self._counts, f"{name}: counted {counts}, kept {self._counts}"
         assert sum(counts) == n, f"{name}: {counts} do not add up to {n}"
         assert sorted(self._free) == [b for b in range(n) if self._state[b] == FREE], f"{name}: free list is wrong"

@@ -8,6 +8,7 @@ sequence or, when that has left, to the read; a cached one to the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from common.kvcache.blocks import BlockPool, BlockState
 from common.kvcache.layout import Retention
@@ -15,7 +16,18 @@ from common.kvcache.tables import SequenceBlocks
 
 TIER = "device"
 
-BlockEntry = tuple[str, int, str, str, float, str]
+
+class BlockEntry(NamedTuple):
+    """One block that is not free; `age_s` is the time in its state, in seconds."""
+
+    group: str
+    block_id: int
+    state: str
+    owner: str
+    age_s: float
+    tier: str
+
+
 Pools = Mapping[str, BlockPool]
 Sequences = Mapping[int, SequenceBlocks]
 Holds = Mapping[int, Sequence[tuple[str, tuple[int, ...]]]]
@@ -23,7 +35,7 @@ _Owners = dict[tuple[str, int], str]
 
 
 def ledger_entries(pools: Pools, seqs: Sequences, leases: Holds, reads: Holds) -> Iterator[BlockEntry]:
-    """(group, block, state, owner, seconds in that state, tier) of all blocks that are not free."""
+    """All blocks that are not free, group by group."""
     of_seqs: _Owners = {}
     names = _group_names(pools)
     for seq in seqs.values():
@@ -39,7 +51,7 @@ def ledger_entries(pools: Pools, seqs: Sequences, leases: Holds, reads: Holds) -
                 owner = of_leases[key]
             else:
                 owner = of_seqs.get(key) or of_reads[key]
-            yield name, block_id, state.name.lower(), owner, age_s, TIER
+            yield BlockEntry(name, block_id, state.name.lower(), owner, age_s, TIER)
 
 
 def check_ledger(pools: Pools, seqs: Sequences, leases: Holds, reads: Holds) -> None:

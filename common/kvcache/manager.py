@@ -86,41 +86,36 @@ class KVCacheManager:
         self, seq_id: int | None, num_tokens: int, hit: PrefixHit | None = None, *, fetch_to: int = 0
     ) -> dict[str, int]:
         """Blocks per positional group that `reserve` would allocate; `seq_id` None asks for a new sequence."""
-        seq = self._draft(seq_id, num_tokens, hit or NO_HIT)
-        return {
-            g.name: len(entries) for g, entries in zip(self._positional, seq.missing(num_tokens, fetch_to), strict=True)
-        }
+        missing = self._draft(seq_id, num_tokens, hit or NO_HIT).missing(num_tokens, fetch_to)
+        return {g.name: len(entries) for g, entries in zip(self._positional, missing, strict=True)}
 
     def can_reserve(
         self, seq_id: int | None, num_tokens: int, hit: PrefixHit | None = None, *, fetch_to: int = 0
     ) -> bool:
         """Would `reserve` succeed now?"""
         hit = hit or NO_HIT
-        if not is_current(hit, self._indexes):
-            return False
-        for name, count in self.blocks_needed(seq_id, num_tokens, hit, fetch_to=fetch_to).items():
-            pool = self._pools[name]
-            if count and count > pool.num_available - pool.num_cached(hit.blocks.get(name, ())):
-                return False
-        return True
+        return self._has_room(self._draft(seq_id, num_tokens, hit).missing(num_tokens, fetch_to), hit)
 
     def reserve(self, seq_id: int, num_tokens: int, hit: PrefixHit | None = None, *, fetch_to: int = 0) -> bool:
         """Hold blocks for all positions below `num_tokens` in every positional group. All or nothing.
 
-        `hit` (a new sequence only) makes its positions computed and shares its blocks. With `fetch_to`, the
-        positions up to there will be read from a peer: window groups hold only the window before it, besides
-        the hit's. False when blocks are short or `hit` is out of date; nothing has changed then.
+        `hit` (a new sequence only) makes its positions computed and shares its blocks. False when blocks are
+        short or `hit` is out of date; nothing has changed then.
+
+        `fetch_to` says that all positions up to there come from a peer. Window groups then hold, besides the
+        hit's blocks, only what reads for the window before `fetch_to` may write; those bring whole blocks.
         """
         seq = self._seqs[seq_id]
         if num_tokens <= seq.num_reserved and not hit:
             return True
-        if not self.can_reserve(seq_id, num_tokens, hit, fetch_to=fetch_to):
+        hit = hit or NO_HIT
+        missing = self._draft(seq_id, num_tokens, hit).missing(num_tokens, fetch_to)
+        if not self._has_room(missing, hit):
             return False
         if hit:
             seq.start_from(hit, self._positional, self._snapshots)
             for name, block_ids in hit.blocks.items():
                 self._pools[name].acquire(block_ids)
-        missing = seq.missing(num_tokens, fetch_to)
         for table, pool, entries in zip(seq.tables, self._table_pools, missing, strict=True):
             if entries:
                 table.fill(entries, pool.allocate(len(entries)))
@@ -159,40 +154,52 @@ class KVCacheManager:
         assert num_tokens >= seq.num_computed, f"sequence {seq_id}: {seq.num_computed} positions are final"
         self._cut(seq, num_tokens)
 
+    def num_computed(self, seq_id: int) -> int:
+        """Positions that are final, as `reserve` with a hit, `advance` and `detach_in_flight` left them."""
+        return self._seqs[seq_id].num_computed
+
     def block_table(self, seq_id: int, group: str) -> list[int]:
         """Entry i holds positions [i * block_size, (i + 1) * block_size); -1 where nothing is held.
 
         The live list: it changes with the sequence, and callers do not change it. For a snapshot group, the
-        blocks held: the state a hit started from (until the next `advance`) and the one being written.
+        blocks held: the state a hit started from (until the next `advance`), then the sequence's own.
         """
         seq, at = self._seqs[seq_id], self._table_at.get(group)
         return seq.slots[self._slot_at[group]].held() if at is None else seq.tables[at].blocks
 
     def reserve_snapshot(self, seq_id: int, group: str) -> int | None:
-        """The block of a snapshot group that the sequence writes, allocated if it has none. None: no room."""
+        """A block of a snapshot group for the sequence to write; the same one until it is sealed. None: no room.
+
+        Lets the sealed one go: it is cached from then on.
+        """
         slot, pool = self._slot(seq_id, group)
-        if slot.own < 0 and pool.num_available:
-            (slot.own,) = pool.allocate(1)
-        return slot.own if slot.own >= 0 else None
+        if slot.own >= 0 and not slot.sealed:
+            return slot.own
+        self.free_snapshot(seq_id, group)
+        if not pool.num_available:
+            return None
+        (slot.own,) = pool.allocate(1)
+        return slot.own
 
     def seal_snapshot(self, seq_id: int, group: str, prefix_hash: bytes) -> None:
-        """The snapshot is written and final: it becomes cached under the hash of the tokens before it.
+        """The snapshot is written and final: others find it under the hash of the tokens before it.
 
-        The sequence lets it go, so that a bounded pool keeps the ones in use; whoever publishes it pins it first.
+        The sequence holds it until its next `reserve_snapshot` or `free_snapshot`, or its end.
         """
         assert group != TAIL_GROUP, "the tail row belongs to one prompt and is not cached"
         slot, pool = self._slot(seq_id, group)
         assert slot.own >= 0, f"sequence {seq_id} has no snapshot of group {group} to seal"
+        assert not slot.sealed, f"sequence {seq_id} has sealed its snapshot of group {group}"
         if self._seqs[seq_id].seals:
             pool.seal(slot.own, prefix_hash)
-        self.free_snapshot(seq_id, group)
+        slot.sealed = True
 
     def free_snapshot(self, seq_id: int, group: str) -> None:
-        """Give the block being written back, sealed or not. Idempotent."""
+        """Let go of the sequence's own snapshot: cached if it is sealed, else free. Idempotent."""
         slot, pool = self._slot(seq_id, group)
         if slot.own >= 0:
             pool.release((slot.own,))
-            slot.own = -1
+        slot.own, slot.sealed = -1, False
 
     def reserve_tail(self, seq_id: int) -> int | None:
         """The sequence's block for the last hidden row of its prompt. None: no room."""
@@ -215,18 +222,17 @@ class KVCacheManager:
         for group, block_ids in self._reads.pop(read_id):
             self._pools[group].end_read(block_ids)
 
-    def detach_in_flight(self, seq_id: int) -> int:
+    def detach_in_flight(self, seq_id: int) -> None:
         """Let go of blocks that reads may still write, and of all else past the computed position.
 
-        Returns the position up to which the sequence holds valid blocks; it is below the computed one only if
-        a block was computed in part and is being read as well. Compute from there after the next `reserve`.
+        The sequence goes on from `num_computed` after its next `reserve`. That is lower than before only where
+        a block was computed in part and is being read as well.
         """
         seq = self._seqs[seq_id]
         seq.fetch_to = 0
-        for slot, pool in zip(seq.slots, self._slot_pools, strict=True):
+        for name, slot, pool in zip(self._slot_at, seq.slots, self._slot_pools, strict=True):
             if slot.own >= 0 and pool.is_in_flight(slot.own):
-                pool.release((slot.own,))
-                slot.own = -1
+                self.free_snapshot(seq_id, name)
         position = seq.num_computed
         if not self._is_settled(seq, position):
             position -= position % self._step
@@ -235,7 +241,6 @@ class KVCacheManager:
             self._drop_sources(seq)
         seq.num_computed = position
         self._cut(seq, position)
-        return position
 
     def lease_pin(self, lease_id: int, group: str, block_ids: Sequence[int]) -> None:
         """Keep these blocks, held or cached, from reuse until `lease_unpin`. A lease may grow, over groups too."""
@@ -259,7 +264,7 @@ class KVCacheManager:
         return tuple(pool.states() for pool in self._pools.values())
 
     def ledger_blocks(self) -> Iterator[BlockEntry]:
-        """(group, block, state, owner, seconds in that state, tier) of all blocks that are not free."""
+        """Group, id, state, owner, age in that state and tier of all blocks that are not free."""
         return ledger_entries(self._pools, self._seqs, self._leases, self._reads)
 
     def num_available(self, group: str) -> int:
@@ -306,6 +311,13 @@ class KVCacheManager:
         draft = self._new_sequence("")
         draft.start_from(hit, self._positional, self._snapshots)
         return draft
+
+    def _has_room(self, missing: Sequence[Sequence[int]], hit: PrefixHit) -> bool:
+        """Is `hit` up to date, and can the missing entries be filled without its own blocks?"""
+        for pool, entries in zip(self._table_pools, missing, strict=True):
+            if entries and len(entries) > pool.num_available - pool.num_cached(hit.blocks.get(pool.spec.name, ())):
+                return False
+        return not hit or is_current(hit, self._indexes)
 
     def _slot(self, seq_id: int, group: str) -> tuple[SnapshotSlot, BlockPool]:
         at = self._slot_at[group]

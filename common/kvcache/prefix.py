@@ -118,11 +118,11 @@ NO_HIT = PrefixHit()
 
 
 def first_needed_block(position: int, block_size: int, window: int) -> int:
-    """First block that a query at `position` or later can see: those with the `window` positions before it.
+    """First block that a query at `position` or later sees: itself and the `window` - 1 positions before it.
 
     0 where there is no window.
     """
-    return max(position - window, 0) // block_size if window else 0
+    return max(position - window + 1, 0) // block_size if window else 0
 
 
 def block_hash(chain: Sequence[bytes], block_idx: int, block_size: int) -> bytes:

@@ -10,6 +10,7 @@ entries are -1 and nobody computes there. `num_whole` is the first such hole, or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from common.kvcache.blocks import BlockPool
@@ -18,6 +19,7 @@ from common.kvcache.prefix import PrefixHit, block_hash, first_needed_block
 from common.types.prefix import UNIT
 
 NEVER = 1 << 62
+FETCH_ALIGN = 128  # tokens: a peer with larger blocks is read in whole blocks, from before the window on
 
 
 class GroupTable:
@@ -48,10 +50,17 @@ class GroupTable:
         blocks = self.blocks[self.first_needed(position) : end]
         return blocks if len(self.blocks) >= end else [*blocks, -1]
 
-    def missing(self, num_tokens: int, position: int) -> list[int]:
-        """Entries to fill for positions up to `num_tokens`, seen from queries at `position` and later."""
+    def first_fetched(self, position: int) -> int:
+        """First block that reads up to `position` may write to."""
+        align = math.lcm(self.block_size, FETCH_ALIGN)
+        return self.first_needed(position) * self.block_size // align * align // self.block_size
+
+    def missing(self, num_tokens: int, num_computed: int, fetch_to: int) -> list[int]:
+        """Entries to fill for positions up to `num_tokens`, the ones below `fetch_to` coming from a peer."""
         n = len(self.blocks)
-        start = max(self.num_whole, self.first_needed(position))
+        start = max(self.num_whole, self.first_needed(num_computed))
+        if fetch_to:
+            start = max(start, self.first_fetched(fetch_to))
         return [i for i in range(start, -(-num_tokens // self.block_size)) if i >= n or self.blocks[i] < 0]
 
     def fill(self, entries: Sequence[int], block_ids: Sequence[int]) -> None:
@@ -87,13 +96,14 @@ class GroupTable:
 
 
 class SnapshotSlot:
-    """Blocks of one snapshot group: the state a hit started from and the one being written."""
+    """Blocks of one snapshot group: the state a hit started from and the sequence's own."""
 
-    __slots__ = ("own", "source")
+    __slots__ = ("own", "sealed", "source")
 
     def __init__(self) -> None:
         self.source = -1
         self.own = -1
+        self.sealed = False  # `own` is written and final
 
     def held(self) -> list[int]:
         return [b for b in (self.source, self.own) if b >= 0]
@@ -145,8 +155,7 @@ class SequenceBlocks:
 
     def missing(self, num_tokens: int, fetch_to: int) -> list[list[int]]:
         """Per positional group, the table entries that need a block."""
-        position = max(self.num_computed, fetch_to)
-        return [t.missing(num_tokens, position) for t in self.tables]
+        return [t.missing(num_tokens, self.num_computed, fetch_to) for t in self.tables]
 
     def refresh(self) -> None:
         """Derive `num_reserved` and `wake_at` after any change."""
@@ -158,7 +167,7 @@ class SequenceBlocks:
             if self.seals:
                 wake = min(wake, (t.num_sealed + 1) * t.block_size)
             if t.window:
-                wake = min(wake, (t.first + 1) * t.block_size + t.window)
+                wake = min(wake, (t.first + 1) * t.block_size + t.window - 1)
         if any(s.source >= 0 for s in self.slots):
             wake = min(wake, self.num_computed + 1)
         self.wake_at = wake
@@ -188,8 +197,8 @@ class SequenceBlocks:
 def seal_full_blocks(seq: SequenceBlocks, table: GroupTable, pool: BlockPool, chain: Sequence[bytes]) -> None:
     """Seal the blocks that lie wholly below the computed position.
 
-    In a window group, positions that came from a peer hold nothing but the window there, and perhaps only a
-    part of its first block: no block is sealed that may not be whole.
+    In a window group, positions that came from a peer hold nothing but the window before `fetch_to`, in whole
+    blocks; unless that was said, it is unknown which blocks are whole, and none is sealed.
     """
     size, blocks = table.block_size, table.blocks
     end = seq.num_computed // size
@@ -203,8 +212,8 @@ def seal_full_blocks(seq: SequenceBlocks, table: GroupTable, pool: BlockPool, ch
             assert i < needed, f"sequence of {seq.owner}: position {i * size} is not final, a read may write it"
             continue
         if table.window and i * size < seq.fetch_end:
-            whole = pool.is_fetched(block_id) and 0 < seq.fetch_to <= i * size + table.window
-            if not whole:
+            whole = seq.fetch_to and i >= table.first_needed(seq.fetch_to)
+            if not (whole and pool.is_fetched(block_id)):
                 continue
         pool.seal(block_id, block_hash(chain, i, size), block_hash(chain, i - 1, size) if i else b"")
     table.num_sealed = max(table.num_sealed, end)
