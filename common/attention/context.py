@@ -7,8 +7,9 @@ Shape letters: T new tokens of the step, S sequences, B blocks in a table row, H
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,13 +29,24 @@ class GroupTables:
     block_size: int
     window: int = 0  # tokens a query sees, itself included; 0 is all
 
+    @cached_property
+    def new_block_ids(self) -> Tensor:
+        """Block of each new token, int64."""
+        return self.slots_T // self.block_size
+
+    @cached_property
+    def new_offsets(self) -> Tensor:
+        """Place of each new token in its block, int64."""
+        return self.slots_T % self.block_size
+
 
 @dataclass(frozen=True)
 class AttentionContext:
     """`query_starts_S1` and `seq_lens_S` are int32 on the device; seq_lens count the new tokens too.
 
     Token t of sequence s sits at position seq_lens[s] - (query_starts[s+1] - t) and attends to all positions up
-    to its own. `kv` gives the pool views, `backend` does the work.
+    to its own. `kv` gives the pool views, `backend` does the work. `scratch` holds what the backend worked out
+    for this step in the first layer and needs in the others.
     """
 
     query_starts_S1: Tensor
@@ -44,6 +56,7 @@ class AttentionContext:
     groups: Mapping[str, GroupTables]
     kv: KVViews
     backend: AttentionBackend
+    scratch: dict[object, Any] = field(default_factory=dict)
 
 
 class KVViews(Protocol):

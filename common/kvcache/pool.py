@@ -1,0 +1,88 @@
+"""The memory of one rank's KV cache as tensors: one allocation per group, a strided view per region.
+
+The bytes belong to a transport (which registered them for peers, see `Transport.allocate`) or, without one, to
+the pool itself. What lies where is the layout's business; who owns a block, the manager's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from common.kvcache.layout import ALIGN, TAIL_GROUP, KVLayout, RegionSpec
+
+
+class KVPool:
+    """`addresses`: group -> address of `nbytes(group)` zeroed bytes, which must outlive the pool (CPU only)."""
+
+    def __init__(self, layout: KVLayout, addresses: Mapping[str, int] | None, device: torch.device) -> None:
+        self.layout = layout
+        self._memory: dict[str, Tensor] = {}
+        for group in layout.groups:
+            size = self.nbytes(group.name)
+            if addresses is None:
+                self._memory[group.name] = torch.zeros(size, dtype=torch.uint8, device=device)
+            else:
+                self._memory[group.name] = _wrap(addresses[group.name], size, device)
+            assert self._memory[group.name].data_ptr() % ALIGN == 0, "KV memory is not aligned"
+        self._regions = {r.name: self._view(r) for r in layout.regions}
+        tails = layout.regions_of(TAIL_GROUP)
+        self._tail_BD = self._regions[tails[0].name].flatten(1) if tails else None
+
+    def nbytes(self, group: str) -> int:
+        """Bytes of all blocks of a group."""
+        return self.layout.block_nbytes(group) * self.layout.group(group).num_blocks
+
+    def bases(self) -> dict[str, int]:
+        """Address of block 0 of each group."""
+        return {name: memory.data_ptr() for name, memory in self._memory.items()}
+
+    def region(self, name: str) -> Tensor:
+        """[num_blocks, num_layers, num_parts, units, block_size, width], strided over the pool. KeyError."""
+        return self._regions[name]
+
+    def write_tail(self, block_ids: Sequence[int], hidden_RD: Tensor) -> None:
+        """Keep one last hidden row in each of these tail blocks."""
+        assert self._tail_BD is not None, "the layout has no tail group"
+        self._tail_BD[self._index(block_ids)] = hidden_RD.to(self._tail_BD.dtype)
+
+    def read_tail(self, block_ids: Sequence[int]) -> Tensor:
+        """The rows of these tail blocks: a new [R, hidden]."""
+        assert self._tail_BD is not None, "the layout has no tail group"
+        return self._tail_BD[self._index(block_ids)]
+
+    def _index(self, block_ids: Sequence[int]) -> Tensor:
+        assert self._tail_BD is not None
+        return torch.tensor(list(block_ids), dtype=torch.int64, device=self._tail_BD.device)
+
+    def _view(self, region: RegionSpec) -> Tensor:
+        group = self.layout.group(region.group)
+        place = self.layout.place(region.name)
+        typed = self._memory[region.group].view(getattr(torch, region.dtype))
+        item = typed.element_size()
+        strides = (
+            self.layout.block_nbytes(region.group),
+            place.layer_stride,
+            place.part_stride,
+            place.unit_stride,
+            place.token_stride,
+            item,
+        )
+        shape = (
+            group.num_blocks,
+            region.num_layers,
+            region.num_parts,
+            place.local_units,
+            group.block_size,
+            region.width,
+        )
+        return typed.as_strided(shape, [s // item for s in strides], place.offset // item)
+
+
+def _wrap(address: int, nbytes: int, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        raise ValueError(f"memory given by address must be the CPU's, not {device}")
+    return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)

@@ -1,0 +1,109 @@
+"""What every layer of a model shares: how its tensors are made, and which checkpoint tensors fill them.
+
+    Build -> layers allocate their packed tensors -> `slots()` lists the checkpoint tensor behind each part
+    -> `common.models.weights` copies (or draws) them -> calls, under inference mode
+
+The path of attributes is the checkpoint name: `model.layers.3.mlp.down_proj.weight` fills
+`root.model.layers[3].mlp.down_proj`. Layers are plain objects, not `nn.Module`s: a decode step of a small
+model makes hundreds of calls, and a plain attribute and a plain call are the cheapest ones Python has.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The place of a rank, and the sum over ranks (in place, returned) that partial products go through."""
+
+    rank: int = 0
+    size: int = 1
+    all_reduce: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank {self.rank} is not in 0..{self.size - 1}")
+        if self.size > 1 and self.all_reduce is None:
+            raise ValueError(f"{self.size} ranks need an all_reduce")
+
+    def share(self, num_units: int) -> tuple[int, int]:
+        """(first unit, number of units) of this rank; with more ranks than units neighbours hold the same one.
+
+        The same rule as `common.kvcache.layout`'s SPLIT and GROUPED. ValueError where it does not divide.
+        """
+        if num_units % self.size == 0:
+            count = num_units // self.size
+            return self.rank * count, count
+        if self.size % num_units:
+            raise ValueError(f"{num_units} units do not divide over {self.size} ranks")
+        return self.rank * num_units // self.size, 1
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        return partial if self.all_reduce is None else self.all_reduce(partial)
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the tensors of a model are made."""
+
+    dtype: torch.dtype
+    device: torch.device
+    tp: TensorParallel = TensorParallel()
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class Init(enum.Enum):
+    """Dummy values of a tensor."""
+
+    NORMAL = "normal"
+    ONES = "ones"
+    ZEROS = "zeros"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One checkpoint tensor and where this rank's part of it goes.
+
+    The checkpoint holds `shape`; `target` (a view into a layer's tensor) takes `target.shape[dim]` entries of
+    dimension `dim` from `start` on, and all of the other dimensions. A `twin` is a redundant copy of what another
+    slot has filled: it may be absent, and if it is there it must be equal.
+    """
+
+    name: str
+    target: Tensor
+    shape: tuple[int, ...]
+    dim: int = 0
+    start: int = 0
+    init: Init = Init.NORMAL
+    twin: bool = False
+
+
+class Layer:
+    """Public attributes that are layers, or lists of layers, are its children."""
+
+    transparent = False  # True: stands for its parts; its own attribute name is in no checkpoint
+
+    def own_slots(self) -> Iterable[Slot]:
+        """Checkpoint tensors of this layer itself, names relative to it."""
+        return ()
+
+    def slots(self, prefix: str = "") -> Iterator[Slot]:
+        """All checkpoint tensors under this layer, with full names."""
+        for slot in self.own_slots():
+            yield replace(slot, name=prefix + slot.name)
+        for name, child in vars(self).items():
+            if name.startswith("_"):
+                continue
+            if isinstance(child, Layer):
+                yield from child.slots(prefix if child.transparent else f"{prefix}{name}.")
+            elif isinstance(child, list):
+                for i, item in enumerate(child):
+                    yield from item.slots(f"{prefix}{name}.{i}.")

@@ -1,0 +1,67 @@
+"""Matrix products, packed and split over ranks.
+
+Column: outputs are split; several checkpoint matrices that read the same input are stored as one, so that a
+step makes one product instead of three (q, k, v) or two (gate, up). Row: inputs are split, the partial sums
+are added over ranks. Weights are [out, in], as in checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+from torch.nn import functional
+
+from common.layers.base import Build, Init, Layer, Slot
+
+
+class ColumnLinear(Layer):
+    """`parts`: checkpoint name -> (units, width of a unit); a rank holds whole units of every part."""
+
+    transparent = True
+
+    def __init__(self, build: Build, in_features: int, parts: Mapping[str, tuple[int, int]], *, bias: bool) -> None:
+        shares = {name: build.tp.share(units) for name, (units, _) in parts.items()}
+        self._parts = dict(parts)
+        self._shares = shares
+        self._in_features = in_features
+        self.out_features = sum(shares[name][1] * width for name, (_, width) in parts.items())
+        self.weight = build.empty(self.out_features, in_features)
+        self.bias = build.empty(self.out_features) if bias else None
+
+    def own_slots(self) -> Iterator[Slot]:
+        row = 0
+        for name, (units, width) in self._parts.items():
+            first, count = self._shares[name]
+            rows = slice(row, row + count * width)
+            row = rows.stop
+            shape = (units * width, self._in_features)
+            yield Slot(f"{name}.weight", self.weight[rows], shape, 0, first * width)
+            if self.bias is not None:
+                yield Slot(f"{name}.bias", self.bias[rows], shape[:1], 0, first * width, Init.ZEROS)
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return functional.linear(x_TD, self.weight, self.bias)
+
+
+class RowLinear(Layer):
+    """Inputs are `units` x `width`; each rank reads its units, `out_features` are whole on every rank."""
+
+    def __init__(self, build: Build, units: int, width: int, out_features: int, *, bias: bool) -> None:
+        first, count = build.tp.share(units)
+        self._tp = build.tp
+        self._shape = (out_features, units * width)
+        self._start = first * width
+        self.weight = build.empty(out_features, count * width)
+        self.bias = build.empty(out_features) if bias else None
+
+    def own_slots(self) -> Iterator[Slot]:
+        yield Slot("weight", self.weight, self._shape, 1, self._start)
+        if self.bias is not None:
+            yield Slot("bias", self.bias, self._shape[:1], init=Init.ZEROS)
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        if self._tp.size == 1:
+            return functional.linear(x_TD, self.weight, self.bias)
+        out = self._tp.reduce(functional.linear(x_TD, self.weight))
+        return out if self.bias is None else out.add_(self.bias)

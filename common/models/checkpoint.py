@@ -1,0 +1,136 @@
+"""A checkpoint folder as an index: which tensor lies in which file. Headers are read, weights are not.
+
+A safetensors file is: 8 bytes little-endian header length, the header (JSON: name -> dtype, shape, byte range
+after the header), the bytes. A folder holds either `model.safetensors` or shards with an index file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_ITEM_NBYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_MAX_HEADER_NBYTES = 100 * 2**20
+_MAX_SAMPLES = 1024
+_SAMPLE_NBYTES = 256
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """`offset` and `nbytes` are byte positions in `file`. `dtype` is safetensors' word (BF16, F32 ...)."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file. ConfigError if it is missing or malformed."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path} cannot be read: {e}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return value
+
+
+def read_index(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of a checkpoint folder, by name.
+
+    ConfigError: no safetensors, a shard that is missing, truncated or malformed, a tensor in two shards, or an
+    index that disagrees with its shards.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return _read_header(folder / SINGLE_FILE)
+    if not (folder / INDEX_FILE).is_file():
+        raise ConfigError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    placed = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(f, str) for f in placed.values()):
+        raise ConfigError(f"{folder / INDEX_FILE} has no weight_map of tensor names to file names")
+    out: dict[str, TensorInfo] = {}
+    for file_name in sorted(set(placed.values())):
+        if Path(file_name).name != file_name:
+            raise ConfigError(f"{folder / INDEX_FILE} names a file outside of its folder: {file_name!r}")
+        for name, info in _read_header(folder / file_name).items():
+            if name in out:
+                raise ConfigError(f"tensor {name} is in both {out[name].file.name} and {file_name}")
+            out[name] = info
+    wrong = sorted(n for n in placed.keys() | out.keys() if n not in out or placed.get(n) != out[n].file.name)
+    if wrong:
+        raise ConfigError(f"{folder / INDEX_FILE} and its shards disagree about: {', '.join(wrong[:10])}")
+    return out
+
+
+def content_hash(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bytes:
+    """16 bytes that tell models apart: config, tensor names, dtypes, shapes, and a few bytes of content.
+
+    Two fine-tunes of one base agree in all but their values, and must not share KV, so 256 bytes from the middle
+    of each tensor (of at most 1024 tensors, evenly spread) go in as well. Takes milliseconds.
+    """
+    h = hashlib.blake2b(digest_size=16)
+    h.update(json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())
+    names = sorted(tensors)
+    for name in names:
+        t = tensors[name]
+        h.update(f"\n{name} {t.dtype} {t.shape} {t.nbytes}".encode())
+    step = max(1, math.ceil(len(names) / _MAX_SAMPLES))
+    handles: dict[Path, int] = {}
+    try:
+        for name in names[::step]:
+            t = tensors[name]
+            if t.file not in handles:
+                handles[t.file] = os.open(t.file, os.O_RDONLY)
+            length = min(_SAMPLE_NBYTES, t.nbytes)
+            h.update(os.pread(handles[t.file], length, t.offset + (t.nbytes - length) // 2))
+    finally:
+        for fd in handles.values():
+            os.close(fd)
+    return h.digest()
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            header_nbytes = int.from_bytes(f.read(8), "little")
+            if size < 8 or not 0 < header_nbytes <= min(size - 8, _MAX_HEADER_NBYTES):
+                raise ConfigError(f"{path} is not a safetensors file, or it is cut short")
+            header = json.loads(f.read(header_nbytes))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path} cannot be read: {e}") from None
+    out = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            begin, end = entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as e:
+            raise ConfigError(f"{path}: malformed entry for tensor {name}: {e!r}") from None
+        start = 8 + header_nbytes + begin
+        if not 0 <= begin <= end or start + end - begin > size:
+            raise ConfigError(f"{path} is cut short: tensor {name} ends at byte {start + end - begin} of {size}")
+        if dtype in _ITEM_NBYTES and math.prod(shape) * _ITEM_NBYTES[dtype] != end - begin:
+            raise ConfigError(f"{path}: tensor {name} has {end - begin} bytes, its shape needs another number")
+        out[name] = TensorInfo(name, path, dtype, shape, start, end - begin)
+    return out

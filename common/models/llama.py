@@ -1,0 +1,54 @@
+"""Llama (Touvron et al. 2023; Llama 3.1 rope): pre-norm, grouped-query attention with rotary positions, SwiGLU.
+
+SmolLM2 is this with tied embeddings.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from common.attention.context import AttentionContext, GroupTables
+from common.layers.attention import Attention, AttentionShape
+from common.layers.base import Build, Layer
+from common.layers.mlp import SwiGLU
+from common.layers.rms_norm import RMSNorm
+from common.models.decoder import DecoderModel
+from common.models.spec import ModelSpec
+
+
+class LlamaLayer(Layer):
+    """Checkpoint names under `model.layers.N.`."""
+
+    def __init__(self, spec: ModelSpec, build: Build) -> None:
+        self.input_layernorm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = Attention(build, attention_shape(spec))
+        self.post_attention_layernorm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps)
+        self.mlp = SwiGLU(build, spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
+
+    def __call__(
+        self,
+        hidden_TD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: Tensor,
+        tables: GroupTables,
+        ctx: AttentionContext,
+    ) -> None:
+        hidden_TD += self.self_attn(self.input_layernorm(hidden_TD), rope, cache, tables, ctx)
+        hidden_TD += self.mlp(self.post_attention_layernorm(hidden_TD))
+
+
+def attention_shape(spec: ModelSpec, *, qk_norm: bool = False) -> AttentionShape:
+    """The attention that a spec asks for."""
+    return AttentionShape(
+        hidden_size=spec.hidden_size,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        bias=spec.attention_bias,
+        qk_norm_eps=spec.rms_norm_eps if qk_norm else 0.0,
+    )
+
+
+class LlamaForCausalLM(DecoderModel):
+    def make_layer(self, spec: ModelSpec, build: Build) -> LlamaLayer:
+        return LlamaLayer(spec, build)

@@ -1,0 +1,56 @@
+"""Which model families there are. A family is imported when it is asked for, so the table costs no torch."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from common.layers.base import Build
+    from common.models.decoder import DecoderModel
+    from common.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Family:
+    """`has_windows`: the family's config may make layers look at a sliding window only."""
+
+    model_type: str
+    module: str
+    class_name: str
+    has_windows: bool = False
+
+
+_FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "common.models.llama", "LlamaForCausalLM"),
+        Family("qwen3", "common.models.qwen3", "Qwen3ForCausalLM", has_windows=True),
+    )
+}
+
+
+class ModelClass(Protocol):
+    def __call__(self, spec: ModelSpec, build: Build, max_positions: int) -> DecoderModel: ...
+
+
+def supported() -> tuple[str, ...]:
+    return tuple(sorted(_FAMILIES))
+
+
+def family(model_type: str) -> Family:
+    """The family of a checkpoint's `model_type`. ConfigError, with all that is supported, for any other."""
+    found = _FAMILIES.get(model_type)
+    if found is None:
+        have = ", ".join(supported())
+        raise ConfigError(f"model_type {model_type!r} is not supported; supported are: {have}", param="model_type")
+    return found
+
+
+def model_class(model_type: str) -> ModelClass:
+    """The class that computes the family."""
+    entry = family(model_type)
+    return cast(ModelClass, getattr(importlib.import_module(entry.module), entry.class_name))

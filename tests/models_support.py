@@ -1,0 +1,118 @@
+"""Drive one of our models through the paged cache the way an engine does, without an engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.attention.context import AttentionBackend, AttentionContext, GroupTables
+from common.attention.reference import ReferenceBackend
+from common.kvcache.layout import TAIL_GROUP, Retention
+from common.kvcache.pool import KVPool
+from common.models.decoder import DecoderModel
+from common.models.kv import kv_layout
+from common.models.spec import ModelSpec
+from common.models.weights import load_model
+
+CPU = torch.device("cpu")
+
+
+class PagedModel:
+    """Sequences are numbered; each takes fresh blocks from a shuffled free list as it grows.
+
+    Blocks of a window group are freed as soon as no later query can see them, and at once given away again;
+    their table entries turn to 0. Free blocks hold NaN, so that a read of a wrong one is seen.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str = "float32",
+        kv_dtype: str = "",
+        block_size: int = 16,
+        num_blocks: int = 64,
+        backend: AttentionBackend | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.spec = ModelSpec.from_folder(folder)
+        self.model: DecoderModel = load_model(self.spec, dtype=dtype, device=CPU)
+        self.layout = kv_layout(
+            self.spec,
+            kv_dtype=kv_dtype or dtype,
+            dtype=dtype,
+            block_size=block_size,
+            num_blocks={"full": num_blocks, "window": num_blocks, TAIL_GROUP: 4},
+        )
+        self.pool = KVPool(self.layout, None, CPU)
+        self.backend = backend or ReferenceBackend()
+        self.groups = [g for g in self.layout.groups if g.retention is not Retention.SNAPSHOT]
+        rng = random.Random(seed)
+        self._free: dict[str, list[int]] = {}
+        self._tables: dict[str, dict[int, list[int]]] = {g.name: {} for g in self.groups}
+        self._lens: dict[int, int] = {}
+        for g in self.groups:
+            ids = list(range(g.num_blocks))
+            rng.shuffle(ids)
+            self._free[g.name] = ids
+            self._spoil(g.name, ids)
+
+    @torch.inference_mode()
+    def step(self, work: Sequence[tuple[int, Sequence[int]]], embeds: Tensor | None = None) -> list[Tensor]:
+        """Compute new tokens of some sequences in one batch; their logits, each [new tokens, vocab]."""
+        ids = [t for _, tokens in work for t in tokens]
+        counts = [len(tokens) for _, tokens in work]
+        starts = [self._lens.get(s, 0) for s, _ in work]
+        positions = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
+        for (s, _), start, n in zip(work, starts, counts, strict=True):
+            self._lens[s] = start + n
+        groups = {g.name: self._group_tables(g.name, g.block_size, g.window, work, starts) for g in self.groups}
+        ctx = AttentionContext(
+            query_starts_S1=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
+            seq_lens_S=torch.tensor([self._lens[s] for s, _ in work], dtype=torch.int32),
+            max_query_len=max(counts),
+            max_seq_len=max(self._lens[s] for s, _ in work),
+            groups=groups,
+            kv=self.pool,
+            backend=self.backend,
+        )
+        hidden_TD = self.model.forward(torch.tensor(ids), torch.tensor(positions), ctx, embeds)
+        assert hidden_TD.shape == (len(ids), self.spec.hidden_size)
+        for g in self.groups:
+            self._forget(g.name, g.block_size, g.window, [s for s, _ in work])
+        return list(self.model.logits(hidden_TD).split(counts))
+
+    def _group_tables(
+        self, group: str, size: int, window: int, work: Sequence[tuple[int, Sequence[int]]], starts: Sequence[int]
+    ) -> GroupTables:
+        slots: list[int] = []
+        for (s, tokens), start in zip(work, starts, strict=True):
+            table = self._tables[group].setdefault(s, [])
+            while len(table) * size < self._lens[s]:
+                table.append(self._free[group].pop())
+            slots += [table[p // size] * size + p % size for p in range(start, start + len(tokens))]
+        width = max(len(self._tables[group][s]) for s, _ in work)
+        tables = torch.zeros(len(work), width, dtype=torch.int32)
+        for i, (s, _) in enumerate(work):
+            table = self._tables[group][s]
+            tables[i, : len(table)] = torch.tensor(table)
+        return GroupTables(tables, torch.tensor(slots), size, window)
+
+    def _forget(self, group: str, size: int, window: int, sequences: Sequence[int]) -> None:
+        if not window:
+            return
+        for s in sequences:
+            table = self._tables[group][s]
+            for i in range(min(max(0, self._lens[s] + 1 - window) // size, len(table))):
+                if table[i]:
+                    self._spoil(group, [table[i]])
+                    self._free[group].insert(0, table[i])
+                    table[i] = 0
+
+    def _spoil(self, group: str, block_ids: Sequence[int]) -> None:
+        for r in self.layout.regions_of(group):
+            self.pool.region(r.name)[list(block_ids)] = float("nan")
