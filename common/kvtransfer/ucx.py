@@ -1,0 +1,303 @@
+"""The `ucx` transport: one-sided reads through libucp, bound in csrc/ucx (see docs/design/transport.md).
+
+This module translates between the transport's words and the C structures of `libnd_ucx.so`, and guards what
+comes from peers: addresses and remote keys travel sealed (magic, checksum), because libucp trusts what it
+is given. A sealed key names the memory it belongs to, and a random cookie behind that memory, which the
+native side reads back before the first read: a key that leads elsewhere is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import itertools
+import os
+import socket
+import struct
+import threading
+import weakref
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.config.schema import UcxConfig
+from common.errors import ConfigError, InternalError, KVTransferError
+from common.kvtransfer.transport import (
+    DigestCheck,
+    Endpoint,
+    MemoryHandle,
+    PeerDown,
+    ReadPiece,
+    ReadResult,
+    ReadStatus,
+)
+
+LIBRARY_PATH = Path(__file__).parent / "libnd_ucx.so"
+
+_SEAL = struct.Struct("<4s8s")
+_MAGIC = b"NDU1"
+_KEY = struct.Struct("<QQ16s")  # base, nbytes, cookie; the packed UCX key follows
+_STATUS = (ReadStatus.OK, ReadStatus.MISMATCH, ReadStatus.FAILED, ReadStatus.FENCED)
+_ALIGN = 64
+_POLL_EVENTS = 64
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("cookie_address", ctypes.c_uint64),
+        ("cookie", ctypes.c_uint8 * 16),
+        ("key_nbytes", ctypes.c_uint32),
+        ("key", ctypes.c_uint8 * 236),
+    )
+
+
+class _Remote(ctypes.Structure):
+    _fields_ = (
+        ("base", ctypes.c_uint64),
+        ("cookie_address", ctypes.c_uint64),
+        ("cookie", ctypes.c_uint8 * 16),
+        ("key", ctypes.c_char_p),
+        ("key_nbytes", ctypes.c_uint64),
+    )
+
+
+class _Event(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("status", ctypes.c_uint32),
+        ("id", ctypes.c_uint64),
+        ("nbytes", ctypes.c_uint64),
+        ("seconds", ctypes.c_double),
+        ("read_seconds", ctypes.c_double),
+        ("message", ctypes.c_char * 216),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    try:
+        lib = ctypes.CDLL(str(LIBRARY_PATH))
+    except OSError as error:
+        raise InternalError(f"{error}; build it with `python setup.py build_ext --inplace`") from error
+    pointer, text, size, u64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint64
+    signatures: dict[str, tuple[object, list[object]]] = {
+        "nd_ucx_open": (pointer, [text, text, text, text, size]),
+        "nd_ucx_close": (None, [pointer]),
+        "nd_ucx_wakeup_fd": (ctypes.c_int, [pointer]),
+        "nd_ucx_version": (None, [pointer, text, size]),
+        "nd_ucx_address": (size, [pointer, text, size]),
+        "nd_ucx_allocate": (ctypes.c_bool, [pointer, u64, pointer, text, size]),
+        "nd_ucx_connect": (None, [pointer, u64, text, size, pointer, size]),
+        "nd_ucx_disconnect": (None, [pointer, u64]),
+        "nd_ucx_read": (None, [pointer, u64, u64, pointer, size, pointer, size, pointer, size]),
+        "nd_ucx_poll": (size, [pointer, pointer, size]),
+        "nd_ucx_describe": (None, [pointer, u64, text, size]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+def default_library() -> str:
+    """Path of the `libucx` wheel's libucp; `ConfigError` if the wheel is not installed."""
+    spec = importlib.util.find_spec("libucx")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "lib" / "libucp.so.0"
+        if path.exists():
+            return str(path)
+    raise ConfigError("libucp not found: install libucx-cu13, or name a library", param="ucx.library")
+
+
+class UcxTransport:
+    """Implements `common.kvtransfer.transport.Transport`. Methods may be called from any thread.
+
+    Raises `ConfigError` if UCX does not start with this configuration.
+    """
+
+    name = "ucx"
+
+    def __init__(self, config: UcxConfig) -> None:
+        self._lib = _library()
+        error = ctypes.create_string_buffer(512)
+        library = config.library or default_library()
+        handle: int | None = self._lib.nd_ucx_open(
+            library.encode(), config.tls.encode(), config.net_devices.encode(), error, len(error)
+        )
+        if not handle:
+            raise ConfigError(error.value.decode(errors="replace"), param="ucx")
+        self._handle = handle
+        self._finalizer = weakref.finalize(self, self._lib.nd_ucx_close, handle)  # also at interpreter exit
+        self._lock = threading.Lock()
+        self._peer_ids = itertools.count(1)
+        self._memory: dict[str, MemoryHandle] = {}
+        self._remote: dict[int, dict[str, tuple[int, MemoryHandle]]] = {}
+        self._refused: list[ReadResult | PeerDown] = []
+        self._wakeup_fd: int = self._lib.nd_ucx_wakeup_fd(handle)
+        self._events = (_Event * _POLL_EVENTS)()
+
+    @property
+    def wakeup_fd(self) -> int:
+        return self._wakeup_fd
+
+    @property
+    def library_version(self) -> str:
+        out = ctypes.create_string_buffer(32)
+        self._lib.nd_ucx_version(self._open_handle(), out, len(out))
+        return out.value.decode()
+
+    def allocate(self, group: str, nbytes: int) -> int:
+        if group in self._memory:
+            raise ValueError(f"group {group!r} is allocated already")
+        if nbytes <= 0:
+            raise ValueError(f"group {group!r}: cannot allocate {nbytes} bytes")
+        memory, error = _Memory(), ctypes.create_string_buffer(512)
+        if not self._lib.nd_ucx_allocate(self._open_handle(), nbytes, ctypes.byref(memory), error, len(error)):
+            raise KVTransferError(f"group {group}: {error.value.decode(errors='replace')}")
+        key = _KEY.pack(memory.address, nbytes, bytes(memory.cookie)) + bytes(memory.key[: memory.key_nbytes])
+        self._memory[group] = MemoryHandle(group, memory.address, nbytes, _seal(key))
+        return int(memory.address)
+
+    def endpoint(self) -> Endpoint:
+        out = ctypes.create_string_buffer(4096)
+        nbytes: int = self._lib.nd_ucx_address(self._open_handle(), out, len(out))
+        if nbytes > len(out):
+            raise InternalError(f"UCX's address has {nbytes} bytes")
+        hint = f"{socket.gethostname()}:{os.getpid()}"
+        return Endpoint(self.name, _seal(out.raw[:nbytes]), tuple(self._memory.values()), hint)
+
+    def connect(self, endpoint: Endpoint) -> int:
+        handle, peer_id = self._open_handle(), next(self._peer_ids)
+        try:
+            address = _unseal(endpoint.address, "address")
+            remotes = [_remote(memory) for memory in endpoint.memory]
+        except ValueError as error:
+            self._refuse(PeerDown(peer_id, f"refused the endpoint of {endpoint.hint or 'a peer'}: {error}"))
+            return peer_id
+        self._remote[peer_id] = {memory.group: (i, memory) for i, memory in enumerate(endpoint.memory)}
+        packed = (_Remote * len(remotes))(*remotes)
+        self._lib.nd_ucx_connect(handle, peer_id, address, len(address), packed, len(remotes))
+        return peer_id
+
+    def disconnect(self, peer_id: int) -> None:
+        self._remote.pop(peer_id, None)
+        self._lib.nd_ucx_disconnect(self._open_handle(), peer_id)
+
+    def read(self, peer_id: int, read_id: int, pieces: Sequence[ReadPiece], checks: Sequence[DigestCheck]) -> None:
+        handle = self._open_handle()
+        remote = self._remote.get(peer_id)
+        try:
+            if remote is None:
+                raise ValueError("not connected to this peer")
+            packed_pieces = _pack_pieces(pieces, remote)
+        except ValueError as error:
+            self._refuse(ReadResult(read_id, ReadStatus.FAILED, 0, 0.0, 0.0, str(error)))
+            return
+        packed_checks, segments = _pack_checks(checks)
+        self._lib.nd_ucx_read(
+            handle,
+            peer_id,
+            read_id,
+            packed_pieces.buffer_info()[0],
+            len(pieces),
+            packed_checks.buffer_info()[0],
+            len(checks),
+            segments.buffer_info()[0],
+            len(segments) // 3,
+        )
+
+    def poll(self) -> list[ReadResult | PeerDown]:
+        if not self._finalizer.alive:
+            return []
+        with self._lock:
+            ended, self._refused = self._refused, []
+            while True:
+                count: int = self._lib.nd_ucx_poll(self._handle, self._events, _POLL_EVENTS)
+                ended += [self._translate(event) for event in self._events[:count]]
+                if count < _POLL_EVENTS:
+                    return ended
+
+    def describe(self, peer_id: int) -> str:
+        """'ucx/posix', 'ucx/cma', 'ucx/tcp', ...; 'ucx/connecting' and 'ucx/gone' before and after."""
+        out = ctypes.create_string_buffer(64)
+        self._lib.nd_ucx_describe(self._open_handle(), peer_id, out, len(out))
+        return f"{self.name}/{out.value.decode()}"
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def _open_handle(self) -> int:
+        if not self._finalizer.alive:
+            raise ValueError("the transport is closed")
+        return self._handle
+
+    def _refuse(self, event: ReadResult | PeerDown) -> None:
+        """Queue an event that the native side never hears of."""
+        with self._lock:
+            self._refused.append(event)
+        os.eventfd_write(self._wakeup_fd, 1)
+
+    def _translate(self, event: _Event) -> ReadResult | PeerDown:
+        message = event.message.decode(errors="replace")
+        if event.kind == 0:
+            status = _STATUS[event.status]
+            return ReadResult(event.id, status, event.nbytes, event.seconds, event.read_seconds, message)
+        self._remote.pop(event.id, None)
+        return PeerDown(event.id, message)
+
+
+def _seal(payload: bytes) -> bytes:
+    return _SEAL.pack(_MAGIC, hashlib.blake2b(payload, digest_size=8).digest()) + payload
+
+
+def _unseal(sealed: bytes, what: str) -> bytes:
+    """The payload; `ValueError` if it is not what `_seal` made."""
+    payload = sealed[_SEAL.size :]
+    if not payload or _seal(payload) != sealed:
+        raise ValueError(f"malformed {what}")
+    return payload
+
+
+def _remote(memory: MemoryHandle) -> _Remote:
+    key = _unseal(memory.remote_key, f"remote key of group {memory.group}")
+    if len(key) <= _KEY.size:
+        raise ValueError(f"malformed remote key of group {memory.group}")
+    base, nbytes, cookie = _KEY.unpack_from(key)
+    if (base, nbytes) != (memory.base, memory.nbytes):
+        raise ValueError(f"remote key of group {memory.group} is for other memory")
+    packed = key[_KEY.size :]
+    cookie_address = base + -(-nbytes // _ALIGN) * _ALIGN
+    return _Remote(base, cookie_address, (ctypes.c_uint8 * 16)(*cookie), packed, len(packed))
+
+
+def _pack_pieces(pieces: Sequence[ReadPiece], remote: dict[str, tuple[int, MemoryHandle]]) -> array[int]:
+    """`nd::Piece` for each; `ValueError` for what is outside of the peer's memory."""
+    packed = array("Q")
+    for piece in pieces:
+        found = remote.get(piece.group)
+        if found is None:
+            raise ValueError(f"the peer has no memory of group {piece.group!r}")
+        index, memory = found
+        if piece.nbytes <= 0 or piece.remote_offset < 0 or piece.remote_offset + piece.nbytes > memory.nbytes:
+            raise ValueError(
+                f"{piece.nbytes} bytes at {piece.remote_offset} are outside of group {piece.group}"
+                f" ({memory.nbytes} bytes)"
+            )
+        packed.extend((index, memory.base + piece.remote_offset, piece.local_address, piece.nbytes))
+    return packed
+
+
+def _pack_checks(checks: Sequence[DigestCheck]) -> tuple[array[int], array[int]]:
+    """`nd::Check` for each, and the `nd::DigestSegment`s of all."""
+    packed, segments = array("Q"), array("Q")
+    for c in checks:
+        if c.num_layers <= 0 or c.num_parts <= 0 or c.token_nbytes <= 0:
+            raise ValueError(f"an empty digest check: {c}")
+        packed.extend((c.num_layers, c.num_parts, c.layer_stride, c.part_stride, c.token_stride, c.token_nbytes))
+        packed.extend((c.expected, len(c.segments)))
+        for segment in c.segments:
+            segments.extend(segment)
+    return packed, segments

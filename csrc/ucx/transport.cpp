@@ -1,0 +1,269 @@
+#include "ucx/transport.h"
+
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/random.h>
+
+#include <algorithm>
+#include <future>
+#include <tuple>
+
+namespace nd {
+namespace {
+
+constexpr std::chrono::seconds kAllocateTimeout{300}, kCloseTimeout{5};
+constexpr std::chrono::microseconds kSpin{50};  // without a move, while UCX has operations in flight
+constexpr uint64_t kAlign = 64;
+
+// Threads made while this lives leave every signal to Python's own thread.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_{};
+};
+
+}  // namespace
+
+struct Transport::AllocateCall {
+  uint64_t nbytes;
+  std::promise<std::pair<LocalMemory, std::string>> done;
+};
+
+// -- the callers' side ------------------------------------------------------------------------------
+
+Transport::Transport(int event_fd, int call_fd)
+    : event_fd_(event_fd), call_fd_(call_fd), events_(event_fd), calls_(call_fd), verified_(call_fd) {}
+
+std::unique_ptr<Transport> Transport::open(const Settings& settings, std::string* error) {
+  const int event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), call_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  std::unique_ptr<Transport> transport(new Transport(event_fd, call_fd));
+  if (event_fd < 0 || call_fd < 0) {
+    *error = "eventfd: too many open files";
+    return nullptr;
+  }
+  if (!transport->start(settings, error)) return nullptr;
+  return transport;
+}
+
+bool Transport::start(const Settings& settings, std::string* error) {
+  ucx_ = load_ucx(settings.library, error);
+  if (ucx_ == nullptr) return false;
+  const SignalsBlocked blocked;
+  std::promise<std::string> opened;
+  thread_ = std::thread([this, &settings, &opened] {
+    pthread_setname_np(pthread_self(), "nd-ucx");
+    const std::string failure = open_ucx(settings);
+    opened.set_value(failure);
+    if (failure.empty()) run();
+  });
+  *error = opened.get_future().get();
+  return error->empty();
+}
+
+Transport::~Transport() {
+  if (thread_.joinable()) {
+    calls_.put(StopCall{});
+    thread_.join();
+  }
+  if (event_fd_ >= 0) ::close(event_fd_);
+  if (call_fd_ >= 0) ::close(call_fd_);
+}
+
+bool Transport::allocate(uint64_t nbytes, LocalMemory* out, std::string* error) {
+  auto call = std::make_shared<AllocateCall>();
+  call->nbytes = nbytes;
+  auto done = call->done.get_future();
+  calls_.put(std::move(call));
+  if (done.wait_for(kAllocateTimeout) != std::future_status::ready) {
+    *error = "allocation did not end in time";
+    return false;
+  }
+  std::tie(*out, *error) = done.get();
+  return error->empty();
+}
+
+void Transport::connect(uint64_t peer_id, Bytes address, std::vector<RemoteMemory> memories) {
+  show(peer_id, "connecting");
+  calls_.put(ConnectCall{peer_id, std::move(address), std::move(memories)});
+}
+
+void Transport::disconnect(uint64_t peer_id) { calls_.put(DisconnectCall{peer_id}); }
+
+void Transport::read(uint64_t peer_id, uint64_t read_id, ReadPlan plan, Clock::time_point queued_at) {
+  calls_.put(ReadCall{peer_id, std::unique_ptr<Read>(new Read{read_id, std::move(plan), queued_at})});
+}
+
+// -- the progress thread ----------------------------------------------------------------------------
+
+std::string Transport::open_ucx(const Settings& settings) {
+  ucp_config_t* config = nullptr;
+  if (ucx_->ucp_config_read(nullptr, nullptr, &config) != UCS_OK) return "UCX configuration: " + take_ucx_log();
+  const auto set = [&](const char* name, const std::string& value) {
+    return value.empty() || ucx_->ucp_config_modify(config, name, value.c_str()) == UCS_OK;
+  };
+  // Without RNDV_THRESH=inf, endpoints that detect dead peers would leave CMA for TCP. Memory comes from
+  // what peers on this host can map, and is zeroed in every case.
+  const bool valid = set("TLS", settings.tls) && set("NET_DEVICES", settings.net_devices) &&
+                     set("RNDV_THRESH", "inf") && set("ALLOC_PRIO", "md:posix,md:sysv,mmap");
+  ucp_params_t params{};
+  params.field_mask = UCP_PARAM_FIELD_FEATURES;
+  params.features = UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP;
+  ucs_status_t status = UCS_ERR_INVALID_PARAM;
+  if (valid) status = ucx_->ucp_init_version(1, 13, &params, config, &context_);
+  ucx_->ucp_config_release(config);
+  if (status != UCS_OK) return "UCX with TLS '" + settings.tls + "': " + why(status);
+  ucp_worker_params_t worker{};
+  worker.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
+  worker.thread_mode = UCS_THREAD_MODE_SINGLE;
+  status = ucx_->ucp_worker_create(context_, &worker, &worker_);
+  if (status == UCS_OK) status = ucx_->ucp_worker_get_efd(worker_, &ucx_fd_);
+  ucp_address_t* address = nullptr;
+  size_t nbytes = 0;
+  if (status == UCS_OK) status = ucx_->ucp_worker_get_address(worker_, &address, &nbytes);
+  if (status != UCS_OK) {
+    const std::string reason = why(status);
+    if (worker_ != nullptr) ucx_->ucp_worker_destroy(worker_);
+    ucx_->ucp_cleanup(context_);
+    return "UCX with TLS '" + settings.tls + "': " + reason;
+  }
+  const auto* bytes = reinterpret_cast<const uint8_t*>(address);
+  address_.assign(bytes, bytes + nbytes);
+  ucx_->ucp_worker_release_address(worker_, address);
+  verifier_ = std::make_unique<Verifier>(&verified_);
+  return "";
+}
+
+std::string Transport::why(ucs_status_t status) const {
+  const std::string detail = take_ucx_log();
+  const std::string name = ucx_->ucs_status_string(status);
+  return detail.empty() ? name : name + " (" + detail + ")";
+}
+
+void Transport::run() {
+  Clock::time_point last_move = Clock::now();
+  while (!stopping_) {
+    bool moved = take_calls();
+    moved |= ucx_->ucp_worker_progress(worker_) != 0;
+    moved |= take_verified();
+    moved |= issue();
+    moved |= settle();
+    moved |= tend_peers();
+    if (moved) {
+      last_move = Clock::now();
+    } else if (ops_in_flight_ == 0 || Clock::now() - last_move > kSpin) {
+      sleep();
+    }
+  }
+  shut_down();
+}
+
+bool Transport::take_calls() {
+  std::vector<Call> calls = calls_.take();
+  for (Call& call : calls) std::visit([this](auto& c) { handle(c); }, call);
+  return !calls.empty();
+}
+
+void Transport::handle(std::shared_ptr<AllocateCall>& call) {
+  LocalMemory memory;
+  const std::string error = allocate_here(call->nbytes, &memory);
+  if (error.empty()) memories_.push_back(memory);
+  call->done.set_value({memory, error});
+}
+
+void Transport::handle(ConnectCall& call) {
+  auto& peer = peers_[call.peer_id];
+  peer = std::make_unique<Peer>(Peer{call.peer_id});
+  for (RemoteMemory& memory : call.memories) peer->memories.push_back(Memory{std::move(memory)});
+  begin_connect(peer.get(), call.address);
+}
+
+void Transport::handle(DisconnectCall& call) {
+  const auto found = peers_.find(call.peer_id);
+  if (found == peers_.end() || found->second->state == Peer::State::kClosing) return;
+  close(found->second.get(), false);
+}
+
+void Transport::handle(ReadCall& call) {
+  const auto found = peers_.find(call.peer_id);
+  Read* read = call.read.get();
+  if (found == peers_.end() || found->second->state == Peer::State::kClosing) {
+    read->status = ReadStatus::kFailed;
+    read->message = "not connected to this peer";
+    return post(*read);
+  }
+  Peer* peer = found->second.get();
+  read->peer = peer;
+  read->order = next_order_++;
+  peer->reads.emplace(read->order, std::move(call.read));
+  if (peer->state == Peer::State::kReady) activate(read);
+}
+
+void Transport::handle(StopCall&) { stopping_ = true; }
+
+std::string Transport::allocate_here(uint64_t nbytes, LocalMemory* out) {
+  const uint64_t usable = (nbytes + kAlign - 1) / kAlign * kAlign;
+  ucp_mem_map_params_t params{};
+  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_FLAGS;
+  params.length = usable + sizeof(Cookie);
+  params.flags = UCP_MEM_MAP_ALLOCATE;
+  ucs_status_t status = ucx_->ucp_mem_map(context_, &params, &out->handle);
+  if (status != UCS_OK) return std::to_string(nbytes) + " bytes: " + why(status);
+  ucp_mem_attr_t attributes{};
+  attributes.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS;
+  void* key = nullptr;
+  size_t key_nbytes = 0;
+  status = ucx_->ucp_mem_query(out->handle, &attributes);
+  if (status == UCS_OK) status = ucx_->ucp_rkey_pack(context_, out->handle, &key, &key_nbytes);
+  if (status == UCS_OK) {
+    out->key.assign(static_cast<uint8_t*>(key), static_cast<uint8_t*>(key) + key_nbytes);
+    ucx_->ucp_rkey_buffer_release(key);
+    out->address = reinterpret_cast<uint64_t>(attributes.address);
+    out->cookie_address = out->address + usable;
+    out->end = out->cookie_address + sizeof(Cookie);
+    if (getrandom(out->cookie.data(), out->cookie.size(), 0) == static_cast<ssize_t>(out->cookie.size())) {
+      std::copy(out->cookie.begin(), out->cookie.end(), reinterpret_cast<uint8_t*>(out->cookie_address));
+      return "";
+    }
+    status = UCS_ERR_IO_ERROR;
+  }
+  ucx_->ucp_mem_unmap(context_, out->handle);
+  return "registering memory: " + why(status);
+}
+
+void Transport::sleep() {
+  if (calls_.any() || verified_.any() || ucx_->ucp_worker_arm(worker_) != UCS_OK) return;
+  pollfd fds[2] = {{ucx_fd_, POLLIN, 0}, {call_fd_, POLLIN, 0}};
+  const int timeout_ms = closing_ ? 1 : connecting_ ? 50 : -1;
+  ::poll(fds, 2, timeout_ms);
+  if (fds[1].revents != 0) {
+    uint64_t count;
+    [[maybe_unused]] const ssize_t n = ::read(call_fd_, &count, sizeof count);
+  }
+}
+
+void Transport::shut_down() {
+  for (auto& [id, peer] : peers_) {
+    if (peer->state != Peer::State::kClosing) close(peer.get(), false);
+  }
+  const Clock::time_point deadline = Clock::now() + kCloseTimeout;
+  while (!peers_.empty() && Clock::now() < deadline) {
+    ucx_->ucp_worker_progress(worker_);
+    take_verified();
+    tend_peers();
+  }
+  verifier_.reset();
+  if (!peers_.empty()) return;  // something may still be written: better to leak the memory than to free it
+  for (const LocalMemory& memory : memories_) ucx_->ucp_mem_unmap(context_, memory.handle);
+  ucx_->ucp_worker_destroy(worker_);
+  ucx_->ucp_cleanup(context_);
+}
+
+}  // namespace nd
