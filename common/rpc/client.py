@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -116,7 +116,9 @@ async def call(
     return await retrying(once)
 
 
-async def read_stream(stream: AsyncIterable[T], *, silence_s: float, first_s: float | None = None) -> AsyncIterator[T]:
+async def read_stream(
+    stream: AsyncIterable[T], *, silence_s: float, first_s: float | None = None
+) -> AsyncGenerator[T, None]:
     """Messages of a streaming call; no wait for one is longer than `silence_s` (`first_s` for the first).
 
     The call is cancelled when the reader leaves. Raises DeadlineExceededError on silence.

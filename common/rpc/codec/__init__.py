@@ -37,6 +37,7 @@ from common.rpc.codec.request import (
     stats_to_proto,
 )
 from common.rpc.codec.watch import (
+    PING_INTERVAL_S,
     Change,
     ChangeKind,
     LoadEntry,
@@ -63,6 +64,7 @@ from common.rpc.codec.worker import (
 )
 
 __all__ = [
+    "PING_INTERVAL_S",
     "Change",
     "ChangeKind",
     "Hello",

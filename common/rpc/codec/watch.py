@@ -15,6 +15,9 @@ from common.rpc.codec.worker import load_from_proto, load_to_proto, worker_from_
 from common.types import WorkerInfo, WorkerLoad
 from nanodeploy.v1 import controller_pb2 as pb
 
+# A controller with nothing to say sends a Ping this often; three missed ones mean that it is dead.
+PING_INTERVAL_S = 2.0
+
 
 class ChangeKind(enum.StrEnum):
     ADDED = "added"
