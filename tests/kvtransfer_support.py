@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -33,6 +34,7 @@ from common.kvtransfer.orders import (
     ReaderCommand,
     ReleaseLease,
 )
+from common.kvtransfer.plan import window_start
 from common.kvtransfer.publish import Publisher, PublishOrder
 from common.kvtransfer.session import Done, Failed, HandoffReader, HandoffUpdate, OrderSpec
 from common.types import WorkerRef
@@ -219,7 +221,10 @@ class OwnerOrder:
 
 
 class Owner:
-    """A prefill worker without a model: random bytes stand for computed KV."""
+    """A prefill worker without a model: fresh random bytes stand for computed KV.
+
+    `truth[request_id]` keeps them: (region, layer, part, unit) -> [num_tokens, token bytes].
+    """
 
     def __init__(self, network: MemoryNetwork, layout: KVLayout, clock: FakeClock, ttl_s: float = 30.0) -> None:
         self.layout = layout
@@ -231,6 +236,8 @@ class Owner:
         self.publisher = Publisher(layout, self.bases, self.cache, numpy_digest)
         self.ref = WorkerRef("prefill-1", 77, "127.0.0.1:1")
         self.orders: dict[int, OwnerOrder] = {}
+        self.truth: dict[str, dict[tuple[str, int, int, int], NDArray[np.uint8]]] = {}
+        self._rng = np.random.default_rng(11)
         self._seq_ids = 0
 
     def start(self, place: PlaceOrder) -> list[OrderEvent]:
@@ -247,7 +254,22 @@ class Owner:
             place.start_position,
         )
         self.orders[place.order_id] = OwnerOrder(order, place.start_position)
+        self._write(place, self._seq_ids)
         return [OrderAccepted(place.order_id, len(place.token_ids), 0), OrderStarted(place.order_id, lease_id, 0)]
+
+    def _write(self, place: PlaceOrder, seq_id: int) -> None:
+        total = len(place.token_ids)
+        truth = self.truth[place.request_id] = {}
+        for spec in self.layout.regions:
+            group, table = self.layout.group(spec.group), self.cache.tables[seq_id][spec.group]
+            count = 1 if group.retention is Retention.SNAPSHOT else total
+            for at in itertools.product(range(spec.num_layers), range(spec.num_parts), range(spec.num_units)):
+                data = self._rng.integers(0, 256, (count, token_nbytes(spec)), dtype=np.uint8)
+                truth[spec.name, *at] = data
+                for i, block in enumerate(table):
+                    rows = rows_of(self.layout, spec.name, self.bases[spec.group], block, *at)
+                    part = data[i * group.block_size : (i + 1) * group.block_size]
+                    rows[: len(part)] = part
 
     def compute(self, order_id: int, num_tokens: int) -> list[OrderEvent]:
         """Compute up to `num_tokens` more positions: extents, and OrderFinished at the end."""
@@ -361,21 +383,25 @@ class World:
     def ends(self) -> list[Done | Failed]:
         return [u for u in self.updates if isinstance(u, Done | Failed)]
 
-    def same_bytes(self, seq_id: int, owner_tables: dict[str, list[int]], start: int, end: int) -> bool:
-        """Does the reader hold, for each position in [start, end), the owner's bytes?"""
+    def same_bytes(self, seq_id: int, start: int, end: int, *, tail: bool = False) -> bool:
+        """Does the reader hold the owner's bytes at positions [start, end), where its tables hold blocks?"""
+        truth = self.owner.truth[f"r{seq_id}"]
         for spec in self.layout.regions:
-            if spec.group == TAIL_GROUP:
+            group, table = self.layout.group(spec.group), self.cache.tables[seq_id][spec.group]
+            snapshot = group.retention is Retention.SNAPSHOT
+            if snapshot and not tail:
                 continue
-            mine = self.layout.group(spec.group).block_size
-            theirs = self.source.group(spec.group).block_size
-            table, source = self.cache.tables[seq_id][spec.group], owner_tables[spec.group]
-            for layer in range(spec.num_layers):
-                for part in range(spec.num_parts):
-                    for unit in range(spec.num_units):
-                        at = (layer, part, unit)
-                        for p in range(start, end):
-                            a = rows_of(self.layout, spec.name, self.bases[spec.group], table[p // mine], *at)
-                            b = rows_of(self.source, spec.name, self.owner.bases[spec.group], source[p // theirs], *at)
-                            if not np.array_equal(a[p % mine], b[p % theirs]):
-                                return False
+            for at in itertools.product(range(spec.num_layers), range(spec.num_parts), range(spec.num_units)):
+                data = truth[spec.name, *at]
+                for i, block in enumerate(table):
+                    first, size = i * group.block_size, group.block_size
+                    low, high = (0, 1) if snapshot else (max(start, first), min(end, first + size))
+                    if group.retention is Retention.WINDOW:
+                        low = max(low, window_start(group, end))
+                    if low >= high:
+                        continue
+                    assert block >= 0, f"position {low} of {spec.group} is not held"
+                    rows = rows_of(self.layout, spec.name, self.bases[spec.group], block, *at)
+                    if not np.array_equal(rows[low - first : high - first] if not snapshot else rows, data[low:high]):
+                        return False
         return True

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import enum
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -129,7 +128,7 @@ class Intake:
         self.last_event = now
         self.expires_at = now + spec.remaining_s if spec.remaining_s else math.inf
         self.stats = ReadStats()
-        self.pending: deque[Reading] = deque()
+        self.pending: list[Reading] = []
         self.reads: dict[int, Reading] = {}
         self._media = tuple((e.position, e.media_hash) for e in spec.embeddings)
         self._chain = list(spec.chain)
@@ -204,14 +203,12 @@ class Intake:
     # -- reads --
 
     def next_reading(self) -> Reading | None:
-        """The next planned read whose blocks no read of this order writes at the moment, taken out."""
-        if not self.pending:
-            return None
-        head = self.pending[0]
+        """A planned read whose blocks no read of this order writes at the moment, taken out of the queue."""
         busy = {(r.extent.group, b) for r in self.reads.values() for b in r.plan.block_ids}
-        if any((head.extent.group, b) in busy for b in head.plan.block_ids):
-            return None
-        return self.pending.popleft()
+        for i, reading in enumerate(self.pending):
+            if not any((reading.extent.group, b) in busy for b in reading.plan.block_ids):
+                return self.pending.pop(i)
+        return None
 
     def verify(self, reading: Reading) -> None:
         """The bytes of a read are there and their digests match."""
