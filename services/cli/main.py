@@ -273,7 +273,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check this machine and the running cluster; every failure comes with its fix."""
-    from services.cli.doctor import run_doctor
+    from services.cli.doctor.command import run_doctor
 
     raise typer.Exit(run_doctor(model, name, as_json, Console()))
 

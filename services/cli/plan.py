@@ -250,7 +250,7 @@ def _section(section: S, **changes: Any) -> S:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
-        flag = f"--{key.replace('_', '-')}"
+        flag = "--log-level" if key == "level" else f"--{key.replace('_', '-')}"
         raise ConfigError(f"{flag}: {fault['msg']}, got {fault['input']!r}", param=key) from None
 
 

@@ -26,7 +26,11 @@ class _Parser:
     def __init__(self) -> None:
         self.body = bytearray()
         self.complete = False
+        self.keep_alive = False
         self._parser = httptools.HttpResponseParser(self)
+
+    def on_headers_complete(self) -> None:
+        self.keep_alive = self._parser.should_keep_alive()
 
     def on_body(self, data: bytes) -> None:
         self.body += data
@@ -41,11 +45,6 @@ class _Parser:
     def status(self) -> int:
         status: int = self._parser.get_status_code()
         return status
-
-    @property
-    def keep_alive(self) -> bool:
-        keep: bool = self._parser.should_keep_alive()
-        return keep
 
 
 class BenchClient:
@@ -67,7 +66,7 @@ class BenchClient:
         writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                reader, writer = self._idle.pop() if self._idle else await self._connect()
+                reader, writer = await self._connection()
                 writer.write(self._request(path, orjson.dumps(body)))
                 keep_alive = await self._receive(reader, sample)
         except TimeoutError:
@@ -88,7 +87,13 @@ class BenchClient:
             writer.close()
         self._idle.clear()
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """One that is idle and was not closed meanwhile, else a new one."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
         return await asyncio.open_connection(self._host, self._port, ssl=self._tls)
 
     def _request(self, path: str, body: bytes) -> bytes:

