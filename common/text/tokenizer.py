@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer, without torch and transformers.
 
 Read from `tokenizer.json` (the algorithm), `tokenizer_config.json` and `special_tokens_map.json` (which tokens
-are BOS, EOS ...) and `generation_config.json` (the checkpoint's own sampling defaults). Immutable after `load`
-and safe to use from several threads; encoding releases the GIL.
+are BOS, EOS ...), `generation_config.json` (the checkpoint's own sampling defaults) and the chat template, where
+there is one. Immutable after `load` and safe to use from several threads; encoding releases the GIL.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer as RawTokenizer
 
 from common.errors import ConfigError, InvalidRequestError
+from common.text.chat_template import ChatTemplate
 from common.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from common.text.pieces import TokenPieces
 
@@ -33,6 +34,7 @@ class Tokenizer:
         special_tokens: dict[str, str] | None = None,
         config: dict[str, Any] | None = None,
         generation_config: dict[str, Any] | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         raw.no_truncation()
         raw.no_padding()
@@ -40,6 +42,7 @@ class Tokenizer:
         self.config = config or {}
         self.generation_config = generation_config or {}
         self.special_tokens = special_tokens or {}
+        self.chat_template = chat_template
         self.special_ids = frozenset(i for i, token in raw.get_added_tokens_decoder().items() if token.special)
         self.vocab_size = raw.get_vocab_size()
         self._pieces = TokenPieces.of(raw)
@@ -48,7 +51,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Raises `ConfigError` if the folder has no readable tokenizer.json."""
+        """Raises `ConfigError` if the folder has no readable tokenizer.json or a broken chat template."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{folder} has no tokenizer.json: prepare the checkpoint first", param="model_path")
@@ -59,7 +62,8 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         special = _special_tokens(_read_json(folder / "special_tokens_map.json"), config)
         generation = _read_json(folder / "generation_config.json")
-        return cls(raw, special_tokens=special, config=config, generation_config=generation)
+        template = ChatTemplate.load(folder, config, special)
+        return cls(raw, special_tokens=special, config=config, generation_config=generation, chat_template=template)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

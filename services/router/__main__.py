@@ -1,0 +1,61 @@
+"""`python -m services.router --config FILE`: the OpenAI API of a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from common.config.load import load
+from common.config.schema import RouterConfig
+from common.errors import ConfigError
+from common.rpc.membership import Membership
+from common.telemetry import configure_logging
+from services.router.server import Router
+
+
+async def serve(config: RouterConfig) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends at once."""
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    members = Membership(config.controllers, watcher_id=f"router-{config.host}:{config.port}")
+    router = Router(config, members)
+    await router.start()
+    members.start()
+    try:
+        await stop.wait()
+    finally:
+        await router.stop()
+        await members.stop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m services.router", description=__doc__)
+    parser.add_argument("--config", metavar="FILE", help="YAML file; the defaults serve one machine")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load(arguments.config, os.environ)
+        configure_logging(config.log, "router")
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(config.router))
+    except ConfigError as error:
+        print(f"router: {error.message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

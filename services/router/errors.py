@@ -1,0 +1,115 @@
+"""Errors as OpenAI clients know them: `{"error": {"message", "type", "param", "code"}}` and a status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import orjson
+from pydantic import ValidationError
+
+from common.errors import (
+    CancelledByCallerError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    NanoDeployError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
+
+RETRY_AFTER_S: Final = 1  # a worker's queue moves within a second or it is not worth waiting for
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt, or prompt and output, are longer than the model allows."""
+
+
+class BodyTooLargeError(InvalidRequestError):
+    pass
+
+
+class BodyTimeoutError(InvalidRequestError):
+    pass
+
+
+# error class -> status, type, code; the first that fits
+_SHAPES: Final[tuple[tuple[type[NanoDeployError], int, str, str | None], ...]] = (
+    (BodyTooLargeError, 413, "invalid_request_error", "request_too_large"),
+    (BodyTimeoutError, 408, "invalid_request_error", "request_timeout"),
+    (ContextLengthError, 400, "invalid_request_error", "context_length_exceeded"),
+    (InvalidRequestError, 400, "invalid_request_error", None),
+    (NotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (OverloadedError, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (UnavailableError, 503, "service_unavailable_error", "service_unavailable"),
+    (DeadlineExceededError, 504, "timeout_error", "timeout"),
+    (CancelledByCallerError, 499, "invalid_request_error", "cancelled"),
+    (NanoDeployError, 500, "server_error", "internal_error"),
+)
+
+
+def status_of(error: NanoDeployError) -> int:
+    return next(status for kind, status, _, _ in _SHAPES if isinstance(error, kind))
+
+
+def error_body(error: NanoDeployError) -> bytes:
+    shape = next((kind, code) for cls, _, kind, code in _SHAPES if isinstance(error, cls))
+    return shaped(error.message, shape[0], error.param or None, shape[1])
+
+
+def shaped(message: str, kind: str, param: str | None, code: str | None) -> bytes:
+    return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def error_headers(error: NanoDeployError) -> list[tuple[bytes, bytes]]:
+    if isinstance(error, OverloadedError | UnavailableError):
+        return [(b"retry-after", str(RETRY_AFTER_S).encode())]
+    return []
+
+
+def validation_error(error: ValidationError) -> InvalidRequestError:
+    """The first fault that pydantic found, in one sentence that names the field."""
+    faults = error.errors(include_url=False, include_context=False)
+    fault = max(faults, key=lambda f: _depth(f["loc"])) if _same_field(faults) else faults[0]
+    kind = fault["type"]
+    param = field_path(fault["loc"])
+    if kind == "json_invalid":
+        return InvalidRequestError(f"the body is not valid JSON: {fault['msg'].removeprefix('Invalid JSON: ')}")
+    if not param:
+        return InvalidRequestError("the body must be a JSON object")
+    if kind == "extra_forbidden":
+        return InvalidRequestError(f"Unrecognized request argument supplied: {param}", param=param)
+    if kind == "missing":
+        return InvalidRequestError(f"Missing required parameter: {param}", param=param)
+    if kind == "value_error":
+        return InvalidRequestError(f"{param}: {fault['msg'].removeprefix('Value error, ')}", param=param)
+    wanted = " or ".join(dict.fromkeys(_rule(f["msg"]) for f in faults if field_path(f["loc"]) == param))
+    return InvalidRequestError(f"{param}: {wanted}, got {_show(fault['input'])}", param=param)
+
+
+def field_path(loc: Sequence[int | str]) -> str:
+    """`("messages", 0, "content")` -> `messages[0].content`; names of union branches are left out."""
+    path = ""
+    for part in loc:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int", "float", "bool", "dict", "list"):
+            path += f".{part}" if path else part
+    return path
+
+
+def _depth(loc: Sequence[int | str]) -> int:
+    return sum(isinstance(part, int) for part in loc)
+
+
+def _same_field(faults: Sequence[Any]) -> bool:
+    return len({fault["loc"][:1] for fault in faults}) == 1
+
+
+def _rule(message: str) -> str:
+    return message.replace("Input should be", "must be")
+
+
+def _show(value: object) -> str:
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,135 @@
+"""One HTTP exchange on raw ASGI: read a bounded body, answer with JSON or a stream of events, notice a lost client.
+
+READING -> (nothing sent) -> answered
+                         `-> STREAMING -> ended, by [DONE] or by an error event and [DONE]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from common.errors import CancelledByCallerError, NanoDeployError
+from services.router.errors import BodyTimeoutError, BodyTooLargeError, error_body, error_headers, status_of
+from services.router.replies import DONE, event
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+BODY_TIMEOUT_S: Final = 60.0  # for the whole body
+_DRAIN_FACTOR: Final = 4  # an oversized body is read on up to this many times the limit, so that the answer arrives
+_JSON: Final = (b"content-type", b"application/json")
+_SSE: Final = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class Exchange:
+    """`headers` are added to every answer."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._complete = False  # the body was read to its end
+        self.streaming = False
+        self.ended = False
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.traceparent = ""
+
+    def header(self, name: bytes) -> str:
+        """Empty if it was not sent."""
+        return next((value.decode("latin-1") for key, value in self._scope["headers"] if key == name), "")
+
+    # -- in --
+
+    async def body(self, limit: int) -> bytes:
+        """The whole body. Raises `BodyTooLargeError`, `BodyTimeoutError`, `CancelledByCallerError`."""
+        declared = self.header(b"content-length")
+        too_large = declared.isdigit() and int(declared) > limit
+        keep = limit if not too_large else 0
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await self._read(keep, limit)
+        except TimeoutError:
+            raise BodyTimeoutError(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+
+    async def _read(self, keep: int, limit: int) -> bytes:
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise CancelledByCallerError("the client went away")
+            chunk: bytes = message.get("body", b"")
+            size += len(chunk)
+            if size <= keep:
+                chunks.append(chunk)
+            else:
+                chunks.clear()
+            self._complete = not message.get("more_body", False)
+            if self._complete or size > _DRAIN_FACTOR * limit:
+                break
+        if size > keep:
+            raise BodyTooLargeError(f"the body is larger than {limit} bytes")
+        return b"".join(chunks)
+
+    @asynccontextmanager
+    async def watch(self, on_lost: Callable[[], None]) -> AsyncIterator[None]:
+        """Call `on_lost` as soon as the client disconnects."""
+
+        async def wait() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            if not self.ended:
+                on_lost()
+
+        task = asyncio.create_task(wait())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    # -- out --
+
+    async def answer(self, status: int, payload: bytes, *headers: tuple[bytes, bytes]) -> None:
+        self.ended = True
+        length = (b"content-length", str(len(payload)).encode())
+        sent = [_JSON, length, *self.headers, *headers]
+        if not self._complete and self._scope["method"] == "POST":
+            sent.append((b"connection", b"close"))  # the rest of the body is not wanted
+        await self._send({"type": "http.response.start", "status": status, "headers": sent})
+        await self._send({"type": "http.response.body", "body": payload})
+
+    async def write(self, data: bytes) -> None:
+        """Events. The first write sends the head."""
+        if not self.streaming:
+            self.streaming = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self.headers]})
+        if data:
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes = b"") -> None:
+        """The last events and [DONE]."""
+        if not self.streaming:
+            await self.write(b"")
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": data + DONE})
+
+    async def fail(self, error: NanoDeployError) -> None:
+        if self.ended:
+            return
+        if self.streaming:
+            await self.end(event(error_body(error)))
+        elif not isinstance(error, CancelledByCallerError):
+            await self.answer(status_of(error), error_body(error), *error_headers(error))
+
+    def abort(self) -> None:
+        """Drop the connection without waiting for a client that does not read."""
+        abort = self._scope.get("nanodeploy.abort")
+        if abort is not None:
+            abort()

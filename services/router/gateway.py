@@ -1,0 +1,283 @@
+"""The OpenAI endpoints: from bytes to a run. Each handler takes one exchange.
+
+parse -> find the model and its tokenizer -> job -> run -> answer, log, count
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Final, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+
+from common.config.schema import RouterConfig
+from common.errors import (
+    InvalidRequestError,
+    NanoDeployError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
+from common.telemetry import get_logger
+from common.types import Clock, GenerationRequest, ModelInfo, Role, WorkerInfo
+from services.router import replies
+from services.router.errors import validation_error
+from services.router.exchange import Exchange
+from services.router.metrics import RouterMetrics
+from services.router.models import ModelText, ModelTexts
+from services.router.params import Job, chat_ids, chat_job, completion_job
+from services.router.policy import serves
+from services.router.relay import Members, Relay
+from services.router.replies import Head
+from services.router.run import Run
+from services.router.schemas import ChatBody, CompletionBody, DetokenizeBody, SamplingFields, TokenizeBody
+
+B = TypeVar("B", bound=BaseModel)
+S = TypeVar("S", bound=SamplingFields)
+MakeJob = Callable[[S, ModelInfo, ModelText, ModelTexts, random.Random], Awaitable[Job]]
+
+TIMINGS_HEADER: Final = b"x-nanodeploy-timings"
+
+_log = get_logger(__name__)
+
+
+def fingerprint(model: ModelInfo) -> str:
+    """Changes when weights or their dtype do."""
+    return "fp_" + hashlib.blake2b(model.model_hash + model.dtype.encode(), digest_size=5).hexdigest()
+
+
+class Gateway:
+    """What the endpoints share. Owns the models' texts; members and relay are lent."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        members: Members,
+        relay: Relay,
+        *,
+        metrics: RouterMetrics,
+        clock: Clock,
+        rng: random.Random,
+    ) -> None:
+        self.members = members
+        self.relay = relay
+        self.metrics = metrics
+        self.texts = ModelTexts(config)
+        self.in_flight = 0
+        self.draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._config = config
+        self._clock = clock
+        self._rng = rng
+
+    # -- models --
+
+    def decode_workers(self) -> list[WorkerInfo]:
+        return [worker for worker in self.members.workers.values() if worker.role is Role.DECODE]
+
+    def models(self) -> dict[str, ModelInfo]:
+        """Every name that a model answers to."""
+        found: dict[str, ModelInfo] = {}
+        for worker in self.decode_workers():
+            for name in (worker.model.name, *worker.model.served_names):
+                found.setdefault(name, worker.model)
+        return found
+
+    def resolve(self, name: str | None) -> tuple[str, ModelInfo]:
+        """The model asked for, or the only one. `UnavailableError` before any is known, then `NotFoundError`."""
+        decode = self.decode_workers()
+        if not decode:
+            raise UnavailableError("No model is served yet: no decode worker has registered.")
+        if name is None:
+            names = {worker.model.name for worker in decode}
+            if len(names) > 1:
+                raise InvalidRequestError(f"model is required: one of {', '.join(sorted(names))}", param="model")
+            return decode[0].model.name, decode[0].model
+        for worker in decode:
+            if serves(worker, name):
+                return name, worker.model
+        raise NotFoundError(f"The model `{name}` does not exist.", param="model")
+
+    async def _body(self, exchange: Exchange, kind: type[B]) -> B:
+        raw = await exchange.body(self._config.max_body_bytes)
+        try:
+            return kind.model_validate_json(raw)
+        except ValidationError as error:
+            raise validation_error(error) from None
+
+    # -- generation --
+
+    async def chat(self, exchange: Exchange) -> None:
+        await self._generate(exchange, ChatBody, chat_job)
+
+    async def completions(self, exchange: Exchange) -> None:
+        await self._generate(exchange, CompletionBody, completion_job)
+
+    async def _generate(self, exchange: Exchange, kind: type[S], make_job: MakeJob[S]) -> None:
+        with self._admitted():
+            started_s = self._clock.now()
+            body = await self._body(exchange, kind)
+            if body.stream_options is not None and not body.stream:
+                raise InvalidRequestError("stream_options is allowed with stream only", param="stream_options")
+            name, model = self.resolve(body.model)
+            metrics = self.metrics.of(model.name)
+            metrics.running.inc()
+            try:
+                text = await self.texts.get(model)
+                job = await make_job(body, model, text, self.texts, self._rng)
+                metrics.tokenize.observe(self._clock.now() - started_s)
+                run = self._make_run(exchange, body, name, model, text, job, started_s)
+                await self._answer(exchange, body, run, started_s)
+                self._account(run, model.name, started_s)
+            except NanoDeployError as error:
+                metrics.failed(error.code)
+                raise
+            finally:
+                metrics.running.dec()
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self.draining:
+            raise UnavailableError("the router is stopping")
+        if self.in_flight >= self._config.max_concurrent_requests:
+            raise OverloadedError(f"{self.in_flight} requests are in flight, which is this router's limit")
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+
+    def _make_run(
+        self,
+        exchange: Exchange,
+        body: SamplingFields,
+        name: str,
+        model: ModelInfo,
+        text: ModelText,
+        job: Job,
+        started_s: float,
+    ) -> Run:
+        number = self._rng.getrandbits(127)
+        requests = [
+            GenerationRequest(
+                request_id=f"{number + index:032x}",
+                model=model.name,
+                prompt_token_ids=tuple(ids),
+                sampling=job.sampling,
+                cache_salt=body.cache_salt or "",
+                priority=body.priority,
+                deadline_s=started_s + self._config.request_timeout_s,
+                traceparent=exchange.traceparent,
+            )
+            for index, ids in enumerate(job.prompts)
+        ]
+        chat = isinstance(body, ChatBody)
+        head = Head(f"{'chatcmpl' if chat else 'cmpl'}-{number:032x}", int(time.time()), name, fingerprint(model))
+        metrics = self.metrics.of(model.name)
+        return Run(
+            job, requests, text.tokenizer, head, chat=chat, clock=self._clock, started_s=started_s, metrics=metrics
+        )
+
+    async def _answer(self, exchange: Exchange, body: SamplingFields, run: Run, started_s: float) -> None:
+        deadline_s = started_s + self._config.request_timeout_s
+        timings = exchange.header(TIMINGS_HEADER) == "1"
+        if not body.stream:
+            await run.answer_whole(self.relay, exchange, deadline_s, timings=timings)
+            return
+        options = body.stream_options
+        await run.answer_stream(
+            self.relay,
+            exchange,
+            deadline_s,
+            limit_tokens=self._config.stream_buffer_tokens,
+            include_usage=options is not None and options.include_usage,
+            continuous_usage=options is not None and options.continuous_usage_stats,
+            timings=timings,
+        )
+
+    def _account(self, run: Run, model: str, started_s: float) -> None:
+        """Count an answered request and log where its time went."""
+        metrics, usage = self.metrics.of(model), run.usage()
+        seconds = self._clock.now() - started_s
+        metrics.prompt_tokens.inc(usage.prompt_tokens)
+        metrics.cached_tokens.inc(usage.cached_tokens)
+        metrics.generation_tokens.inc(usage.completion_tokens)
+        metrics.request_prompt.observe(usage.prompt_tokens)
+        metrics.request_output.observe(usage.completion_tokens)
+        metrics.e2e.observe(seconds)
+        for finish in run.finishes:
+            metrics.ended(finish)
+        first = run.stats[0]
+        _log.info(
+            "request answered",
+            model=model,
+            id=run.head.id,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            first_token_ms=round(1000 * (run.first_token_s - started_s), 2),
+            total_ms=round(1000 * seconds, 2),
+            finish=run.finishes,
+            waterfall=None if first is None else msgspec.to_builtins(first),
+        )
+
+    # -- text --
+
+    async def tokenize(self, exchange: Exchange) -> None:
+        body = await self._body(exchange, TokenizeBody)
+        _, model = self.resolve(body.model)
+        text = await self.texts.get(model)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequestError("give either prompt or messages", param="prompt")
+        if body.messages is not None:
+            ids = await chat_ids(
+                body.messages,
+                model,
+                text,
+                self.texts,
+                add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+                continue_final_message=body.continue_final_message,
+                add_special_tokens=bool(body.add_special_tokens),
+                tools=body.tools,
+                variables=body.chat_template_kwargs or {},
+                whole=False,
+            )
+        else:
+            prompt, special = body.prompt or "", body.add_special_tokens is not False
+            encode = text.tokenizer.encode
+            ids = await self.texts.run(lambda: encode(prompt, add_special_tokens=special), len(prompt))
+        strings = [text.tokenizer.token_string(i) for i in ids] if body.return_token_strs else None
+        answer = {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": strings}
+        await exchange.answer(200, replies.dumps(answer))
+
+    async def detokenize(self, exchange: Exchange) -> None:
+        body = await self._body(exchange, DetokenizeBody)
+        _, model = self.resolve(body.model)
+        text = await self.texts.get(model)
+        wrong = next((i for i in body.tokens if i >= (model.vocab_size or 2**31)), None)
+        if wrong is not None:
+            raise InvalidRequestError(
+                f"tokens has token id {wrong}, the vocabulary ends at {model.vocab_size}", param="tokens"
+            )
+        decode = text.tokenizer.decode
+        prompt = await self.texts.run(lambda: decode(body.tokens, skip_special_tokens=False), len(body.tokens))
+        await exchange.answer(200, replies.dumps({"prompt": prompt}))
+
+    # -- life --
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no new requests and let those running finish, for at most `grace_s`."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()

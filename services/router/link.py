@@ -1,0 +1,356 @@
+"""The router's end of one decode worker: one stream for all requests, taken up again when it breaks.
+
+    CONNECTING -> ATTACHED <-> BROKEN (tries again with growing pauses) -> CLOSED
+
+While BROKEN, its requests wait: reattaching brings them back with nothing lost. They are moved to other workers
+at once when the worker is gone (restarted with another epoch, or no longer a member), and otherwise after a few
+failed attempts. Rows for a slot whose Submit has not been answered yet are kept until it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from common.errors import DeadlineExceededError, InternalError, NanoDeployError, UnavailableError
+from common.rpc.client import Backoff
+from common.rpc.codec import StepRows
+from common.telemetry import get_logger
+from common.types import ChoiceDelta, Clock, Failure, GenerationRequest, RequestStats, TokenLogprobs, WorkerRef
+from services.router.generation import ABNORMAL, Generation
+
+ACK_TOKENS: Final = 256
+ACK_PERIOD_S: Final = 1.0
+PATIENT_ATTEMPTS: Final = 3  # failed reattachments before requests are moved, if another worker could take them
+PATIENCE_S: Final = 5.0  # ... and if none could
+_STASH_ROWS: Final = 16384
+_REMEMBERED_SLOTS: Final = 4096
+_MAX_GAPS: Final = 3
+
+_log = get_logger(__name__)
+
+Positions = Sequence[tuple[int, int, int]]  # (slot, choice, next output position)
+Row = ChoiceDelta | Failure | RequestStats | TokenLogprobs
+
+
+class DecodeStream(Protocol):
+    """One attempt at a stream. Every method raises an error of the tree when it is broken."""
+
+    async def attach(self, epoch: int, positions: Positions) -> tuple[int, Sequence[int]]:
+        """The worker's epoch and the slots it does not know."""
+        ...
+
+    async def read(self) -> StepRows: ...
+
+    async def send(self, cancels: Sequence[tuple[int, int | None]], acks: Positions) -> None:
+        """Cancel choices (slot, None for all of the request) and acknowledge positions."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DecodePeer(Protocol):
+    """A decode worker as the network offers it."""
+
+    async def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float) -> int:
+        """The slot."""
+        ...
+
+    def open_stream(self) -> DecodeStream: ...
+
+    async def close(self) -> None: ...
+
+
+class WorkerLink:
+    """`on_lost(generation, why)` is called for each request that must continue elsewhere."""
+
+    def __init__(
+        self,
+        ref: WorkerRef,
+        peer: DecodePeer,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        connect_timeout_s: float,
+        on_lost: Callable[[Generation, NanoDeployError], None],
+        others_ready: Callable[[WorkerRef], bool],
+    ) -> None:
+        self.ref = ref
+        self.broken = False
+        self.attached = asyncio.Event()
+        self._peer = peer
+        self._clock = clock
+        self._backoff = Backoff(rng)
+        self._connect_timeout_s = connect_timeout_s
+        self._on_lost = on_lost
+        self._others_ready = others_ready
+        self._open: dict[int, Generation] = {}
+        self._submitting = 0
+        self._stash: deque[tuple[int, Row]] = deque(maxlen=_STASH_ROWS)
+        self._closed_slots: dict[int, None] = {}
+        self._cancels: list[tuple[int, int | None]] = []
+        self._acks: list[tuple[int, int, int]] = []
+        self._unacked: set[Generation] = set()
+        self._ack_timer: asyncio.TimerHandle | None = None
+        self._outgoing = asyncio.Event()
+        self._stream: DecodeStream | None = None
+        self._retired = False  # no longer a member
+        self._restarted = False  # another process answers at its address
+        self._task = asyncio.create_task(self._run(), name=f"link-{ref.worker_id}")
+
+    # -- requests --
+
+    @property
+    def load(self) -> int:
+        """Requests this router has on the worker."""
+        return len(self._open) + self._submitting
+
+    async def submit(self, generation: Generation, prefill: WorkerRef | None) -> None:
+        """Bind the generation to a slot. Raises what the worker said, or `UnavailableError` if it cannot be reached."""
+        self._submitting += 1
+        try:
+            try:
+                async with asyncio.timeout(self._connect_timeout_s):
+                    await self.attached.wait()
+            except TimeoutError:
+                raise UnavailableError(f"worker {self.ref.worker_id} cannot be reached") from None
+            if generation.done:
+                return
+            slot = await self._peer.submit(generation.to_resume(), prefill, self._connect_timeout_s)
+            self._bind(generation, slot)
+        except DeadlineExceededError as error:
+            raise UnavailableError(f"worker {self.ref.worker_id} did not answer: {error.message}") from error
+        finally:
+            self._submitting -= 1
+            if not self._submitting:
+                self._clear_stash()
+
+    def drop(self, generation: Generation) -> None:
+        """The router wants no more of it."""
+        if generation.slot in self._open:
+            self._forget(generation)
+            self._cancels.append((generation.slot, None))
+            self._outgoing.set()
+
+    def drop_choice(self, generation: Generation, choice: int) -> None:
+        """The router wants no more of one choice; others go on."""
+        self._cancels.append((generation.slot, choice))
+        self._outgoing.set()
+
+    def _bind(self, generation: Generation, slot: int) -> None:
+        generation.link, generation.slot = self, slot
+        self._open[slot] = generation
+        if generation.done:
+            self.drop(generation)
+            return
+        for kept, row in [entry for entry in self._stash if entry[0] == slot]:
+            self._apply(kept, row)
+
+    # -- rows --
+
+    def _dispatch(self, step: StepRows) -> None:
+        """Stats and prompt logprobs first: whoever gets a row may read them."""
+        for slot, stats in step.stats:
+            self._apply(slot, stats)
+        for slot, prompt in step.prompt_logprobs:
+            self._apply(slot, prompt)
+        for slot, delta in step.rows:
+            self._apply(slot, delta)
+        for slot, failure in step.failures:
+            self._apply(slot, failure)
+        if self._acks:
+            self._outgoing.set()
+
+    def _apply(self, slot: int, row: Row) -> None:
+        generation = self._open.get(slot)
+        if generation is None:
+            self._stray(slot, row)
+        elif isinstance(row, ChoiceDelta):
+            self._take(generation, row)
+        elif isinstance(row, RequestStats):
+            generation.stats = row
+        elif isinstance(row, TokenLogprobs):
+            generation.prompt_logprobs = row
+        else:
+            self._lose(generation, row.to_error())
+
+    def _take(self, generation: Generation, delta: ChoiceDelta) -> None:
+        if delta.finish in ABNORMAL and not generation.has_ended(delta.choice):
+            self._lose(generation, UnavailableError(f"worker {self.ref.worker_id} gave the request up"))
+            return
+        if not generation.accept(delta):
+            self._missed(generation)
+        elif generation.done:
+            self._forget(generation)
+            self._acks.extend(generation.positions())
+        elif generation.unacked >= ACK_TOKENS:
+            self._acknowledge(generation)
+        elif generation not in self._unacked:
+            self._unacked.add(generation)
+            if self._ack_timer is None:
+                self._ack_timer = asyncio.get_running_loop().call_later(ACK_PERIOD_S, self._acknowledge_all)
+
+    def _missed(self, generation: Generation) -> None:
+        """Tokens before a row never came: the worker's log has them, unless it lost count."""
+        generation.gaps += 1
+        if generation.gaps > _MAX_GAPS:
+            self._cancels.append((generation.slot, None))
+            self._lose(generation, InternalError(f"worker {self.ref.worker_id} skipped output tokens"))
+        elif self._stream is not None:
+            self._stream.close()
+
+    def _forget(self, generation: Generation) -> None:
+        self._open.pop(generation.slot, None)
+        self._remember(generation.slot)
+        self._unacked.discard(generation)
+        generation.link = None
+
+    def _acknowledge(self, generation: Generation) -> None:
+        generation.unacked = 0
+        self._unacked.discard(generation)
+        self._acks.extend(generation.positions())
+
+    def _acknowledge_all(self) -> None:
+        self._ack_timer = None
+        for generation in list(self._unacked):
+            self._acknowledge(generation)
+        if self._acks:
+            self._outgoing.set()
+
+    def _stray(self, slot: int, row: Row) -> None:
+        """A slot that is not open: not answered yet, or just closed, or left over from a lost answer."""
+        if slot in self._closed_slots:
+            return
+        if self._submitting:
+            self._stash.append((slot, row))
+        else:
+            self._remember(slot)
+            self._cancels.append((slot, None))
+            self._outgoing.set()
+
+    def _clear_stash(self) -> None:
+        stash, self._stash = self._stash, deque(maxlen=_STASH_ROWS)
+        for slot, row in stash:
+            if slot not in self._open:
+                self._stray(slot, row)
+
+    def _remember(self, slot: int) -> None:
+        self._closed_slots[slot] = None
+        if len(self._closed_slots) > _REMEMBERED_SLOTS:
+            del self._closed_slots[next(iter(self._closed_slots))]
+
+    def _lose(self, generation: Generation, error: NanoDeployError) -> None:
+        self._forget(generation)
+        generation.lost_on = self.ref
+        self._on_lost(generation, error)
+
+    # -- the stream --
+
+    async def _run(self) -> None:
+        failures, broken_at = 0, self._clock.now()
+        while not self._restarted and (not self._retired or self._open):
+            stream = self._stream = self._peer.open_stream()
+            try:
+                await self._attach(stream)
+                failures, self.broken = 0, False
+                self._backoff.reset()
+                await self._pump(stream)
+            except NanoDeployError as error:
+                broken_at = self._clock.now() if not failures else broken_at
+                failures += 1
+                self._broke(error, failures, self._clock.now() - broken_at)
+            finally:
+                self.attached.clear()
+                self._stream = None
+                stream.close()
+            if failures > 1:  # the first attempt after a break is made at once
+                await asyncio.sleep(self._backoff.next_s())
+        self._lose_all(UnavailableError(f"worker {self.ref.worker_id} left the cluster"))
+
+    async def _attach(self, stream: DecodeStream) -> None:
+        positions = [position for generation in self._open.values() for position in generation.open_positions()]
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                epoch, unknown = await stream.attach(self.ref.epoch, positions)
+        except TimeoutError:
+            raise UnavailableError(f"worker {self.ref.worker_id} did not answer the stream") from None
+        if epoch != self.ref.epoch:
+            self._restarted = True
+            raise UnavailableError(f"worker {self.ref.worker_id} was restarted")
+        for slot in unknown:
+            if (generation := self._open.get(slot)) is not None:
+                self._lose(generation, UnavailableError(f"worker {self.ref.worker_id} lost the request"))
+        self.attached.set()
+        self._outgoing.set()
+        _log.info("stream attached", worker_id=self.ref.worker_id, resumed=len(positions), unknown=len(unknown))
+
+    async def _pump(self, stream: DecodeStream) -> None:
+        writer = asyncio.create_task(self._write(stream))
+        try:
+            while True:
+                self._dispatch(await stream.read())
+        finally:
+            writer.cancel()
+            with contextlib.suppress(asyncio.CancelledError, NanoDeployError):
+                await writer
+
+    async def _write(self, stream: DecodeStream) -> None:
+        """Cancels and acknowledgements of one loop tick leave in one message each."""
+        while True:
+            await self._outgoing.wait()
+            self._outgoing.clear()
+            cancels, self._cancels = self._cancels, []
+            acks, self._acks = self._acks, []
+            try:
+                await stream.send(cancels, acks)
+            except NanoDeployError:
+                self._cancels = cancels + self._cancels
+                return
+
+    def _broke(self, error: NanoDeployError, failures: int, seconds: float) -> None:
+        self.broken = True
+        patience = 2 if self._retired else PATIENT_ATTEMPTS if self._others_ready(self.ref) else 2**31
+        moved = self._restarted or failures >= patience or seconds >= PATIENCE_S
+        _log.warning(
+            "stream broke",
+            worker_id=self.ref.worker_id,
+            error=error.message,
+            attempt=failures,
+            requests=len(self._open),
+            moved=moved,
+        )
+        if moved:
+            self._lose_all(UnavailableError(f"worker {self.ref.worker_id} was lost: {error.message}"))
+
+    def _lose_all(self, error: NanoDeployError) -> None:
+        """Move all requests; should the worker come back, it hears that they are not wanted."""
+        self._cancels.extend((slot, None) for slot in self._open)
+        for generation in list(self._open.values()):
+            self._lose(generation, error)
+
+    # -- end --
+
+    def retire(self) -> None:
+        """The worker is no longer a member: use what it still sends, and reattach now to see if it is there."""
+        if self._retired:
+            return
+        self._retired = True
+        if self._stream is not None:
+            self._stream.close()
+
+    @property
+    def over(self) -> bool:
+        """It ended by itself: retired or restarted, and empty."""
+        return self._task.done()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+        await self._peer.close()

@@ -1,0 +1,48 @@
+"""What the router counts. Names as in vLLM and SGLang where they have one."""
+
+from __future__ import annotations
+
+from common.telemetry import Metrics
+
+
+class ModelMetrics:
+    """The series of one model, looked up once."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        counter, label = metrics.counter, ["model_name"]
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens received.", label).labels(model)
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens found in a cache.", label).labels(model)
+        self.generation_tokens = counter("generation_tokens", "Tokens sent to clients.", label).labels(model)
+        self._success = counter("request_success", "Choices that ended.", [*label, "finished_reason"])
+        self._failures = counter("request_failures", "Requests that failed.", [*label, "code"])
+        self.running = metrics.gauge("num_requests_running", "Requests in the router.", label).labels(model)
+        histogram = metrics.histogram
+        self.first_token = histogram("time_to_first_token_seconds", "Request -> first token.", label).labels(model)
+        self.inter_token = histogram("inter_token_latency_seconds", "Between tokens.", label).labels(model)
+        self.e2e = histogram("e2e_request_latency_seconds", "Request -> last token.", label).labels(model)
+        self.tokenize = histogram("request_tokenize_seconds", "Template and tokenizer.", label).labels(model)
+        self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens per request.", label).labels(model)
+        self.request_output = histogram("request_generation_tokens", "Output tokens per request.", label).labels(model)
+        self._model = model
+
+    def ended(self, finish: str) -> None:
+        self._success.labels(self._model, finish).inc()
+
+    def failed(self, code: str) -> None:
+        self._failures.labels(self._model, code).inc()
+
+
+class RouterMetrics:
+    def __init__(self, metrics: Metrics) -> None:
+        self.base = metrics
+        self._models: dict[str, ModelMetrics] = {}
+        self.http = metrics.counter("http_requests", "HTTP requests by path and status.", ["path", "status"])
+        self.workers = metrics.gauge("router_workers", "Members by role and state.", ["role", "state"])
+        self.attached = metrics.gauge("router_attached_streams", "Decode workers with a working stream.")
+        self.moves = metrics.gauge("router_requests_moved", "Requests taken to another worker since start.")
+
+    def of(self, model: str) -> ModelMetrics:
+        found = self._models.get(model)
+        if found is None:
+            found = self._models[model] = ModelMetrics(self.base, model)
+        return found

@@ -1,0 +1,262 @@
+"""From a checked body to what is sent to a worker: prompt ids and `SamplingParams`.
+
+Rules that need the model are here: its length, its vocabulary, its checkpoint's sampling defaults. Errors are
+`InvalidRequestError` naming the field of the body.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, Final
+
+from common.errors import InvalidRequestError, UnsupportedError
+from common.types import ModelInfo, SamplingParams
+from services.router.errors import ContextLengthError
+from services.router.models import ModelText, ModelTexts
+from services.router.schemas import ChatBody, CompletionBody, Messages, SamplingFields
+
+COMPLETION_MAX_TOKENS: Final = 16
+MAX_PROMPTS: Final = 1024  # in one completion request
+MAX_STOP_CHARS: Final = 2048  # of all stop strings: their automaton is built per request
+MAX_SEQUENCES: Final = 1024  # prompts x n of one request
+
+
+@dataclass(frozen=True)
+class Job:
+    """One HTTP request, checked: `prompts` x `sampling.n` choices."""
+
+    prompts: list[list[int]]
+    sampling: SamplingParams
+    echo: bool = False
+    echo_only: bool = False  # max_tokens 0: the prompt alone is wanted
+    prompt_texts: tuple[str, ...] = ()  # as given, for echo; empty: decode the ids
+
+
+async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: ModelTexts, rng: random.Random) -> Job:
+    if body.messages is None or not body.messages:
+        raise InvalidRequestError("messages must not be empty", param="messages")
+    if body.tools and body.tool_choice != "none":
+        raise UnsupportedError("tool calls are not parsed in this version: set tool_choice to none", param="tools")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= 20:
+        raise InvalidRequestError(
+            f"top_logprobs must be between 0 and 20, got {body.top_logprobs}", param="top_logprobs"
+        )
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    ids = await chat_ids(
+        body.messages,
+        model,
+        text,
+        texts,
+        add_generation_prompt=body.add_generation_prompt and not _continues(body),
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=body.add_special_tokens,
+        tools=body.tools,
+        variables=variables,
+        whole=body.truncate_prompt_tokens is None,
+    )
+    name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    prompts = [_fit(ids, body, model, wanted, "messages", name)]
+    left = model.max_model_len - len(prompts[0])
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = sampling_params(
+        body, text, rng, max_tokens=left if wanted is None else wanted, max_tokens_name=name, logprobs=logprobs
+    )
+    _check_ids(sampling, model)
+    return Job(prompts, sampling)
+
+
+def _continues(body: ChatBody) -> bool:
+    """OpenAI has no add_generation_prompt, so its default must not collide with continue_final_message."""
+    return body.continue_final_message and "add_generation_prompt" not in body.model_fields_set
+
+
+async def chat_ids(
+    messages: Messages,
+    model: ModelInfo,
+    text: ModelText,
+    texts: ModelTexts,
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    add_special_tokens: bool,
+    tools: list[dict[str, Any]] | None,
+    variables: dict[str, Any],
+    whole: bool = True,
+) -> list[int]:
+    """Prompt ids of a conversation. `whole` refuses, before encoding, what cannot fit the model."""
+    template = text.require_template()
+    size = sum(len(str(message.get("content") or "")) for message in messages if isinstance(message, dict))
+
+    def work() -> list[int]:
+        prompt = template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            variables=variables,
+        )
+        return _encode(prompt, model, text, "messages", add_special_tokens=add_special_tokens, whole=whole)
+
+    return await texts.run(work, size + 512 * len(tools or ()))
+
+
+async def completion_job(
+    body: CompletionBody, model: ModelInfo, text: ModelText, texts: ModelTexts, rng: random.Random
+) -> Job:
+    if body.suffix:
+        raise UnsupportedError("suffix is not supported", param="suffix")
+    if body.best_of not in (None, 1):
+        raise UnsupportedError("best_of is not supported: use n", param="best_of")
+    echo = bool(body.echo)
+    echo_only = echo and body.max_tokens == 0
+    wanted = 1 if echo_only else body.max_tokens
+    given = await _completion_prompts(body, model, text, texts)
+    prompts = [_fit(ids, body, model, wanted, "prompt", "max_tokens") for ids in given]
+    if wanted is None:
+        wanted = min(COMPLETION_MAX_TOKENS, *(model.max_model_len - len(ids) for ids in prompts))
+    sampling = sampling_params(
+        body, text, rng, max_tokens=wanted, logprobs=body.logprobs, prompt_logprobs=body.logprobs if echo else None
+    )
+    _check_ids(sampling, model)
+    if len(prompts) * sampling.n > MAX_SEQUENCES:
+        raise InvalidRequestError(f"prompts times n must be at most {MAX_SEQUENCES}", param="n")
+    whole = echo and body.truncate_prompt_tokens is None
+    strings = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    prompt_texts = tuple(p for p in strings if isinstance(p, str)) if whole else ()
+    return Job(prompts, sampling, echo=echo, echo_only=echo_only, prompt_texts=prompt_texts)
+
+
+async def _completion_prompts(
+    body: CompletionBody, model: ModelInfo, text: ModelText, texts: ModelTexts
+) -> list[list[int]]:
+    """A string, strings, token ids or lists of token ids, each as a list of ids."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    if not prompt:
+        raise InvalidRequestError("prompt must not be empty", param="prompt")
+    many = len(prompt) if not isinstance(prompt[0], int) else 1
+    if many > MAX_PROMPTS:
+        raise InvalidRequestError(f"prompt has {many} entries, at most {MAX_PROMPTS} are allowed", param="prompt")
+    strings = [p for p in prompt if isinstance(p, str)]
+    if strings:
+        whole = body.truncate_prompt_tokens is None
+        special = body.add_special_tokens
+
+        def work() -> list[list[int]]:
+            return [_encode(s, model, text, "prompt", add_special_tokens=special, whole=whole) for s in strings]
+
+        return await texts.run(work, sum(len(s) for s in strings))
+    lists = [p for p in prompt if isinstance(p, list)]
+    return lists or [[p for p in prompt if isinstance(p, int)]]
+
+
+def _encode(
+    prompt: str, model: ModelInfo, text: ModelText, param: str, *, add_special_tokens: bool, whole: bool
+) -> list[int]:
+    fewest = text.tokenizer.fewest_tokens(prompt)
+    if whole and fewest > model.max_model_len:
+        raise too_long(model, f"at least {fewest}", param)
+    return text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+
+
+def too_long(model: ModelInfo, num_tokens: str, param: str) -> ContextLengthError:
+    return ContextLengthError(
+        f"This model's maximum context length is {model.max_model_len} tokens, "
+        f"but the prompt has {num_tokens} tokens. Please shorten it.",
+        param=param,
+    )
+
+
+def _fit(
+    ids: list[int], body: SamplingFields, model: ModelInfo, max_tokens: int | None, param: str, max_name: str
+) -> list[int]:
+    """The prompt, cut from the left if asked; checked against the model's length and vocabulary."""
+    limit = model.max_model_len
+    keep = body.truncate_prompt_tokens
+    if keep is not None:
+        if keep != -1 and not 1 <= keep <= limit:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens must be -1 or between 1 and {limit}, got {keep}",
+                param="truncate_prompt_tokens",
+            )
+        ids = ids[-(max(limit - max(max_tokens or 1, 1), 1) if keep == -1 else keep) :]
+    if not ids:
+        raise InvalidRequestError(f"{param} has no tokens", param=param)
+    if len(ids) >= limit:
+        raise too_long(model, str(len(ids)), param)
+    if max_tokens is not None and len(ids) + max_tokens > limit:
+        raise ContextLengthError(
+            f"This model's maximum context length is {limit} tokens, but {len(ids) + max_tokens} were requested: "
+            f"{len(ids)} in the prompt and {max_tokens} of {max_name}. Please shorten one of them.",
+            param=max_name,
+        )
+    if model.vocab_size and not 0 <= min(ids) <= max(ids) < model.vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
+        raise InvalidRequestError(
+            f"{param} has token id {wrong}, the vocabulary ends at {model.vocab_size}", param=param
+        )
+    return ids
+
+
+def sampling_params(
+    body: SamplingFields,
+    text: ModelText,
+    rng: random.Random,
+    *,
+    max_tokens: int,
+    max_tokens_name: str = "max_tokens",
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """Ranges are checked by `SamplingParams`. A seed is drawn if none was given."""
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if sum(map(len, stop)) > MAX_STOP_CHARS:
+        raise InvalidRequestError(f"stop must be at most {MAX_STOP_CHARS} characters in all", param="stop")
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    chosen = {**text.defaults, **{name: v for name in names if (v := getattr(body, name)) is not None}}
+    try:
+        return SamplingParams(
+            **chosen,
+            n=1 if body.n is None else body.n,
+            max_tokens=max_tokens,
+            min_tokens=body.min_tokens or 0,
+            stop=stop,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            include_stop_str_in_output=body.include_stop_str_in_output,
+            ignore_eos=body.ignore_eos,
+            seed=rng.getrandbits(64) if body.seed is None else body.seed,
+            logit_bias=_logit_bias(body.logit_bias or {}),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            skip_special_tokens=body.skip_special_tokens,
+        )
+    except InvalidRequestError as error:
+        if error.param == "max_tokens" != max_tokens_name:
+            raise InvalidRequestError(f"{max_tokens_name}{error.message[10:]}", param=max_tokens_name) from error
+        raise
+
+
+def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit()):
+            raise InvalidRequestError(f"logit_bias has key {key[:40]!r}, which is not a token id", param="logit_bias")
+    return tuple((int(key), value) for key, value in bias.items())
+
+
+def _check_ids(sampling: SamplingParams, model: ModelInfo) -> None:
+    named = (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", [token for token, _ in sampling.logit_bias]))
+    for name, ids in named:
+        for token in ids:
+            if not 0 <= token < (model.vocab_size or 2**31):
+                raise _outside_vocabulary(name, token, model)
+
+
+def _outside_vocabulary(param: str, token: int, model: ModelInfo) -> InvalidRequestError:
+    return InvalidRequestError(f"{param} has token id {token}, the vocabulary ends at {model.vocab_size}", param=param)

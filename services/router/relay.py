@@ -1,0 +1,220 @@
+"""Places requests on workers and keeps them going: one link per decode worker, moves when a worker is lost.
+
+    start(request) -> PLACING: choose a pair, submit -> RUNNING -> done
+                         ^  overloaded or unreachable: the next worker   | lost
+                         `-----------------------------------------------'
+
+Everything it needs of the world is an argument: the members, how to reach a worker, the clock, the random source.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+from common.errors import (
+    CancelledByCallerError,
+    InternalError,
+    KVTransferError,
+    NanoDeployError,
+    OverloadedError,
+    UnavailableError,
+)
+from common.rpc.codec import ChangeKind
+from common.rpc.membership import MembershipChange
+from common.telemetry import get_logger
+from common.types import Clock, GenerationRequest, Role, WorkerInfo, WorkerRef, WorkerState
+from services.router.generation import Generation, Mailbox
+from services.router.link import DecodePeer, WorkerLink
+from services.router.policy import Features, LocalLoad, Pair, choose
+
+MAX_PLACEMENTS: Final = 8  # workers that one request is sent to, before it is given up
+_MOVABLE = (UnavailableError, OverloadedError, CancelledByCallerError, KVTransferError, InternalError)
+
+_log = get_logger(__name__)
+
+
+class Members(Protocol):
+    """The part of `common.rpc.membership.Membership` that the router uses."""
+
+    @property
+    def workers(self) -> Mapping[str, WorkerInfo]: ...
+
+    def subscribe(self, listener: Callable[[MembershipChange], None]) -> None: ...
+
+
+class Relay:
+    """Life: (made inside a running loop) -> start(request) ... -> close."""
+
+    def __init__(
+        self,
+        members: Members,
+        connect: Callable[[WorkerRef], DecodePeer],
+        *,
+        clock: Clock,
+        rng: random.Random,
+        connect_timeout_s: float,
+    ) -> None:
+        self._members = members
+        self._connect = connect
+        self._clock = clock
+        self._rng = rng
+        self._connect_timeout_s = connect_timeout_s
+        self._links: dict[WorkerRef, WorkerLink] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running: set[Generation] = set()
+        self.moves = 0  # requests taken to another worker since start
+        members.subscribe(self._on_change)
+
+    # -- requests --
+
+    def start(self, request: GenerationRequest, mailbox: Mailbox, index: int = 0) -> Generation:
+        """Begin; tokens and failures arrive in the mailbox. Never blocks."""
+        generation = Generation(request, mailbox, index)
+        self._running.add(generation)
+        self._spawn(self._place(generation, tried=set(), last=None))
+        return generation
+
+    def finish(self, generation: Generation) -> None:
+        """The caller is done with it: whatever still runs is cancelled."""
+        generation.cancel()
+        self._running.discard(generation)
+
+    async def _place(self, generation: Generation, tried: set[WorkerRef], last: NanoDeployError | None) -> None:
+        """Try workers until one takes the request. `last` is why it needs a place: said if there is none."""
+        while not generation.done:
+            try:
+                pair = self._choose(generation, tried)
+            except NanoDeployError as error:
+                generation.fail(last or error)
+                return
+            generation.placements += 1
+            if generation.placements > MAX_PLACEMENTS:
+                generation.fail(last or UnavailableError("no worker kept the request"))
+                return
+            link = self._link(pair.decode.ref)
+            generation.prefill_id = pair.prefill.ref.worker_id if pair.prefill else ""
+            try:
+                await link.submit(generation, pair.prefill.ref if pair.prefill else None)
+                return
+            except (OverloadedError, UnavailableError) as error:
+                tried.add(pair.decode.ref)
+                last = error
+            except NanoDeployError as error:
+                generation.fail(error)
+                return
+            except Exception as error:  # noqa: BLE001 - the edge of a task
+                _log.exception("placing failed", request_id=generation.request.request_id)
+                generation.fail(InternalError(f"the router could not place the request: {type(error).__name__}"))
+                return
+
+    def _choose(self, generation: Generation, tried: set[WorkerRef]) -> Pair:
+        """Workers with a working stream first; one whose stream is being taken up again if there is no other."""
+        request = generation.request
+        workers = list(self._members.workers.values())
+        features = Features(request.model, len(request.prompt_token_ids), request.sampling.max_tokens)
+        broken = {ref for ref, link in self._links.items() if link.broken}
+        local = self._local_load()
+        try:
+            return choose(workers, local, features, self._rng, avoid=tried | broken)
+        except UnavailableError:
+            return choose(workers, local, features, self._rng, avoid=tried)
+
+    def _local_load(self) -> LocalLoad:
+        prefill: Counter[str] = Counter()
+        for generation in self._running:
+            if generation.prefill_id and not generation.done:
+                prefill[generation.prefill_id] += len(generation.request.prompt_token_ids)
+        return LocalLoad({ref.worker_id: link.load for ref, link in self._links.items()}, prefill)
+
+    def _on_lost(self, generation: Generation, error: NanoDeployError) -> None:
+        """A link gave a request up: move it, or tell the client if moving cannot help."""
+        if generation.done:
+            return
+        if not isinstance(error, _MOVABLE):
+            generation.fail(error)
+            return
+        lost = generation.lost_on
+        if isinstance(error, InternalError) and generation.placements > 1:
+            generation.fail(error)  # two engines failed on it: the request is at fault
+            return
+        self.moves += 1
+        _log.warning(
+            "request moves to another worker",
+            request_id=generation.request.request_id,
+            why=error.message,
+            sent_tokens=sum(map(len, generation.sent)),
+        )
+        self._spawn(self._place(generation, tried={lost} if lost else set(), last=error))
+
+    # -- workers --
+
+    @property
+    def attached(self) -> int:
+        """Decode workers with a working stream."""
+        return sum(link.attached.is_set() for link in self._links.values())
+
+    def ready(self, worker: WorkerInfo) -> bool:
+        """Whether requests can be sent to it now."""
+        link = self._links.get(worker.ref)
+        return worker.state is WorkerState.READY and link is not None and link.attached.is_set()
+
+    def _others_ready(self, ref: WorkerRef) -> bool:
+        mine = self._members.workers.get(ref.worker_id)
+        return any(
+            w.role is Role.DECODE
+            and w.ref != ref
+            and self.ready(w)
+            and (mine is None or w.model.name == mine.model.name)
+            for w in self._members.workers.values()
+        )
+
+    def _on_change(self, change: MembershipChange) -> None:
+        worker = change.worker
+        if worker.role is not Role.DECODE:
+            return
+        if change.kind is ChangeKind.REMOVED:
+            if (link := self._links.get(worker.ref)) is not None:
+                _log.info("decode worker left", worker_id=worker.ref.worker_id, reason=change.reason)
+                link.retire()
+        elif worker.state is not WorkerState.STARTING:
+            self._link(worker.ref)
+        self._sweep()
+
+    def _link(self, ref: WorkerRef) -> WorkerLink:
+        link = self._links.get(ref)
+        if link is None or link.over:
+            link = self._links[ref] = WorkerLink(
+                ref,
+                self._connect(ref),
+                clock=self._clock,
+                rng=self._rng,
+                connect_timeout_s=self._connect_timeout_s,
+                on_lost=self._on_lost,
+                others_ready=self._others_ready,
+            )
+        return link
+
+    def _sweep(self) -> None:
+        for ref, link in list(self._links.items()):
+            if link.over:
+                del self._links[ref]
+                self._spawn(link.close())
+
+    def _spawn(self, work: object) -> None:
+        assert asyncio.iscoroutine(work)
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        for generation in list(self._running):
+            generation.fail(UnavailableError("the router is stopping"))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+        self._links.clear()

@@ -1,0 +1,272 @@
+"""Answers in OpenAI's shapes, written as bytes. No models on the way out.
+
+Stream chunks are templates made once per request: only the text is escaped per chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import orjson
+
+from common.text import Tokenizer
+from common.types import RequestStats, TokenLogprobs
+
+DONE: Final = b"data: [DONE]\n\n"
+LOWEST_LOGPROB: Final = -9999.0  # JSON has no -inf
+
+dumps = orjson.dumps
+
+
+def event(payload: bytes) -> bytes:
+    return b"data: " + payload + b"\n\n"
+
+
+class Head(NamedTuple):
+    """What all answers to one request share."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+
+
+class Usage(NamedTuple):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+def waterfall(stats: Sequence[RequestStats | None], **times_ms: float) -> dict[str, Any]:
+    """Where the time of a request went: one entry per prompt, and the router's own milliseconds."""
+    requests = [msgspec.to_builtins(one or RequestStats()) for one in stats]
+    return {"router": {name: round(ms, 3) for name, ms in times_ms.items()}, "requests": requests}
+
+
+# -- logprobs ----------------------------------------------------------------------------------------
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
+
+
+def _token_text(data: bytes, prefix: str = "") -> str:
+    """A token as text; bytes that are no character by themselves are spelled out, as OpenAI does."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], found: TokenLogprobs) -> list[dict[str, Any]]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token)
+        return {"token": _token_text(data), "logprob": _finite(logprob), "bytes": list(data)}
+
+    top = found.top_n
+    return [
+        entry(token, found.token_logprobs[i])
+        | {"top_logprobs": [entry(found.top_ids[j], found.top_logprobs[j]) for j in range(i * top, i * top + top)]}
+        for i, token in enumerate(token_ids)
+    ]
+
+
+class CompletionLogprobs:
+    """The columns of /v1/completions' logprobs."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.token_logprobs: list[float | None] = []
+        self.top_logprobs: list[dict[str, float] | None] = []
+        self.text_offset: list[int] = []
+
+    def add(
+        self, tokenizer: Tokenizer, token_ids: Sequence[int], found: TokenLogprobs, offsets: Sequence[int]
+    ) -> CompletionLogprobs:
+        for i, token in enumerate(token_ids):
+            name = self._name(tokenizer, token)
+            logprob = _finite(found.token_logprobs[i])
+            top = {
+                self._name(tokenizer, found.top_ids[j]): _finite(found.top_logprobs[j])
+                for j in range(i * found.top_n, (i + 1) * found.top_n)
+            }
+            top.setdefault(name, logprob)
+            self.tokens.append(name)
+            self.token_logprobs.append(logprob)
+            self.top_logprobs.append(top)
+            self.text_offset.append(offsets[i])
+        return self
+
+    def add_prompt(
+        self, tokenizer: Tokenizer, token_ids: Sequence[int], found: TokenLogprobs | None, skip_special: bool
+    ) -> CompletionLogprobs:
+        """The echoed prompt: its first token has no logprob. Tokens are all None if the worker sent none."""
+        self.tokens.append(self._name(tokenizer, token_ids[0]))
+        self.token_logprobs.append(None)
+        self.top_logprobs.append(None)
+        stream = tokenizer.detokenizer(skip_special_tokens=skip_special, at_start=True)
+        offsets = [0]
+        for token in token_ids[:-1]:
+            offsets.append(offsets[-1] + len(stream.push((token,))))
+        if found is not None:
+            self.text_offset.append(0)
+            return self.add(tokenizer, token_ids[1:], found, offsets[1:])
+        rest = len(token_ids) - 1
+        self.tokens.extend(self._name(tokenizer, token) for token in token_ids[1:])
+        self.token_logprobs.extend([None] * rest)
+        self.top_logprobs.extend([None] * rest)
+        self.text_offset.extend(offsets)
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @staticmethod
+    def _name(tokenizer: Tokenizer, token: int) -> str:
+        return _token_text(tokenizer.token_bytes(token), "bytes:")
+
+
+# -- streams -----------------------------------------------------------------------------------------
+
+
+class Chunks:
+    """The chunks of one stream. `usage` is what each of them says about usage, None if it says nothing."""
+
+    kind = ""
+    _opening = b""
+    _closing = b""
+
+    def __init__(self, head: Head, usage: bytes | None) -> None:
+        self.head = head
+        self._start = b"data: " + dumps(_head_dict(head, self.kind))[:-1] + b',"choices":[{"index":'
+        self._plain_end = self._closing + b',"logprobs":null,"finish_reason":null}]'
+        self._starts: dict[int, bytes] = {}
+        self.say_usage(usage)
+
+    def say_usage(self, usage: bytes | None) -> None:
+        self._tail = b"}\n\n" if usage is None else b',"usage":' + usage + b"}\n\n"
+
+    def text(self, index: int, text: str) -> bytes:
+        start = self._starts.get(index)
+        if start is None:
+            start = self._starts[index] = b"%b%d%b" % (self._start, index, self._opening)
+        return start + dumps(text) + self._plain_end + self._tail
+
+    def first(self, index: int) -> bytes:
+        """What precedes a choice's first text."""
+        return b""
+
+    def with_logprobs(self, index: int, text: str, logprobs: Any) -> bytes:
+        return self._chunk(index, self._body(text) | {"logprobs": logprobs, "finish_reason": None})
+
+    def finish(self, index: int, finish: str, stop_reason: str | int | None) -> bytes:
+        ended = {"logprobs": None, "finish_reason": finish, "stop_reason": stop_reason}
+        return self._chunk(index, self._body("") | ended)
+
+    def last(self, usage: Usage | None, timings: dict[str, Any] | None) -> bytes:
+        """The chunk without choices that carries usage and timings, if either was asked for."""
+        if usage is None and timings is None:
+            return b""
+        body: dict[str, Any] = {**_head_dict(self.head, self.kind), "choices": []}
+        if usage is not None:
+            body["usage"] = usage.as_dict()
+        if timings is not None:
+            body["nanodeploy"] = timings
+        return event(dumps(body))
+
+    def _chunk(self, index: int, rest: dict[str, Any]) -> bytes:
+        return b"%b%d,%b}]%b" % (self._start, index, dumps(rest)[1:-1], self._tail)
+
+    def _body(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatChunks(Chunks):
+    kind = "chat.completion.chunk"
+    _opening = b',"delta":{"content":'
+    _closing = b"}"
+
+    def first(self, index: int) -> bytes:
+        role = b',"delta":{"role":"assistant","content":""'
+        return b"%b%d%b%b%b" % (self._start, index, role, self._plain_end, self._tail)
+
+    def _body(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+
+class CompletionChunks(Chunks):
+    kind = "text_completion"
+    _opening = b',"text":'
+
+    def _body(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+
+# -- whole answers -----------------------------------------------------------------------------------
+
+
+class Ended(NamedTuple):
+    """A finished choice."""
+
+    number: int
+    text: str
+    logprobs: Any
+    finish: str
+    stop_reason: str | int | None
+
+
+def chat_answer(head: Head, choices: Sequence[Ended], usage: Usage, timings: dict[str, Any] | None) -> bytes:
+    shaped = [
+        {
+            "index": choice.number,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": choice.logprobs,
+            "finish_reason": choice.finish,
+            "stop_reason": choice.stop_reason,
+        }
+        for choice in choices
+    ]
+    return _answer(head, "chat.completion", shaped, usage, timings)
+
+
+def completion_answer(head: Head, choices: Sequence[Ended], usage: Usage, timings: dict[str, Any] | None) -> bytes:
+    shaped = [
+        {
+            "index": choice.number,
+            "text": choice.text,
+            "logprobs": choice.logprobs,
+            "finish_reason": choice.finish,
+            "stop_reason": choice.stop_reason,
+        }
+        for choice in choices
+    ]
+    return _answer(head, "text_completion", shaped, usage, timings)
+
+
+def _answer(
+    head: Head, kind: str, choices: list[dict[str, Any]], usage: Usage, timings: dict[str, Any] | None
+) -> bytes:
+    body = {**_head_dict(head, kind), "choices": choices, "usage": usage.as_dict()}
+    if timings is not None:
+        body["nanodeploy"] = timings
+    return dumps(body)
+
+
+def _head_dict(head: Head, kind: str) -> dict[str, Any]:
+    return {
+        "id": head.id,
+        "object": kind,
+        "created": head.created,
+        "model": head.model,
+        "system_fingerprint": head.fingerprint,
+    }

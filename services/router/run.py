@@ -1,0 +1,280 @@
+"""A checked job from start to answer: its generations, its text, its reply - whole or as a stream.
+
+Both forms read the same deltas through the same `ChoiceText`, so a stream's pieces add up to the whole answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol
+
+from common.errors import CancelledByCallerError, DeadlineExceededError, NanoDeployError
+from common.text import StopAutomaton, Tokenizer
+from common.types import ChoiceDelta, Clock, GenerationRequest, RequestStats
+from services.router import replies
+from services.router.choice import ChoiceText, Piece
+from services.router.exchange import Exchange
+from services.router.generation import Generation, Mailbox
+from services.router.metrics import ModelMetrics
+from services.router.params import Job
+from services.router.replies import ChatChunks, Chunks, CompletionChunks, CompletionLogprobs, Ended, Head, Usage
+
+_UNBOUNDED: Final = 2**62
+
+
+class Starter(Protocol):
+    """The part of the relay that a run uses."""
+
+    def start(self, request: GenerationRequest, mailbox: Mailbox, index: int = 0) -> Generation: ...
+
+    def finish(self, generation: Generation) -> None: ...
+
+
+class ChoiceState:
+    """One choice of one prompt. `number` is its index in the answer."""
+
+    __slots__ = ("echoed", "last_s", "logprobs", "number", "pieces", "prompt", "text")
+
+    def __init__(self, number: int, prompt: int, text: ChoiceText) -> None:
+        self.number = number
+        self.prompt = prompt
+        self.text = text
+        self.pieces: list[str] = []
+        self.logprobs: Any = None
+        self.echoed = False
+        self.last_s = 0.0
+
+
+class Run:
+    """One HTTP request's work. `answer_whole` or `answer_stream`, once."""
+
+    def __init__(
+        self,
+        job: Job,
+        requests: Sequence[GenerationRequest],
+        tokenizer: Tokenizer,
+        head: Head,
+        *,
+        chat: bool,
+        clock: Clock,
+        started_s: float,
+        metrics: ModelMetrics,
+    ) -> None:
+        self._job = job
+        self._requests = requests
+        self._tokenizer = tokenizer
+        self.head = head
+        self._chat = chat
+        self._clock = clock
+        self._started_s = started_s
+        self._metrics = metrics
+        self._echo_texts = [self._echo_text(i) for i in range(len(job.prompts))] if job.echo else []
+        automaton = StopAutomaton(job.sampling.stop) if job.sampling.stop else None
+        self._choices = [
+            [self._choice(prompt, choice, automaton) for choice in range(job.sampling.n)]
+            for prompt in range(len(job.prompts))
+        ]
+        self._left = len(job.prompts) * job.sampling.n
+        self._generations: list[Generation] = []
+        self._logprobs = job.sampling.logprobs is not None
+        self.first_token_s = 0.0
+
+    # -- parts --
+
+    def _echo_text(self, prompt: int) -> str:
+        if self._job.prompt_texts:
+            return self._job.prompt_texts[prompt]
+        skip = self._job.sampling.skip_special_tokens
+        return self._tokenizer.decode(self._job.prompts[prompt], skip_special_tokens=skip)
+
+    def _choice(self, prompt: int, choice: int, automaton: StopAutomaton | None) -> ChoiceState:
+        offset = len(self._echo_texts[prompt]) if self._job.echo else 0
+        text = ChoiceText(self._tokenizer, self._job.sampling, automaton, self._job.prompts[prompt], offset)
+        return ChoiceState(prompt * self._job.sampling.n + choice, prompt, text)
+
+    def _echo(self, choice: ChoiceState) -> tuple[str, Any]:
+        """The prompt's text and, with logprobs, its tokens: what precedes an echoed answer."""
+        choice.echoed = True
+        if not self._job.echo:
+            return "", None
+        columns = None
+        if self._logprobs:
+            found = self._generations[choice.prompt].prompt_logprobs
+            ids = self._job.prompts[choice.prompt]
+            skip = self._job.sampling.skip_special_tokens
+            columns = CompletionLogprobs().add_prompt(self._tokenizer, ids, found, skip)
+        return self._echo_texts[choice.prompt], columns
+
+    def _shape_logprobs(self, piece: Piece) -> Any:
+        """A piece's logprobs in the endpoint's shape; None where none were asked for or none came."""
+        if not self._logprobs or piece.logprobs is None:
+            return None
+        if self._chat:
+            content = replies.chat_logprobs(self._tokenizer, piece.token_ids, piece.logprobs)
+            return {"content": content, "refusal": None}
+        columns = CompletionLogprobs()
+        return columns.add(self._tokenizer, piece.token_ids, piece.logprobs, piece.offsets).as_dict()
+
+    @property
+    def stats(self) -> list[RequestStats | None]:
+        return [generation.stats for generation in self._generations]
+
+    def usage(self) -> Usage:
+        prompt = sum(map(len, self._job.prompts))
+        cached = sum(s.cached_tokens + s.remote_cached_tokens for s in self.stats if s is not None)
+        output = sum(choice.text.num_tokens for choices in self._choices for choice in choices)
+        return Usage(prompt, 0 if self._job.echo_only else output, min(cached, prompt))
+
+    @property
+    def finishes(self) -> list[str]:
+        return [choice.text.finish for choices in self._choices for choice in choices if choice.text.finish]
+
+    def _timings(self, wanted: bool) -> dict[str, Any] | None:
+        if not wanted:
+            return None
+        start = self._started_s
+        times = {"first_token_ms": self.first_token_s - start, "total_ms": self._clock.now() - start}
+        return replies.waterfall(self.stats, **{name: 1000 * seconds for name, seconds in times.items()})
+
+    # -- deltas --
+
+    async def _follow(
+        self,
+        relay: Starter,
+        exchange: Exchange,
+        limit_tokens: int,
+        deadline_s: float,
+        emit: Callable[[list[tuple[ChoiceState, Piece]]], Awaitable[None]],
+    ) -> None:
+        """Start the generations and emit what they bring, batch by batch, until all choices have ended."""
+        mailbox = Mailbox(limit_tokens, exchange.abort)
+
+        def end(error: NanoDeployError) -> None:
+            mailbox.fail(error)
+            for generation in self._generations:
+                generation.cancel()
+
+        def lost() -> None:
+            end(CancelledByCallerError("the client went away"))
+
+        def late() -> None:
+            end(DeadlineExceededError(f"the request was not finished within {deadline_s - self._started_s:g} s"))
+
+        timer = asyncio.get_running_loop().call_later(max(deadline_s - self._clock.now(), 0), late)
+        try:
+            async with exchange.watch(lost):
+                self._generations = [relay.start(request, mailbox, i) for i, request in enumerate(self._requests)]
+                while self._left:
+                    batch = self._take(await mailbox.take())
+                    if batch:
+                        await emit(batch)
+        finally:
+            timer.cancel()
+            for generation in self._generations:
+                relay.finish(generation)
+
+    def _take(self, deltas: list[tuple[Generation, ChoiceDelta]]) -> list[tuple[ChoiceState, Piece]]:
+        now = self._clock.now()
+        if not self.first_token_s:
+            self.first_token_s = now
+            self._metrics.first_token.observe(now - self._started_s)
+        batch: list[tuple[ChoiceState, Piece]] = []
+        for generation, delta in deltas:
+            choice = self._choices[generation.index][delta.choice]
+            if choice.text.finish is not None:
+                continue
+            if choice.last_s and delta.token_ids:
+                self._metrics.inter_token.observe((now - choice.last_s) / len(delta.token_ids))
+            choice.last_s = now
+            piece = choice.text.push(delta)
+            if piece.ends:
+                self._left -= 1
+                generation.close_choice(delta.choice)
+            batch.append((choice, piece))
+        return batch
+
+    # -- answers --
+
+    async def answer_whole(self, relay: Starter, exchange: Exchange, deadline_s: float, *, timings: bool) -> None:
+        async def keep(batch: list[tuple[ChoiceState, Piece]]) -> None:
+            for choice, piece in batch:
+                if not choice.echoed:
+                    text, choice.logprobs = self._echo(choice)
+                    choice.pieces.append(text)
+                if not self._job.echo_only:
+                    choice.pieces.append(piece.text)
+                    self._add_logprobs(choice, piece)
+
+        await self._follow(relay, exchange, _UNBOUNDED, deadline_s, keep)
+        ended = [
+            Ended(c.number, "".join(c.pieces), _finished(c.logprobs), c.text.finish or "", c.text.stop_reason)
+            for choices in self._choices
+            for c in choices
+        ]
+        write = replies.chat_answer if self._chat else replies.completion_answer
+        await exchange.answer(200, write(self.head, ended, self.usage(), self._timings(timings)))
+
+    def _add_logprobs(self, choice: ChoiceState, piece: Piece) -> None:
+        if not self._logprobs or piece.logprobs is None:
+            return
+        if self._chat:
+            found = replies.chat_logprobs(self._tokenizer, piece.token_ids, piece.logprobs)
+            choice.logprobs = (choice.logprobs or []) + found
+        else:
+            choice.logprobs = choice.logprobs or CompletionLogprobs()
+            choice.logprobs.add(self._tokenizer, piece.token_ids, piece.logprobs, piece.offsets)
+
+    async def answer_stream(
+        self,
+        relay: Starter,
+        exchange: Exchange,
+        deadline_s: float,
+        *,
+        limit_tokens: int,
+        include_usage: bool,
+        continuous_usage: bool,
+        timings: bool,
+    ) -> None:
+        """`limit_tokens` is how far the client may fall behind, per choice."""
+        kind = ChatChunks if self._chat else CompletionChunks
+        chunks = kind(self.head, b"null" if include_usage else None)
+
+        async def send(batch: list[tuple[ChoiceState, Piece]]) -> None:
+            if continuous_usage:
+                chunks.say_usage(replies.dumps(self.usage().as_dict()))
+            events = self._events(chunks, batch)
+            if events:
+                await exchange.write(events)
+
+        await self._follow(relay, exchange, limit_tokens * self._left, deadline_s, send)
+        await exchange.end(chunks.last(self.usage() if include_usage else None, self._timings(timings)))
+
+    def _events(self, chunks: Chunks, batch: list[tuple[ChoiceState, Piece]]) -> bytes:
+        """All of a batch's events: they leave in one write."""
+        events: list[bytes] = []
+        for choice, piece in batch:
+            number = choice.number
+            if not choice.echoed:
+                events.append(chunks.first(number))
+                text, columns = self._echo(choice)
+                if columns is not None:
+                    events.append(chunks.with_logprobs(number, text, columns.as_dict()))
+                elif text:
+                    events.append(chunks.text(number, text))
+            if not self._job.echo_only:
+                logprobs = self._shape_logprobs(piece)
+                if logprobs is not None:
+                    events.append(chunks.with_logprobs(number, piece.text, logprobs))
+                elif piece.text:
+                    events.append(chunks.text(number, piece.text))
+            if piece.ends:
+                events.append(chunks.finish(number, choice.text.finish or "", choice.text.stop_reason))
+        return b"".join(events)
+
+
+def _finished(logprobs: list[Any] | CompletionLogprobs | None) -> Any:
+    """What a choice collected, in the answer's shape."""
+    if isinstance(logprobs, CompletionLogprobs):
+        return logprobs.as_dict()
+    return None if logprobs is None else {"content": logprobs, "refusal": None}

@@ -1,0 +1,137 @@
+"""Request bodies: OpenAI's fields, and vLLM's where OpenAI has none.
+
+Types are strict and unknown fields are errors, so a typo is a 400 and not a silently other result. Ranges are
+checked in one place, `SamplingParams`. The models also make the OpenAPI document; answers are written by
+`services.router.replies` without them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+_MESSAGE_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["role"],
+        "properties": {
+            "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool", "function"]},
+            "content": {
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                            "required": ["type", "text"],
+                        },
+                    },
+                    {"type": "null"},
+                ]
+            },
+            "name": {"type": "string"},
+            "tool_calls": {"type": "array", "items": {"type": "object"}},
+            "tool_call_id": {"type": "string"},
+        },
+    },
+}
+
+Messages = Annotated[list[Any], WithJsonSchema(_MESSAGE_SCHEMA)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool = Field(False, description="a last chunk with the usage of the whole request")
+    continuous_usage_stats: bool = Field(False, description="usage so far in every chunk")
+    include_obfuscation: bool = Field(False, description="accepted; chunks are not padded")
+
+
+class SamplingFields(Body):
+    """What both generation endpoints share."""
+
+    model: str | None = Field(None, description="may be left out when one model is served")
+    temperature: float | None = Field(None, description="0 is greedy; default of the checkpoint, else 1")
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="0 or -1 keeps all tokens")
+    min_p: float | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(None, description="token id -> added to its logit, -100 to 100")
+    skip_special_tokens: bool = True
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: int | None = Field(None, description="keep the last so many prompt tokens; -1 what fits")
+    cache_salt: str | None = Field(None, description="cached prefixes are shared only with an equal salt")
+    priority: int = Field(0, ge=-(2**31), lt=2**31, description="smaller runs first")
+    user: str | None = Field(None, description="accepted, not used")
+    metadata: dict[str, str] | None = Field(None, description="accepted, not used")
+    store: bool | None = Field(None, description="accepted, nothing is stored")
+    service_tier: str | None = Field(None, description="accepted, not used")
+    safety_identifier: str | None = Field(None, description="accepted, not used")
+    prompt_cache_key: str | None = Field(None, description="accepted, not used: prefixes are cached by content")
+    prompt_cache_retention: str | None = Field(None, description="accepted, not used")
+
+
+class ResponseFormat(Body):
+    type: Literal["text"]
+
+
+class ChatBody(SamplingFields):
+    messages: Messages
+    max_completion_tokens: int | None = Field(None, description="default: what is left of the model's length")
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = Field(False, description="the template usually writes them itself")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
+    reasoning_effort: str | None = Field(None, description="a variable for the chat template")
+    tools: list[dict[str, Any]] | None = Field(None, description="shown to the model by the chat template")
+    tool_choice: Literal["none"] | None = Field(None, description="tool calls stay text in this version")
+    parallel_tool_calls: bool | None = Field(None, description="accepted, not used")
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+
+
+class CompletionBody(SamplingFields):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, description="alternatives per token, 0 to 20")
+    echo: bool | None = None
+    suffix: str | None = Field(None, description="not supported")
+    best_of: int | None = Field(None, description="not supported beyond 1")
+    add_special_tokens: bool = True
+
+
+class TokenizeBody(Body):
+    """A text, or messages for the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(None, description="default: true for a prompt, false for messages")
+    return_token_strs: bool | None = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]

@@ -1,0 +1,196 @@
+"""The router process: members, relay, gateway and HTTP server put together.
+
+start -> serving -> stop: no new requests (503), those running finish within a grace, connections closed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from common.config.schema import RouterConfig
+from common.errors import ConfigError, NanoDeployError
+from common.rpc.codec import ChangeKind
+from common.rpc.membership import MembershipChange
+from common.telemetry import Metrics, get_logger
+from common.types import Clock, MonotonicClock, Role, WorkerRef
+from services.router.app import make_app
+from services.router.gateway import Gateway
+from services.router.link import DecodePeer
+from services.router.metrics import RouterMetrics
+from services.router.peer import GrpcDecodePeer
+from services.router.relay import Members, Relay
+
+HEAD_TIMEOUT_S: Final = 20.0  # connection or first byte -> end of the request's headers
+MAX_HEAD_BYTES: Final = 64 * 1024
+KEEP_ALIVE_S: Final = 75
+_KEEPALIVE_PROBES: Final = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+
+_log = get_logger(__name__)
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's, with limits on a request's head, probes for dead peers, and a way to drop the connection."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _in_head = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEPALIVE_PROBES:
+                if hasattr(socket, name):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_late)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The headers are too large.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_late)
+        scope: Any = self.scope
+        scope["nanodeploy.abort"] = self.transport.abort
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to `__main__`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Router:
+    """One router. `members` is lent: whoever made it starts and stops it."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        members: Members,
+        *,
+        connect: Callable[[WorkerRef], DecodePeer] | None = None,
+        clock: Clock = MonotonicClock(),
+        rng: random.Random | None = None,
+    ) -> None:
+        self.router_id = f"router-{secrets.token_hex(8)}"
+        self._config = config
+        self._members = members
+        self._clock = clock
+        self._rng = rng or random.SystemRandom()
+        self._connect = connect or (lambda ref: GrpcDecodePeer(ref, self.router_id, clock))
+        self._loads: set[asyncio.Task[None]] = set()
+        self._server: _Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self.gateway: Gateway | None = None
+        self.port = 0
+
+    async def start(self) -> int:
+        """Listen (port 0 takes a free one); returns the port. Raises `ConfigError` if it is taken."""
+        listener = _listen(self._config.host, self._config.port)
+        self.port = listener.getsockname()[1]
+        relay = Relay(
+            self._members,
+            self._connect,
+            clock=self._clock,
+            rng=self._rng,
+            connect_timeout_s=self._config.connect_timeout_s,
+        )
+        self.gateway = Gateway(
+            self._config,
+            self._members,
+            relay,
+            metrics=RouterMetrics(Metrics()),
+            clock=self._clock,
+            rng=self._rng,
+        )
+        self._members.subscribe(self._on_change)
+        app = make_app(self.gateway, self._rng)
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http=BoundedHttpProtocol,
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http")
+        _log.info("router listens", host=self._config.host, port=self.port, router_id=self.router_id)
+        return self.port
+
+    async def stop(self, grace_s: float = 10.0) -> None:
+        if self.gateway is None or self._server is None or self._serving is None:
+            return
+        await self.gateway.drain(grace_s)
+        await self.gateway.relay.close()
+        self._server.should_exit = True
+        await self._serving
+        for task in list(self._loads):
+            task.cancel()
+        self.gateway.texts.close()
+        _log.info("router stopped")
+
+    def _on_change(self, change: MembershipChange) -> None:
+        """Load a new model's tokenizer before the first request needs it."""
+        if change.kind is ChangeKind.ADDED and change.worker.role is Role.DECODE:
+            task = asyncio.create_task(self._load(change))
+            self._loads.add(task)
+            task.add_done_callback(self._loads.discard)
+
+    async def _load(self, change: MembershipChange) -> None:
+        assert self.gateway is not None
+        with contextlib.suppress(NanoDeployError):  # logged there; the first request tries again and says so
+            await self.gateway.texts.get(change.worker.model)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}", param="router.port") from error
+    listener.setblocking(False)
+    return listener
