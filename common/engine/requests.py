@@ -126,7 +126,7 @@ class Requests:
     def started(self, seq: Sequence, hit: PrefixHit) -> None:
         """Account for prompt tokens by source when a sequence is first computed here."""
         stats = seq.stats
-        if stats.computed_tokens or stats.cached_tokens == seq.num_prompt:
+        if seq.preemptions:
             return
         found = min(hit.num_tokens, seq.num_prompt)
         cached = stats.cached_tokens if stats.fallback else found

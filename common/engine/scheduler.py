@@ -104,6 +104,7 @@ class Scheduler:
     def remote_done(self, seq: Sequence) -> None:
         """A hand-off brought all KV and the tail row: only the head is missing."""
         del self.remote[seq.seq_id]
+        seq.remote_peer = 0
         seq.num_computed = seq.num_tokens
         seq.tail_ready = True
         seq.phase = Phase.RUNNING
