@@ -98,7 +98,7 @@ def make_app(gateway: Gateway, rng: random.Random) -> FastAPI:
             document.update(_document(app, bodies))
         return document
 
-    app.openapi = openapi
+    app.openapi = openapi  # type: ignore[method-assign]
     return app
 
 
@@ -109,7 +109,7 @@ def _document(app: FastAPI, bodies: list[tuple[str, type, str]]) -> dict[str, An
     refs, definitions = models_json_schema(models, ref_template=template)  # type: ignore[arg-type]
     made.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
     for path, body, summary in bodies:
-        schema = refs[(body, "validation")]  # type: ignore[index]
+        schema = refs[(body, "validation")]
         error = {"description": "An OpenAI error object", "content": {"application/json": {"schema": {}}}}
         made["paths"][path] = {
             "post": {
