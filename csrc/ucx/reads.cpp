@@ -37,15 +37,22 @@ void Transport::stop(Read* read) {
 // errors are looked at between copies; network reads are only handed to UCX and do not stop the round.
 bool Transport::issue() {
   if (active_.empty() || verifier_->backlog() > kMaxBacklog) return false;
-  bool any = false;
-  for (size_t turns = active_.size(); turns > 0 && !active_.empty(); --turns) {
+  bool any = false, copied = false;
+  std::vector<Read*> full;  // had to wait for UCX: they keep their place
+  for (size_t turns = active_.size(); turns > 0 && !active_.empty() && !copied; --turns) {
     Read* read = active_.front();
     active_.pop_front();
     const Turn turn = take_turn(read);
-    if (!read->ended && read->next_chunk < read->plan.chunks.size()) active_.push_back(read);
-    if (turn == Turn::kCopied) return true;
-    any |= turn == Turn::kHandedOver;
+    copied = turn == Turn::kCopied;
+    any |= turn != Turn::kNothing;
+    if (read->ended || read->next_chunk == read->plan.chunks.size()) continue;
+    if (turn == Turn::kNothing) {
+      full.push_back(read);
+    } else {
+      active_.push_back(read);
+    }
   }
+  active_.insert(active_.begin(), full.begin(), full.end());
   return any;
 }
 

@@ -1,0 +1,433 @@
+"""The UCX transport between real processes: data, digests, dying and misbehaving peers, cost at rest."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+import numpy as np
+import pytest
+from ucx_support import LANES, Bytes, Owner, bytes_at, make_transport, random_bytes, wait_for
+
+from common.config.schema import UcxConfig
+from common.errors import ConfigError
+from common.kvcache.digest import digest_reference
+from common.kvtransfer import ucx
+from common.kvtransfer.transport import DigestCheck, Endpoint, PeerDown, ReadPiece, ReadResult, ReadStatus
+from common.kvtransfer.ucx import UcxTransport
+
+MIB = 2**20
+SHAPE_LPUTB = (6, 2, 4, 16, 128)  # layers, parts, units, tokens, bytes: one block
+BLOCK = int(np.prod(SHAPE_LPUTB))
+NUM_BLOCKS = 32
+
+
+@pytest.fixture(scope="module", params=list(LANES))
+def owner(request: pytest.FixtureRequest) -> Iterator[Owner]:
+    """One per lane, shared by the tests that only read."""
+    owner = Owner(request.param, {"full": NUM_BLOCKS * BLOCK, "tail": 1000})
+    yield owner
+    owner.stop()
+
+
+@pytest.fixture
+def transport(request: pytest.FixtureRequest) -> Iterator[UcxTransport]:
+    """On the same lane as `owner`, if the test uses it."""
+    params = getattr(request.node, "callspec", None)
+    transport = make_transport(params.params.get("owner", "posix") if params else "posix")
+    yield transport
+    transport.close()
+
+
+@contextmanager
+def running(lane: str, groups: dict[str, int]) -> Iterator[Owner]:
+    owner = Owner(lane, groups)
+    try:
+        yield owner
+    finally:
+        owner.stop()
+
+
+def allocate(transport: UcxTransport, group: str, nbytes: int) -> Bytes:
+    return bytes_at(transport.allocate(group, nbytes), nbytes)
+
+
+def piece(local: Bytes, group: str, remote: int, at: int, nbytes: int) -> ReadPiece:
+    return ReadPiece(group, remote, local.ctypes.data + at, nbytes)
+
+
+def block_of(owner: Owner, index: int) -> Bytes:
+    return owner.memory["full"][index * BLOCK : (index + 1) * BLOCK]
+
+
+def checks_of_block(source: Bytes, local_address: int, first_position: int, num_tokens: int = 16) -> list[DigestCheck]:
+    """One check per unit of a block that will lie at `local_address`."""
+    layers, parts, units, tokens, nbytes = SHAPE_LPUTB
+    token, unit = nbytes, nbytes * tokens
+    checks = []
+    for u in range(units):
+        rows = np.ascontiguousarray(source.reshape(SHAPE_LPUTB)[:, :, u, :num_tokens]).view(np.uint64)
+        segments = ((local_address + u * unit, first_position, num_tokens),)
+        expected = digest_reference(rows, first_position)
+        checks.append(DigestCheck(segments, layers, parts, unit * units * parts, unit * units, token, nbytes, expected))
+    return checks
+
+
+def only(events: list[ReadResult | PeerDown]) -> ReadResult:
+    assert len(events) == 1
+    assert isinstance(events[0], ReadResult)
+    return events[0]
+
+
+# -- data --------------------------------------------------------------------------------------------
+
+
+def test_many_pieces_land_where_they_should(owner: Owner, transport: UcxTransport) -> None:
+    rng = np.random.default_rng()
+    local = allocate(transport, "full", 4 * MIB)
+    assert local.ctypes.data % 64 == 0
+    assert not local.any()
+    expected = np.zeros_like(local)
+    pieces, cursor = [], 0
+    for nbytes in rng.integers(1, 6000, 700):
+        cursor += int(rng.integers(0, 50))
+        group = "full" if rng.random() < 0.8 else "tail"
+        nbytes = min(int(nbytes), 500) if group == "tail" else int(nbytes)
+        remote = int(rng.integers(0, owner.memory[group].size - nbytes))
+        pieces.append(piece(local, group, remote, cursor, nbytes))
+        expected[cursor : cursor + nbytes] = owner.memory[group][remote : remote + nbytes]
+        cursor += nbytes
+    rng.shuffle(pieces)
+    peer = transport.connect(owner.endpoint)
+    transport.read(peer, 77, pieces, [])
+    result = only(wait_for(transport, 1))
+    assert (result.read_id, result.status, result.message) == (77, ReadStatus.OK, "")
+    assert result.nbytes == sum(p.nbytes for p in pieces)
+    assert 0 < result.read_seconds <= result.seconds < 20
+    np.testing.assert_array_equal(local, expected)
+
+
+def test_blocks_verify_in_parallel_reads(owner: Owner, transport: UcxTransport) -> None:
+    """Every block is a read of its own into another block's place, each with its digests; the last ones are partial."""
+    local = allocate(transport, "full", NUM_BLOCKS * BLOCK)
+    peer = transport.connect(owner.endpoint)
+    places = np.random.default_rng().permutation(NUM_BLOCKS)
+    for source, place in enumerate(places):
+        checks = checks_of_block(
+            block_of(owner, source), local.ctypes.data + int(place) * BLOCK, 16 * source, 16 - source % 3
+        )
+        transport.read(peer, source, [piece(local, "full", source * BLOCK, int(place) * BLOCK, BLOCK)], checks)
+    results = wait_for(transport, NUM_BLOCKS)
+    assert {r.read_id for r in results if isinstance(r, ReadResult)} == set(range(NUM_BLOCKS))
+    assert all(isinstance(r, ReadResult) and r.status is ReadStatus.OK for r in results)
+    expected = owner.memory["full"].reshape(NUM_BLOCKS, BLOCK)
+    np.testing.assert_array_equal(local.reshape(NUM_BLOCKS, BLOCK)[places], expected)
+
+
+def test_strided_pieces_take_one_unit_and_sum_over_blocks(owner: Owner, transport: UcxTransport) -> None:
+    """Unit 2 of three blocks of 16 tokens becomes one block of 48 tokens; the owner's three digests add up."""
+    layers, parts, units, tokens, nbytes = SHAPE_LPUTB
+    run = tokens * nbytes
+    local = allocate(transport, "one unit", layers * parts * 3 * run)
+    pieces, expected = [], 0
+    for b in range(3):
+        source = block_of(owner, b).reshape(SHAPE_LPUTB)[:, :, 2]
+        expected += digest_reference(np.ascontiguousarray(source).view(np.uint64), 100 + 16 * b)
+        for lp in range(layers * parts):
+            remote = b * BLOCK + (lp * units + 2) * run
+            pieces.append(piece(local, "full", remote, (lp * 3 + b) * run, run))
+    segments = tuple((local.ctypes.data + b * run, 100 + 16 * b, tokens) for b in range(3))
+    check = DigestCheck(segments, layers, parts, parts * 3 * run, 3 * run, nbytes, nbytes, expected % 2**64)
+    peer = transport.connect(owner.endpoint)
+    transport.read(peer, 1, pieces, [check])
+    transport.read(peer, 2, pieces, [check, msgspec.structs.replace(check, expected=(expected + 1) % 2**64)])
+    first, second = wait_for(transport, 2)
+    assert isinstance(first, ReadResult)
+    assert isinstance(second, ReadResult)
+    assert (first.read_id, first.status) == (1, ReadStatus.OK)
+    assert (second.read_id, second.status) == (2, ReadStatus.MISMATCH)
+    assert "digest 1 of 2" in second.message
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_byte_changed_after_publication_is_a_mismatch(lane: str) -> None:
+    transport = make_transport(lane)
+    with running(lane, {"full": 8 * BLOCK}) as owner:
+        local = allocate(transport, "full", 8 * BLOCK)
+        checks = [
+            check
+            for b in range(8)
+            for check in checks_of_block(
+                owner.memory["full"][b * BLOCK : (b + 1) * BLOCK], local.ctypes.data + b * BLOCK, 16 * b
+            )
+        ]
+        pieces = [piece(local, "full", 0, 0, 8 * BLOCK)]
+        peer = transport.connect(owner.endpoint)
+        transport.read(peer, 1, pieces, checks)
+        assert only(wait_for(transport, 1)).status is ReadStatus.OK
+        owner.call("flip", "full", int(np.random.default_rng().integers(0, 8 * BLOCK)))
+        transport.read(peer, 2, pieces, checks)
+        assert only(wait_for(transport, 1)).status is ReadStatus.MISMATCH
+    transport.close()
+
+
+def test_a_read_without_pieces_or_checks_ends(owner: Owner, transport: UcxTransport) -> None:
+    peer = transport.connect(owner.endpoint)
+    transport.read(peer, 5, [], [])
+    assert only(wait_for(transport, 1)).status is ReadStatus.OK
+
+
+def test_the_lane_is_named(owner: Owner, transport: UcxTransport, request: pytest.FixtureRequest) -> None:
+    peer = transport.connect(owner.endpoint)
+    transport.read(peer, 1, [], [])
+    assert only(wait_for(transport, 1)).status is ReadStatus.OK
+    assert transport.describe(peer) == f"ucx/{request.node.callspec.params['owner']}"
+    assert transport.describe(12345) == "ucx/gone"
+
+
+def test_two_processes_read_from_one_another(owner: Owner, transport: UcxTransport) -> None:
+    mine = allocate(transport, "mine", 3 * MIB)
+    mine[:] = random_bytes(4, mine.size)
+    inbox = allocate(transport, "inbox", owner.memory["full"].size)
+    peer = transport.connect(owner.endpoint)
+    transport.read(peer, 1, [piece(inbox, "full", 0, 0, inbox.size)], [])
+    events, seen = owner.call("read", transport.endpoint(), "mine", mine.size)
+    assert only(events).status is ReadStatus.OK
+    assert seen == mine.tobytes()
+    assert only(wait_for(transport, 1)).status is ReadStatus.OK
+    np.testing.assert_array_equal(inbox, owner.memory["full"])
+
+
+def test_a_small_read_is_not_stuck_behind_a_large_one(owner: Owner, transport: UcxTransport) -> None:
+    size = owner.memory["full"].size
+    local = allocate(transport, "full", size + 4096)
+    peer = transport.connect(owner.endpoint)
+    large = [piece(local, "full", 0, 0, size)]
+    for i in range(60):
+        transport.read(peer, i, large, [])
+    transport.read(peer, 999, [piece(local, "tail", 0, size, 1000)], [])
+    order = [e.read_id for e in wait_for(transport, 61) if isinstance(e, ReadResult)]
+    assert len(order) == 61
+    assert order.index(999) < 30
+
+
+# -- peers that go ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_a_killed_peer_fails_its_reads_at_once(lane: str) -> None:
+    transport = make_transport(lane)
+    owner = Owner(lane, {"full": 8 * MIB})
+    local = allocate(transport, "full", 8 * MIB)
+    peer = transport.connect(owner.endpoint)
+    for i in range(1000):
+        transport.read(peer, i, [piece(local, "full", 0, 0, 8 * MIB)], [])
+    while not local.any():
+        time.sleep(0.001)
+    killed_at = time.monotonic()
+    os.kill(owner.process.pid or 0, 9)
+    events: list[ReadResult | PeerDown] = []
+    while not any(isinstance(e, PeerDown) for e in events):
+        assert time.monotonic() - killed_at < 1.0
+        events += wait_for(transport, 1, timeout_s=1.0)
+    assert isinstance(events[-1], PeerDown)
+    assert events[-1].peer_id == peer
+    failed = [e for e in events if isinstance(e, ReadResult) and e.status is ReadStatus.FAILED]
+    assert len(failed) > 100
+    assert all(e.message for e in failed)
+    local[:] = 7  # the memory is ours again
+    time.sleep(0.1)
+    assert (local == 7).all()
+    transport.read(peer, 1001, [piece(local, "full", 0, 0, 1)], [])
+    assert only(wait_for(transport, 1)).status is ReadStatus.FAILED
+    transport.disconnect(peer)
+    transport.close()
+    owner.stop()
+
+
+@pytest.mark.parametrize("lane", ["posix", "tcp"])
+def test_an_idle_peer_that_dies_is_reported(lane: str, transport: UcxTransport) -> None:
+    with running(lane, {"full": MIB}) as other:
+        peer = transport.connect(other.endpoint)
+        transport.read(peer, 1, [], [])
+        assert only(wait_for(transport, 1)).status is ReadStatus.OK
+        other.kill()
+        down = wait_for(transport, 1, timeout_s=1.0)
+        assert [type(e) for e in down] == [PeerDown]
+
+
+def test_an_endpoint_of_a_dead_process_is_down(transport: UcxTransport) -> None:
+    owner = Owner("posix", {"full": MIB})
+    owner.kill()
+    peer = transport.connect(owner.endpoint)
+    transport.read(peer, 1, [ReadPiece("full", 0, transport.allocate("full", 64), 64)], [])
+    events = wait_for(transport, 2, timeout_s=5.0)
+    assert [e.status for e in events if isinstance(e, ReadResult)] == [ReadStatus.FAILED]
+    assert [e.peer_id for e in events if isinstance(e, PeerDown)] == [peer]
+
+
+def test_an_owner_outlives_its_readers(transport: UcxTransport) -> None:
+    with running("posix", {"full": MIB}) as owner:
+        for _ in range(2):
+            reader = Owner("posix", {"full": 64})
+            assert only(reader.call("read", owner.endpoint, "full", MIB)[0]).status is ReadStatus.OK
+            reader.kill()
+        local = allocate(transport, "full", MIB)
+        peer = transport.connect(owner.endpoint)
+        transport.read(peer, 1, [piece(local, "full", 0, 0, MIB)], [])
+        assert only(wait_for(transport, 1)).status is ReadStatus.OK
+        np.testing.assert_array_equal(local, owner.memory["full"])
+
+
+def test_disconnect_fences_outstanding_reads(owner: Owner, transport: UcxTransport) -> None:
+    size = owner.memory["full"].size
+    local = allocate(transport, "full", size)
+    peer = transport.connect(owner.endpoint)
+    for i in range(1000):
+        transport.read(peer, i, [piece(local, "full", 0, 0, size)], [])
+    while not local.any():
+        time.sleep(0.001)
+    began = time.monotonic()
+    transport.disconnect(peer)
+    assert time.monotonic() - began < 0.1
+    results = [e for e in wait_for(transport, 1000, timeout_s=2.0) if isinstance(e, ReadResult)]
+    assert sorted(r.read_id for r in results) == list(range(1000))
+    assert {r.status for r in results} <= {ReadStatus.OK, ReadStatus.FENCED}
+    fenced = [r for r in results if r.status is ReadStatus.FENCED]
+    assert len(fenced) > 100
+    assert any(r.nbytes > 0 for r in fenced)
+    local[:] = 9
+    time.sleep(0.1)
+    assert (local == 9).all()
+    assert transport.poll() == []
+    transport.disconnect(peer)
+    again = transport.connect(owner.endpoint)
+    transport.read(again, 1, [piece(local, "full", 0, 0, size)], [])
+    assert only(wait_for(transport, 1)).status is ReadStatus.OK
+    np.testing.assert_array_equal(local, owner.memory["full"])
+
+
+# -- what peers may send ------------------------------------------------------------------------------
+
+
+def corrupt(endpoint: Endpoint, how: str) -> Endpoint:
+    """`endpoint` with one fault. What is resealed passes the checksum, so that deeper guards are reached."""
+    memory = endpoint.memory[0]
+    key = ucx._unseal(memory.remote_key, "key")
+
+    def with_memory(**changes: object) -> Endpoint:
+        return msgspec.structs.replace(endpoint, memory=(msgspec.structs.replace(memory, **changes),))
+
+    match how:
+        case "random address":
+            return msgspec.structs.replace(endpoint, address=os.urandom(len(endpoint.address)))
+        case "empty address":
+            return msgspec.structs.replace(endpoint, address=b"")
+        case "cut address":
+            return msgspec.structs.replace(endpoint, address=endpoint.address[:-1])
+        case "random key":
+            return with_memory(remote_key=os.urandom(len(memory.remote_key)))
+        case "short key":
+            return with_memory(remote_key=ucx._seal(b"x"))
+        case "longer memory":
+            return with_memory(nbytes=memory.nbytes + 4096)
+        case "other cookie":
+            return with_memory(remote_key=ucx._seal(key[:16] + os.urandom(16) + key[32:]))
+        case "unmapped memory":
+            forged = ucx._KEY.pack(4096, memory.nbytes, key[16:32]) + key[32:]
+            return with_memory(base=4096, remote_key=ucx._seal(forged))
+    raise AssertionError(how)
+
+
+FAULTS = ["random address", "empty address", "cut address", "random key", "short key", "longer memory", "other cookie"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_malformed_endpoints_are_peers_that_are_down(owner: Owner, transport: UcxTransport, fault: str) -> None:
+    peer = transport.connect(corrupt(owner.endpoint, fault))
+    down = wait_for(transport, 1, timeout_s=5.0)
+    assert [(type(e), e.peer_id) for e in down if isinstance(e, PeerDown)] == [(PeerDown, peer)]
+    target = transport.allocate("full", 64)
+    transport.read(peer, 3, [ReadPiece("full", 0, target, 64)], [])
+    assert only(wait_for(transport, 1)).status is ReadStatus.FAILED
+    good = transport.connect(owner.endpoint)
+    transport.read(good, 4, [ReadPiece("full", 0, target, 64)], [])
+    assert only(wait_for(transport, 1)).status is ReadStatus.OK
+
+
+@pytest.mark.parametrize(
+    ("group", "offset", "nbytes"), [("full", NUM_BLOCKS * BLOCK - 10, 11), ("none", 0, 1), ("tail", -1, 4)]
+)
+def test_pieces_outside_of_the_peers_memory_fail(
+    owner: Owner, transport: UcxTransport, group: str, offset: int, nbytes: int
+) -> None:
+    peer = transport.connect(owner.endpoint)
+    transport.read(peer, 1, [ReadPiece(group, offset, transport.allocate("full", 64), nbytes)], [])
+    assert only(wait_for(transport, 1)).status is ReadStatus.FAILED
+
+
+def test_bad_settings_are_config_errors() -> None:
+    with pytest.raises(ConfigError, match="no_such_transport"):
+        UcxTransport(UcxConfig(tls="no_such_transport"))
+    with pytest.raises(ConfigError, match="libnone"):
+        UcxTransport(UcxConfig(library="/nonexistent/libnone.so"))
+
+
+# -- waking up, resting, leaving ----------------------------------------------------------------------
+
+
+def test_the_descriptor_is_readable_exactly_while_there_is_something(owner: Owner, transport: UcxTransport) -> None:
+    poller = select.poll()
+    poller.register(transport.wakeup_fd, select.POLLIN)
+    assert poller.poll(0) == []
+    assert transport.poll() == []
+    peer = transport.connect(owner.endpoint)
+    for i in range(150):
+        transport.read(peer, i, [], [])
+    seen: list[int] = []
+    while len(seen) < 150:
+        assert poller.poll(5000) == [(transport.wakeup_fd, select.POLLIN)]
+        seen += [e.read_id for e in transport.poll() if isinstance(e, ReadResult)]
+    assert seen == list(range(150))
+    assert poller.poll(50) == []
+    transport.read(999, 1, [], [])
+    assert poller.poll(5000) != []
+    assert only(transport.poll()).status is ReadStatus.FAILED
+    assert poller.poll(50) == []
+
+
+def test_rest_costs_nothing(owner: Owner, transport: UcxTransport) -> None:
+    peer = transport.connect(owner.endpoint)
+    local = allocate(transport, "full", owner.memory["full"].size)
+    transport.read(peer, 1, [piece(local, "full", 0, 0, local.size)], [])
+    assert only(wait_for(transport, 1)).status is ReadStatus.OK
+    time.sleep(0.1)
+    before, theirs = time.process_time(), owner.call("cpu")
+    time.sleep(2)
+    assert time.process_time() - before < 0.02
+    assert owner.call("cpu") - theirs < 0.02
+
+
+def test_a_closed_transport_says_so(owner: Owner, transport: UcxTransport) -> None:
+    peer = transport.connect(owner.endpoint)
+    transport.close()
+    transport.close()
+    assert transport.poll() == []
+    with pytest.raises(ValueError, match="closed"):
+        transport.read(peer, 1, [], [])
+
+
+def test_leaving_without_close_is_clean() -> None:
+    program = (
+        "from common.config.schema import UcxConfig; from common.kvtransfer.ucx import UcxTransport\n"
+        "a, b = (UcxTransport(UcxConfig(net_devices='lo')) for _ in range(2))\n"
+        "a.allocate('full', 1 << 20); b.connect(a.endpoint())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
