@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+from collections.abc import Callable
 
 from hypothesis import strategies as st
 
@@ -362,3 +364,10 @@ def make_worker(
         kv_block_size=16,
         load=load or WorkerLoad(kv_blocks_total=100, kv_blocks_available=100),
     )
+
+
+async def eventually(true: Callable[[], bool], limit_s: float = 20.0) -> None:
+    """Wait for `true()`; TimeoutError after `limit_s`."""
+    async with asyncio.timeout(limit_s):
+        while not true():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.005)

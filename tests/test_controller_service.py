@@ -1,0 +1,475 @@
+"""Whole controllers over real gRPC and a real storage server: agreement, faults, recovery, cost at rest."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import grpc
+import msgspec
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from redis_support import RedisServer, fresh_namespace, run_redis
+from rpc_support import eventually, make_worker
+
+from common.config import ControllerConfig
+from common.errors import InvalidRequestError, NanoDeployError, NotFoundError, UnavailableError
+from common.rpc.client import open_channel
+from common.rpc.codec import Change, ChangeKind, Loads, Ping, Snapshot, WatchEvent
+from common.rpc.controller import GrpcController
+from common.rpc.membership import Membership, MembershipChange
+from common.rpc.registry import RegistryClient
+from common.types import WorkerInfo, WorkerLoad, WorkerState
+from services.controller import watch as watch_module
+from services.controller.app import SERVICE, Controller
+
+ROOT = Path(__file__).parent.parent
+CALL_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[RedisServer]:
+    with run_redis() as server:
+        yield server
+
+
+class Rig:
+    """Controllers on one storage and namespace, with clients that are closed in the end."""
+
+    def __init__(self, url: str, **config: object) -> None:
+        self.config = ControllerConfig(
+            port=0,
+            http_port=0,
+            redis_url=url,
+            namespace=fresh_namespace(),
+            **{"lease_ttl_s": 2.0, "heartbeat_s": 0.1, **config},
+        )
+        self.controllers: list[Controller] = []
+        self._closers: list[object] = []
+
+    async def controller(self, port: int = 0) -> Controller:
+        controller = Controller(self.config.model_copy(update={"port": port}), ping_s=0.2, op_timeout_s=1.0)
+        await controller.start()
+        self.controllers.append(controller)
+        await eventually(lambda: controller.hub.synced)
+        return controller
+
+    def peer(self, controller: Controller) -> GrpcController:
+        peer = GrpcController(f"127.0.0.1:{controller.port}")
+        self._closers.append(peer.close)
+        return peer
+
+    def watch(self, controller: Controller) -> Watched:
+        watched = Watched(self.peer(controller))
+        self._closers.append(watched.stop)
+        return watched
+
+    def worker(self, worker: WorkerInfo, ports: list[int] | None = None, **kwargs) -> RegistryClient:
+        addresses = [f"127.0.0.1:{p}" for p in ports or [c.port for c in self.controllers]]
+        client = RegistryClient(addresses, lambda: worker, **kwargs)
+        client.start()
+        self._closers.append(client.stop)
+        return client
+
+    def membership(self, changes: list[MembershipChange], **kwargs) -> Membership:
+        addresses = [f"127.0.0.1:{c.port}" for c in self.controllers]
+        following = Membership(addresses, watcher_id="test", **{"ping_interval_s": 0.5, **kwargs})
+        following.subscribe(changes.append)
+        following.start()
+        self._closers.append(following.stop)
+        return following
+
+    async def close(self) -> None:
+        for close in reversed(self._closers):
+            await close()
+        for controller in self.controllers:
+            await controller.stop(0.1)
+
+
+class Watched:
+    """Collects one watch until it ends."""
+
+    def __init__(self, peer: GrpcController) -> None:
+        self.events: list[WatchEvent] = []
+        self.error: Exception | None = None
+        self._task = asyncio.ensure_future(self._run(peer))
+
+    async def _run(self, peer: GrpcController) -> None:
+        try:
+            async with aclosing(peer.watch("test", silence_s=5.0)) as events:
+                async for event in events:
+                    self.events.append(event)
+        except NanoDeployError as error:
+            self.error = error
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        return [e for e in self.events if isinstance(e, Snapshot)]
+
+    @property
+    def changes(self) -> list[Change]:
+        return [e for e in self.events if isinstance(e, Change)]
+
+    def told(self) -> list[tuple[str, str]]:
+        return [(c.kind.value, c.reason) for c in self.changes]
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def rig(server: RedisServer, **config) -> AsyncIterator[Rig]:
+    made = Rig(server.url, **config)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def test_two_controllers_on_one_storage_agree(shared_server):
+    async with rig(shared_server) as r:
+        one, two = await r.controller(), await r.controller()
+        watches = [r.watch(one), r.watch(two)]
+        await eventually(lambda: all(w.snapshots for w in watches))
+        worker = make_worker()
+        ref = worker.ref
+        terms = await r.peer(one).register(worker, timeout_s=CALL_S)
+        assert (terms.lease_ttl_s, terms.heartbeat_s) == (2.0, 0.1)
+        load = WorkerLoad(running=5)
+        assert not await r.peer(two).heartbeat(ref.worker_id, ref.epoch, worker.state, load, timeout_s=CALL_S)
+        await r.peer(two).drain(ref.worker_id, 0, timeout_s=CALL_S)
+        assert await r.peer(one).heartbeat(ref.worker_id, ref.epoch, worker.state, load, timeout_s=CALL_S)
+        await r.peer(one).deregister(ref.worker_id, ref.epoch, timeout_s=CALL_S)
+        await eventually(lambda: all(len(w.changes) == 3 for w in watches))
+        for w in watches:
+            assert w.told() == [("added", ""), ("updated", ""), ("removed", "deregistered")]
+            assert [c.revision for c in w.changes] == [1, 2, 3]
+            assert w.changes[1].worker.state is WorkerState.DRAINING
+        await eventually(lambda: all(any(isinstance(e, Loads) for e in w.events) for w in watches))
+        await eventually(lambda: all(any(isinstance(e, Ping) for e in w.events) for w in watches))
+
+
+async def test_expiry_is_published_once_however_many_controllers(shared_server):
+    async with rig(shared_server, lease_ttl_s=0.5) as r:
+        controllers = [await r.controller() for _ in range(3)]
+        watches = [r.watch(c) for c in controllers]
+        await eventually(lambda: all(w.snapshots for w in watches))
+        peer = r.peer(controllers[0])
+        for i in range(5):
+            await peer.register(make_worker(f"w{i}"), timeout_s=CALL_S)
+        await eventually(lambda: all(len(w.changes) >= 10 for w in watches))
+        await asyncio.sleep(0.6)
+        for w in watches:
+            assert w.told() == [("added", "")] * 5 + [("removed", "expired")] * 5
+            assert [c.revision for c in w.changes] == list(range(1, 11))
+        late = r.watch(controllers[1])
+        await eventually(lambda: bool(late.snapshots))
+        assert (late.snapshots[0].revision, late.snapshots[0].workers) == (10, ())
+
+
+async def test_restarted_worker_replaces_its_old_epoch(shared_server):
+    async with rig(shared_server) as r:
+        controller = await r.controller()
+        watch, peer = r.watch(controller), r.peer(controller)
+        await eventually(lambda: bool(watch.snapshots))
+        old, new = make_worker(), make_worker()
+        await peer.register(old, timeout_s=CALL_S)
+        await peer.register(new, timeout_s=CALL_S)
+        with pytest.raises(NotFoundError):
+            await peer.heartbeat(old.ref.worker_id, old.ref.epoch, old.state, old.load, timeout_s=CALL_S)
+        await peer.deregister(old.ref.worker_id, old.ref.epoch, timeout_s=CALL_S)
+        await eventually(lambda: watch.told() == [("added", ""), ("removed", "replaced"), ("added", "")])
+        late = r.watch(controller)
+        await eventually(lambda: bool(late.snapshots))
+        assert [w.ref for w in late.snapshots[0].workers] == [new.ref]
+
+
+async def test_a_lost_change_is_a_resync(shared_server):
+    async with rig(shared_server) as r:
+        controller = await r.controller()
+        watch, peer = r.watch(controller), r.peer(controller)
+        await eventually(lambda: bool(watch.snapshots))
+        meta = "{" + r.config.namespace + "}:controller:meta"
+        shared_server.command("HINCRBY", meta, "revision", "3")  # as if three changes were trimmed away
+        await peer.register(make_worker(), timeout_s=CALL_S)
+        await eventually(lambda: len(watch.snapshots) >= 2)
+        assert watch.snapshots[-1].revision == 4
+        assert [w.ref.worker_id for w in watch.snapshots[-1].workers] == ["decode-0"]
+        assert watch.error is None
+        shared_server.command("HINCRBY", meta, "revision", "1")  # lost without any later change
+        await eventually(lambda: watch.snapshots[-1].revision == 5)
+
+
+async def test_flush_is_noticed_workers_come_back_and_routers_keep_them(shared_server):
+    with run_redis() as server:
+        async with rig(server) as r:
+            await r.controller()
+            await r.controller()
+            watch = r.watch(r.controllers[0])
+            changes: list[MembershipChange] = []
+            following = r.membership(changes)
+            r.worker(make_worker("a"))
+            gone = r.worker(make_worker("b"))
+            await eventually(lambda: set(following.workers) == {"a", "b"})
+            await eventually(lambda: gone.registered)
+            gone._task.cancel()  # this one will not come back
+            assert server.command("FLUSHALL") == b"+OK"
+            await eventually(lambda: len({s.incarnation for s in watch.snapshots}) == 2)
+            await eventually(lambda: "a" in {w.ref.worker_id for w in r.controllers[1].hub.workers})
+            assert set(following.workers) == {"a", "b"}
+            assert [c for c in changes if c.kind is ChangeKind.REMOVED] == []
+
+
+async def test_grace_ends_for_workers_that_do_not_come_back(shared_server):
+    with run_redis() as server:
+        async with rig(server) as r:
+            await r.controller()
+            changes: list[MembershipChange] = []
+            following = r.membership(changes, grace_s=1.0)
+            peer = r.peer(r.controllers[0])
+            r.worker(make_worker("a"))
+            await peer.register(make_worker("b"), timeout_s=CALL_S)
+            await eventually(lambda: set(following.workers) == {"a", "b"})
+            server.command("FLUSHALL")
+            await eventually(lambda: set(following.workers) == {"a"})
+            removed = [c for c in changes if c.kind is ChangeKind.REMOVED]
+            assert [(c.worker.ref.worker_id, c.reason) for c in removed] == [("b", "not re-registered")]
+
+
+@pytest.mark.parametrize("durable", [False, True], ids=["empty", "durable"])
+async def test_storage_killed_and_restarted(durable):
+    with run_redis(durable=durable) as server:
+        async with rig(server, lease_ttl_s=1.0) as r:
+            controller = await r.controller()
+            changes: list[MembershipChange] = []
+            following = r.membership(changes)
+            r.worker(make_worker("a"))
+            await eventually(lambda: following.connected and "a" in following.workers)
+            watch, peer = r.watch(controller), r.peer(controller)
+            server.kill()
+            await eventually(lambda: isinstance(watch.error, UnavailableError))
+            started = asyncio.get_running_loop().time()
+            with pytest.raises(UnavailableError, match="storage"):
+                await peer.register(make_worker("c"), timeout_s=CALL_S)
+            assert asyncio.get_running_loop().time() - started < 3
+            assert not controller.hub.synced
+            assert controller._alive().ok
+            assert not controller._ready().ok
+            await asyncio.sleep(1.5)  # longer than the lease: no worker could renew
+            assert set(following.workers) == {"a"}
+            server.start()
+            await eventually(lambda: controller.hub.synced and following.connected)
+            await eventually(lambda: [w.ref.worker_id for w in controller.hub.workers] == ["a"])
+            assert [c for c in changes if c.kind is ChangeKind.REMOVED] == []
+            assert set(following.workers) == {"a"}
+
+
+async def test_slow_watcher_is_cut_off_and_others_are_not(shared_server, monkeypatch):
+    monkeypatch.setattr(watch_module, "MAX_PENDING", 20)
+    async with rig(shared_server) as r:
+        controller = await r.controller()
+        watch = r.watch(controller)
+        slow = controller.hub.watch()
+        assert isinstance(await anext(slow), Snapshot)
+        await eventually(lambda: bool(watch.snapshots) and controller.hub.num_watchers == 2)
+        peer = r.peer(controller)
+        for _ in range(15):
+            worker = make_worker()
+            await peer.register(worker, timeout_s=CALL_S)
+            await peer.deregister("decode-0", 0, timeout_s=CALL_S)
+        await eventually(lambda: len(watch.changes) == 30)
+        with pytest.raises(UnavailableError, match="slow"):
+            await anext(slow)
+        assert watch.error is None
+        await eventually(lambda: controller.hub.num_watchers == 1)
+
+
+async def test_controller_killed_and_another_takes_over(shared_server, tmp_path):
+    async with rig(shared_server) as r:
+        kept = await r.controller()
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        process = start_process(r, tmp_path, port)
+        try:
+            await serving(port)
+            changes: list[MembershipChange] = []
+            following = Membership([f"127.0.0.1:{port}", f"127.0.0.1:{kept.port}"], watcher_id="t", ping_interval_s=0.5)
+            following.subscribe(changes.append)
+            following.start()
+            r._closers.append(following.stop)
+            client = r.worker(make_worker("a"), [port, kept.port])
+            await eventually(lambda: "a" in following.workers and client.registered)
+            process.kill()
+            process.wait()
+            await eventually(lambda: following.connected and client.registered and kept.hub.num_watchers == 1)
+            await asyncio.sleep(2.2)  # a lease that nobody renewed would be over
+            assert set(following.workers) == {"a"}
+            process = start_process(r, tmp_path, port)
+            await serving(port)
+            await kept.stop(0.1)
+            await eventually(lambda: following.connected and client.registered)
+            assert [c.kind for c in changes] == [ChangeKind.ADDED]
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+def start_process(r: Rig, folder: Path, port: int) -> subprocess.Popen[bytes]:
+    config = {"controller": r.config.model_dump() | {"port": 1, "http_port": 0}}
+    path = folder / "config.json"  # JSON is YAML
+    path.write_text(json.dumps(config))
+    environ = os.environ | {"NANODEPLOY_CONTROLLER__PORT": str(port)}
+    with (folder / "log").open("ab") as log:
+        command = [sys.executable, "-m", "services.controller", "--config", str(path)]
+        return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
+
+
+async def serving(port: int) -> None:
+    channel = open_channel(f"127.0.0.1:{port}")
+    health = health_pb2_grpc.HealthStub(channel)
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=5)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    break
+            except grpc.RpcError:
+                pass
+            await asyncio.sleep(0.1)
+    await channel.close()
+
+
+async def test_cost_at_rest(shared_server, tmp_path):
+    """One controller process with a worker and a watcher: under 100 MB, and hardly any CPU."""
+    async with rig(shared_server, heartbeat_s=1.0, lease_ttl_s=3.0) as r:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        process = start_process(r, tmp_path, port)
+        try:
+            await serving(port)
+            client = r.worker(make_worker(), [port])
+            following = Membership([f"127.0.0.1:{port}"], watcher_id="t")
+            following.start()
+            r._closers.append(following.stop)
+            await eventually(lambda: client.registered and following.connected)
+            seen = psutil.Process(process.pid)
+            before, used = asyncio.get_running_loop().time(), seen.cpu_times()
+            await asyncio.sleep(4)
+            after = seen.cpu_times()
+            share = (after.user + after.system - used.user - used.system) / (asyncio.get_running_loop().time() - before)
+            rss = seen.memory_info().rss
+            print(f"controller at rest: {rss / 2**20:.1f} MiB RSS, {share:.2%} of a core")
+            assert rss < 100e6
+            assert share < 0.03  # 0.5 % seen; CPU time is counted in steps of 10 ms
+        finally:
+            process.kill()
+            process.wait()
+
+
+async def test_bad_configuration_is_told_in_one_line(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("controller: {redis_url: 'http://nowhere'}\n")
+    for arguments in (["--config", str(path)], ["--config", str(tmp_path / "absent.yaml")]):
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "services.controller", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 2
+        assert done.stderr.strip().splitlines()[-1].startswith("controller: ")
+        assert "Traceback" not in done.stderr
+
+
+async def test_bad_input_is_refused_by_field_and_nothing_breaks(shared_server):
+    async with rig(shared_server) as r:
+        controller = await r.controller()
+        peer = r.peer(controller)
+        bad = msgspec.structs.replace(make_worker(), http_address="nonsense")
+        with pytest.raises(InvalidRequestError) as caught:
+            await peer.register(bad, timeout_s=CALL_S)
+        assert caught.value.param == "worker.http_address"
+        with pytest.raises(InvalidRequestError):
+            await peer.drain("no such\nname", 0, timeout_s=CALL_S)
+        with pytest.raises(NotFoundError):
+            await peer.drain("nobody", 0, timeout_s=CALL_S)
+        await peer.deregister("nobody", 0, timeout_s=CALL_S)
+
+        channel = open_channel(f"127.0.0.1:{controller.port}", max_message_bytes=2**30)
+        for method in ("Register", "Heartbeat", "Drain", "Deregister"):
+            raw = channel.unary_unary(f"/{SERVICE}/{method}")
+            with pytest.raises(grpc.RpcError) as refused:
+                await raw(random.Random(4).randbytes(64) + b"\xff", timeout=CALL_S)
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            with pytest.raises(grpc.RpcError) as refused:
+                await raw(b"\x00" * (64 * 2**20 + 1), timeout=CALL_S)
+            assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(grpc.RpcError):
+            await channel.unary_stream(f"/{SERVICE}/Watch")(b"\xff\xff", timeout=CALL_S).read()
+        half_open = [await asyncio.open_connection("127.0.0.1", controller.port) for _ in range(30)]
+        await peer.register(make_worker(), timeout_s=CALL_S)
+        for _, writer in half_open:
+            writer.close()
+        await channel.close()
+        assert controller._alive().ok
+
+
+async def test_health_reflection_and_http(shared_server):
+    async with rig(shared_server) as r:
+        controller = await r.controller()
+        channel = open_channel(f"127.0.0.1:{controller.port}")
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=CALL_S)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        stream = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(timeout=CALL_S)
+        await stream.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        assert SERVICE in {s.name for s in (await stream.read()).list_services_response.service}
+        stream.cancel()
+        await channel.close()
+
+        await r.peer(controller).register(make_worker(), timeout_s=CALL_S)
+        await eventually(lambda: len(controller.hub.workers) == 1)
+        bodies = {}
+        for path in ("/metrics", "/health", "/ready"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", controller.http_port)
+            writer.write(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            assert head.startswith(b"HTTP/1.1 200 OK")
+            bodies[path] = body
+        assert b'nanodeploy:controller_workers{role="decode",state="ready"} 1.0' in bodies["/metrics"]
+        assert b"nanodeploy:controller_storage_up 1.0" in bodies["/metrics"]
+        assert json.loads(bodies["/ready"]) == {"ready": True, "reason": "", "workers": 1}
+        assert json.loads(bodies["/health"])["alive"] is True
+
+
+async def test_starts_without_a_storage_and_waits_for_it():
+    with run_redis() as server:
+        server.kill()
+        async with rig(server) as r:
+            controller = Controller(r.config, ping_s=0.2, op_timeout_s=0.5)
+            await controller.start()
+            r.controllers.append(controller)
+            peer = r.peer(controller)
+            with pytest.raises(UnavailableError):
+                await peer.register(make_worker(), timeout_s=CALL_S)
+            server.start()
+            await eventually(lambda: controller.hub.synced)
+            await peer.register(make_worker(), timeout_s=CALL_S)
