@@ -13,6 +13,7 @@ from common.attention.context import AttentionBackend, AttentionContext, GroupTa
 from common.attention.reference import ReferenceBackend
 from common.kvcache.layout import TAIL_GROUP, Retention
 from common.kvcache.pool import KVPool
+from common.layers.base import TensorParallel
 from common.models.decoder import DecoderModel
 from common.models.kv import kv_layout
 from common.models.spec import ModelSpec
@@ -37,16 +38,19 @@ class PagedModel:
         block_size: int = 16,
         num_blocks: int = 64,
         backend: AttentionBackend | None = None,
+        tp: TensorParallel | None = None,
         seed: int = 0,
     ) -> None:
         self.spec = ModelSpec.from_folder(folder)
-        self.model: DecoderModel = load_model(self.spec, dtype=dtype, device=CPU)
+        self.model: DecoderModel = load_model(self.spec, dtype=dtype, device=CPU, tp=tp)
         self.layout = kv_layout(
             self.spec,
             kv_dtype=kv_dtype or dtype,
             dtype=dtype,
             block_size=block_size,
             num_blocks={"full": num_blocks, "window": num_blocks, TAIL_GROUP: 4},
+            tp_size=tp.size if tp else 1,
+            tp_rank=tp.rank if tp else 0,
         )
         self.pool = KVPool(self.layout, None, CPU)
         self.backend = backend or ReferenceBackend()

@@ -90,7 +90,7 @@ def draw_weights(model: DecoderModel, seed: int) -> None:
         if slot.init is not Init.NORMAL:
             slot.target.fill_(1.0 if slot.init is Init.ONES else 0.0)
             continue
-        generator = torch.Generator().manual_seed(zlib.crc32(slot.name.encode()) ^ seed << 32)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {slot.name}".encode()))
         whole = torch.empty(slot.shape, dtype=torch.float32).normal_(0.0, _DUMMY_STD, generator=generator)
         slot.target.copy_(whole.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
 
