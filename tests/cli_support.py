@@ -44,7 +44,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         words = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"].split()
         usage = {"prompt_tokens": len(words), "completion_tokens": 2}
-        self.answer(200, {"choices": [{"text": " ok"}], "usage": usage})
+        stats = {"prefill_worker": "p", "transferred_tokens": 9, "transport": "t", "transfer_gbps": 1.5, "fallback": ""}
+        assert self.headers["x-nanodeploy-timings"] == "1"
+        self.answer(200, {"choices": [], "usage": usage, "nanodeploy": {"requests": [stats]}})
     def log_message(self, *_):
         pass
 print("pid", os.getpid(), "helper", helper.pid, flush=True)

@@ -40,7 +40,7 @@ class Run:
         self.ready = asyncio.Event()
         self.answers: list[Answer] = []
 
-        async def check_path(answer: Answer) -> str:
+        def check_path(answer: Answer) -> str:
             self.answers.append(answer)
             if len(self.answers) < proofs_needed:
                 raise UnavailableError("the decode worker recomputed")

@@ -15,7 +15,7 @@ import contextlib
 import os
 import signal
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 import httpx
@@ -51,7 +51,7 @@ class Launcher:
         plan: ClusterPlan,
         options: LaunchOptions,
         report: Report,
-        check_path: Callable[[Answer], Awaitable[str]],
+        check_path: Callable[[Answer], str],
         on_ready: Callable[[], Coroutine[None, None, None]],
     ) -> None:
         """`check_path` says which way the proving completion took or raises; `on_ready` runs until cancelled."""
@@ -173,11 +173,11 @@ class Launcher:
     async def _prove(self, client: httpx.AsyncClient) -> None:
         """One real completion, long enough that prefill workers and the transfer take part."""
         self._report.start("first token", "waiting for a completion through the whole path")
-        num_words = self._plan.config.decode.handoff.min_remote_tokens + 2 * self._plan.config.decode.engine.block_size
+        num_tokens = self._plan.config.decode.handoff.min_remote_tokens + 2 * self._plan.config.decode.engine.block_size
         for attempt in range(1, PROOFS + 1):
-            answer = await complete_once(client, self._plan.url, self._plan.model, num_words, PROOF_TIMEOUT_S)
+            answer = await complete_once(client, self._plan.url, self._plan.model, num_tokens, PROOF_TIMEOUT_S)
             try:
-                self._report.done("first token", await self._check_path(answer))
+                self._report.done("first token", self._check_path(answer))
                 return
             except UnavailableError as error:
                 if attempt == PROOFS:

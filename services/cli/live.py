@@ -10,31 +10,24 @@ from rich.live import Live
 from rich.text import Text
 
 from common.errors import NanoDeployError, UnavailableError
-from services.cli.cluster import prefill_pairs, transports_in_use, view_cluster, worker_table
+from services.cli.cluster import view_cluster, worker_table
 from services.cli.plan import ClusterPlan
 from services.cli.probe import Answer
 
 REFRESH_S = 2.0
 
 
-async def check_path(controller: str, answer: Answer, num_prefill: int) -> str:
+def check_path(answer: Answer, num_prefill: int) -> str:
     """Say which way the proving completion took. Raises `UnavailableError` when a separated cluster recomputed.
 
     A token that came although the KV was not handed over would hide a pair that never works.
     """
-    came = f"{answer.completion_tokens} tokens of {answer.prompt_tokens} prompt tokens"
-    views = await view_cluster(controller)
-    if num_prefill == 0:
-        return f"{came}, prefilled by the decode worker"
-    pairs = prefill_pairs(views)
-    used = [f"{prefill} -> {decode}" for (decode, prefill), reads in pairs.items() if reads]
-    if used:
-        return f"{came}, KV read {', '.join(used)}"
-    said = [line for view in views if view.status and view.status.peers for line in transports_in_use(view)]
-    raise UnavailableError(
-        f"a token came, but no prefill worker took part: the decode worker recomputed. "
-        f"Its sessions: {'; '.join(said) or 'none'}. `nanodeploy doctor` says more"
-    )
+    if num_prefill and not answer.transferred_tokens:
+        raise UnavailableError(
+            f"a token came, but no prefill worker took part: the decode worker prefilled by itself "
+            f"({answer.fallback or 'the router chose no prefill worker'}); `nanodeploy doctor` says more"
+        )
+    return answer.path
 
 
 def print_banner(plan: ClusterPlan, console: Console) -> None:
@@ -48,7 +41,7 @@ def print_banner(plan: ClusterPlan, console: Console) -> None:
 async def live_table(controller: str, console: Console) -> None:
     """The workers: once when there is no terminal, else until cancelled, drawn anew when something changed."""
     if not console.is_terminal:
-        console.print(worker_table(await view_cluster(controller)), width=200)
+        console.print(worker_table(await view_cluster(controller)))
         return
     with Live(console=console, auto_refresh=False, transient=False) as live:
         shown = None

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 import nanodeploy
 from common.errors import ConfigError, NanoDeployError
 from services.cli import options as opt
 from services.cli.plan import ClusterRequest
+from services.cli.report import make_console
 from services.cli.state import StateFolder, state_root
 
 app = typer.Typer(
@@ -97,7 +97,7 @@ def up(
             enable_prefix_caching=enable_prefix_caching,
         ),
     )
-    raise typer.Exit(run_up(request, UpOptions(name, config, ready_timeout), detach, Console()))
+    raise typer.Exit(run_up(request, UpOptions(name, config, ready_timeout), detach, make_console()))
 
 
 @app.command()
@@ -134,7 +134,7 @@ def down(name: opt.Name = "default") -> None:
     """Stop a cluster of this machine."""
     from services.cli.up import stop
 
-    raise typer.Exit(stop(name, Console()))
+    raise typer.Exit(stop(name, make_console()))
 
 
 @app.command()
@@ -146,7 +146,7 @@ def status(
     """Show services and workers: role, address, pid, state, load, KV by state, transport in use."""
     from services.cli.status import show_status
 
-    raise typer.Exit(asyncio.run(show_status(name, controller, as_json, Console())))
+    raise typer.Exit(asyncio.run(show_status(name, controller, as_json, make_console())))
 
 
 @app.command()
@@ -164,7 +164,7 @@ def chat(
     from services.cli.chat import ChatOptions, run_chat
 
     options = ChatOptions(model, system, max_tokens, temperature, seed)
-    raise typer.Exit(run_chat(_url(url, name), text, options, Console()))
+    raise typer.Exit(run_chat(_url(url, name), text, options, make_console()))
 
 
 @app.command()
@@ -213,7 +213,7 @@ def generate(
         "seed": seed,
         "ignore_eos": ignore_eos,
     }
-    raise typer.Exit(run_generate(resolve_model(model, Console(stderr=True)), engine, flags, input, output))
+    raise typer.Exit(run_generate(resolve_model(model, make_console(stderr=True)), engine, flags, input, output))
 
 
 @app.command()
@@ -263,7 +263,7 @@ def bench(
         temperature=temperature,
         timeout_s=timeout,
     )
-    raise typer.Exit(run_bench(base, load, warmups, api_key, json_file, Console(stderr=json_file == "-")))
+    raise typer.Exit(run_bench(base, load, warmups, api_key, json_file, make_console(stderr=json_file == "-")))
 
 
 @app.command()
@@ -275,7 +275,7 @@ def doctor(
     """Check this machine and the running cluster; every failure comes with its fix."""
     from services.cli.doctor.command import run_doctor
 
-    raise typer.Exit(run_doctor(model, name, as_json, Console()))
+    raise typer.Exit(run_doctor(model, name, as_json, make_console()))
 
 
 @app.command(hidden=True)
@@ -283,7 +283,7 @@ def launch(file: Path) -> None:
     """The launcher of a detached cluster."""
     from services.cli.up import launch_detached
 
-    raise typer.Exit(launch_detached(file, Console()))
+    raise typer.Exit(launch_detached(file, make_console()))
 
 
 def main() -> None:
@@ -291,7 +291,7 @@ def main() -> None:
     try:
         app()
     except NanoDeployError as error:
-        Console(stderr=True).print(f"error: {error.message}", markup=False, highlight=False, soft_wrap=True)
+        make_console(stderr=True).print(f"error: {error.message}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

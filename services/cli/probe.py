@@ -12,11 +12,20 @@ import httpx
 from common.errors import UnavailableError
 from services.cli.process import ServiceSpec
 
-POLL_S = 0.1
+FIRST_POLL_S = 0.05
+MAX_POLL_S = 0.5
+SICK_S = 3.0
+_WORDS = "the ships came home with salt and bread and nobody asked how far they had been "
+_TIMINGS = {"x-nanodeploy-timings": "1"}
 
 
 async def wait_until_ready(spec: ServiceSpec, client: httpx.AsyncClient, waiting: Callable[[str], None]) -> None:
-    """Return when the service is ready; `waiting` is told what it says meanwhile. The caller sets the limit."""
+    """Return when the service is ready; `waiting` is told what it says meanwhile. The caller sets the limit.
+
+    Raises `UnavailableError` when the service says for `SICK_S` that it is not alive: it will not recover.
+    """
+    sick_since, pause_s = 0.0, FIRST_POLL_S
+    loop = asyncio.get_running_loop()
     while True:
         try:
             if not spec.ready_url:
@@ -27,32 +36,61 @@ async def wait_until_ready(spec: ServiceSpec, client: httpx.AsyncClient, waiting
             if response.status_code == 200:
                 return
             waiting(_reason(response))
+            health = await client.get(spec.ready_url.removesuffix("/ready") + "/health", timeout=5.0)
+            sick_since = 0.0 if health.status_code == 200 else sick_since or loop.time()
+            if sick_since and loop.time() - sick_since > SICK_S:
+                raise UnavailableError(f"{spec.name} cannot serve: {_reason(health)}; its log is {spec.log}")
         except (OSError, httpx.TransportError):
             pass  # not listening yet
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(pause_s)
+        pause_s = min(MAX_POLL_S, 1.2 * pause_s)
 
 
 @dataclass(frozen=True)
 class Answer:
-    text: str
+    """A completion and, from its waterfall, the way it took. `fallback`: why a prefill worker was given up."""
+
     prompt_tokens: int
     completion_tokens: int
+    prefill_worker: str
+    transferred_tokens: int
+    transport: str
+    transfer_gbps: float
+    fallback: str
+
+    @property
+    def path(self) -> str:
+        text = f"{self.completion_tokens} tokens from {self.prompt_tokens} prompt tokens"
+        if not self.transferred_tokens:
+            return f"{text}, prefilled by the decode worker"
+        return (
+            f"{text}, KV of {self.transferred_tokens} from {self.prefill_worker} over {self.transport} "
+            f"at {self.transfer_gbps:.1f} GB/s"
+        )
 
 
-async def complete_once(client: httpx.AsyncClient, url: str, model: str, num_words: int, timeout_s: float) -> Answer:
-    """A greedy completion of a prompt of at least `num_words` tokens that no prefix cache has seen.
+async def complete_once(client: httpx.AsyncClient, url: str, model: str, num_tokens: int, timeout_s: float) -> Answer:
+    """A greedy completion of a prompt of at least `num_tokens` tokens that no prefix cache has seen.
 
     Raises `UnavailableError` with what the router answered.
     """
-    words = [secrets.token_hex(3) if i % 8 == 0 else "and then the" for i in range(max(num_words, 8))]
-    body = {"model": model, "prompt": " ".join(words), "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    prompt = f"{secrets.token_hex(4)} " + _WORDS * (num_tokens // len(_WORDS.split()) + 1)
+    body = {"model": model, "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
     try:
-        response = await client.post(f"{url}/v1/completions", json=body, timeout=timeout_s)
+        response = await client.post(f"{url}/v1/completions", json=body, headers=_TIMINGS, timeout=timeout_s)
         if response.status_code != 200:
             raise UnavailableError(f"the test completion was answered {response.status_code}: {response.text[:500]}")
         answer = response.json()
-        usage = answer["usage"]
-        result = Answer(answer["choices"][0]["text"], usage["prompt_tokens"], usage["completion_tokens"])
+        stats = answer["nanodeploy"]["requests"][0]
+        result = Answer(
+            prompt_tokens=answer["usage"]["prompt_tokens"],
+            completion_tokens=answer["usage"]["completion_tokens"],
+            prefill_worker=stats["prefill_worker"],
+            transferred_tokens=stats["transferred_tokens"],
+            transport=stats["transport"],
+            transfer_gbps=stats["transfer_gbps"],
+            fallback=stats["fallback"],
+        )
     except httpx.HTTPError as error:
         raise UnavailableError(f"the test completion failed: {error!r}") from None
     except (KeyError, IndexError, ValueError) as error:

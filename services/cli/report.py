@@ -13,6 +13,14 @@ from rich.markup import escape
 from rich.spinner import Spinner
 from rich.text import Text
 
+QUIET_S = 3.0  # between lines about one step, off a terminal
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Off a terminal lines are not cut to a guessed width."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=200)
+
 
 class Report:
     """Use as a context manager around the steps; `note` works outside as well."""
@@ -20,6 +28,7 @@ class Report:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._running: dict[str, tuple[float, str]] = {}
+        self._said: dict[str, float] = {}
         self._spinner = Spinner("dots")
         self._live: Live | None = None
 
@@ -41,11 +50,12 @@ class Report:
             self.console.print(f"  … {escape(name)}: {escape(text or 'starting')}", highlight=False)
 
     def update(self, name: str, text: str) -> None:
-        """Say what a running step waits for; a line only when it is news."""
+        """Say what a running step waits for; off a terminal a line now and then, and only when it is news."""
         if name not in self._running or self._running[name][1] == text:
             return
         self._running[name] = (self._running[name][0], text)
-        if self._live is None:
+        if self._live is None and time.monotonic() - self._said.get(name, 0.0) > QUIET_S:
+            self._said[name] = time.monotonic()
             self.console.print(f"  … {escape(name)}: {escape(text)}", highlight=False)
 
     def done(self, name: str, text: str = "") -> None:

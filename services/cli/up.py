@@ -73,8 +73,8 @@ async def _run(
     plan = build_plan(base, request, folder.path, Ports(), os.environ)
     console.print(f"Starting cluster [bold]{folder.name}[/bold] with {plan.model}", highlight=False)
 
-    async def path_taken(answer: Answer) -> str:
-        return await check_path(plan.controller, answer, request.num_prefill)
+    def path_taken(answer: Answer) -> str:
+        return check_path(answer, request.num_prefill)
 
     async def when_ready() -> None:
         print_banner(plan, console)
@@ -116,6 +116,7 @@ def _detach(folder: StateFolder, request: ClusterRequest, options: UpOptions, co
             cwd=Path(services.__file__).parent.parent,
             start_new_session=True,
         )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         state = _follow(folder, process, log, console.out)
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from services.cli.doctor.finding import Finding, fail, note, ok, skip
 from services.cli.probe import complete_once
 from services.cli.state import ClusterState
 
-NUM_WORDS = 96  # over HandoffConfig.min_remote_tokens, so that a prefill worker takes part
+NUM_TOKENS = 96  # over HandoffConfig.min_remote_tokens, so that a prefill worker takes part
 REPORT_S = 2.5  # engines report their reads about once a second
 
 
@@ -71,9 +71,9 @@ async def path(state: ClusterState | None) -> Finding:
         before = prefill_pairs(await view_cluster(state.controller))
         async with httpx.AsyncClient() as client:
             for _ in range(max(1, 2 * len(before))):
-                answer = await complete_once(client, state.url, state.model, NUM_WORDS, 60.0)
+                answer = await complete_once(client, state.url, state.model, NUM_TOKENS, 60.0)
         if not before:
-            return ok(f"{answer.completion_tokens} tokens; no prefill worker: decode workers prefill themselves")
+            return ok(answer.path)
         await asyncio.sleep(REPORT_S)
         after = prefill_pairs(await view_cluster(state.controller))
     except NanoDeployError as error:
@@ -82,9 +82,11 @@ async def path(state: ClusterState | None) -> Finding:
     idle = [f"{prefill} -> {decode}" for (decode, prefill), reads in moved.items() if reads == 0]
     if len(idle) == len(moved):
         return fail(
-            f"tokens came, but every decode worker recomputed; KV never moved {', '.join(idle)}",
+            f"tokens came, but every decode worker recomputed ({answer.fallback or 'no prefill worker was chosen'}); "
+            f"KV never moved {', '.join(idle)}",
             "see the sessions in `nanodeploy status --json` (peers) and the decode workers' logs",
         )
     if idle:
         return note(f"KV did not move {', '.join(idle)}", "the router may not have chosen these pairs; run it again")
-    return ok("KV moved " + ", ".join(f"{p} -> {d} ({reads} reads)" for (d, p), reads in moved.items()))
+    pairs = ", ".join(f"{prefill} -> {decode}" for decode, prefill in moved)
+    return ok(f"KV moved {pairs}; the last: {answer.path}")
