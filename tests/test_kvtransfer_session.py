@@ -228,6 +228,9 @@ def test_a_read_that_never_ends_is_fenced_and_its_peer_lost(worlds: Worlds) -> N
         world.clock.time = deadline
         world.updates += world.reader.poll()
         assert [(u.seq_id, getattr(u, "reason", "")) for u in world.ends()] == [(1, "read_timeout"), (2, "peer_lost")]
+        verified = world.ends()[0]
+        assert isinstance(verified, Failed)
+        assert verified.num_verified == (0, CHUNK, 2 * CHUNK, N)[stuck - 1]
         assert world.cache.count("in flight") == in_flight > 0, "a timer frees nothing"
         assert not world.sent(ReleaseLease)
         verdict = world.sent(PeerVerdict)[-1]
@@ -249,6 +252,70 @@ def test_a_read_that_never_ends_is_fenced_and_its_peer_lost(worlds: Worlds) -> N
         world.settle()
         assert isinstance(world.updates[-1], Done)
         finish_up(world, 4)
+
+
+@pytest.mark.parametrize("then", ["wait", "gone", "announced again"])
+def test_fencing_may_take_its_time(worlds: Worlds, then: str) -> None:
+    world = worlds(held=True, fault_for=lambda i, pieces: Fault.STUCK if i == 1 else Fault.NONE)
+    world.network.slow_fences = True
+    world.ready()
+    world.send(world.supply(world.place(1, N)))
+    world.clock.time = world.reader.next_deadline()
+    assert [u.reason for u in world.reader.poll() if isinstance(u, Failed)] == ["read_timeout"]
+    world.cache.close(1)
+    in_flight = world.cache.count("in flight")
+    assert in_flight > 0
+    if then == "gone":
+        world.reader.peer_gone(1, "gone")
+    elif then == "announced again":
+        assert world.ready().state == "ready"
+    world.clock.time += 3600.0
+    assert world.reader.next_deadline() == float("inf")
+    assert world.reader.poll() == []
+    assert world.cache.count("in flight") == in_flight, "only the transport ends a read"
+    assert world.reader.usable(1) == (then == "announced again")
+    assert world.reader.counters.fences == 1
+    world.settle()
+    assert world.reader.num_reads == 0
+    assert world.cache.is_idle
+    assert len(world.sent(ReleaseLease)) == (then != "gone")
+
+
+def test_a_read_that_cannot_even_be_queued_fails_the_order(worlds: Worlds) -> None:
+    world = worlds(held=True)
+    world.ready()
+    place = world.place(1, N)
+    world.send(world.owner.start(place))
+    world.transport.disconnect(1)
+    world.send(world.owner.compute(1, 40))
+    assert [u.reason for u in world.reader.poll() if isinstance(u, Failed)] == ["peer_lost"]
+    assert world.cache.count("in flight") == 0
+    finish_up(world, 1)
+
+
+def test_an_order_that_starts_after_it_was_dropped_gives_its_lease_back_once(worlds: Worlds) -> None:
+    world = worlds()
+    world.ready()
+    place = world.place(1, N)
+    accepted, started = world.owner.start(place)
+    world.send([accepted])
+    world.reader.cancel(1)
+    world.send([started, started])
+    assert world.reader.counters.late_events == 2
+    finish_up(world, 1)
+
+
+def test_own_tokens_in_a_block_that_is_in_flight_are_not_counted_on(worlds: Worlds) -> None:
+    for stuck, num_verified in ((1, 0), (2, 32)):
+        world = worlds(held=True, fault_for=lambda i, pieces, stuck=stuck: Fault.STUCK if i == stuck else Fault.NONE)
+        world.ready()
+        place = world.place(1, N, start=24)
+        world.send(world.supply(place, chunk=8))
+        world.settle()
+        world.reader.peer_gone(1, "gone")
+        failed = world.reader.poll()[-1]
+        assert isinstance(failed, Failed)
+        assert failed.num_verified == num_verified
 
 
 def test_a_cancelled_orders_stuck_read_is_fenced_too(worlds: Worlds) -> None:

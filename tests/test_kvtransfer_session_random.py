@@ -29,8 +29,9 @@ class HandoffMachine(RuleBasedStateMachine):
         source_block=st.sampled_from((16, 32, 48)),
         reader_block=st.sampled_from((16, 32, 48)),
         window=st.sampled_from((0, 24)),
+        slow_fences=st.booleans(),
     )
-    def start(self, source_block: int, reader_block: int, window: int) -> None:
+    def start(self, source_block: int, reader_block: int, window: int, slow_fences: bool) -> None:
         self.faults: deque[Fault] = deque()
         self.world = World(
             source=small_layout(source_block, window=window),
@@ -38,6 +39,7 @@ class HandoffMachine(RuleBasedStateMachine):
             held=True,
             fault_for=lambda read_id, pieces: self.faults.popleft() if self.faults else Fault.NONE,
         )
+        self.world.network.slow_fences = slow_fences
         self.block = reader_block
         self.peer = 0
         self.next_seq = 1
@@ -250,6 +252,8 @@ class HandoffMachine(RuleBasedStateMachine):
         while (deadline := world.reader.next_deadline()) < float("inf") or is_readable(world.transport.wakeup_fd):
             world.clock.time = max(world.clock.time, min(deadline, world.clock.time + 60.0))
             self.engine_polls()
+            world.network.step()
+        self.engine_polls()
         assert world.reader.num_orders == world.reader.num_reads == 0
         assert world.cache.is_idle
         self.hear()

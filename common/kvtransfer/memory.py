@@ -88,11 +88,13 @@ class MemoryNetwork:
     latency_s: float = 0.0
     bytes_per_s: float = math.inf
     held: bool = False
+    slow_fences: bool = False  # reads of a destroyed endpoint end at the next delivery, not at once
     fault_for: Callable[[int, Sequence[ReadPiece]], Fault] = lambda read_id, pieces: Fault.NONE
     transports: dict[bytes, MemoryTransport] = field(default_factory=dict)
     delivered: int = 0
     _queue: list[_Read] = field(default_factory=list)
     _late: list[tuple[_Read, list[tuple[int, bytes]]]] = field(default_factory=list)
+    _fenced: list[_Read] = field(default_factory=list)
     _names: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -142,7 +144,15 @@ class MemoryNetwork:
         self._late = [x for x in self._late if not (x[0].reader is reader and x[0].peer_id == peer_id)]
         return gone
 
+    def _fence(self, read: _Read) -> None:
+        self._fenced.append(read)
+        if not self.slow_fences:
+            self._land()
+
     def _land(self) -> None:
+        fenced, self._fenced = self._fenced, []
+        for read in fenced:
+            read.reader.finish(read, ReadStatus.FENCED, "disconnected")
         late, self._late = self._late, []
         for _, writes in late:
             for address, data in writes:
@@ -219,7 +229,7 @@ class MemoryTransport:
     def disconnect(self, peer_id: int) -> None:
         if self._peers.pop(peer_id, None) is not None:
             for read in self.network._drop(self, peer_id):
-                self.finish(read, ReadStatus.FENCED, "disconnected")
+                self.network._fence(read)
 
     def read(self, peer_id: int, read_id: int, pieces: Sequence[ReadPiece], checks: Sequence[DigestCheck]) -> None:
         if peer_id not in self._peers:
