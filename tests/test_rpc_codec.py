@@ -17,7 +17,7 @@ from nanodeploy.v1 import controller_pb2, decode_pb2, prefill_pb2, types_pb2
 
 NOW = 1024.0
 quick = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 

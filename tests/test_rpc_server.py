@@ -24,7 +24,7 @@ from common.rpc.client import Backoff, call, open_channel, read_stream
 from common.rpc.context import call_context
 from common.rpc.server import RpcServer, ServerOptions, Service, Verdict, serve_http
 from nanodeploy.v1 import controller_pb2 as pb
-from nanodeploy.v1 import controller_pb2_grpc
+from nanodeploy.v1 import controller_pb2_grpc, decode_pb2, decode_pb2_grpc
 
 NAME = "nanodeploy.v1.ControllerService"
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -266,6 +266,50 @@ async def test_wrong_message_is_refused_and_the_server_lives():
         with pytest.raises(errors.UnsupportedError):
             await call(peer.channel.unary_unary(f"/{NAME}/NoSuchMethod"), b"", timeout_s=5)
         await drain_call(peer)
+
+
+class EchoServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """A bidirectional stream, written as generator or with read and write."""
+
+    def __init__(self, *, as_generator: bool) -> None:
+        if not as_generator:
+            self.Stream = self.read_and_write
+
+    async def Stream(self, requests, context) -> AsyncIterator[decode_pb2.StreamResponse]:
+        async for request in requests:
+            yield decode_pb2.StreamResponse(attached=decode_pb2.StreamAttached(epoch=request.attach.epoch))
+
+    async def read_and_write(self, requests, context) -> None:
+        while (request := await context.read()) is not grpc.aio.EOF:
+            answer = decode_pb2.StreamAttached(epoch=request.attach.epoch)
+            await context.write(decode_pb2.StreamResponse(attached=answer))
+
+
+@pytest.mark.parametrize("as_generator", [True, False])
+async def test_wrong_message_in_a_stream_ends_that_stream_alone(as_generator):
+    servicer = EchoServicer(as_generator=as_generator)
+    name = "nanodeploy.v1.DecodeService"
+
+    def add(server: grpc.aio.Server) -> None:
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
+
+    server = RpcServer([Service(name, add, lambda: True)], host="127.0.0.1", port=0)
+    channel = open_channel(f"127.0.0.1:{await server.start()}")
+    good = decode_pb2_grpc.DecodeServiceStub(channel).Stream(timeout=10)
+    hello = decode_pb2.StreamRequest(attach=decode_pb2.StreamAttach(epoch=5))
+    await good.write(hello)
+    assert (await good.read()).attached.epoch == 5
+    bad = channel.stream_stream(f"/{name}/Stream")(timeout=10)
+    await bad.write(b"\xff\xff")
+    with pytest.raises(grpc.RpcError) as caught:
+        await bad.read()
+    assert type(status.error_from_rpc(caught.value)) is errors.InvalidRequestError
+    await good.write(hello)
+    assert (await good.read()).attached.epoch == 5
+    await good.done_writing()
+    assert await good.read() is grpc.aio.EOF
+    await channel.close()
+    await server.drain(0.0)
 
 
 async def test_oversized_message_is_refused_and_the_server_lives():

@@ -117,8 +117,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # 
         )
         behavior = _wrap(getattr(handler, kind), handler_call_details)
         deserialize = handler.request_deserializer
-        if deserialize is not None and not handler.request_streaming:
-            deserialize = _lenient(deserialize)
+        if deserialize is not None:
+            deserialize = (_refusing if handler.request_streaming else _lenient)(deserialize)
         make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
         wrapped: grpc.RpcMethodHandler[Any, Any] = make(
             behavior, request_deserializer=deserialize, response_serializer=handler.response_serializer
@@ -136,6 +136,22 @@ def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _Undecodable(error)
 
     return decode
+
+
+def _refusing(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """In a stream, a deserializer that raises does so inside the behavior, where the message is awaited."""
+
+    def decode(raw: bytes) -> Any:
+        try:
+            return deserialize(raw)
+        except Exception as error:
+            raise _not_expected(error) from error
+
+    return decode
+
+
+def _not_expected(error: Exception) -> InvalidRequestError:
+    return InvalidRequestError(f"not the expected message: {error}")
 
 
 def _wrap(behavior: Any, details: Any) -> Any:
@@ -168,7 +184,7 @@ def _wrap(behavior: Any, details: Any) -> Any:
 
 def _check(request: Any) -> None:
     if isinstance(request, _Undecodable):
-        raise InvalidRequestError(f"request is not the expected message: {request.error}")
+        raise _not_expected(request.error)
 
 
 async def _answer(context: Any, method: str, error: Exception) -> NoReturn:

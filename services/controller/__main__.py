@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 
+import uvloop
+
 from common.config import ControllerConfig
 from common.config.load import load
 from common.errors import ConfigError
@@ -33,7 +35,7 @@ def main() -> int:
     try:
         config = load(args.config, os.environ)
         configure_logging(config.log, "controller")
-        asyncio.run(serve(config.controller))
+        uvloop.run(serve(config.controller))
     except ConfigError as error:
         print(f"controller: {error.message}", file=sys.stderr)
         return 2

@@ -13,15 +13,13 @@ from common.rpc.codec import PING_INTERVAL_S
 from common.rpc.server import HttpEndpoint, RpcServer, Service, Verdict, serve_http
 from common.telemetry import Metrics, get_logger
 from common.types import Clock, MonotonicClock, Role
-from nanodeploy.v1 import controller_pb2, controller_pb2_grpc
-from services.controller.servicer import ControllerServicer
+from services.controller.servicer import SERVICE, ControllerServicer
 from services.controller.store import Store
 from services.controller.sweeper import Sweeper
 from services.controller.watch import WatchHub
 
 _log = get_logger(__name__)
 
-SERVICE = controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name
 STALLED_S = 15.0  # the hub comes round every few seconds, storage or not
 
 
@@ -45,7 +43,7 @@ class Controller:
         self.hub = WatchHub(self._store, clock=clock, rng=rng, ping_s=ping_s, on_lost=self._sweeper.forgive)
         self._servicer = ControllerServicer(config, self._store, self.hub, self._metrics)
         self._server = RpcServer(
-            [Service(SERVICE, self._add, lambda: self.hub.synced)],
+            [Service(SERVICE, self._servicer.add_to, lambda: self.hub.synced)],
             host=config.host,
             port=config.port,
             on_drain=[self._end_watches],
@@ -81,9 +79,6 @@ class Controller:
         if self._http is not None:
             await self._http.stop()
         await self._store.close()
-
-    def _add(self, server: object) -> None:
-        controller_pb2_grpc.add_ControllerServiceServicer_to_server(self._servicer, server)  # type: ignore[no-untyped-call]
 
     async def _end_watches(self) -> None:
         self.hub.close()

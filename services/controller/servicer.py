@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
+
 from common.config import ControllerConfig
 from common.rpc import codec
 from common.rpc.codec import checks
@@ -17,12 +19,18 @@ from services.controller.watch import WatchHub
 _log = get_logger(__name__)
 
 
+SERVICE = pb.DESCRIPTOR.services_by_name["ControllerService"].full_name
+
+
 class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
     def __init__(self, config: ControllerConfig, store: Store, hub: WatchHub, metrics: Metrics) -> None:
         self._config = config
         self._store = store
         self._hub = hub
         self._replaced = metrics.counter("controller_workers_replaced", "Registrations that replaced another epoch")
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        controller_pb2_grpc.add_ControllerServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
     async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterResponse:
         worker = codec.worker_from_proto(request.worker)

@@ -199,7 +199,7 @@ def _connect(url: str, connect_timeout_s: float, timeout_s: float) -> Redis:
             retry=Retry(NoBackoff(), 1),
         )
     except ValueError as error:
-        raise ConfigError(f"redis_url {url!r}: {error}", param="controller.redis_url") from error
+        raise ConfigError(f"redis_url is not valid: {error}", param="controller.redis_url") from error
     return Redis.from_pool(pool)
 
 
