@@ -1,0 +1,211 @@
+"""Engines in processes of their own, KV moved between them by UCX: identity, death and restart."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_support import Answer, Answers, greedy, llama, prompts, reference_tokens
+
+from common.config import EngineConfig, HandoffConfig, LogConfig, UcxConfig, WorkerConfig
+from common.engine.client import ProcessEngine
+from common.engine.messages import (
+    Deltas,
+    EngineFatal,
+    EngineReady,
+    FromEngine,
+    GetLedger,
+    LeaseReleased,
+    Ledger,
+    Order,
+    OrderCancel,
+    PeerEvent,
+    PeerGone,
+    PeerReady,
+    ReaderEvent,
+    Submit,
+)
+from common.kvtransfer.orders import DropOrder, PeerVerdict, PlaceOrder, ReleaseLease
+from common.types import GenerationRequest, Role, SamplingParams, WorkerRef
+
+__all__ = ["llama"]
+
+COUNT = 12
+PEER, READER = 1, 1
+
+
+class Engine:
+    """One engine process and what it said."""
+
+    def __init__(self, role: Role, folder: Path, tls: str = UcxConfig().tls, **engine: Any) -> None:
+        options = {"dtype": "float32", "num_threads": 1, "kv_cache_memory_bytes": 8 << 20, "check_ledger": True}
+        config = WorkerConfig(
+            engine=EngineConfig(model=str(folder), **(options | engine)),
+            handoff=HandoffConfig(min_remote_tokens=1),
+            ucx=UcxConfig(tls=tls),
+        )
+        self.client = ProcessEngine(role, config, LogConfig(level="warning"), os.environ)
+        self.ready: EngineReady | None = None
+        self.fatal: EngineFatal | None = None
+        self.deaths: list[str] = []
+        self.ledgers: list[Ledger] = []
+        self.changed = asyncio.Event()
+        self.relay: Any = lambda message: None
+
+    async def start(self) -> None:
+        await self.client.start(self._on_message, self._on_death)
+        await self.until(lambda: self.ready or self.fatal or self.deaths, 60)
+
+    async def until(self, condition: Any, timeout_s: float = 20.0) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def idle_ledger(self) -> Ledger:
+        """The ledger once nothing is live, leased or in flight; fails after two seconds."""
+        deadline = time.monotonic() + 2.0
+        while True:
+            count = len(self.ledgers)
+            self.client.send(GetLedger(count, True))
+            await self.until(lambda seen=count: len(self.ledgers) > seen)
+            ledger = self.ledgers[-1]
+            if all(g.free + g.cached == g.total for g in ledger.groups):
+                return ledger
+            assert time.monotonic() < deadline, ledger.blocks
+            await asyncio.sleep(0.05)
+
+    def _on_message(self, message: FromEngine) -> None:
+        if isinstance(message, EngineReady):
+            self.ready = message
+        elif isinstance(message, EngineFatal):
+            self.fatal = message
+        elif isinstance(message, Ledger):
+            self.ledgers.append(message)
+        self.relay(message)
+        self.changed.set()
+
+    def _on_death(self, reason: str) -> None:
+        self.deaths.append(reason)
+        self.changed.set()
+
+
+class Cluster:
+    """A prefill and a decode process, and in place of their gRPC processes this one."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.prefill = Engine(Role.PREFILL, folder, max_num_batched_tokens=64, **options)
+        self.decode = Engine(Role.DECODE, folder, **options)
+        self.prefill.relay, self.decode.relay = self._from_prefill, self._from_decode
+        self.answers = Answers()
+        self.verdicts: list[PeerVerdict] = []
+        self.extents = 0
+
+    async def start(self) -> None:
+        await asyncio.gather(self.prefill.start(), self.decode.start())
+        ready = self.prefill.ready
+        assert ready is not None
+        ref = WorkerRef("prefill-0", 1, "nowhere:1")
+        self.decode.client.send(PeerReady(PEER, ref, ready.layout, ready.endpoints, ready.lease_ttl_s))
+        await self.decode.until(lambda: self.verdicts)
+        assert self.verdicts[0].state == "ready", self.verdicts[0]
+
+    def submit(self, slot: int, prompt: tuple[int, ...], params: SamplingParams) -> Answer:
+        self.answers.by_slot[slot] = answer = Answer()
+        request = GenerationRequest(request_id=f"r{slot}", model="m", prompt_token_ids=prompt, sampling=params)
+        self.decode.client.send(Submit(slot, request, 0.0, PEER))
+        return answer
+
+    async def stop(self) -> None:
+        await asyncio.gather(self.prefill.client.stop(5), self.decode.client.stop(5))
+
+    def _from_decode(self, message: FromEngine) -> None:
+        match message:
+            case Deltas():
+                self.answers.take(message)
+            case PeerVerdict():
+                self.verdicts.append(message)
+            case PlaceOrder():
+                fields = {f: getattr(message, f) for f in Order.__struct_fields__ if f != "reader"}
+                self.prefill.client.send(Order(reader=READER, **fields))
+            case DropOrder():
+                self.prefill.client.send(OrderCancel(READER, message.order_id))
+            case ReleaseLease():
+                self.prefill.client.send(LeaseReleased(READER, message.lease_id))
+
+    def _from_prefill(self, message: FromEngine) -> None:
+        if isinstance(message, ReaderEvent):
+            self.extents += type(message.event).__name__ == "OrderExtent"
+            self.decode.client.send(PeerEvent(PEER, message.event))
+
+
+@pytest.fixture
+async def cluster(llama: Path) -> AsyncIterator[Cluster]:
+    made = Cluster(llama)
+    await made.start()
+    yield made
+    await made.stop()
+
+
+async def test_tokens_handed_over_by_ucx_equal_transformers(cluster: Cluster, llama: Path) -> None:
+    given = prompts(40, (5, 60, 200, 130))
+    answers = [cluster.submit(i + 1, p, greedy(COUNT)) for i, p in enumerate(given)]
+    await cluster.decode.until(lambda: all(a.ended for a in answers))
+    for prompt, answer in zip(given, answers, strict=True):
+        assert answer.tokens[0] == reference_tokens(llama, prompt, COUNT)
+        assert answer.stats.fallback == ""
+        assert answer.stats.transferred_tokens == len(prompt)
+        assert answer.stats.transport == "ucx/cma"
+    await cluster.decode.idle_ledger()
+    await cluster.prefill.idle_ledger()
+
+
+async def test_a_killed_prefill_engine_is_invisible_to_the_client(cluster: Cluster, llama: Path) -> None:
+    (prompt,) = prompts(41, (400,))
+    answer = cluster.submit(1, prompt, greedy(COUNT))
+    await cluster.prefill.until(lambda: cluster.extents)
+    os.kill(cluster.prefill.client.pid, signal.SIGKILL)
+    await cluster.prefill.until(lambda: cluster.prefill.deaths)
+    cluster.decode.client.send(PeerGone(PEER, "killed"))
+    await cluster.decode.until(lambda: answer.ended)
+    assert answer.tokens[0] == reference_tokens(llama, prompt, COUNT)
+    assert "SIGKILL" in cluster.prefill.deaths[0]
+    await cluster.decode.idle_ledger()
+
+
+async def test_a_dead_engine_is_reported_once_and_can_be_started_again(llama: Path) -> None:
+    engine = Engine(Role.DECODE, llama)
+    await engine.start()
+    first = engine.client.pid
+    os.kill(first, signal.SIGKILL)
+    await engine.until(lambda: engine.deaths)
+    assert not engine.client.alive
+    engine.ready = None
+    engine.deaths.clear()
+    await engine.start()
+    assert engine.ready is not None
+    assert engine.client.pid != first
+    assert engine.deaths == []
+    await engine.client.stop(5)
+
+
+async def test_a_bad_checkpoint_ends_in_one_clear_message(tmp_path: Path) -> None:
+    engine = Engine(Role.DECODE, tmp_path / "nothing")
+    await engine.start()
+    assert engine.fatal is not None
+    assert "nothing" in engine.fatal.failure.message
+    await engine.until(lambda: engine.deaths)
+
+
+async def test_an_engine_ends_with_its_parent(llama: Path) -> None:
+    engine = Engine(Role.DECODE, llama)
+    await engine.start()
+    assert engine.client._writer is not None
+    engine.client._writer.close()
+    await asyncio.to_thread(engine.client._process.wait, 10)  # type: ignore[union-attr]
