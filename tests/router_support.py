@@ -48,6 +48,8 @@ from services.router.server import Router
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 256
+ENGINE_FAILED = Failure("internal", "the engine failed")
+NO_STATS = RequestStats()
 
 
 def tokenizer() -> Tokenizer:
@@ -65,8 +67,8 @@ class Script:
     stop_token_id: int | None = None
     refuse: NanoDeployError | None = None  # by Submit
     fail_at: int = -1  # output position where `failure` comes instead of a token
-    failure: Failure = Failure("internal", "the engine failed")
-    stats: RequestStats = RequestStats()
+    failure: Failure = ENGINE_FAILED
+    stats: RequestStats = NO_STATS
 
 
 @dataclasses.dataclass
@@ -157,7 +159,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
 
     # -- service --
 
-    async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.SubmitResponse:
+    async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.SubmitResponse:  # noqa: N802
         decoded = codec.request_from_proto(request.request, time.monotonic())
         plan = self.script(decoded)
         if plan.refuse is not None:
@@ -168,17 +170,19 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
         entry.task = asyncio.create_task(self._produce(slot, entry, plan))
         return pb.SubmitResponse(slot=slot)
 
-    async def Stream(self, request_iterator: AsyncIterator[pb.StreamRequest], context: Any) -> AsyncIterator[Any]:
+    async def Stream(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.StreamRequest], context: Any
+    ) -> AsyncIterator[Any]:
         attach = (await anext(aiter(request_iterator))).attach
         if self.refuse_streams:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no streams now")
         queue = self._queues[attach.router_id] = asyncio.Queue()
         self.attached += 1
         unknown = [slot for slot in attach.slots if slot not in self.entries]
-        yield pb.StreamResponse(attached=pb.StreamAttached(epoch=self.epoch, unknown_slots=sorted(set(unknown))))
         for slot, choice, position in zip(attach.slots, attach.choices, attach.next_positions, strict=True):
             if slot in self.entries:
                 self._replay(queue, slot, choice, position)
+        yield pb.StreamResponse(attached=pb.StreamAttached(epoch=self.epoch, unknown_slots=sorted(set(unknown))))
         reader = asyncio.create_task(self._read(request_iterator))
         try:
             while (deltas := await queue.get()) is not None:

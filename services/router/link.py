@@ -66,7 +66,7 @@ class DecodePeer(Protocol):
 
 
 class WorkerLink:
-    """`on_lost(generation, why)` is called for each request that must continue elsewhere."""
+    """`on_lost(generation, why, worker_gone)` is called for each request that must continue elsewhere."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class WorkerLink:
         clock: Clock,
         rng: random.Random,
         connect_timeout_s: float,
-        on_lost: Callable[[Generation, NanoDeployError], None],
+        on_lost: Callable[[Generation, NanoDeployError, bool], None],
         others_ready: Callable[[WorkerRef], bool],
     ) -> None:
         self.ref = ref
@@ -98,8 +98,10 @@ class WorkerLink:
         self._ack_timer: asyncio.TimerHandle | None = None
         self._outgoing = asyncio.Event()
         self._stream: DecodeStream | None = None
+        self._leaving = False
         self._retired = False  # no longer a member
         self._restarted = False  # another process answers at its address
+        self._ended = False
         self._task = asyncio.create_task(self._run(), name=f"link-{ref.worker_id}")
 
     # -- requests --
@@ -118,6 +120,8 @@ class WorkerLink:
                     await self.attached.wait()
             except TimeoutError:
                 raise UnavailableError(f"worker {self.ref.worker_id} cannot be reached") from None
+            if self._ended:
+                raise UnavailableError(f"worker {self.ref.worker_id} is gone")
             if generation.done:
                 return
             slot = await self._peer.submit(generation.to_resume(), prefill, self._connect_timeout_s)
@@ -196,11 +200,19 @@ class WorkerLink:
 
     def _missed(self, generation: Generation) -> None:
         """Tokens before a row never came: the worker's log has them, unless it lost count."""
+        if self._stream is None or self._leaving:
+            return
         generation.gaps += 1
         if generation.gaps > _MAX_GAPS:
             self._cancels.append((generation.slot, None))
             self._lose(generation, InternalError(f"worker {self.ref.worker_id} skipped output tokens"))
-        elif self._stream is not None:
+        else:
+            self._leave()
+
+    def _leave(self) -> None:
+        """End this stream: the next one begins where each request stands."""
+        self._leaving = True
+        if self._stream is not None:
             self._stream.close()
 
     def _forget(self, generation: Generation) -> None:
@@ -243,10 +255,10 @@ class WorkerLink:
         if len(self._closed_slots) > _REMEMBERED_SLOTS:
             del self._closed_slots[next(iter(self._closed_slots))]
 
-    def _lose(self, generation: Generation, error: NanoDeployError) -> None:
+    def _lose(self, generation: Generation, error: NanoDeployError, *, worker_gone: bool = False) -> None:
         self._forget(generation)
         generation.lost_on = self.ref
-        self._on_lost(generation, error)
+        self._on_lost(generation, error, worker_gone)
 
     # -- the stream --
 
@@ -254,6 +266,7 @@ class WorkerLink:
         failures, broken_at = 0, self._clock.now()
         while not self._restarted and (not self._retired or self._open):
             stream = self._stream = self._peer.open_stream()
+            self._leaving = False
             try:
                 await self._attach(stream)
                 failures, self.broken = 0, False
@@ -269,6 +282,8 @@ class WorkerLink:
                 stream.close()
             if failures > 1:  # the first attempt after a break is made at once
                 await asyncio.sleep(self._backoff.next_s())
+        self._ended = True
+        self.attached.set()  # whoever waits for it hears that it is over
         self._lose_all(UnavailableError(f"worker {self.ref.worker_id} left the cluster"))
 
     async def _attach(self, stream: DecodeStream) -> None:
@@ -330,7 +345,7 @@ class WorkerLink:
         """Move all requests; should the worker come back, it hears that they are not wanted."""
         self._cancels.extend((slot, None) for slot in self._open)
         for generation in list(self._open.values()):
-            self._lose(generation, error)
+            self._lose(generation, error, worker_gone=True)
 
     # -- end --
 
@@ -339,13 +354,17 @@ class WorkerLink:
         if self._retired:
             return
         self._retired = True
-        if self._stream is not None:
-            self._stream.close()
+        self._leave()
 
     @property
     def over(self) -> bool:
-        """It ended by itself: retired or restarted, and empty."""
-        return self._task.done()
+        """It ended by itself: the worker left and nothing is open, or it was restarted."""
+        return self._ended
+
+    @property
+    def restarted(self) -> bool:
+        """Another process answers at the worker's address: this one will not come back."""
+        return self._restarted
 
     async def close(self) -> None:
         self._task.cancel()

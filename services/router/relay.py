@@ -10,6 +10,7 @@ Everything it needs of the world is an argument: the members, how to reach a wor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from services.router.generation import Generation, Mailbox
 from services.router.link import DecodePeer, WorkerLink
 from services.router.policy import Features, LocalLoad, Pair, choose
 
+REPLACEMENT_WAIT_S: Final = 3.0  # for a restarted worker to register
 MAX_PLACEMENTS: Final = 8  # workers that one request is sent to, before it is given up
 _MOVABLE = (UnavailableError, OverloadedError, CancelledByCallerError, KVTransferError, InternalError)
 
@@ -64,6 +66,7 @@ class Relay:
         self._rng = rng
         self._connect_timeout_s = connect_timeout_s
         self._links: dict[WorkerRef, WorkerLink] = {}
+        self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: set[Generation] = set()
         self.moves = 0  # requests taken to another worker since start
@@ -75,7 +78,7 @@ class Relay:
         """Begin; tokens and failures arrive in the mailbox. Never blocks."""
         generation = Generation(request, mailbox, index)
         self._running.add(generation)
-        self._spawn(self._place(generation, tried=set(), last=None))
+        self._spawn(self._place(generation, set(), None))
         return generation
 
     def finish(self, generation: Generation) -> None:
@@ -83,12 +86,20 @@ class Relay:
         generation.cancel()
         self._running.discard(generation)
 
-    async def _place(self, generation: Generation, tried: set[WorkerRef], last: NanoDeployError | None) -> None:
-        """Try workers until one takes the request. `last` is why it needs a place: said if there is none."""
+    async def _place(
+        self, generation: Generation, tried: set[WorkerRef], last: NanoDeployError | None, wait_s: float = 0.0
+    ) -> None:
+        """Try workers until one takes the request; wait for a new one for `wait_s` if there is none.
+
+        `last` is why it needs a place: said when none is found.
+        """
+        until_s = self._clock.now() + wait_s
         while not generation.done:
             try:
                 pair = self._choose(generation, tried)
             except NanoDeployError as error:
+                if await self._changed_before(until_s):
+                    continue
                 generation.fail(last or error)
                 return
             generation.placements += 1
@@ -117,11 +128,22 @@ class Relay:
         workers = list(self._members.workers.values())
         features = Features(request.model, len(request.prompt_token_ids), request.sampling.max_tokens)
         broken = {ref for ref, link in self._links.items() if link.broken}
+        gone = {ref for ref, link in self._links.items() if link.restarted}
         local = self._local_load()
         try:
             return choose(workers, local, features, self._rng, avoid=tried | broken)
         except UnavailableError:
-            return choose(workers, local, features, self._rng, avoid=tried)
+            return choose(workers, local, features, self._rng, avoid=tried | gone)
+
+    async def _changed_before(self, until_s: float) -> bool:
+        """Wait for a change of members; False when the time is over."""
+        left = until_s - self._clock.now()
+        if left <= 0:
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left):
+                await asyncio.shield(self._changed)
+        return self._clock.now() < until_s
 
     def _local_load(self) -> LocalLoad:
         prefill: Counter[str] = Counter()
@@ -130,8 +152,11 @@ class Relay:
                 prefill[generation.prefill_id] += len(generation.request.prompt_token_ids)
         return LocalLoad({ref.worker_id: link.load for ref, link in self._links.items()}, prefill)
 
-    def _on_lost(self, generation: Generation, error: NanoDeployError) -> None:
-        """A link gave a request up: move it, or tell the client if moving cannot help."""
+    def _on_lost(self, generation: Generation, error: NanoDeployError, worker_gone: bool) -> None:
+        """A link gave a request up: move it, or tell the client if moving cannot help.
+
+        A worker that is gone may be on its way back under another epoch: that is waited for a little.
+        """
         if generation.done:
             return
         if not isinstance(error, _MOVABLE):
@@ -148,7 +173,8 @@ class Relay:
             why=error.message,
             sent_tokens=sum(map(len, generation.sent)),
         )
-        self._spawn(self._place(generation, tried={lost} if lost else set(), last=error))
+        wait_s = REPLACEMENT_WAIT_S if worker_gone else 0.0
+        self._spawn(self._place(generation, {lost} if lost else set(), error, wait_s))
 
     # -- workers --
 
@@ -176,17 +202,18 @@ class Relay:
         worker = change.worker
         if worker.role is not Role.DECODE:
             return
-        if change.kind is ChangeKind.REMOVED:
-            if (link := self._links.get(worker.ref)) is not None:
-                _log.info("decode worker left", worker_id=worker.ref.worker_id, reason=change.reason)
-                link.retire()
-        elif worker.state is not WorkerState.STARTING:
-            self._link(worker.ref)
+        if change.kind is ChangeKind.REMOVED and (link := self._links.get(worker.ref)) is not None:
+            _log.info("decode worker left", worker_id=worker.ref.worker_id, reason=change.reason)
+            link.retire()
         self._sweep()
+        if change.kind is not ChangeKind.REMOVED and worker.state is not WorkerState.STARTING:
+            self._link(worker.ref)
+        self._changed.set_result(None)
+        self._changed = asyncio.get_running_loop().create_future()
 
     def _link(self, ref: WorkerRef) -> WorkerLink:
         link = self._links.get(ref)
-        if link is None or link.over:
+        if link is None:
             link = self._links[ref] = WorkerLink(
                 ref,
                 self._connect(ref),
@@ -199,8 +226,10 @@ class Relay:
         return link
 
     def _sweep(self) -> None:
+        """Links that are over; one to a restarted worker stays while the members still name the old process."""
+        named = {worker.ref for worker in self._members.workers.values()}
         for ref, link in list(self._links.items()):
-            if link.over:
+            if link.over and not (link.restarted and ref in named):
                 del self._links[ref]
                 self._spawn(link.close())
 

@@ -139,6 +139,7 @@ def request_to_proto(request: GenerationRequest, now_s: float) -> pb.GenerationR
         priority=request.priority,
         remaining_ms=remaining,
         traceparent=request.traceparent,
+        ended_choices=request.ended_choices,
     )
 
 
@@ -161,7 +162,15 @@ def request_from_proto(request: pb.GenerationRequest, now_s: float) -> Generatio
         priority=request.priority,
         deadline_s=now_s + request.remaining_ms / 1000 if request.remaining_ms else 0.0,
         traceparent=checks.traceparent(request.traceparent),
+        ended_choices=_ended_from_proto(request, sampling.n),
     )
+
+
+def _ended_from_proto(request: pb.GenerationRequest, num_choices: int) -> tuple[int, ...]:
+    wrong = next((choice for choice in request.ended_choices if choice >= num_choices), None)
+    if wrong is not None:
+        raise checks.fail("ended_choices", f"names choice {wrong}, there are {num_choices}")
+    return tuple(request.ended_choices)
 
 
 def _sent_from_proto(request: pb.GenerationRequest, num_choices: int) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,254 @@
+"""Faults between router and workers: broken streams, dead and restarted workers, lost answers, gaps."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from router_support import MODEL, Cluster, Script, ScriptedWorker, cluster, events, say, tokenizer, until
+
+from common.rpc import codec
+from common.types import ChoiceDelta, Failure, FinishReason, GenerationRequest, Role, WorkerRef, WorkerState
+
+CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+LONG = "Because molecules scatter blue light more than red light. " * 4
+
+
+async def working(made: Cluster, rows: int = 5) -> ScriptedWorker:
+    """The worker that has the request, once it made some rows."""
+    await until(lambda: any(len(e.rows) >= rows for worker in made.workers for e in worker.entries.values()))
+    return next(worker for worker in made.workers if worker.entries)
+
+
+async def streamed(made: Cluster, **body: Any) -> tuple[str, dict[str, Any]]:
+    answer = await made.post("/v1/chat/completions", **CHAT, stream=True, **body)
+    found = events(answer.text)
+    return "".join(c["delta"].get("content", "") for e in found if "choices" in e for c in e["choices"]), found[-1]
+
+
+async def test_a_broken_stream_is_taken_up_again(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say(LONG, delay_s=0.005)) as made:
+        tasks = [asyncio.create_task(streamed(made)) for _ in range(4)]
+        await until(lambda: len(made.worker.entries) == 4)
+        for _ in range(5):
+            await asyncio.sleep(0.06)
+            made.worker.break_streams()
+        for task in tasks:
+            assert (await task)[0] == LONG
+        assert made.worker.attached >= 4
+        assert len(made.worker.entries) == 4, "nothing was submitted twice"
+
+
+async def test_a_dead_worker_is_replaced_without_a_lost_or_repeated_token(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say(LONG, delay_s=0.01), num_workers=2) as made:
+        tasks = [asyncio.create_task(streamed(made, n=2)) for _ in range(6)]
+        await until(lambda: sum(len(worker.entries) for worker in made.workers) == 6)
+        await asyncio.sleep(0.15)
+        dead, alive = made.workers
+        moved = len(dead.entries)
+        assert 0 < moved < 6, "least loaded spreads them"
+        before = len(alive.entries)
+        await dead.kill()
+        for task in tasks:
+            text, _ = await task
+            assert sorted(text) == sorted(LONG * 2)
+        resumed = [e.request for e in list(alive.entries.values())[before:]]
+        assert len(resumed) == moved
+        assert all(any(r.sent) for r in resumed)
+        original = {entry.request.request_id: entry.request for entry in dead.entries.values()}
+        for request in resumed:
+            assert request.prompt_token_ids == original[request.request_id].prompt_token_ids
+            assert request.sampling == original[request.request_id].sampling
+
+
+async def test_an_ended_choice_is_not_run_again(tmp_path: Path) -> None:
+    outputs = [tokenizer().encode("short"), tokenizer().encode(LONG)]
+    async with cluster(tmp_path, lambda request: Script(outputs, delay_s=0.01), num_workers=2) as made:
+        task = asyncio.create_task(made.post("/v1/chat/completions", **CHAT, n=2))
+        worker = await working(made, rows=30)
+        await worker.kill()
+        choices = (await task).json()["choices"]
+        assert [c["message"]["content"] for c in choices] == ["short", LONG]
+        other = next(w for w in made.workers if w is not worker)
+        assert other.requests[0].ended_choices == (0,)
+        assert list(other.requests[0].sent[0]) == outputs[0]
+
+
+async def test_a_restarted_worker_takes_its_requests_back(tmp_path: Path) -> None:
+    """Alone in the cluster: the new process registers and continues what the old one had."""
+    async with cluster(tmp_path, say(LONG, delay_s=0.01)) as made:
+        task = asyncio.create_task(streamed(made))
+        await working(made)
+        old = made.worker.info()
+        await made.worker.restart()
+        made.members.put(made.worker.info())
+        assert made.worker.info().ref != old.ref
+        assert (await task)[0] == LONG
+        assert made.worker.requests[0].sent[0]
+
+
+async def test_a_worker_that_stays_away_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.router.link.PATIENCE_S", 0.5)
+    async with cluster(tmp_path, say(LONG, delay_s=0.01)) as made:
+        task = asyncio.create_task(streamed(made))
+        await working(made)
+        await made.worker.kill()
+        text, last = await asyncio.wait_for(task, 10)
+        assert LONG.startswith(text)
+        assert text
+        assert last["error"]["code"] == "service_unavailable"
+        assert "d0" in last["error"]["message"]
+        refused = await made.post("/v1/chat/completions", **CHAT)
+        assert refused.status_code == 503
+
+
+async def test_an_engine_that_died_moves_its_requests(tmp_path: Path) -> None:
+    failure = Failure("unavailable", "the worker's engine died")
+    async with cluster(tmp_path, say(LONG), num_workers=2) as made:
+        for worker in made.workers:
+            worker.script = lambda r: say(LONG, fail_at=-1 if any(r.sent) else 5, failure=failure)(r)
+        assert (await streamed(made))[0] == LONG
+        assert sum(len(worker.entries) for worker in made.workers) == 2
+
+
+async def test_a_request_that_kills_engines_is_given_up(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say(LONG, fail_at=0), num_workers=4) as made:
+        answer = await made.post("/v1/chat/completions", **CHAT)
+        assert answer.status_code == 500
+        assert sum(len(worker.entries) for worker in made.workers) == 2
+
+
+async def test_a_worker_drained_in_mid_answer(tmp_path: Path) -> None:
+    """Its grace over, it cancels: the request goes on elsewhere."""
+
+    def script(request: GenerationRequest) -> Script:
+        if request.sent:
+            return say(LONG)(request)
+        return Script([tokenizer().encode(LONG)[:9]], finish=FinishReason.CANCELLED)
+
+    async with cluster(tmp_path, script, num_workers=2) as made:
+        assert (await streamed(made))[0] == LONG
+
+
+async def test_only_ready_workers_get_requests(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say("x"), num_workers=2) as made:
+        made.members.put(made.workers[0].info(WorkerState.DRAINING))
+        for _ in range(6):
+            assert (await made.post("/v1/chat/completions", **CHAT)).status_code == 200
+        assert len(made.workers[0].entries) == 0
+
+
+async def test_a_removed_worker_finishes_what_it_has(tmp_path: Path) -> None:
+    """Lost by the controller, alive on the stream: it is used to the end and then let go."""
+    async with cluster(tmp_path, say(LONG, delay_s=0.01), num_workers=2) as made:
+        task = asyncio.create_task(streamed(made))
+        worker = await working(made)
+        made.members.remove(worker.worker_id)
+        assert (await task)[0] == LONG
+        assert sum(len(w.entries) for w in made.workers) == 1
+        assert (await made.post("/v1/chat/completions", **CHAT, max_tokens=1)).status_code == 200
+        assert len(worker.entries) == 1
+
+
+async def test_a_removed_and_dead_worker_is_left_at_once(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say(LONG, delay_s=0.01), num_workers=2) as made:
+        task = asyncio.create_task(streamed(made))
+        worker = await working(made)
+        await worker.kill()
+        made.members.remove(worker.worker_id)
+        assert (await asyncio.wait_for(task, 5))[0] == LONG
+
+
+async def test_unreachable_workers_are_passed_over(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say("x"), num_workers=2, connect_timeout_s=0.5) as made:
+        await made.workers[0].kill()
+        for _ in range(4):
+            assert (await made.post("/v1/chat/completions", **CHAT)).status_code == 200
+
+
+async def test_acknowledgements(tmp_path: Path) -> None:
+    ids = tokenizer().encode(LONG) * 16
+    assert len(ids) > 600
+    async with cluster(tmp_path, lambda request: Script([ids], step_tokens=10, delay_s=0.01)) as made:
+        task = asyncio.create_task(streamed(made))
+        await until(lambda: bool(made.worker.entries))
+        entry = made.worker.entries[1]
+        await until(lambda: bool(entry.acked))
+        assert 256 <= entry.acked[0] < 300
+        await task
+        await until(lambda: entry.acked[0] == len(ids), timeout_s=1)
+
+
+async def test_slow_output_is_acknowledged_every_second(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say(LONG, delay_s=0.05)) as made:
+        task = asyncio.create_task(streamed(made))
+        await until(lambda: bool(made.worker.entries))
+        took = await until(lambda: bool(made.worker.entries[1].acked))
+        assert 0.8 < took < 2
+        task.cancel()
+
+
+async def test_gaps_and_repeats(tmp_path: Path) -> None:
+    """Rows that repeat are cut; rows that skip force a reattachment, which brings what was missing."""
+    ids = tokenizer().encode(LONG)[:40]
+    async with cluster(tmp_path, lambda request: Script([ids], delay_s=0.02)) as made:
+        task = asyncio.create_task(streamed(made, logprobs=True))
+        await until(lambda: bool(made.worker.entries))
+        entry = made.worker.entries[1]
+        await until(lambda: len(entry.rows) > 5)
+        streams_before = made.worker.attached
+        old, skipping = entry.rows[2], ChoiceDelta(choice=0, position=30, token_ids=(5, 6))
+        made.worker._send(entry, codec.deltas_to_proto([(1, old), (1, old)]))
+        made.worker._send(entry, codec.deltas_to_proto([(1, skipping), (1, skipping)]))
+        text, _ = await task
+        assert text == tokenizer().decode(ids)
+        assert made.worker.attached == streams_before + 1
+        assert len(made.worker.entries) == 1
+
+
+async def test_rows_of_unknown_slots_are_cancelled(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say("x")) as made:
+        await made.post("/v1/chat/completions", **CHAT)
+        entry = made.worker.entries[1]
+        lost = made.worker.entries[77] = type(entry)(entry.request, None, entry.router_id)
+        lost.task = asyncio.create_task(asyncio.sleep(30))
+        made.worker._send(entry, codec.deltas_to_proto([(77, ChoiceDelta(choice=0, position=0, token_ids=(5,)))]))
+        await until(lambda: bool(lost.cancelled_at))
+
+
+async def test_the_prefill_worker_is_named(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say("x")) as made:
+        await made.post("/v1/chat/completions", **CHAT)
+        info = made.worker.info()
+        ref = WorkerRef("p0", 9, "127.0.0.1:9")
+        made.members.put(msgspec.structs.replace(info, ref=ref, role=Role.PREFILL))
+        await made.post("/v1/chat/completions", **CHAT)
+        assert [entry.prefill for entry in made.worker.entries.values()] == [None, ref]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_random_faults(tmp_path: Path, seed: int) -> None:
+    """Streams break and workers restart at random; every answer is whole."""
+    rng = random.Random(seed)
+    async with cluster(tmp_path, say(LONG, delay_s=0.004, step_tokens=2), num_workers=3) as made:
+
+        async def trouble() -> None:
+            for step in range(1, 13):
+                await asyncio.sleep(rng.uniform(0.02, 0.1))
+                worker = rng.choice(made.workers)
+                if step % 4:
+                    worker.break_streams()
+                else:
+                    await worker.restart()
+                    made.members.put(worker.info())
+
+        fault = asyncio.create_task(trouble())
+        try:
+            answers = await asyncio.gather(*(streamed(made) for _ in range(16)))
+        finally:
+            fault.cancel()
+        assert [last for text, last in answers if text != LONG] == []
