@@ -33,6 +33,9 @@ def library() -> ctypes.CDLL | None:
     lib.nd_has_kernels.restype = ctypes.c_bool
     signatures = {
         "nd_draw_rows": [_INT, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
+        "nd_attend": [_INT, _INT, _POINTER],
+        "nd_write_rows": [_INT, _INT, _POINTER],
+        "nd_linear": [_INT, _INT, _POINTER],
         "nd_top_rows": [_INT, _INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
     }
     for name, argtypes in signatures.items():

@@ -22,9 +22,9 @@ void* Arena::get(size_t nbytes) {
   return memory_;
 }
 
-Arena* thread_arena() {
-  static thread_local Arena arena;
-  return &arena;
+Arena* thread_arena(ArenaUse which) {
+  static thread_local Arena arenas[3];
+  return &arenas[which];
 }
 
 const Kernels* kernels(int isa) {
@@ -57,4 +57,12 @@ ND_EXPORT void nd_top_rows(int isa, int threads, const float* logits, int64_t ro
   nd::parallel(threads, rows, [=](int64_t r) {
     k->top_row(logits + r * row_stride, vocab, top_n, log_sums + r, ids + r * top_n, values + r * top_n);
   });
+}
+
+ND_EXPORT void nd_linear(int isa, int threads, const nd::LinearCall* call) { nd::kernels(isa)->linear(*call, threads); }
+
+ND_EXPORT void nd_attend(int isa, int threads, const nd::AttendCall* call) { nd::kernels(isa)->attend(*call, threads); }
+
+ND_EXPORT void nd_write_rows(int isa, int threads, const nd::WriteCall* call) {
+  nd::kernels(isa)->write_rows(*call, threads);
 }

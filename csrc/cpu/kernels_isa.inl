@@ -3,14 +3,20 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/pool.h"
 
 namespace nd {
 
-#include "cpu/sampling.inl"
 #include "cpu/simd.h"
 
-extern const Kernels ND_TABLE = {draw_row, top_row};
+#include "cpu/linear.inl"
+
+#include "cpu/attention.inl"
+#include "cpu/sampling.inl"
+
+extern const Kernels ND_TABLE = {attend, write_rows, linear, draw_row, top_row};
 
 }  // namespace nd

@@ -1,12 +1,12 @@
 // One vector of floats per instruction set, under one name, so that each kernel is written once.
 //
-// A file kernels_<isa>.cpp defines ND_ISA_<ISA>, sets the compiler's target and includes this header and then
-// the kernels (*.inl), all inside namespace nd::<isa>. Standard headers come before the target is set: an
-// inline function of theirs compiled for AVX-512 could otherwise be the copy that the linker keeps for all.
+// A file kernels_<isa>.cpp defines ND_ISA_<ISA> and includes this header and the kernels (*.inl). All of it is
+// in an anonymous namespace: an inline function with a name of its own, compiled for AVX-512, could be the copy
+// that the linker keeps for everybody.
 //
-//     F::W             floats in a vector
-//     load, store      unaligned; load_bf16 and store_bf16 convert (round to nearest even)
-//     load_n, store_n  the first n of W; the rest reads as zero and is not written
+//     F::W         floats in a vector
+//     load, store  unaligned; those of bf16 and f16 convert (round to nearest even)
+//     sum, sum4    of the W floats of one vector, or of each of four: the same order of additions
 #pragma once
 
 namespace {
@@ -25,6 +25,41 @@ inline uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+inline float f16_to_float(uint16_t x) {
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
+  uint32_t bits = static_cast<uint32_t>(x & 0x7fff) << 13;
+  float out;
+  if (bits >= 0x0f800000) {  // infinity, NaN
+    bits += 0x70000000;
+    std::memcpy(&out, &bits, 4);
+  } else {  // the exponent is rebiased by a product, which also scales subnormal numbers
+    std::memcpy(&out, &bits, 4);
+    out *= 0x1p112f;
+  }
+  std::memcpy(&bits, &out, 4);
+  bits |= sign;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+inline uint16_t float_to_f16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00 | static_cast<uint16_t>(bits >> 13 & 0x3ff);
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to infinity
+  if (bits < 0x38800000) {                       // subnormal: the addition rounds at 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return sign | static_cast<uint16_t>(bits - 0x3f000000);
+  }
+  bits += 0xfff + (bits >> 13 & 1);
+  return sign | static_cast<uint16_t>((bits - 0x38000000) >> 13);
+}
+
 #if defined(ND_ISA_AVX512)
 
 struct F {
@@ -39,7 +74,11 @@ struct F {
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
   static bool any_nan(V a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
-  static float sum(V a) { return _mm512_reduce_add_ps(a); }
+  static float sum(V a) {
+    float out[4];
+    sum4(a, a, a, a, out);
+    return out[0];
+  }
   static float largest(V a) { return _mm512_reduce_max_ps(a); }
   static V from_bits(__m512i x) { return _mm512_castsi512_ps(x); }
   static V load_bf16(const uint16_t* p) {
@@ -55,7 +94,24 @@ struct F {
     __m256i out = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(near, nan, quiet));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), out);
   }
-  // 2^n for whole n in [-126, 127]
+  static V even_bf16(const uint16_t* p) { return from_bits(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+  static V odd_bf16(const uint16_t* p) {
+    return from_bits(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+  static V load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store_f16(uint16_t* p, V x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void sum4(V a, V b, V c, V d, float* out) {
+    const auto half = [](V x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+  }
+  static V zero_unless_above(V x, V limit, V value) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ), value);
+  }
   static V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static V power_of_two(V n) {
     return from_bits(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
@@ -77,9 +133,9 @@ struct F {
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
   static bool any_nan(V a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
   static float sum(V a) {
-    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+    float out[4];
+    sum4(a, a, a, a, out);
+    return out[0];
   }
   static float largest(V a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -100,6 +156,24 @@ struct F {
     __m256i words = _mm256_blendv_epi8(near, quiet, nan);
     __m128i out = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), out);
+  }
+  static V even_bf16(const uint16_t* p) {
+    return from_bits(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+  }
+  static V odd_bf16(const uint16_t* p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return from_bits(_mm256_blend_epi16(_mm256_setzero_si256(), words, 0xaa));
+  }
+  static V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store_f16(uint16_t* p, V x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void sum4(V a, V b, V c, V d, float* out) {
+    const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+  }
+  static V zero_unless_above(V x, V limit, V value) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_GT_OQ), value);
   }
   static V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static V power_of_two(V n) {
@@ -148,7 +222,7 @@ struct F {
     return any;
   }
   static float sum(const V& a) {
-    return ((a.x[0] + a.x[4]) + (a.x[2] + a.x[6])) + ((a.x[1] + a.x[5]) + (a.x[3] + a.x[7]));
+    return ((a.x[0] + a.x[1]) + (a.x[2] + a.x[3])) + ((a.x[4] + a.x[5]) + (a.x[6] + a.x[7]));
   }
   static float largest(const V& a) {
     float best = a.x[0];
@@ -160,6 +234,24 @@ struct F {
   }
   static void store_bf16(uint16_t* p, const V& a) {
     for (int i = 0; i < W; ++i) p[i] = float_to_bf16(a.x[i]);
+  }
+  static V even_bf16(const uint16_t* p) {
+    return make([=](int i) { return bf16_to_float(p[2 * i]); });
+  }
+  static V odd_bf16(const uint16_t* p) {
+    return make([=](int i) { return bf16_to_float(p[2 * i + 1]); });
+  }
+  static V load_f16(const uint16_t* p) {
+    return make([=](int i) { return f16_to_float(p[i]); });
+  }
+  static void store_f16(uint16_t* p, const V& a) {
+    for (int i = 0; i < W; ++i) p[i] = float_to_f16(a.x[i]);
+  }
+  static void sum4(const V& a, const V& b, const V& c, const V& d, float* out) {
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+  }
+  static V zero_unless_above(const V& x, const V& limit, const V& value) {
+    return make([&](int i) { return x.x[i] > limit.x[i] ? value.x[i] : 0.0f; });
   }
   static V round(const V& a) {
     constexpr float magic = 12582912.0f;  // 1.5 * 2^23
@@ -179,10 +271,11 @@ struct F {
 
 using V = F::V;
 
-// exp of x <= 88, relative error under 2e-7; below -87 it is 0 to 1e-38 (Cody and Waite's reduction, Cephes'
-// polynomial).
-inline V exp_v(V x) {
-  x = F::max(x, F::set1(-87.0f));
+// exp of x <= 88, relative error under 2e-7, 1 for 0; below -87 it is exactly 0 (Cody and Waite's reduction,
+// Cephes' polynomial).
+inline V exp_v(V raw) {
+  const V lowest = F::set1(-87.0f);
+  const V x = F::max(raw, lowest);
   V n = F::round(F::mul(x, F::set1(1.44269504088896341f)));
   V r = F::fma(n, F::set1(-0.693359375f), x);
   r = F::fma(n, F::set1(2.12194440e-4f), r);
@@ -193,26 +286,110 @@ inline V exp_v(V x) {
   p = F::fma(p, r, F::set1(1.6666665459e-1f));
   p = F::fma(p, r, F::set1(5.0000001201e-1f));
   p = F::add(F::fma(F::mul(r, r), p, r), F::set1(1.0f));
-  return F::mul(p, F::power_of_two(n));
+  return F::zero_unless_above(raw, lowest, F::mul(p, F::power_of_two(n)));
 }
 
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat {
+  uint16_t bits;
+};
+
+// How elements of a tensor become floats. A *pair* is 2 * W neighbours as two vectors: the first and the second
+// half of them, or, for bfloat16, the even and the odd ones, which cost one instruction each. `kSplit` says
+// which; what is multiplied with a pair, or made from products with it, lies in the same order (`arrange`).
 template <typename T>
 struct Element;
 
 template <>
 struct Element<float> {
+  static constexpr bool kSplit = false;
   static V load(const float* p) { return F::load(p); }
   static void store(float* p, V x) { F::store(p, x); }
   static float get(float x) { return x; }
-  static void put(float* p, float x) { *p = x; }
+  static float put(float x) { return x; }
+  static V pair0(const float* p) { return F::load(p); }
+  static V pair1(const float* p) { return F::load(p + F::W); }
 };
 
 template <>
-struct Element<uint16_t> {  // bfloat16
-  static V load(const uint16_t* p) { return F::load_bf16(p); }
-  static void store(uint16_t* p, V x) { F::store_bf16(p, x); }
-  static float get(uint16_t x) { return bf16_to_float(x); }
-  static void put(uint16_t* p, float x) { *p = float_to_bf16(x); }
+struct Element<Bfloat> {
+  static constexpr bool kSplit = true;
+  static const uint16_t* raw(const Bfloat* p) { return reinterpret_cast<const uint16_t*>(p); }
+  static V load(const Bfloat* p) { return F::load_bf16(raw(p)); }
+  static void store(Bfloat* p, V x) { F::store_bf16(reinterpret_cast<uint16_t*>(p), x); }
+  static float get(Bfloat x) { return bf16_to_float(x.bits); }
+  static Bfloat put(float x) { return {float_to_bf16(x)}; }
+  static V pair0(const Bfloat* p) { return F::even_bf16(raw(p)); }
+  static V pair1(const Bfloat* p) { return F::odd_bf16(raw(p)); }
 };
+
+template <>
+struct Element<Half> {
+  static constexpr bool kSplit = false;
+  static const uint16_t* raw(const Half* p) { return reinterpret_cast<const uint16_t*>(p); }
+  static V load(const Half* p) { return F::load_f16(raw(p)); }
+  static void store(Half* p, V x) { F::store_f16(reinterpret_cast<uint16_t*>(p), x); }
+  static float get(Half x) { return f16_to_float(x.bits); }
+  static Half put(float x) { return {float_to_f16(x)}; }
+  static V pair0(const Half* p) { return F::load_f16(raw(p)); }
+  static V pair1(const Half* p) { return F::load_f16(raw(p) + F::W); }
+};
+
+constexpr int kPair = 2 * F::W;
+
+inline int64_t whole_pairs(int64_t n) { return (n + kPair - 1) / kPair * kPair; }
+
+template <typename T>
+void to_floats(const T* in, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + F::W <= n; i += F::W) F::store(out + i, Element<T>::load(in + i));
+  for (; i < n; ++i) out[i] = Element<T>::get(in[i]);
+}
+
+template <typename T>
+void from_floats(const float* in, int64_t n, T* out) {
+  int64_t i = 0;
+  for (; i + F::W <= n; i += F::W) Element<T>::store(out + i, F::load(in + i));
+  for (; i < n; ++i) out[i] = Element<T>::put(in[i]);
+}
+
+// Conversions by a type known at run time. Offsets are in elements.
+inline void load_row(const void* base, int64_t offset, Dtype dtype, int64_t n, float* out) {
+  if (dtype == kFloat32) return to_floats(static_cast<const float*>(base) + offset, n, out);
+  if (dtype == kBfloat16) return to_floats(static_cast<const Bfloat*>(base) + offset, n, out);
+  to_floats(static_cast<const Half*>(base) + offset, n, out);
+}
+
+inline void store_row(void* base, int64_t offset, Dtype dtype, int64_t n, const float* in) {
+  if (dtype == kFloat32) return from_floats(in, n, static_cast<float*>(base) + offset);
+  if (dtype == kBfloat16) return from_floats(in, n, static_cast<Bfloat*>(base) + offset);
+  from_floats(in, n, static_cast<Half*>(base) + offset);
+}
+
+// A row of n floats, filled up with zeros to whole pairs, in the order of pairs. `row` may be `out`.
+inline void arrange(const float* row, int64_t n, bool split, float* out) {
+  const int64_t padded = whole_pairs(n);
+  if (row != out) std::memcpy(out, row, n * sizeof(float));
+  for (int64_t i = n; i < padded; ++i) out[i] = 0.0f;
+  if (!split) return;
+  for (int64_t i = 0; i < padded; i += kPair) {
+    float even[F::W], odd[F::W];
+    for (int j = 0; j < F::W; ++j) even[j] = out[i + 2 * j], odd[j] = out[i + 2 * j + 1];
+    std::memcpy(out + i, even, sizeof(even));
+    std::memcpy(out + i + F::W, odd, sizeof(odd));
+  }
+}
+
+// The reverse, in place.
+inline void unarrange(float* row, int64_t n, bool split) {
+  if (!split) return;
+  for (int64_t i = 0; i < n; i += kPair) {
+    float both[kPair];
+    for (int j = 0; j < F::W; ++j) both[2 * j] = row[i + j], both[2 * j + 1] = row[i + F::W + j];
+    std::memcpy(row + i, both, sizeof(both));
+  }
+}
 
 }  // namespace
