@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ from kvtransfer_support import MODEL, World, chain_of, prompt, region, small_lay
 from common.config.schema import HandoffConfig
 from common.errors import OverloadedError, PeerLostError
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP
+from common.kvcache.manager import KVCacheManager
 from common.kvtransfer.memory import Fault
 from common.kvtransfer.orders import (
     DropOrder,
@@ -24,7 +26,7 @@ from common.kvtransfer.orders import (
     PlaceOrder,
     ReleaseLease,
 )
-from common.kvtransfer.session import Done, Failed, OrderSpec, Progress
+from common.kvtransfer.session import Done, Failed, HandoffReader, OrderSpec, Progress
 from common.kvtransfer.transport import Endpoint
 from common.types import EmbeddingHandle, Failure
 
@@ -437,6 +439,48 @@ def test_an_owner_that_fails_midway_gets_its_lease_back(worlds: Worlds) -> None:
     finish_up(world, 1)
 
 
+@pytest.mark.parametrize("fault", [Fault.NONE, Fault.FAIL, Fault.CORRUPT, Fault.STUCK])
+@pytest.mark.parametrize("blocks", [(16, 16), (16, 32), (32, 16)])
+def test_the_real_block_manager_agrees_at_every_step(worlds: Worlds, fault: Fault, blocks: tuple[int, int]) -> None:
+    layouts = {"source": small_layout(blocks[0], window=40), "layout": small_layout(blocks[1], window=40)}
+    reads = total_reads(worlds, **layouts)
+    for bad in range(1, reads + 1):
+        world = worlds(**layouts, held=True, fault_for=lambda i, pieces, bad=bad: fault if i == bad else Fault.NONE)
+        cache = KVCacheManager(world.layout, world.clock)
+        world.reader = HandoffReader(
+            world.layout, world.bases, cache, world.transport, world.clock, world.config, world.commands.append
+        )
+        world.ready()
+        token_ids = prompt(N, seed=1)
+        chain = chain_of(token_ids)
+        cache.open(1, "r1")
+        assert cache.reserve(1, N, fetch_to=N)
+        assert cache.reserve_tail(1) is not None
+        world.reader.place(
+            OrderSpec(seq_id=1, peer=1, request_id="r1", token_ids=token_ids, chain=chain, start_position=0)
+        )
+        for event in world.supply(world.commands[-1]):
+            world.send([event])
+            cache.check()
+            world.network.step()
+            world.updates += world.reader.poll()
+            cache.check()
+        if world.reader.num_orders:
+            world.clock.time = world.reader.next_deadline()
+            world.updates += world.reader.poll()
+        (end,) = world.ends()
+        assert isinstance(end, Done) == (fault is Fault.NONE)
+        num_verified = N if isinstance(end, Done) else end.num_verified
+        cache.advance(1, chain, num_verified)
+        world.cache = SimpleNamespace(tables={1: {g.name: cache.block_table(1, g.name) for g in world.layout.groups}})
+        assert world.same_bytes(1, 0, num_verified, tail=isinstance(end, Done))
+        cache.close(1)
+        world.reader.poll()
+        cache.check_idle()
+        world.deliver()
+        assert world.owner.leases.num_active == 0
+
+
 # -- time --
 
 
@@ -674,6 +718,45 @@ def test_transport_in_use_can_be_demanded(worlds: Worlds) -> None:
     assert (verdict.state, verdict.transport) == ("ready", "memory/copy")
     none = worlds(config=HandoffConfig(transports=("ucx",)))
     assert "transports" in refusal(none)
+
+
+@pytest.mark.parametrize("required", ["", "memory/copy", "memory/rdma"])
+def test_a_verdict_waits_for_what_the_transport_runs_over(worlds: Worlds, required: str) -> None:
+    world = worlds(config=HandoffConfig(transports=("memory",), require_transport=required), held=True)
+    world.network.slow_connects = True
+    world.reader.peer_ready(1, world.owner.ref, world.source, (world.owner.transport.endpoint(),), 30.0)
+    assert world.commands == []
+    assert not world.reader.usable(1)
+    assert world.reader.poll() == []
+    assert world.clock.now() < world.reader.next_deadline() <= world.clock.now() + 0.05
+    world.network.step()
+    world.reader.poll()
+    (verdict,) = world.commands
+    assert isinstance(verdict, PeerVerdict)
+    assert (verdict.state, verdict.transport) == ("refused" if "rdma" in required else "ready", "memory/copy")
+    assert world.reader.usable(1) == (verdict.state == "ready")
+    assert world.reader.next_deadline() == float("inf")
+
+
+@pytest.mark.parametrize("how", ["time", "death", "gone"])
+def test_a_peer_that_never_connects_is_lost(worlds: Worlds, how: str) -> None:
+    world = worlds(held=True)
+    world.network.slow_connects = True
+    world.reader.peer_ready(1, world.owner.ref, world.source, (world.owner.transport.endpoint(),), 30.0)
+    if how == "time":
+        world.clock.time += world.config.accept_timeout_s
+    elif how == "death":
+        world.network.kill(world.owner.transport)
+    else:
+        world.reader.peer_gone(1, "gone")
+    world.reader.poll()
+    assert [c.state for c in world.commands if isinstance(c, PeerVerdict)] == ([] if how == "gone" else ["lost"])
+    assert world.reader.next_deadline() == float("inf")
+    dead = worlds(held=True)
+    dead.network.kill(dead.owner.transport)
+    dead.reader.peer_ready(1, dead.owner.ref, dead.source, (dead.owner.transport.endpoint(),), 30.0)
+    dead.reader.poll()
+    assert [c.state for c in dead.commands if isinstance(c, PeerVerdict)] == ["lost"]
 
 
 def test_the_first_usable_endpoint_is_taken(worlds: Worlds) -> None:

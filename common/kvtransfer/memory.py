@@ -92,6 +92,8 @@ class MemoryNetwork:
     fault_for: Callable[[int, Sequence[ReadPiece]], Fault] = lambda read_id, pieces: Fault.NONE
     transports: dict[bytes, MemoryTransport] = field(default_factory=dict)
     delivered: int = 0
+    slow_connects: bool = False  # what a peer is reached over is known at the next delivery, not at once
+    _connecting: set[tuple[bytes, int]] = field(default_factory=set)
     _queue: list[_Read] = field(default_factory=list)
     _late: list[tuple[_Read, list[tuple[int, bytes]]]] = field(default_factory=list)
     _fenced: list[_Read] = field(default_factory=list)
@@ -150,6 +152,7 @@ class MemoryNetwork:
             self._land()
 
     def _land(self) -> None:
+        self._connecting.clear()
         fenced, self._fenced = self._fenced, []
         for read in fenced:
             read.reader.finish(read, ReadStatus.FENCED, "disconnected")
@@ -224,6 +227,8 @@ class MemoryTransport:
         self._peers[peer_id] = endpoint.address
         if endpoint.address not in self.network.transports:
             self._lose(peer_id)
+        elif self.network.slow_connects:
+            self.network._connecting.add((self.address, peer_id))
         return peer_id
 
     def disconnect(self, peer_id: int) -> None:
@@ -247,7 +252,9 @@ class MemoryTransport:
         return results
 
     def describe(self, peer_id: int) -> str:
-        return "memory/copy"
+        if peer_id not in self._peers:
+            return "memory/gone"
+        return "memory/connecting" if (self.address, peer_id) in self.network._connecting else "memory/copy"
 
     def close(self) -> None:
         if self._closed:

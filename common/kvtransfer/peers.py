@@ -1,7 +1,9 @@
 """The peers a reader knows: verdict on each pair of layouts, its connection, what was read over it.
 
-    add -> READY | REFUSED;   READY --lose--> LOST --add--> READY;   remove: gone
+    add -> REFUSED | CONNECTING --settle--> READY | REFUSED;   CONNECTING | READY --lose--> LOST --add--> ...
 
+A transport may know only a moment after `connect` what it runs over; the verdict waits for that, for a limited
+time, so that a demanded transport is demanded of what is really in use.
 A number stands for one (worker, epoch): a restarted worker comes under a new number, so that endpoints and
 remote keys of the old process are never used for the new one.
 """
@@ -9,6 +11,7 @@ remote keys of the old process are never used for the new one.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,10 +23,14 @@ from common.kvcache.layout import KVLayout, compare
 from common.kvtransfer.orders import PeerVerdict, ReaderCommand
 from common.kvtransfer.plan import supplied_groups, uncovered_region
 from common.kvtransfer.transport import Endpoint, Transport
-from common.types import WorkerRef
+from common.types import Clock, WorkerRef
+
+SETTLE_POLL_S = 0.01
+_UNSETTLED = ("/connecting", "/gone")
 
 
 class PeerState(enum.StrEnum):
+    CONNECTING = "connecting"
     READY = "ready"
     REFUSED = "refused"
     LOST = "lost"
@@ -48,8 +55,10 @@ class Peer:
     layout: KVLayout
     lease_ttl_s: float
     state: PeerState = PeerState.REFUSED
+    cold: tuple[str, ...] = ()
     transport: str = ""
     transport_id: int = 0
+    settle_by: float = math.inf
     session_up: bool = True
     nbytes: int = 0
     reads: int = 0
@@ -63,11 +72,13 @@ class Peers:
         self,
         layout: KVLayout,
         transport: Transport,
+        clock: Clock,
         config: HandoffConfig,
         emit: Callable[[ReaderCommand], None],
     ) -> None:
         self._layout = layout
         self._transport = transport
+        self._clock = clock
         self._config = config
         self._emit = emit
         self._peers: dict[int, Peer] = {}
@@ -94,33 +105,43 @@ class Peers:
     def add(
         self, number: int, ref: WorkerRef, layout: KVLayout, endpoints: Sequence[Endpoint], lease_ttl_s: float
     ) -> None:
-        """Judge a peer and connect to it; the verdict is emitted and kept as its state."""
+        """Judge a peer and begin to connect to it; the verdict is emitted once it is known."""
         peer = Peer(number, ref, layout, lease_ttl_s)
         old = self._peers.get(number)
         if old is not None:
             peer.nbytes, peer.reads, peer.mismatches = old.nbytes, old.reads, old.mismatches
         self._peers[number] = peer
-        refusal, cold = self._judge(layout)
+        refusal, peer.cold = self._judge(layout)
         endpoint = self._choose(endpoints)
         if not refusal and endpoint is None:
             offered = ", ".join(e.transport for e in endpoints) or "none"
             refusal = f"transports: source offers {offered}, reader uses {self._usable_transports()}"
         if not refusal and endpoint is not None:
             refusal = self._short_memory(layout, endpoint) or self._connect(peer, endpoint)
-        peer.state = PeerState.REFUSED if refusal else PeerState.READY
-        detail = refusal or (f"cold regions: {', '.join(cold)}" if cold else "")
-        self._emit(PeerVerdict(number, peer.state.value, peer.transport, detail))
+        if refusal:
+            self._say(peer, PeerState.REFUSED, refusal)
+        else:
+            self._settle(peer)
+
+    def tend(self) -> None:
+        """Give the verdict on peers whose transport is known by now."""
+        for peer in [p for p in self._peers.values() if p.state is PeerState.CONNECTING]:
+            self._settle(peer)
+
+    def next_deadline(self) -> float:
+        """When `tend` must run next, inf for never."""
+        if any(p.state is PeerState.CONNECTING for p in self._peers.values()):
+            return self._clock.now() + SETTLE_POLL_S
+        return math.inf
 
     def lose(self, number: int, reason: str, *, tell: bool = True) -> None:
-        """Destroy the peer's endpoint; without effect on one that is not ready."""
+        """Destroy the peer's endpoint; without effect on one that has none."""
         peer = self._peers[number]
-        if peer.state is not PeerState.READY:
-            return
-        peer.state = PeerState.LOST
-        del self._by_transport[peer.transport_id]
-        self._transport.disconnect(peer.transport_id)
-        if tell:
-            self._emit(PeerVerdict(number, peer.state.value, peer.transport, reason))
+        if peer.state in (PeerState.READY, PeerState.CONNECTING):
+            self._disconnect(peer)
+            peer.state = PeerState.LOST
+            if tell:
+                self._say(peer, PeerState.LOST, reason)
 
     def remove(self, number: int) -> None:
         del self._peers[number]
@@ -169,10 +190,28 @@ class Peers:
             peer.transport_id = self._transport.connect(endpoint)
         except NanoDeployError as error:
             return f"endpoint.address: {error.message}"
-        peer.transport = self._transport.describe(peer.transport_id)
-        required = self._config.require_transport
-        if required and not peer.transport.startswith(required):
-            self._transport.disconnect(peer.transport_id)
-            return f"require_transport: {required} is required, {peer.transport} reaches the peer"
+        peer.state = PeerState.CONNECTING
+        peer.settle_by = self._clock.now() + self._config.accept_timeout_s
         self._by_transport[peer.transport_id] = peer
         return ""
+
+    def _settle(self, peer: Peer) -> None:
+        peer.transport = self._transport.describe(peer.transport_id)
+        required = self._config.require_transport
+        if peer.transport.endswith(_UNSETTLED):
+            if peer.settle_by <= self._clock.now():
+                self.lose(peer.number, f"no answer within {self._config.accept_timeout_s} s")
+        elif not peer.transport.startswith(required):
+            self._disconnect(peer)
+            why = f"require_transport: {required} is required, {peer.transport} reaches the peer"
+            self._say(peer, PeerState.REFUSED, why)
+        else:
+            self._say(peer, PeerState.READY, f"cold regions: {', '.join(peer.cold)}" if peer.cold else "")
+
+    def _disconnect(self, peer: Peer) -> None:
+        del self._by_transport[peer.transport_id]
+        self._transport.disconnect(peer.transport_id)
+
+    def _say(self, peer: Peer, state: PeerState, detail: str) -> None:
+        peer.state = state
+        self._emit(PeerVerdict(peer.number, state.value, peer.transport, detail))

@@ -5,8 +5,8 @@
               `------------ cancel -------------------------------------------------------> (no update)
     read   planned -> in flight -> OK: verified, blocks live again
                           `------> MISMATCH | FAILED | FENCED: order fails, blocks live again or free
-    peer   (new) -> ready -> lost (data path gone; ready again by the next peer_ready) -> gone
-              `---> refused
+    peer   connecting -> ready -> lost (data path gone; anew by the next peer_ready) -> gone
+                `------> refused
 
 When an order ends early, the engine goes on at once without the blocks in flight (it advances to `num_verified`,
 then closes the sequence or detaches them); the blocks themselves come back only when the transport has ended
@@ -82,7 +82,7 @@ class HandoffReader:
         self._clock = clock
         self._config = config
         self._emit = emit
-        self._peers = Peers(layout, transport, config, emit)
+        self._peers = Peers(layout, transport, clock, config, emit)
         self._order_ids = itertools.count(1)
         self._read_ids = itertools.count(1)
         self._orders: dict[int, Intake] = {}  # by order id, until ended
@@ -99,6 +99,7 @@ class HandoffReader:
     ) -> None:
         """A peer's session is up: connect to its memory, or refuse it and name the field at fault.
 
+        The verdict is emitted now or, if the transport needs a moment to say what it runs over, by a later `poll`.
         A number that is in use already is connected anew; what was under way there has failed.
         """
         if peer in self._peers:
@@ -195,6 +196,7 @@ class HandoffReader:
                     self._lose(peer.number, "peer_lost", result.message)
             else:
                 self._on_result(result)
+        self._peers.tend()
         self._expire()
         updates, self._updates = self._updates, []
         return updates
@@ -203,7 +205,7 @@ class HandoffReader:
         """When `poll` must run next even if nothing is reported, inf for never."""
         orders = (self._deadline(i) for i in self._orders.values())
         reads = (i.reads[read_id].deadline for read_id, i in self._reads.items())
-        return min(itertools.chain(orders, reads), default=math.inf)
+        return min(itertools.chain(orders, reads, (self._peers.next_deadline(),)))
 
     @property
     def num_orders(self) -> int:
