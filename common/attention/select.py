@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from common.attention import reference
+from common.attention import cpu, reference
 from common.attention.capability import Capability, Needs
 from common.attention.context import AttentionBackend
 from common.errors import ConfigError
@@ -21,7 +21,10 @@ class Registration:
     create: Callable[[], AttentionBackend]
 
 
-REGISTERED: tuple[Registration, ...] = (Registration(reference.capability, reference.ReferenceBackend),)
+REGISTERED: tuple[Registration, ...] = (
+    Registration(cpu.capability, cpu.CpuBackend),
+    Registration(reference.capability, reference.ReferenceBackend),
+)
 """Best first: `auto` takes the first that can."""
 
 

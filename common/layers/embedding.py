@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
-from torch.nn import functional
 
+from common.kernels.ops import linear
 from common.layers.base import Build, Layer, Slot
 
 
@@ -36,4 +37,4 @@ class Head(Layer):
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         """Logits in float32: [R, vocab]."""
-        return functional.linear(x_RD, self.weight).float()
+        return linear(x_RD, self.weight, out_dtype=torch.float32)

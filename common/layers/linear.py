@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
-from torch.nn import functional
 
+from common.kernels.ops import linear
 from common.layers.base import Build, Init, Layer, Slot
 
 
@@ -41,7 +41,7 @@ class ColumnLinear(Layer):
                 yield Slot(f"{name}.bias", self.bias[rows], shape[:1], 0, first * width, Init.ZEROS)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return functional.linear(x_TD, self.weight, self.bias)
+        return linear(x_TD, self.weight, self.bias)
 
 
 class RowLinear(Layer):
@@ -62,6 +62,6 @@ class RowLinear(Layer):
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         if self._tp.size == 1:
-            return functional.linear(x_TD, self.weight, self.bias)
-        out = self._tp.reduce(functional.linear(x_TD, self.weight))
+            return linear(x_TD, self.weight, self.bias)
+        out = self._tp.reduce(linear(x_TD, self.weight))
         return out if self.bias is None else out.add_(self.bias)
