@@ -161,6 +161,7 @@ def requests(draw: st.DrawFn, now_s: float) -> GenerationRequest:
         adapter_id=draw(text),
         cache_salt=draw(text),
         sent=tuple(sent),
+        ended_choices=tuple(sorted(draw(st.sets(st.integers(0, sampling.n - 1), max_size=4)))),
         embeddings=draw(embedding_lists(len(prompt))),
         priority=draw(st.integers(-(2**31), 2**31 - 1)),
         deadline_s=draw(st.one_of(st.just(0.0), st.integers(1, 2**31).map(lambda ms: now_s + ms / 1000))),
