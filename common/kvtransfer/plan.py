@@ -222,19 +222,28 @@ def _add_run(pieces: _Pieces, pair: _GroupPair, run: _Run, base: int, num_tokens
         source_at += (region.first_unit - src.first_unit) * src.unit_stride
         reader_at = reader_start + dst.offset + run.reader_token * dst.token_stride
         reader_at += (region.first_unit - dst.first_unit) * dst.unit_stride
-        nbytes = run.num_tokens * dst.token_stride
-        loops: list[list[tuple[int, int]]] = []
-        for count, source_stride, reader_stride in (
-            (region.num_units, src.unit_stride, dst.unit_stride),
-            (region.num_parts, src.part_stride, dst.part_stride),
-            (region.num_layers, src.layer_stride, dst.layer_stride),
-        ):
-            if not loops and source_stride == reader_stride == nbytes:
-                nbytes *= count
-            elif count > 1:
-                loops.insert(0, [(i * source_stride, i * reader_stride) for i in range(count)])
-        for steps in itertools.product(*loops):
-            pieces.add(source_at + sum(s for s, _ in steps), reader_at + sum(d for _, d in steps), nbytes)
+        nbytes, steps = _steps(region, run.num_tokens * dst.token_stride)
+        pieces.add_all(source_at, reader_at, nbytes, steps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _steps(region: _Shared, nbytes: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """How to copy `nbytes` of each layer, part and unit: length of a copy, (source, reader) offsets of all.
+
+    Dimensions that are contiguous on both sides become part of the copy.
+    """
+    src, dst = region.source, region.reader
+    loops: list[list[tuple[int, int]]] = []
+    for count, source_stride, reader_stride in (
+        (region.num_units, src.unit_stride, dst.unit_stride),
+        (region.num_parts, src.part_stride, dst.part_stride),
+        (region.num_layers, src.layer_stride, dst.layer_stride),
+    ):
+        if not loops and source_stride == reader_stride == nbytes:
+            nbytes *= count
+        elif count > 1:
+            loops.insert(0, [(i * source_stride, i * reader_stride) for i in range(count)])
+    return nbytes, tuple((sum(s for s, _ in at), sum(d for _, d in at)) for at in itertools.product(*loops))
 
 
 def _block_checks(pair: _GroupPair, runs: Sequence[_Run], base: int, digests: Sequence[int]) -> Iterator[DigestCheck]:
@@ -284,6 +293,14 @@ class _Pieces:
                 return
             self._done.append(ReadPiece(self._group, remote, local, size))
         self._last = (remote_offset, local_address, nbytes)
+
+    def add_all(self, remote_offset: int, local_address: int, nbytes: int, steps: Sequence[tuple[int, int]]) -> None:
+        """One copy of `nbytes` at each step from the two addresses."""
+        if len(steps) == 1:
+            self.add(remote_offset, local_address, nbytes)
+            return
+        group, done = self._group, self.done()
+        done += [ReadPiece(group, remote_offset + s, local_address + d, nbytes) for s, d in steps]
 
     def done(self) -> list[ReadPiece]:
         if self._last is not None:
