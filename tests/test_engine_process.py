@@ -161,7 +161,7 @@ async def test_tokens_handed_over_by_ucx_equal_transformers(cluster: Cluster, ll
         assert answer.tokens[0] == reference_tokens(llama, prompt, COUNT)
         assert answer.stats.fallback == ""
         assert answer.stats.transferred_tokens == len(prompt)
-        assert answer.stats.transport == "ucx/cma"
+        assert answer.stats.transport in ("ucx/posix", "ucx/cma")
     await cluster.decode.idle_ledger()
     await cluster.prefill.idle_ledger()
 
