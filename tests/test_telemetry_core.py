@@ -4,15 +4,17 @@ import asyncio
 import io
 import json
 import logging
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from random import Random
 
 import pytest
-import structlog
 
 from common.config.schema import LogConfig
 from common.telemetry import Metrics, configure_logging, get_logger, log_context, new_trace, parse_traceparent
+from common.telemetry.logs import log_as_library
 
 
 @pytest.fixture
@@ -23,11 +25,21 @@ def restored_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(capture=False)
-    structlog.reset_defaults()
+    log_as_library()
 
 
 def lines(out: io.StringIO) -> list[dict[str, object]]:
     return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_as_a_library_only_warnings_go_out_and_never_to_stdout() -> None:
+    code = (
+        "from common.telemetry import get_logger; log = get_logger('a.b');"
+        "log.info('quiet', n=1); log.warning('heard', n=2)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr == "event='heard' n=2\n"
 
 
 @pytest.mark.usefixtures("restored_logging")

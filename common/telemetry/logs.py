@@ -1,5 +1,7 @@
 """Logs as events: one line, one dict, one place that formats it.
 
+Before anything is configured (`from nanodeploy import LLM` in somebody's program) events go to the standard
+library's loggers, which show warnings and worse on stderr; nothing is ever printed to stdout.
 `configure_logging` is called once by a `__main__`; from then on structlog and the standard library (uvicorn,
 grpc, warnings) leave through the same handler on stderr. What a task knows about its request is bound to
 context variables with `log_context` and appears on every line logged inside, in that task alone.
@@ -25,6 +27,21 @@ _NOISY = ("uvicorn.access", "httpx", "httpcore", "asyncio", "hpack")
 
 def _dumps(event: EventDict, **_: Any) -> str:
     return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+def log_as_library() -> None:
+    """What importing this module sets up: leave levels, handlers and format to the program we are part of."""
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["event"]),
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
 
 
 def configure_logging(config: LogConfig, service: str, stream: TextIO | None = None) -> None:
@@ -77,3 +94,6 @@ def log_context(**fields: Any) -> Iterator[None]:
     """Bind fields (request_id, trace_id, worker_id ...) to every line logged inside, in this task."""
     with structlog.contextvars.bound_contextvars(**fields):
         yield
+
+
+log_as_library()

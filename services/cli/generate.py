@@ -84,8 +84,8 @@ def run_generate(model: str, engine: Mapping[str, Any], flags: Mapping[str, Any]
         raise InvalidRequestError(f"no prompt in {'standard input' if source == '-' else source}")
     from nanodeploy import LLM
 
-    llm = LLM(model, **engine)
-    outputs = llm.generate(prompts, params)
+    with LLM(model, **engine) as llm:
+        outputs = llm.generate(prompts, params)
     if target == "-":
         write_outputs(outputs, sys.stdout)
     else:
