@@ -295,6 +295,19 @@ def test_a_read_that_cannot_even_be_queued_fails_the_order(worlds: Worlds) -> No
     finish_up(world, 1)
 
 
+def test_a_sequence_closed_without_a_cancel_ends_its_order_and_nothing_else(worlds: Worlds) -> None:
+    world = worlds(held=True)
+    world.ready()
+    place = world.place(1, N)
+    world.send(world.owner.start(place))
+    world.send(world.owner.compute(1, 40))
+    world.cache.close(1)
+    world.send(world.owner.compute(1, 40))
+    assert [u.reason for u in world.reader.poll() if isinstance(u, Failed)] == ["closed"]
+    world.settle()
+    finish_up(world)
+
+
 def test_an_order_that_starts_after_it_was_dropped_gives_its_lease_back_once(worlds: Worlds) -> None:
     world = worlds()
     world.ready()

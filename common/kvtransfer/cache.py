@@ -16,7 +16,8 @@ class CacheView(Protocol):
     def block_table(self, seq_id: int, group: str) -> list[int]:
         """Logical block index -> block id, -1 where not held.
 
-        The last held entry of a snapshot group is the snapshot of the sequence's end.
+        The last held entry of a snapshot group is the snapshot of the sequence's end. KeyError for a
+        sequence that is closed.
         """
 
     def begin_read(self, read_id: int, group: str, block_ids: Sequence[int]) -> None:

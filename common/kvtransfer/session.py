@@ -50,6 +50,7 @@ from common.kvtransfer.updates import Done, Failed, HandoffCounters, HandoffUpda
 from common.types import Clock, Failure, WorkerRef
 
 REMEMBERED = 4096
+_REASONS = {"prefix_hash": "prefix_hash", "seq_id": "closed"}  # field at fault -> Failed.reason
 
 __all__ = ["Done", "Failed", "HandoffCounters", "HandoffReader", "HandoffUpdate", "OrderSpec", "Progress", "Traffic"]
 
@@ -181,8 +182,8 @@ class HandoffReader:
                     self._fail(intake, "rejected", event.failure.message, failure=event.failure, drop=False)
                     return
         except KVTransferError as error:
-            reason = "prefix_hash" if error.param == "prefix_hash" else "protocol"
-            self._fail(intake, "peer_lost" if isinstance(error, PeerLostError) else reason, error.message)
+            reason = "peer_lost" if isinstance(error, PeerLostError) else _REASONS.get(error.param, "protocol")
+            self._fail(intake, reason, error.message)
             return
         intake.last_progress = intake.last_event = now
         self._advance(intake)
@@ -227,7 +228,10 @@ class HandoffReader:
         check_extent(peer.layout, event)
         if not intake.on_extent(event):
             return
-        table = self._cache.block_table(intake.spec.seq_id, event.group)
+        try:
+            table = self._cache.block_table(intake.spec.seq_id, event.group)
+        except KeyError:
+            raise KVTransferError("the sequence was closed without a cancel", param="seq_id") from None
         plan = plan_extent(peer.layout, self._layout, event, table, self._bases[event.group], intake.num_tokens)
         if plan.pieces:
             intake.pending.append(Reading(event, plan))
