@@ -176,6 +176,8 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
         attach = (await anext(aiter(request_iterator))).attach
         if self.refuse_streams:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no streams now")
+        if (older := self._queues.get(attach.router_id)) is not None:
+            older.put_nowait(None)
         queue = self._queues[attach.router_id] = asyncio.Queue()
         self.attached += 1
         unknown = [slot for slot in attach.slots if slot not in self.entries]

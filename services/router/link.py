@@ -120,11 +120,11 @@ class WorkerLink:
                     await self.attached.wait()
             except TimeoutError:
                 raise UnavailableError(f"worker {self.ref.worker_id} cannot be reached") from None
-            if self._ended:
-                raise UnavailableError(f"worker {self.ref.worker_id} is gone")
+            self._check_there()
             if generation.done:
                 return
             slot = await self._peer.submit(generation.to_resume(), prefill, self._connect_timeout_s)
+            self._check_there()  # if not, another process answered, and drops what nobody attaches to
             self._bind(generation, slot)
         except DeadlineExceededError as error:
             raise UnavailableError(f"worker {self.ref.worker_id} did not answer: {error.message}") from error
@@ -132,6 +132,10 @@ class WorkerLink:
             self._submitting -= 1
             if not self._submitting:
                 self._clear_stash()
+
+    def _check_there(self) -> None:
+        if self._ended:
+            raise UnavailableError(f"worker {self.ref.worker_id} is gone")
 
     def drop(self, generation: Generation) -> None:
         """The router wants no more of it."""

@@ -37,9 +37,7 @@ async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: Mod
     if body.messages is None or not body.messages:
         raise InvalidRequestError("messages must not be empty", param="messages")
     if body.tools and body.tool_choice != "none":
-        raise UnsupportedError(
-            "tools: calls are not parsed in this version, set tool_choice to none", param="tools"
-        )
+        raise UnsupportedError("tools: calls are not parsed in this version, set tool_choice to none", param="tools")
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= 20:

@@ -89,10 +89,14 @@ class GrpcDecodeStream:
 
 
 class GrpcDecodePeer:
-    """One connection to one worker process."""
+    """One connection to one worker process.
+
+    Each process knows the router by a name of its own: when a worker was restarted, the last attempt to reattach
+    to the old process reaches the new one and must not end the stream that is already there.
+    """
 
     def __init__(self, ref: WorkerRef, router_id: str, clock: Clock) -> None:
-        self._router_id = router_id
+        self._router_id = f"{router_id}-{ref.epoch:016x}"
         self._clock = clock
         self._channel = open_channel(ref.address)
         self._stub = decode_pb2_grpc.DecodeServiceStub(self._channel)  # type: ignore[no-untyped-call]
