@@ -198,10 +198,11 @@ def test_foreground_on_a_terminal_stops_on_ctrl_c(tmp_path: Path, model: Path) -
         os.close(parent)
 
 
-def test_bad_model_fails_with_the_workers_own_words(tmp_path: Path, model: Path) -> None:
+def test_bad_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "no_such_family"}')
     done = Cli(tmp_path / "state")("serve", str(broken), "--port", "0", timeout=120)
-    assert done.returncode == 1
-    assert "no_such_family" in done.stdout
+    assert done.returncode == 2
+    assert "no_such_family" in done.stderr
+    assert "Starting" not in done.stdout

@@ -35,7 +35,7 @@ async def wait_until_ready(spec: ServiceSpec, client: httpx.AsyncClient, waiting
             response = await client.get(spec.ready_url, timeout=5.0)
             if response.status_code == 200:
                 return
-            waiting(_reason(response))
+            waiting(_reason(response)[:120])
             health = await client.get(spec.ready_url.removesuffix("/ready") + "/health", timeout=5.0)
             sick_since = 0.0 if health.status_code == 200 else sick_since or loop.time()
             if sick_since and loop.time() - sick_since > SICK_S:
@@ -105,7 +105,7 @@ def _reason(response: httpx.Response) -> str:
     try:
         body = response.json()
     except ValueError:
-        return response.text.strip()[:120]
+        return response.text.strip()[:1000]
     if isinstance(body, dict):
-        return str(body.get("reason") or body.get("detail") or body.get("status") or body)[:120]
-    return str(body)[:120]
+        return str(body.get("reason") or body.get("detail") or body.get("status") or body)
+    return str(body)

@@ -25,6 +25,7 @@ import services
 from common.config.load import load
 from common.config.schema import ClusterConfig
 from common.errors import UnavailableError
+from common.models.spec import ModelSpec
 from services.cli.demo_model import ensure_demo_model
 from services.cli.launcher import Launcher, LaunchOptions
 from services.cli.live import check_path, live_table, print_banner
@@ -53,6 +54,9 @@ def run_up(request: ClusterRequest, options: UpOptions, detach: bool, console: C
     model = request.model or base.decode.engine.model
     with folder.hold():  # refuse early: before a model is prepared
         request = replace(request, model=resolve_model(model, console))
+        ModelSpec.from_folder(request.model, weights=False)  # an unknown family is said first
+        if base.decode.engine.load_format != "dummy":
+            ModelSpec.from_folder(request.model)
     if detach:
         return _detach(folder, request, options, console)
     with folder.hold():
