@@ -12,7 +12,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-import itertools
 import os
 import socket
 import struct
@@ -20,6 +19,7 @@ import threading
 import weakref
 from array import array
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from common.config.schema import UcxConfig
@@ -132,7 +132,7 @@ class UcxTransport:
         self._handle = handle
         self._finalizer = weakref.finalize(self, self._lib.nd_ucx_close, handle)  # also at interpreter exit
         self._lock = threading.Lock()
-        self._peer_ids = itertools.count(1)
+        self._peer_ids = count(1)
         self._memory: dict[str, MemoryHandle] = {}
         self._remote: dict[int, dict[str, tuple[int, MemoryHandle]]] = {}
         self._refused: list[ReadResult | PeerDown] = []
@@ -215,9 +215,9 @@ class UcxTransport:
         with self._lock:
             ended, self._refused = self._refused, []
             while True:
-                count: int = self._lib.nd_ucx_poll(self._handle, self._events, _POLL_EVENTS)
-                ended += [self._translate(event) for event in self._events[:count]]
-                if count < _POLL_EVENTS:
+                taken: int = self._lib.nd_ucx_poll(self._handle, self._events, _POLL_EVENTS)
+                ended += [self._translate(event) for event in self._events[:taken]]
+                if taken < _POLL_EVENTS:
                     return ended
 
     def describe(self, peer_id: int) -> str:
@@ -292,12 +292,20 @@ def _pack_pieces(pieces: Sequence[ReadPiece], remote: dict[str, tuple[int, Memor
 
 def _pack_checks(checks: Sequence[DigestCheck]) -> tuple[array[int], array[int]]:
     """`nd::Check` for each, and the `nd::DigestSegment`s of all."""
-    packed, segments = array("Q"), array("Q")
-    for c in checks:
-        if c.num_layers <= 0 or c.num_parts <= 0 or c.token_nbytes <= 0:
-            raise ValueError(f"an empty digest check: {c}")
-        packed.extend((c.num_layers, c.num_parts, c.layer_stride, c.part_stride, c.token_stride, c.token_nbytes))
-        packed.extend((c.expected, len(c.segments)))
-        for segment in c.segments:
-            segments.extend(segment)
-    return packed, segments
+    rows = [
+        (
+            check.num_layers,
+            check.num_parts,
+            check.layer_stride,
+            check.part_stride,
+            check.token_stride,
+            check.token_nbytes,
+            check.expected,
+            len(check.segments),
+        )
+        for check in checks
+    ]
+    if any(0 in row[:2] for row in rows):
+        raise ValueError("a digest check over nothing")
+    runs = chain.from_iterable([check.segments for check in checks])
+    return array("Q", list(chain.from_iterable(rows))), array("Q", list(chain.from_iterable(runs)))

@@ -2,10 +2,10 @@
 
 #include <dlfcn.h>
 #include <ucs/debug/log_def.h>
-#include <unistd.h>
 
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -31,14 +31,27 @@ ucs_log_func_rc_t on_ucx_log(const char*, unsigned, const char*, ucs_log_level_t
   return UCS_LOG_FUNC_RC_STOP;
 }
 
-// The wheel's libucp finds its siblings only if they are loaded already.
-void load_siblings(const std::string& path) {
-  const size_t slash = path.rfind('/');
-  if (slash == std::string::npos) return;
-  for (const char* name : {"libucm.so.0", "libucs.so.0", "libuct.so.0"}) {
-    const std::string sibling = path.substr(0, slash + 1) + name;
-    if (access(sibling.c_str(), R_OK) == 0) dlopen(sibling.c_str(), RTLD_NOW | RTLD_LOCAL);
+// Left alone, UCX patches mmap, munmap, madvise and others in libc's code while it is loaded, for the sake of
+// a registration cache that we do not use: every thread of the process would pay. Only a variable of the
+// environment stops it, so there is one while the library loads. An operator's own setting stays.
+class HandsOffLibc {
+ public:
+  HandsOffLibc() : ours_(getenv(kVariable) == nullptr) {
+    if (ours_) setenv(kVariable, "n", 0);
   }
+  ~HandsOffLibc() {
+    if (ours_) unsetenv(kVariable);
+  }
+
+ private:
+  static constexpr const char* kVariable = "UCX_MEM_EVENTS";
+  const bool ours_;
+};
+
+// In the order of their dependencies: the wheel's libraries do not find one another by themselves.
+void load_siblings(const std::string& path) {
+  const std::string folder = path.substr(0, path.rfind('/') + 1);
+  for (const char* name : {"libucs.so.0", "libuct.so.0"}) dlopen((folder + name).c_str(), RTLD_NOW | RTLD_LOCAL);
 }
 
 template <typename Function>
@@ -49,6 +62,7 @@ bool resolve(void* handle, const char* name, Function* function, std::string* er
 }
 
 std::unique_ptr<UcxLibrary> open_library(const std::string& path, std::string* error) {
+  const HandsOffLibc hands_off;
   load_siblings(path);
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <iterator>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -20,11 +21,16 @@ class Mailbox {
   void put(Item item) {
     const std::lock_guard<std::mutex> lock(mutex_);
     items_.push_back(std::move(item));
-    if (items_.size() == 1) {
-      any_.store(true, std::memory_order_release);
-      const uint64_t one = 1;
-      [[maybe_unused]] const ssize_t n = write(fd_, &one, sizeof one);
-    }
+    if (items_.size() == 1) wake();
+  }
+
+  // Moves all items over and leaves `items` empty.
+  void put_all(std::vector<Item>* items) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool first = items_.empty() && !items->empty();
+    items_.insert(items_.end(), std::make_move_iterator(items->begin()), std::make_move_iterator(items->end()));
+    items->clear();
+    if (first) wake();
   }
 
   // Everything that waits, up to `most` items, oldest first.
@@ -57,6 +63,12 @@ class Mailbox {
   bool any() const { return any_.load(std::memory_order_acquire); }
 
  private:
+  void wake() {
+    any_.store(true, std::memory_order_release);
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t n = write(fd_, &one, sizeof one);
+  }
+
   const int fd_;
   std::mutex mutex_;
   std::vector<Item> items_;

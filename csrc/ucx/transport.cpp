@@ -2,6 +2,7 @@
 
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/random.h>
 
@@ -109,6 +110,9 @@ std::string Transport::open_ucx(const Settings& settings) {
   const auto set = [&](const char* name, const std::string& value) {
     return value.empty() || ucx_->ucp_config_modify(config, name, value.c_str()) == UCS_OK;
   };
+  // Registration caches would patch malloc's system calls in the whole process; ours is registered by hand.
+  // (Older libraries do not know these names.)
+  for (const char* name : {"RCACHE_ENABLE", "MEMTYPE_CACHE"}) ucx_->ucp_config_modify(config, name, "n");
   // Without RNDV_THRESH=inf, endpoints that detect dead peers would leave CMA for TCP. Memory comes from
   // what peers on this host can map, and is zeroed in every case.
   const bool valid = set("TLS", settings.tls) && set("NET_DEVICES", settings.net_devices) &&
@@ -137,6 +141,8 @@ std::string Transport::open_ucx(const Settings& settings) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(address);
   address_.assign(bytes, bytes + nbytes);
   ucx_->ucp_worker_release_address(worker_, address);
+  cpu_set_t cores;
+  one_core_ = sched_getaffinity(0, sizeof cores, &cores) == 0 && CPU_COUNT(&cores) == 1;
   verifier_ = std::make_unique<Verifier>(&verified_);
   return "";
 }
@@ -158,9 +164,10 @@ void Transport::run() {
     moved |= tend_peers();
     if (moved) {
       last_move = Clock::now();
-    } else if (ops_in_flight_ == 0 || Clock::now() - last_move > kSpin) {
-      sleep();
+      continue;
     }
+    verifier_->flush();
+    if (ops_in_flight_ == 0 || Clock::now() - last_move > kSpin) sleep();
   }
   shut_down();
 }
@@ -255,6 +262,7 @@ void Transport::shut_down() {
   }
   const Clock::time_point deadline = Clock::now() + kCloseTimeout;
   while (!peers_.empty() && Clock::now() < deadline) {
+    verifier_->flush();
     ucx_->ucp_worker_progress(worker_);
     take_verified();
     tend_peers();

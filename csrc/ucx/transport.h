@@ -225,6 +225,7 @@ class Transport {
   uint64_t nbytes_in_flight_ = 0;
   bool connecting_ = false, closing_ = false;  // some peer is: `tend_peers` has something to look at
   bool stopping_ = false;
+  bool one_core_ = false;  // a second thread would only take turns with this one
   std::unique_ptr<Verifier> verifier_;
   std::thread thread_;
 };
