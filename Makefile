@@ -65,7 +65,7 @@ bench: setup ## Measure the running cluster; see `nanodeploy bench --help`
 	@$(BIN)/nanodeploy bench $(BENCH_FLAGS)
 
 docs: setup ## Write docs/configuration.md and docs/cli.md anew
-	@$(PY) docs/generate.py
+	@PYTHONPATH=. $(PY) docs/generate.py
 
 clean: ## Remove all that was built, and .venv
 	rm -rf $(VENV) build dist nanodeploy/v1 .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -47,9 +47,7 @@ def _url(url: str, name: str) -> str:
 
 @app.command()
 def up(
-    model: Annotated[
-        str, typer.Option(help="Folder of a Hugging Face checkpoint; the demo model when not given.")
-    ] = "",
+    model: opt.ModelFolder = "",
     prefill: opt.Prefill = 1,
     decode: opt.Decode = 1,
     host: opt.Host = "127.0.0.1",
@@ -169,9 +167,7 @@ def chat(
 
 @app.command()
 def generate(
-    model: Annotated[
-        str, typer.Option(help="Folder of a Hugging Face checkpoint; the demo model when not given.")
-    ] = "",
+    model: opt.ModelFolder = "",
     input: Annotated[str, typer.Option("--input", "-i", help="One prompt a line, or JSONL; - is stdin.")] = "-",
     output: Annotated[str, typer.Option("--output", "-o", help="JSONL to write; - is stdout.")] = "-",
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
