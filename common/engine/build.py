@@ -155,7 +155,7 @@ def assemble(
     scheduler = Scheduler(cache, SchedulerLimits(engine.max_num_seqs, engine.max_num_batched_tokens), clock)
     requests = Requests(limits, scheduler, outbox, clock)
     reader = HandoffReader(layout, bases, cache, transport, clock, config.handoff, outbox.send)
-    demand = Demand(reader, cache, layout, config.handoff, clock)
+    demand = Demand(reader, cache, config.handoff, clock)
     leases = Leases(cache, clock, engine.lease_ttl_s)
     publisher = Publisher(layout, bases, cache, digest)
     supply = Supply(SupplyParts(limits, scheduler, leases, publisher, outbox, clock), requests.next_id)

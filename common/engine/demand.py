@@ -13,9 +13,8 @@ import msgspec
 from common.config import HandoffConfig
 from common.engine.scheduler import Scheduler
 from common.engine.sequence import Phase, Sequence
-from common.kvcache.layout import KVLayout, Retention
 from common.kvcache.manager import KVCacheManager, PrefixHit
-from common.kvtransfer.session import Done, HandoffReader, OrderSpec, Progress
+from common.kvtransfer.session import Done, Failed, HandoffReader, OrderSpec
 from common.types import Clock
 
 
@@ -26,7 +25,6 @@ class Demand:
         self,
         reader: HandoffReader,
         cache: KVCacheManager,
-        layout: KVLayout,
         config: HandoffConfig,
         clock: Clock,
     ) -> None:
@@ -34,9 +32,6 @@ class Demand:
         self._cache = cache
         self._config = config
         self._clock = clock
-        # Verified positions are sealed as they come, so that a failure loses none; a window's are final only at
-        # the end of the prompt.
-        self._seal_early = all(g.retention is not Retention.WINDOW for g in layout.groups)
         self._placed: dict[int, Sequence] = {}
         self.fallbacks: dict[str, int] = {}
         self.local_by_choice = 0  # prompts short or cached enough to stay here
@@ -95,21 +90,18 @@ class Demand:
     def poll(self, scheduler: Scheduler) -> None:
         """Move sequences whose hand-off ended since the last call."""
         for update in self._reader.poll():
-            seq = self._placed.get(update.seq_id)
+            if not isinstance(update, Done | Failed):
+                continue
+            seq = self._placed.pop(update.seq_id, None)
             if seq is None or seq.phase is not Phase.REMOTE:
                 continue
-            if isinstance(update, Progress):
-                if self._seal_early:
-                    self._cache.advance(seq.seq_id, seq.chain, update.num_verified)
-                continue
-            del self._placed[seq.seq_id]
             seq.times.prefilled = self._clock.now()
             if isinstance(update, Done):
                 self._finish(seq, update)
                 scheduler.remote_done(seq)
             else:
                 self._fall_back(seq, update.reason)
-                scheduler.remote_failed(seq)
+                scheduler.remote_failed(seq, update.num_verified)
 
     def _finish(self, seq: Sequence, done: Done) -> None:
         seconds = done.read_seconds

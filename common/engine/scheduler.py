@@ -110,9 +110,10 @@ class Scheduler:
         seq.phase = Phase.RUNNING
         bisect.insort(self.running, seq, key=_rank)
 
-    def remote_failed(self, seq: Sequence) -> None:
-        """A hand-off failed: what was sealed is found again as a prefix hit, and the rest computed here."""
+    def remote_failed(self, seq: Sequence, num_verified: int) -> None:
+        """A hand-off failed: what was verified is sealed, found again as a prefix hit, and the rest computed here."""
         del self.remote[seq.seq_id]
+        self._cache.advance(seq.seq_id, seq.chain, num_verified)
         self._cache.close(seq.seq_id)
         seq.remote_peer = 0
         self.add(seq)
