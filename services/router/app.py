@@ -78,8 +78,22 @@ class RawEndpoint:
             return 500
 
 
+class _App(FastAPI):
+    """The hot routes skip the middleware, which would wrap every event that is sent."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.raw: dict[str, RawEndpoint] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and (raw := self.raw.get(scope["path"])) is not None:
+            await raw(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
 def make_app(gateway: Gateway, rng: random.Random) -> FastAPI:
-    app = FastAPI(title="NanoDeploy", version="1", description="OpenAI-compatible API.", redoc_url=None)
+    app = _App(title="NanoDeploy", version="1", description="OpenAI-compatible API.", redoc_url=None)
     raw: list[tuple[str, type, str, Callable[[Exchange], Awaitable[None]]]] = [
         ("/v1/chat/completions", ChatBody, "Answer a conversation", gateway.chat),
         ("/v1/completions", CompletionBody, "Continue a text", gateway.completions),
@@ -87,7 +101,8 @@ def make_app(gateway: Gateway, rng: random.Random) -> FastAPI:
         ("/detokenize", DetokenizeBody, "Text of tokens", gateway.detokenize),
     ]
     for path, _, _, handle in raw:
-        app.router.routes.append(Route(path, RawEndpoint(path, handle, gateway.metrics, rng), methods=["POST"]))
+        app.raw[path] = RawEndpoint(path, handle, gateway.metrics, rng)
+        app.router.routes.append(Route(path, app.raw[path], methods=["POST"]))
     _add_small_routes(app, gateway)
     _add_error_shapes(app)
     bodies = [(path, body, summary) for path, body, summary, _ in raw]

@@ -23,8 +23,9 @@ from common.telemetry import get_logger
 from common.types import ChoiceDelta, Clock, Failure, GenerationRequest, RequestStats, TokenLogprobs, WorkerRef
 from services.router.generation import ABNORMAL, Generation
 
-ACK_TOKENS: Final = 256
-ACK_PERIOD_S: Final = 1.0
+ACK_TOKENS: Final = 256  # unacknowledged tokens of a request, before ...
+ACK_PERIOD_S: Final = 1.0  # ... or after this long
+ACK_GATHER_S: Final = 0.02  # what is due meanwhile leaves in the same message: a message costs more than its rows
 PATIENT_ATTEMPTS: Final = 3  # failed reattachments before requests are moved, if another worker could take them
 PATIENCE_S: Final = 5.0  # ... and if none could
 _STASH_ROWS: Final = 16384
@@ -96,6 +97,7 @@ class WorkerLink:
         self._acks: list[tuple[int, int, int]] = []
         self._unacked: set[Generation] = set()
         self._ack_timer: asyncio.TimerHandle | None = None
+        self._gather_timer: asyncio.TimerHandle | None = None
         self._outgoing = asyncio.Event()
         self._stream: DecodeStream | None = None
         self._leaving = False
@@ -170,8 +172,12 @@ class WorkerLink:
             self._apply(slot, delta)
         for slot, failure in step.failures:
             self._apply(slot, failure)
-        if self._acks:
-            self._outgoing.set()
+        if self._acks and self._gather_timer is None:
+            self._gather_timer = asyncio.get_running_loop().call_later(ACK_GATHER_S, self._send_acks)
+
+    def _send_acks(self) -> None:
+        self._gather_timer = None
+        self._outgoing.set()
 
     def _apply(self, slot: int, row: Row) -> None:
         generation = self._open.get(slot)
@@ -318,7 +324,7 @@ class WorkerLink:
                 await writer
 
     async def _write(self, stream: DecodeStream) -> None:
-        """Cancels and acknowledgements of one loop tick leave in one message each."""
+        """Cancels leave in the loop tick they are made in, acknowledgements with them or a little later."""
         while True:
             await self._outgoing.wait()
             self._outgoing.clear()
@@ -374,6 +380,7 @@ class WorkerLink:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
-        if self._ack_timer is not None:
-            self._ack_timer.cancel()
+        for timer in (self._ack_timer, self._gather_timer):
+            if timer is not None:
+                timer.cancel()
         await self._peer.close()
