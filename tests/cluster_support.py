@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import yaml
 
+from common.errors import UnavailableError
 from common.rpc.admin import fetch_snapshot, fetch_status
 from common.rpc.client import call, open_channel
 from common.types import WorkerInfo
@@ -83,8 +84,11 @@ class RunningCluster:
         return [asyncio.run(ask(w.ref.address)) for w in self.workers()]
 
     def is_idle(self) -> bool:
-        """Nothing live, leased or in flight; free + cached is the pool."""
-        return all(g.free + g.cached == g.total for ledger in self.ledgers() for g in ledger.groups)
+        """Nothing live, leased or in flight; free + cached is the pool. False while an engine is starting."""
+        try:
+            return all(g.free + g.cached == g.total for ledger in self.ledgers() for g in ledger.groups)
+        except UnavailableError:
+            return False
 
     def is_ready(self) -> bool:
         """A token comes through the whole path."""

@@ -102,12 +102,15 @@ async def _stream_and_vanish(url: str, body: dict[str, Any], started: asyncio.Ev
     reader, writer = await asyncio.open_connection(url.removeprefix("http://").split(":")[0], int(url.split(":")[-1]))
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
-    writer.write(head.encode() + b"\r\n\r\n" + data)
-    await reader.readuntil(b"data: ")
-    count[0] += 1
-    if count[0] >= 40:
-        started.set()
-    await reader.read(-1)
+    try:
+        writer.write(head.encode() + b"\r\n\r\n" + data)
+        await reader.readuntil(b"data: ")
+        count[0] += 1
+        if count[0] >= 40:
+            started.set()
+        await reader.read(-1)
+    finally:
+        writer.close()
 
 
 async def _kill_streams(url: str, body: dict[str, Any]) -> None:
@@ -207,10 +210,11 @@ def test_requests_go_on_without_the_control_plane(cluster: RunningCluster, folde
 def test_a_killed_router_comes_back_and_its_requests_are_let_go(cluster: RunningCluster, folder: Path) -> None:
     body = {"model": cluster.model, "prompt": TEXT[:150], "max_tokens": 400, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=30) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         killed = cluster.kill("router")
         with pytest.raises(httpx.HTTPError):
-            list(response.iter_lines())
+            list(lines)
     eventually(lambda: cluster.pid("router") != killed, 30, "the router is started again")
     eventually(cluster.is_ready, 30, "the router serves")
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import msgspec
 
 from common.engine.messages import Deltas, EngineLoad, EngineReady, FromEngine, Submit
 from common.errors import InvalidRequestError, NotFoundError
@@ -23,6 +24,7 @@ from services.decode_worker.sessions import PrefillSessions
 from services.decode_worker.streams import GENERATE_PREFIX, Link, Rows, Streams
 from services.decode_worker.tokenlog import RequestLog
 from services.worker.host import EngineHost
+from services.worker.trace import trace_fields
 
 log = get_logger(__name__)
 
@@ -89,7 +91,8 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         match message:
             case Deltas():
                 self.tokens_made += sum(len(r.delta.token_ids) for r in message.rows)
-                self._streams.deliver(message)
+                for entry in self._streams.deliver(message):
+                    _log_end(entry)
             case PlaceOrder() | DropOrder() | ReleaseLease():
                 self._sessions.place(message)
             case PeerVerdict():
@@ -111,9 +114,17 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         if request.model not in self._served:
             raise NotFoundError(f"this worker serves {sorted(self._served)}, not {request.model!r}", param="model")
         peer = await self._sessions.ensure(prefill) if prefill is not None else 0
-        entry = self._streams.open(router_id, request.request_id, _open_choices(request))
+        entry = self._streams.open(router_id, request.request_id, _open_choices(request), request.traceparent)
         remaining_s = request.deadline_s - self._clock.now() if request.deadline_s else 0.0
         self._host.send(Submit(entry.slot, request, max(remaining_s, 1e-3) if request.deadline_s else 0.0, peer))
+        log.info(
+            "request admitted",
+            **trace_fields(request.request_id, request.traceparent),
+            slot=entry.slot,
+            prompt_tokens=len(request.prompt_token_ids),
+            choices=request.sampling.n,
+            prefill=prefill.worker_id if peer and prefill is not None else "",
+        )
         return entry
 
     async def _read(self, requests: AsyncIterator[pb.StreamRequest], link: Link) -> None:
@@ -150,6 +161,14 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
                 with contextlib.suppress(asyncio.CancelledError):
                     reader.result()
                 return
+
+
+def _log_end(entry: RequestLog) -> None:
+    """The request's waterfall, once, when it has ended."""
+    stats = {} if entry.stats is None else msgspec.structs.asdict(entry.stats)
+    shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in stats.items() if v}
+    ended = {"error": entry.failure.message} if entry.failure is not None else {}
+    log.info("request ended", **trace_fields(entry.request_id, entry.traceparent), slot=entry.slot, **ended, **shown)
 
 
 def _rows_to_proto(rows: Rows) -> pb.StepDeltas:

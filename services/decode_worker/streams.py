@@ -75,9 +75,9 @@ class Streams:
     def __len__(self) -> int:
         return sum(not log.ended_at for log in self._logs.values())
 
-    def open(self, router_id: str, request_id: str, num_choices: int) -> RequestLog:
+    def open(self, router_id: str, request_id: str, num_choices: int, traceparent: str = "") -> RequestLog:
         """A log for a new request; its slot is unique while this process lives."""
-        log = RequestLog(next(self._slots), router_id, request_id, num_choices, self._clock.now())
+        log = RequestLog(next(self._slots), router_id, request_id, num_choices, self._clock.now(), traceparent)
         self._logs[log.slot] = log
         self._link(router_id)
         return log
@@ -88,8 +88,8 @@ class Streams:
         if log is not None and not log.ended_at:
             self._send_cancel(Cancel((slot,)))
 
-    def deliver(self, deltas: Deltas) -> None:
-        """Log a step's rows and hand them to their routers."""
+    def deliver(self, deltas: Deltas) -> list[RequestLog]:
+        """Log a step's rows and hand them to their routers; returns the requests that ended by them."""
         now = self._clock.now()
         touched: set[Link] = set()
         for row in deltas.rows:
@@ -113,6 +113,8 @@ class Streams:
                 link.wake()
             else:
                 link.discard()  # the log has it; a reattaching router gets it from there
+        slots = {r.slot for r in deltas.rows if r.delta.finish is not None} | {f.slot for f in deltas.failures}
+        return [log for slot in slots if (log := self._logs.get(slot)) is not None and log.ended_at]
 
     def fail_all(self, failure: Failure) -> None:
         """The engine died: one terminal event for each request that ran."""

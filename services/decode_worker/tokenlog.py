@@ -22,6 +22,7 @@ class RequestLog:
     request_id: str
     num_choices: int
     created_at: float
+    traceparent: str = ""
     rows: dict[int, list[ChoiceDelta]] = field(default_factory=dict)
     acked: dict[int, int] = field(default_factory=dict)
     open_choices: int = 0

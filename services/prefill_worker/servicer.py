@@ -26,6 +26,7 @@ from common.types import WorkerRef
 from nanodeploy.v1 import prefill_pb2 as pb
 from nanodeploy.v1 import prefill_pb2_grpc as pb_grpc
 from services.worker.host import EngineHost
+from services.worker.trace import trace_fields
 
 log = get_logger(__name__)
 
@@ -86,7 +87,16 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
     def _take(self, request: pb.SessionRequest, key: int, queue: asyncio.Queue[pb.SessionResponse | None]) -> None:
         match request.WhichOneof("message"):
             case "prefill":
-                self._host.send(_order(request.prefill, key))
+                order = _order(request.prefill, key)
+                log.info(
+                    "order received",
+                    **trace_fields(order.request_id, order.traceparent),
+                    reader=key,
+                    order_id=order.order_id,
+                    prompt_tokens=len(order.token_ids),
+                    start_position=order.start_position,
+                )
+                self._host.send(order)
             case "cancel":
                 self._host.send(OrderCancel(key, request.cancel.order_id))
             case "release":
