@@ -35,7 +35,7 @@ up: setup ## Start a cluster with the demo model on this machine; Ctrl-C stops i
 	@exec $(BIN)/nanodeploy up $(UP_FLAGS)
 
 test: setup ## Run the test suite (under 10 minutes on two cores)
-	@$(PY) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not exact and not soak and not gpu" $(PYTEST_FLAGS)
+	@$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not exact and not soak and not gpu" $(PYTEST_FLAGS)
 
 test-exact: setup ## Run the full identity matrix, by hand
 	@$(PY) -m pytest -m exact $(PYTEST_FLAGS)
