@@ -29,7 +29,7 @@ struct Chunk {
   uint32_t memory;
 };
 
-constexpr uint64_t kChunkNbytes = 256 << 10;
+constexpr uint64_t kChunkNbytes = 512 << 10;
 
 struct ReadPlan {
   std::vector<Chunk> chunks;  // by local address

@@ -14,7 +14,8 @@ namespace nd {
 namespace {
 
 constexpr std::chrono::seconds kAllocateTimeout{300}, kCloseTimeout{5};
-constexpr std::chrono::microseconds kSpin{50};  // without a move, while UCX has operations in flight
+constexpr std::chrono::microseconds kSpin{50};  // without a move, before it sleeps
+constexpr std::chrono::milliseconds kNap{1};    // while peers connect or close
 constexpr uint64_t kAlign = 64;
 
 // Threads made while this lives leave every signal to Python's own thread.
@@ -144,6 +145,7 @@ std::string Transport::open_ucx(const Settings& settings) {
   cpu_set_t cores;
   one_core_ = sched_getaffinity(0, sizeof cores, &cores) == 0 && CPU_COUNT(&cores) == 1;
   verifier_ = std::make_unique<Verifier>(&verified_);
+  take_ucx_log();  // of transports that are not there
   return "";
 }
 
@@ -154,20 +156,28 @@ std::string Transport::why(ucs_status_t status) const {
 }
 
 void Transport::run() {
-  Clock::time_point last_move = Clock::now();
+  Clock::time_point last_move = Clock::now(), last_step = last_move;
   while (!stopping_) {
-    bool moved = take_calls();
-    moved |= ucx_->ucp_worker_progress(worker_) != 0;
-    moved |= take_verified();
-    moved |= issue();
-    moved |= settle();
-    moved |= tend_peers();
-    if (moved) {
-      last_move = Clock::now();
+    const bool progressed = ucx_->ucp_worker_progress(worker_) != 0;
+    bool stepped = take_calls();
+    stepped |= take_verified();
+    stepped |= issue();
+    stepped |= settle();
+    stepped |= tend_peers();
+    const Clock::time_point now = Clock::now();
+    if (stepped) last_step = now;
+    // UCX calls itself busy, and its descriptor readable, for as long as a peer does not answer a connection.
+    const bool only_connecting = connecting_ && ops_in_flight_ == 0 && now - last_step > kPatience;
+    if ((stepped || progressed) && !only_connecting) {
+      last_move = now;
       continue;
     }
     verifier_->flush();
-    if (ops_in_flight_ == 0 || Clock::now() - last_move > kSpin) sleep();
+    if (only_connecting) {
+      wait(kNap.count(), false);
+    } else if (now - last_move > kSpin) {
+      sleep();
+    }
   }
   shut_down();
 }
@@ -237,6 +247,7 @@ std::string Transport::allocate_here(uint64_t nbytes, LocalMemory* out) {
     out->end = out->cookie_address + sizeof(Cookie);
     if (getrandom(out->cookie.data(), out->cookie.size(), 0) == static_cast<ssize_t>(out->cookie.size())) {
       std::copy(out->cookie.begin(), out->cookie.end(), reinterpret_cast<uint8_t*>(out->cookie_address));
+      take_ucx_log();  // of allocators that it tried before
       return "";
     }
     status = UCS_ERR_IO_ERROR;
@@ -247,10 +258,13 @@ std::string Transport::allocate_here(uint64_t nbytes, LocalMemory* out) {
 
 void Transport::sleep() {
   if (calls_.any() || verified_.any() || ucx_->ucp_worker_arm(worker_) != UCS_OK) return;
-  pollfd fds[2] = {{ucx_fd_, POLLIN, 0}, {call_fd_, POLLIN, 0}};
-  const int timeout_ms = closing_ ? 1 : connecting_ ? 50 : -1;
-  ::poll(fds, 2, timeout_ms);
-  if (fds[1].revents != 0) {
+  wait(connecting_ || closing_ ? kNap.count() : -1, true);
+}
+
+void Transport::wait(int timeout_ms, bool for_ucx) {
+  pollfd fds[2] = {{call_fd_, POLLIN, 0}, {ucx_fd_, POLLIN, 0}};
+  ::poll(fds, for_ucx ? 2 : 1, timeout_ms);
+  if (fds[0].revents != 0) {
     uint64_t count;
     [[maybe_unused]] const ssize_t n = ::read(call_fd_, &count, sizeof count);
   }

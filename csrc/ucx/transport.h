@@ -165,6 +165,7 @@ class Transport {
   void handle(ReadCall& call);
   void handle(StopCall& call);
   void sleep();
+  void wait(int timeout_ms, bool for_ucx);
   void shut_down();
   std::string allocate_here(uint64_t nbytes, LocalMemory* out);
   std::string why(ucs_status_t status) const;
