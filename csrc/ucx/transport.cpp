@@ -14,8 +14,9 @@ namespace nd {
 namespace {
 
 constexpr std::chrono::seconds kAllocateTimeout{300}, kCloseTimeout{5};
-constexpr std::chrono::microseconds kSpin{50};  // without a move, before it sleeps
-constexpr std::chrono::milliseconds kNap{1};    // while peers connect or close
+constexpr std::chrono::microseconds kSpin{50};      // without a move, before it sleeps
+constexpr std::chrono::milliseconds kNap{1};        // while peers connect or close
+constexpr std::chrono::milliseconds kPatience{20};  // with a peer that does not answer at once
 constexpr uint64_t kAlign = 64;
 
 // Threads made while this lives leave every signal to Python's own thread.
