@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import surfaces
 import tiny_models
+import yaml
 
 from services.cli.state import StateFolder
 
@@ -100,6 +103,21 @@ def test_bench_measures(cluster: Cli) -> None:
     assert (result["completed"], result["failed"]) == (4, 0)
     assert (result["prompt_tokens"], result["completion_tokens"]) == (4 * 48, 4 * 5)
     assert 0 < result["ttft_ms"]["p50"] < result["latency_ms"]["max"]
+
+
+def test_metric_names(cluster: Cli) -> None:
+    """After the requests of the tests above: series with labels appear with their first sample."""
+    status = cluster.status()
+    pages = {worker["role"]: worker["http_address"] for worker in status["workers"]}
+    pages["router"] = status["url"].removeprefix("http://")
+    config = yaml.safe_load((cluster.folder.config_path / "controller.yaml").read_text())
+    pages["controller"] = f"127.0.0.1:{config['controller']['http_port']}"
+    found = {}
+    for service, address in pages.items():
+        text = httpx.get(f"http://{address}/metrics", timeout=10).text
+        found[service] = sorted(re.findall(r"^# TYPE nanodeploy:(\S+) ", text, re.MULTILINE))
+        assert "process_resident_memory_bytes" in text
+    assert found == {service: sorted(names) for service, names in surfaces.METRICS.items()}
 
 
 def test_doctor_proves_the_path(cluster: Cli, model: Path) -> None:

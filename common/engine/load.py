@@ -58,7 +58,7 @@ class LoadMeter:
         if now < self.next_report and not turned_idle:
             return
         self.next_report = now + REPORT_S
-        counters = {"preemptions": float(self._preemptions), **self._counters()}
+        counters = {"num_preemptions_total": float(self._preemptions), **self._counters()}
         self._outbox.send(
             EngineLoad(
                 self._load(steps, now),

@@ -9,8 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -21,18 +29,26 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 BYTE_BUCKETS = tuple(2.0**n for n in range(12, 38, 2))
-_BUCKETS = {"_seconds": LATENCY_BUCKETS_S, "_tokens": TOKEN_BUCKETS, "_bytes": BYTE_BUCKETS}
+_BUCKETS = {
+    "_seconds": LATENCY_BUCKETS_S,
+    "_tokens": TOKEN_BUCKETS,
+    "_sequences": TOKEN_BUCKETS,
+    "_bytes": BYTE_BUCKETS,
+}
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter and histogram that nobody asked for
 
 
-class _EngineCounters(Collector):
-    """Counters whose values are kept elsewhere: the latest value since the engine's start."""
+class _EngineValues(Collector):
+    """Values kept elsewhere. A name that ends in `_total` is a counter since the engine's start, others are gauges."""
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
 
     def collect(self) -> Iterator[Metric]:
         for name, value in self.values.items():
-            yield CounterMetricFamily(name, f"Engine: {_words(name)}", value=value)
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield family(name.removesuffix("_total"), f"Engine: {_words(name)}", value=value)
 
 
 class Metrics:
@@ -41,7 +57,7 @@ class Metrics:
     def __init__(self, *, with_process: bool = True) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self._made: dict[str, Counter | Gauge | Histogram] = {}
-        self._engine = _EngineCounters()
+        self._engine = _EngineValues()
         self.registry.register(self._engine)
         if with_process:
             ProcessCollector(registry=self.registry)
@@ -62,7 +78,7 @@ class Metrics:
     def histogram(
         self, name: str, help: str, labels: Sequence[str] = (), buckets: Sequence[float] | None = None
     ) -> Histogram:
-        """Buckets follow the unit at the name's end (`_seconds`, `_tokens`, `_bytes`) unless given."""
+        """Buckets follow the unit at the name's end (`_seconds`, `_tokens` ...) unless given."""
         made = self._made.get(name)
         if made is None:
             bounds = buckets or next((b for unit, b in _BUCKETS.items() if name.endswith(unit)), LATENCY_BUCKETS_S)
@@ -74,9 +90,9 @@ class Metrics:
     def apply_engine(
         self, counters: Iterable[tuple[str, float]], histograms: Iterable[tuple[str, Sequence[float]]]
     ) -> None:
-        """Take over an `EngineLoad`: counters are values since the engine's start, histograms are new samples."""
+        """Take over an `EngineLoad`: `..._total` are values since the engine's start, histograms are new samples."""
         for name, value in counters:
-            self._engine.values[PREFIX + name.removesuffix("_total")] = value
+            self._engine.values[PREFIX + name] = value
         for name, samples in histograms:
             histogram = self.histogram(name, f"Engine: {_words(name)}")
             for sample in samples:
