@@ -1,4 +1,4 @@
-"""Builds the two native libraries: `python setup.py build_ext --inplace`, or through pip.
+"""Builds the two native libraries: `python setup.py build_ext --inplace`, or through pip; and the gRPC stubs.
 
 They are plain C ABI (no Python, no torch headers) and are loaded with ctypes, so one build serves every
 Python. Sources are found by folder. A file's name says which instructions it may use (`*_avx2.cpp`,
@@ -8,6 +8,8 @@ source, a header or the flags change.
 
 UCX's headers come from the `libucx-cu13` wheel, or from the system where it is not installed. Nothing links
 to libucp: it is loaded at run time.
+
+A wheel holds stubs generated from `proto/` for it, whether or not the source tree has any.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -141,7 +145,22 @@ class BuildNative(build_ext):
         key.write_text(shlex.join(command))
 
 
+class BuildWithStubs(build_py):
+    """Adds nanodeploy.v1: to what is built, or to the source tree for an editable installation."""
+
+    def run(self) -> None:
+        super().run()
+        target = ROOT if self.editable_mode else Path(self.build_lib).resolve()
+        protos = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("proto/nanodeploy/v1/*.proto"))
+        run(
+            [sys.executable, "-m", "grpc_tools.protoc", "-I", "proto"]
+            + [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
+            + protos
+        )
+        (target / "nanodeploy" / "v1" / "__init__.py").touch()
+
+
 setup(
     ext_modules=[Extension(name.removesuffix(".so").replace("/", "."), sources=[]) for name in LIBRARIES],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildWithStubs},
 )
