@@ -98,3 +98,5 @@ $(STAMPS)/native: $(NATIVE_SOURCES) setup.py $(STAMPS)/env
 	@$(SAY) "Building csrc/"
 	@$(PY) setup.py -q build_ext --inplace
 	@touch $@
+
+include deploy/compose.mk
