@@ -93,7 +93,8 @@ async def test_a_restarted_worker_takes_its_requests_back(tmp_path: Path) -> Non
 
 async def test_a_worker_that_stays_away_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.router.link.PATIENCE_S", 0.5)
-    async with cluster(tmp_path, say(LONG, delay_s=0.01)) as made:
+    monkeypatch.setattr("services.router.relay.REPLACEMENT_WAIT_S", 0.3)
+    async with cluster(tmp_path, say(LONG, delay_s=0.01), connect_timeout_s=0.5) as made:
         task = asyncio.create_task(streamed(made))
         await working(made)
         await made.worker.kill()

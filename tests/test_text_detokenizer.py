@@ -44,7 +44,7 @@ def keep_well_formed(tokenizer: Tokenizer, ids: list[int]) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("skip", [True, False])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_streamed_pieces_are_the_whole(family: Callable[[], RawTokenizer], skip: bool, data: st.DataObject) -> None:
     raw = family()
     tokenizer = Tokenizer(raw)
@@ -117,16 +117,16 @@ def test_special_tokens_are_skipped_or_shown() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cost_per_token_does_not_grow(family: Callable[[], RawTokenizer]) -> None:
-    """Held-back garbage and skipped specials included: 30 times the tokens cost at most 90 times the time."""
+    """Held-back garbage and skipped specials included: 10 times the tokens cost at most 40 times the time."""
     tokenizer = Tokenizer(family())
     pattern = [*range(12), *([5] * 20), *(tokenizer.encode("plain text") * 3)]
 
     def seconds(repeats: int) -> float:
         detokenizer = tokenizer.detokenizer()
-        start = time.perf_counter()
+        start = time.process_time()
         for token in pattern * repeats:
             detokenizer.push([token])
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(1)
-    assert seconds(60) < 90 * max(seconds(2), 1e-4)
+    assert seconds(100) < 40 * max(seconds(10) for _ in range(3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import orjson
 from pydantic import ValidationError
@@ -70,7 +70,8 @@ def error_headers(error: NanoDeployError) -> list[tuple[bytes, bytes]]:
 def validation_error(error: ValidationError) -> InvalidRequestError:
     """The first fault that pydantic found, in one sentence that names the field."""
     faults = error.errors(include_url=False, include_context=False)
-    fault = max(faults, key=lambda f: _depth(f["loc"])) if _same_field(faults) else faults[0]
+    same_field = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
+    fault = max(same_field, key=lambda f: _reach(f["loc"]))
     kind = fault["type"]
     param = field_path(fault["loc"])
     if kind == "json_invalid":
@@ -98,12 +99,9 @@ def field_path(loc: Sequence[int | str]) -> str:
     return path
 
 
-def _depth(loc: Sequence[int | str]) -> int:
-    return sum(isinstance(part, int) for part in loc)
-
-
-def _same_field(faults: Sequence[Any]) -> bool:
-    return len({fault["loc"][:1] for fault in faults}) == 1
+def _reach(loc: Sequence[int | str]) -> list[int]:
+    """How far a branch of a union got before it failed: the furthest one is what the client meant."""
+    return [part for part in loc if isinstance(part, int)]
 
 
 def _rule(message: str) -> str:
