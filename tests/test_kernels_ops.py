@@ -73,3 +73,72 @@ def test_linear_of_nothing_is_empty(isa: cpu.Isa) -> None:
 def test_linear_that_the_kernel_cannot_do_goes_to_torch() -> None:
     x, weight = torch.randn(2, 3, 16), torch.randn(4, 16)
     assert torch.equal(ops.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 576), (3, 7), (130, 576), (5, 2049)])
+def test_rms_norm(isa: cpu.Isa, dtype: torch.dtype, tokens: int, width: int) -> None:
+    x, weight = (torch.randn(tokens, width + 3) * 4).to(dtype)[:, :width], torch.randn(width).to(dtype)
+    got = ops.rms_norm(x, weight, 1e-5, isa=isa)
+    want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    assert got.is_contiguous()
+    check(got, want, want.abs(), 16)
+    assert torch.equal(ops.rms_norm(x[-1:], weight, 1e-5, isa=isa), got[-1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("split", [0, 3, 5])
+def test_rms_norm_of_heads(isa: cpu.Isa, dtype: torch.dtype, split: int) -> None:
+    x, weight = torch.randn(9, 7, 20).to(dtype)[:, :5], torch.randn(2, 20).to(dtype)
+    got = ops.rms_norm(x, weight, 1e-3, split=split, isa=isa)
+    per_head = torch.stack([weight[int(h >= split)] for h in range(5)]).double()
+    want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt() * per_head
+    check(got, want, want.abs(), 16)
+    check(
+        ops.rms_norm(x, weight[1], 1e-3, isa=isa)[:, 0],
+        (want / per_head * weight[1].double())[:, 0],
+        x.double().abs()[:, 0] * 99,
+        16,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 12, 64), (3, 2, 6), (200, 12, 64)])
+def test_rope(isa: cpu.Isa, dtype: torch.dtype, tokens: int, heads: int, width: int) -> None:
+    x = torch.randn(tokens, heads + 2, width).to(dtype)[:, 1:-1]
+    table = torch.randn(tokens, 2, width).to(dtype)
+    got = ops.rope(x, table[:, :1], table[:, 1:], isa=isa)
+    exchanged = torch.cat((x[..., width // 2 :], x[..., : width // 2]), -1).double()
+    want = x.double() * table[:, :1].double() + exchanged * table[:, 1:].double()
+    assert got.is_contiguous()
+    check(got, want, x.double().abs() * 9 + exchanged.abs() * 9, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1536), (3, 5), (100, 1536)])
+def test_silu_mul(isa: cpu.Isa, dtype: torch.dtype, tokens: int, width: int) -> None:
+    x = (torch.randn(tokens, 2 * width) * 30).to(dtype)
+    got = ops.silu_mul(x, isa=isa)
+    gate, up = x.double().chunk(2, -1)
+    want = gate * up * torch.sigmoid(gate)
+    assert got.is_contiguous()
+    check(got, want, want.abs(), 16)
+
+
+def test_the_fallbacks_are_the_same_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, weights = torch.randn(5, 6, 8), torch.randn(8), torch.randn(2, 8)
+    table, wide = torch.randn(5, 2, 8), torch.randn(5, 24)
+
+    def results() -> list[Tensor]:
+        return [
+            ops.linear(wide, torch.ones(3, 24), torch.ones(3), out_dtype=torch.float32),
+            ops.rms_norm(x[:, 0], weight, 1e-5),
+            ops.rms_norm(x, weights, 1e-5, split=4),
+            ops.rope(x, table[:, :1], table[:, 1:]),
+            ops.silu_mul(wide),
+        ]
+
+    native = results()
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    for got, want in zip(native, results(), strict=True):
+        assert torch.allclose(got, want, atol=1e-5)

@@ -14,6 +14,9 @@ from common.kernels.native import LIBRARY_PATH
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
+_BY_STRUCT = ("nd_linear", "nd_attend", "nd_write_rows", "nd_rms_norm", "nd_rope", "nd_silu_mul")
+"""Take (instruction set, threads, address of a struct of csrc/cpu/kernels.h)."""
+
 
 class Isa(enum.IntEnum):
     BEST = -1
@@ -31,12 +34,11 @@ def library() -> ctypes.CDLL | None:
         return None
     lib.nd_has_kernels.argtypes = [_INT]
     lib.nd_has_kernels.restype = ctypes.c_bool
+    rows = [_INT, _INT, _POINTER, _LONG, _LONG, _LONG]  # instruction set, threads, logits, stride, rows, vocabulary
     signatures = {
-        "nd_draw_rows": [_INT, _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
-        "nd_attend": [_INT, _INT, _POINTER],
-        "nd_write_rows": [_INT, _INT, _POINTER],
-        "nd_linear": [_INT, _INT, _POINTER],
-        "nd_top_rows": [_INT, _INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER],
+        "nd_draw_rows": [*rows, _POINTER, _POINTER, _POINTER],
+        "nd_top_rows": [*rows, _LONG, _POINTER, _POINTER, _POINTER],
+        **{name: [_INT, _INT, _POINTER] for name in _BY_STRUCT},
     }
     for name, argtypes in signatures.items():
         function = getattr(lib, name)

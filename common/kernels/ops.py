@@ -17,6 +17,9 @@ from common.kernels import cpu
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # nd::Dtype
 
 _LINEAR = struct.Struct("@10q3i4x")  # nd::LinearCall
+_NORM = struct.Struct("@10qf2i4x")  # nd::NormCall
+_ROPE = struct.Struct("@10q2i")  # nd::RopeCall
+_GATE = struct.Struct("@5qi4x")  # nd::GateCall
 
 
 def linear(
@@ -55,6 +58,83 @@ def linear(
     )
     lib.nd_linear(isa, torch.get_num_threads(), call)
     return out_TN
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, split: int = 0, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
+    """Root mean square norm of the last dimension, in fp32 inside: a new contiguous tensor of x's shape and type.
+
+    `x` is [T, D] or [T, H, D]. `weight` is [D], or [2, D]: the first `split` heads take its first row, the others
+    the second.
+    """
+    lib = cpu.library()
+    if lib is None or x.device.type != "cpu" or x.stride(-1) != 1:
+        if weight.dim() == 1:
+            return functional.rms_norm(x, weight.shape, weight, eps)
+        kind_H = (torch.arange(x.shape[1], device=x.device) >= split).long()
+        return functional.rms_norm(x, weight.shape[1:], None, eps).mul_(weight[kind_H])
+    heads, head_stride = (1, 0) if x.dim() == 2 else (x.shape[1], x.stride(1))
+    out = torch.empty(x.shape, dtype=x.dtype)
+    call = _NORM.pack(
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        heads,
+        x.shape[-1],
+        heads if weight.dim() == 1 else split,
+        x.stride(0),
+        head_stride,
+        weight.stride(0),
+        eps,
+        DTYPES[x.dtype],
+        DTYPES[weight.dtype],
+    )
+    lib.nd_rms_norm(isa, torch.get_num_threads(), call)
+    return out
+
+
+def rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
+    """Turn element i of each head with element i + D / 2: x * cos + (x, halves exchanged) * sin.
+
+    A new contiguous [T, H, D]. `sin_T1D` holds the sign for the half that it is applied to.
+    """
+    lib = cpu.library()
+    tokens, heads, width = x_THD.shape
+    fits = cos_T1D.shape == sin_T1D.shape == (tokens, 1, width) and cos_T1D.stride() == sin_T1D.stride()
+    if lib is None or not fits or x_THD.device.type != "cpu" or x_THD.stride(2) != 1:
+        low, high = x_THD.chunk(2, dim=-1)
+        return torch.mul(x_THD, cos_T1D).addcmul_(torch.cat((high, low), dim=-1), sin_T1D)
+    out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype)
+    call = _ROPE.pack(
+        x_THD.data_ptr(),
+        cos_T1D.data_ptr(),
+        sin_T1D.data_ptr(),
+        out_THD.data_ptr(),
+        tokens,
+        heads,
+        width,
+        x_THD.stride(0),
+        x_THD.stride(1),
+        cos_T1D.stride(0),
+        DTYPES[x_THD.dtype],
+        DTYPES[cos_T1D.dtype],
+    )
+    lib.nd_rope(isa, torch.get_num_threads(), call)
+    return out_THD
+
+
+def silu_mul(gate_up_TI: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
+    """silu(gate) * up of packed rows [gate | up]: a new contiguous [T, I / 2]."""
+    lib = cpu.library()
+    if lib is None or gate_up_TI.device.type != "cpu" or gate_up_TI.stride(1) != 1:
+        gate, up = gate_up_TI.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+    tokens, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
+    out = torch.empty(tokens, width, dtype=gate_up_TI.dtype)
+    dtype = DTYPES[gate_up_TI.dtype]
+    call = _GATE.pack(gate_up_TI.data_ptr(), out.data_ptr(), tokens, width, gate_up_TI.stride(0), dtype)
+    lib.nd_silu_mul(isa, torch.get_num_threads(), call)
+    return out
 
 
 def _fits(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
+from common.kernels.ops import silu_mul
 from common.layers.base import Build, Layer
 from common.layers.linear import ColumnLinear, RowLinear
 
@@ -16,5 +16,4 @@ class SwiGLU(Layer):
         self.down_proj = RowLinear(build, intermediate_size, 1, hidden_size, bias=bias)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x_TD).chunk(2, dim=-1)
-        return self.down_proj(functional.silu(gate).mul_(up))
+        return self.down_proj(silu_mul(self.gate_up_proj(x_TD)))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
+from common.kernels.ops import rms_norm
 from common.layers.base import Build, Init, Layer, Slot
 
 
@@ -21,7 +20,7 @@ class RMSNorm(Layer):
         yield Slot("weight", self.weight, self._width, init=Init.ONES)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self._width, self.weight, self._eps)
+        return rms_norm(x, self.weight, self._eps)
 
 
 class QKNorm(Layer):
@@ -32,7 +31,7 @@ class QKNorm(Layer):
     def __init__(self, build: Build, num_heads: int, num_kv_heads: int, head_dim: int, eps: float) -> None:
         self._width = (head_dim,)
         self._eps = eps
-        self._kind_H = torch.tensor([0] * num_heads + [1] * num_kv_heads, device=build.device)
+        self._num_heads = num_heads
         self.weight_2D = build.empty(2, head_dim)
 
     def own_slots(self) -> Iterator[Slot]:
@@ -41,6 +40,4 @@ class QKNorm(Layer):
 
     def __call__(self, qk_THD: Tensor) -> Tensor:
         """`qk_THD`: query heads, then key heads; the same shape comes back, contiguous."""
-        return functional.rms_norm(qk_THD, self._width, None, self._eps).mul_(
-            self.weight_2D.index_select(0, self._kind_H)
-        )
+        return rms_norm(qk_THD, self.weight_2D, self._eps, split=self._num_heads)

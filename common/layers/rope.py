@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from common.kernels.ops import rope
 from common.layers.base import Build, Layer
 from common.layers.rope_spec import RopeSpec
 
@@ -30,8 +31,7 @@ class Rope(Layer):
 
 def apply_rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     """Turn each head; a new contiguous [T, H, D]."""
-    low, high = x_THD.chunk(2, dim=-1)
-    return torch.mul(x_THD, cos_T1D).addcmul_(torch.cat((high, low), dim=-1), sin_T1D)
+    return rope(x_THD, cos_T1D, sin_T1D)
 
 
 def rope_table(spec: RopeSpec, head_dim: int, max_positions: int) -> Tensor:

@@ -66,3 +66,13 @@ ND_EXPORT void nd_attend(int isa, int threads, const nd::AttendCall* call) { nd:
 ND_EXPORT void nd_write_rows(int isa, int threads, const nd::WriteCall* call) {
   nd::kernels(isa)->write_rows(*call, threads);
 }
+
+ND_EXPORT void nd_rms_norm(int isa, int threads, const nd::NormCall* call) {
+  nd::kernels(isa)->rms_norm(*call, threads);
+}
+
+ND_EXPORT void nd_rope(int isa, int threads, const nd::RopeCall* call) { nd::kernels(isa)->rope(*call, threads); }
+
+ND_EXPORT void nd_silu_mul(int isa, int threads, const nd::GateCall* call) {
+  nd::kernels(isa)->silu_mul(*call, threads);
+}

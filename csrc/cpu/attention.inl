@@ -259,10 +259,9 @@ struct Work {
     for (int64_t row = 0; row < rows.count; ++row) {
       float* to = q + row * padded;
       const int64_t head = item.head * group + row % group;
-      load_row(call.q, (token + row / group) * call.q_token_stride + head * call.q_head_stride, call.q_dtype,
-               call.width, to);
-      for (int64_t d = 0; d < call.width; ++d) to[d] *= call.scale;
-      arrange(to, call.width, call.cache_dtype == kBfloat16, to);
+      load_arranged(call.q, (token + row / group) * call.q_token_stride + head * call.q_head_stride, call.q_dtype,
+                    call.width, call.cache_dtype == kBfloat16, to);
+      for (int64_t d = 0; d < padded; ++d) to[d] *= call.scale;
     }
   }
 };

@@ -61,7 +61,41 @@ struct WriteCall {
   Dtype dtype, cache_dtype;
 };
 
+// Root mean square norm of rows of `width`; the first `split` heads use the first row of weights, the others the
+// second. `out` is [tokens, heads, width], contiguous, of x's type.
+struct NormCall {
+  const void* x;
+  const void* weight;
+  void* out;
+  int64_t tokens, heads, width, split;
+  int64_t x_token_stride, x_head_stride, weight_stride;
+  float eps;
+  Dtype x_dtype, weight_dtype;
+};
+
+// out[i] = x[i] * cos[i] + x[(i + width / 2) % width] * sin[i], with tables [tokens, width]; out as in NormCall.
+struct RopeCall {
+  const void* x;
+  const void* cos;
+  const void* sin;
+  void* out;
+  int64_t tokens, heads, width;
+  int64_t x_token_stride, x_head_stride, table_stride;
+  Dtype x_dtype, table_dtype;
+};
+
+// out[tokens, width] = silu(x[:, :width]) * x[:, width:].
+struct GateCall {
+  const void* x;
+  void* out;
+  int64_t tokens, width, x_stride;
+  Dtype dtype;
+};
+
 struct Kernels {
+  void (*rms_norm)(const NormCall& call, int threads);
+  void (*rope)(const RopeCall& call, int threads);
+  void (*silu_mul)(const GateCall& call, int threads);
   void (*attend)(const AttendCall& call, int threads);
   void (*write_rows)(const WriteCall& call, int threads);
   void (*linear)(const LinearCall& call, int threads);

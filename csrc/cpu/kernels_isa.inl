@@ -15,8 +15,9 @@ namespace nd {
 #include "cpu/linear.inl"
 
 #include "cpu/attention.inl"
+#include "cpu/pointwise.inl"
 #include "cpu/sampling.inl"
 
-extern const Kernels ND_TABLE = {attend, write_rows, linear, draw_row, top_row};
+extern const Kernels ND_TABLE = {rms_norm, rope, silu_mul, attend, write_rows, linear, draw_row, top_row};
 
 }  // namespace nd

@@ -9,14 +9,16 @@
 
 namespace {
 
-constexpr int64_t kSlab = 2048;  // columns added up before they go to the band's sums
-constexpr int64_t kBand = 48;    // rows of x
+constexpr int64_t kSlab = 768;  // columns added up before they go to the band's sums
+constexpr int64_t kBand = 48;   // rows of x
 #if defined(ND_ISA_AVX512)
 constexpr int kTileM = 4, kTileN = 5;
 #else
 constexpr int kTileM = 3, kTileN = 3;
 #endif
-constexpr int64_t kStripe = 8 * kTileN;  // rows of the weight
+// Rows of the weight: with a tile's rows of x they fit into the L1 cache.
+template <typename T>
+constexpr int64_t kStripe = kTileN * (16 / static_cast<int64_t>(sizeof(T)) / 2);
 
 template <typename T, int MT, int NT>
 struct Tile {
@@ -88,10 +90,14 @@ template <typename T, int NT>
 constexpr TileSums<T> kTiles[4] = {tile_sums<T, 1, NT>, tile_sums<T, 2, NT>, tile_sums<T, 3, NT>,
                                    tile_sums<T, kTileM, NT>};
 
-// sums[m * kStripe + n] += products of `rows` x rows and `cols` weight rows over k columns.
+// sums[m, n] += products of `rows` x rows and `cols` weight rows over k columns.
 template <typename T>
 void stripe_sums(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride, int64_t cols, int64_t k,
-                 float* sums) {
+                 float* sums, int64_t sums_stride) {
+  // The same columns of the next stripe come into the L2 cache meanwhile, a share of them with each tile's rows.
+  const int64_t row_nbytes = k * sizeof(T), bands = (rows + kTileM - 1) / kTileM;
+  const int64_t share = (row_nbytes / bands + 63) / 64 * 64;
+  int64_t ahead = 0;
   float out[kTileM * kTileN];
   for (int64_t m = 0; m < rows;) {
     const int64_t left = rows - m;
@@ -99,37 +105,45 @@ void stripe_sums(const float* x, int64_t x_stride, int64_t rows, const T* w, int
     for (int64_t n = 0; n < cols;) {
       const int nt = n + kTileN <= cols ? kTileN : 1;
       const TileSums<T> fn = nt == 1 ? kTiles<T, 1>[mt - 1] : kTiles<T, kTileN>[mt - 1];
+      for (int64_t j = 0; j < nt; ++j) {
+        const char* next = reinterpret_cast<const char*>(w + (cols + n + j) * w_stride) + ahead;
+        for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next + i, 0, 2);
+      }
       fn(x + m * x_stride, x_stride, w + n * w_stride, w_stride, k, out);
       for (int i = 0; i < mt; ++i) {
-        for (int j = 0; j < nt; ++j) sums[(m + i) * kStripe + n + j] += out[i * nt + j];
+        for (int j = 0; j < nt; ++j) sums[(m + i) * sums_stride + n + j] += out[i * nt + j];
       }
       n += nt;
     }
     m += mt;
+    ahead += share;
   }
 }
 
 template <typename T>
 void linear_task(const LinearCall& call, const float* x, int64_t x_stride, int64_t first_m, int64_t first_n,
                  int64_t last_n) {
+  constexpr int64_t kWide = 4 * kStripe<T>;  // columns of the result that are finished together
   const T* weight = static_cast<const T*>(call.weight);
   const int64_t rows = std::min(kBand, call.m - first_m);
-  float sums[kBand * kStripe];
-  float bias[kStripe];
-  for (int64_t n = first_n; n < last_n; n += kStripe) {
-    const int64_t cols = std::min(kStripe, last_n - n);
-    std::memset(sums, 0, rows * kStripe * sizeof(float));
-    for (int64_t k = 0; k < call.k; k += kSlab) {
-      stripe_sums(x + first_m * x_stride + k, x_stride, rows, weight + n * call.weight_stride + k, call.weight_stride,
-                  cols, std::min(kSlab, call.k - k), sums);
-    }
-    if (call.bias != nullptr) to_floats(static_cast<const T*>(call.bias) + n, cols, bias);
-    for (int64_t m = 0; m < rows; ++m) {
-      float* row = sums + m * kStripe;
-      if (call.bias != nullptr) {
-        for (int64_t j = 0; j < cols; ++j) row[j] += bias[j];
+  float sums[kBand * kWide];
+  float bias[kWide];
+  for (int64_t wide = first_n; wide < last_n; wide += kWide) {
+    const int64_t end = std::min(wide + kWide, last_n);
+    std::memset(sums, 0, rows * kWide * sizeof(float));
+    for (int64_t n = wide; n < end; n += kStripe<T>) {
+      for (int64_t k = 0; k < call.k; k += kSlab) {
+        stripe_sums(x + first_m * x_stride + k, x_stride, rows, weight + n * call.weight_stride + k, call.weight_stride,
+                    std::min(kStripe<T>, end - n), std::min(kSlab, call.k - k), sums + n - wide, kWide);
       }
-      store_row(call.out, (first_m + m) * call.out_stride + n, call.out_dtype, cols, row);
+    }
+    if (call.bias != nullptr) to_floats(static_cast<const T*>(call.bias) + wide, end - wide, bias);
+    for (int64_t m = 0; m < rows; ++m) {
+      float* row = sums + m * kWide;
+      if (call.bias != nullptr) {
+        for (int64_t j = 0; j < end - wide; ++j) row[j] += bias[j];
+      }
+      store_row(call.out, (first_m + m) * call.out_stride + wide, call.out_dtype, end - wide, row);
     }
   }
 }
@@ -139,21 +153,21 @@ void linear_of(const LinearCall& call, int threads) {
   const int64_t x_stride = whole_pairs(call.k);
   float* x = static_cast<float*>(thread_arena(kAroundTasks)->get(call.m * x_stride * sizeof(float)));
   const auto convert = [&](int64_t m) {
-    load_row(call.x, m * call.x_stride, call.x_dtype, call.k, x + m * x_stride);
-    arrange(x + m * x_stride, call.k, Element<T>::kSplit, x + m * x_stride);
+    load_arranged(call.x, m * call.x_stride, call.x_dtype, call.k, Element<T>::kSplit, x + m * x_stride);
   };
   parallel(call.m * call.k > 65536 ? threads : 1, call.m, convert);
 
   // Work of one task: some 20 microseconds or a stripe, and a few tasks for every thread.
   const int64_t bands = (call.m + kBand - 1) / kBand;
-  const int64_t stripes = (call.n + kStripe - 1) / kStripe;
-  const int64_t cost = kStripe * call.k * std::min(call.m + 4, kBand);  // multiplications of a stripe
+  const int64_t stripes = (call.n + kStripe<T> - 1) / kStripe<T>;
+  const int64_t cost = kStripe<T> * call.k * std::min(call.m + 4, kBand);  // multiplications of a stripe
   const int64_t fair = std::max<int64_t>(1, stripes * bands / (4 * threads));
-  const int64_t run = threads == 1 ? stripes : std::min(fair, std::max<int64_t>(1, 1000000 / cost));
+  const int64_t least = (1000000 / cost + 3) / 4 * 4;  // whole kWides, as far as they are fair
+  const int64_t run = threads == 1 ? stripes : std::max<int64_t>(1, std::min(fair, std::max<int64_t>(4, least)));
   const int64_t runs = (stripes + run - 1) / run;
   const auto work = [&](int64_t task) {
-    const int64_t first_n = task % runs * run * kStripe;
-    const int64_t last_n = std::min(call.n, first_n + run * kStripe);
+    const int64_t first_n = task % runs * run * kStripe<T>;
+    const int64_t last_n = std::min(call.n, first_n + run * kStripe<T>);
     linear_task<T>(call, x, x_stride, task / runs * kBand, first_n, last_n);
   };
   parallel(threads, bands * runs, work);

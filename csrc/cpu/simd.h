@@ -73,6 +73,8 @@ struct F {
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static V min(V a, V b) { return _mm512_min_ps(a, b); }
+  static V div(V a, V b) { return _mm512_div_ps(a, b); }
   static bool any_nan(V a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
   static float sum(V a) {
     float out[4];
@@ -131,6 +133,8 @@ struct F {
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static V min(V a, V b) { return _mm256_min_ps(a, b); }
+  static V div(V a, V b) { return _mm256_div_ps(a, b); }
   static bool any_nan(V a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
   static float sum(V a) {
     float out[4];
@@ -215,6 +219,12 @@ struct F {
   }
   static V max(const V& a, const V& b) {
     return make([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; });
+  }
+  static V min(const V& a, const V& b) {
+    return make([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; });
+  }
+  static V div(const V& a, const V& b) {
+    return make([&](int i) { return a.x[i] / b.x[i]; });
   }
   static bool any_nan(const V& a) {
     bool any = false;
@@ -379,6 +389,24 @@ inline void arrange(const float* row, int64_t n, bool split, float* out) {
     for (int j = 0; j < F::W; ++j) even[j] = out[i + 2 * j], odd[j] = out[i + 2 * j + 1];
     std::memcpy(out + i, even, sizeof(even));
     std::memcpy(out + i + F::W, odd, sizeof(odd));
+  }
+}
+
+// `arrange` of a row of any type; bfloat16 is split as it is loaded.
+inline void load_arranged(const void* base, int64_t offset, Dtype dtype, int64_t n, bool split, float* out) {
+  if (dtype != kBfloat16 || !split) {
+    load_row(base, offset, dtype, n, out);
+    return arrange(out, n, split, out);
+  }
+  const Bfloat* in = static_cast<const Bfloat*>(base) + offset;
+  int64_t i = 0;
+  for (; i + kPair <= n; i += kPair) {
+    F::store(out + i, Element<Bfloat>::pair0(in + i));
+    F::store(out + i + F::W, Element<Bfloat>::pair1(in + i));
+  }
+  if (i < n) {
+    to_floats(in + i, n - i, out + i);
+    arrange(out + i, n - i, true, out + i);
   }
 }
 

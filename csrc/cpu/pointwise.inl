@@ -1,0 +1,68 @@
+// The small operations between matrix products, one pass each; computed in fp32 and rounded once.
+
+namespace {
+
+// Runs body(row, scratch) for all rows, on threads if there is enough to do. `scratch`: `floats` of this task.
+template <typename Body>
+void each_row(int threads, int64_t rows, int64_t width, int64_t floats, Body&& body) {
+  constexpr int64_t kFew = 32768;  // elements that one thread does before another would have woken up
+  const int64_t run = std::max<int64_t>(1, kFew / 4 / width);
+  const auto work = [&](int64_t task) {
+    float* scratch = static_cast<float*>(thread_arena()->get(floats * sizeof(float)));
+    for (int64_t row = task * run; row < std::min(rows, (task + 1) * run); ++row) body(row, scratch);
+  };
+  parallel(rows * width > kFew ? threads : 1, (rows + run - 1) / run, work);
+}
+
+void rms_norm(const NormCall& call, int threads) {
+  const int64_t padded = whole_pairs(call.width);
+  each_row(threads, call.tokens * call.heads, call.width, 2 * padded, [&](int64_t row, float* x) {
+    const int64_t token = row / call.heads, head = row % call.heads;
+    float* weight = x + padded;
+    load_row(call.x, token * call.x_token_stride + head * call.x_head_stride, call.x_dtype, call.width, x);
+    load_row(call.weight, head < call.split ? 0 : call.weight_stride, call.weight_dtype, call.width, weight);
+    for (int64_t i = call.width; i < padded; ++i) x[i] = weight[i] = 0.0f;
+    V squares = F::zero();
+    for (int64_t i = 0; i < padded; i += F::W) squares = F::fma(F::load(x + i), F::load(x + i), squares);
+    const V scale = F::set1(1.0f / std::sqrt(F::sum(squares) / static_cast<float>(call.width) + call.eps));
+    for (int64_t i = 0; i < padded; i += F::W) {
+      F::store(x + i, F::mul(F::mul(F::load(x + i), scale), F::load(weight + i)));
+    }
+    store_row(call.out, row * call.width, call.x_dtype, call.width, x);
+  });
+}
+
+void rope(const RopeCall& call, int threads) {
+  const int64_t padded = whole_pairs(call.width), half = call.width / 2;
+  each_row(threads, call.tokens, call.heads * call.width, 4 * padded, [&](int64_t token, float* cos) {
+    float *sin = cos + padded, *x = sin + padded, *out = x + padded;
+    load_row(call.cos, token * call.table_stride, call.table_dtype, call.width, cos);
+    load_row(call.sin, token * call.table_stride, call.table_dtype, call.width, sin);
+    for (int64_t head = 0; head < call.heads; ++head) {
+      load_row(call.x, token * call.x_token_stride + head * call.x_head_stride, call.x_dtype, call.width, x);
+      for (int64_t i = 0; i < half; ++i) {
+        out[i] = x[i] * cos[i] + x[i + half] * sin[i];
+        out[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
+      }
+      store_row(call.out, (token * call.heads + head) * call.width, call.x_dtype, call.width, out);
+    }
+  });
+}
+
+void silu_mul(const GateCall& call, int threads) {
+  const int64_t padded = whole_pairs(call.width);
+  each_row(threads, call.tokens, call.width, 2 * padded, [&](int64_t token, float* gate) {
+    float* up = gate + padded;
+    load_row(call.x, token * call.x_stride, call.dtype, call.width, gate);
+    load_row(call.x, token * call.x_stride + call.width, call.dtype, call.width, up);
+    for (int64_t i = call.width; i < padded; ++i) gate[i] = up[i] = 0.0f;
+    for (int64_t i = 0; i < padded; i += F::W) {
+      const V g = F::load(gate + i);
+      const V e = exp_v(F::min(F::mul(g, F::set1(-1.0f)), F::set1(88.0f)));
+      F::store(gate + i, F::mul(F::div(g, F::add(e, F::set1(1.0f))), F::load(up + i)));
+    }
+    store_row(call.out, token * call.width, call.dtype, call.width, gate);
+  });
+}
+
+}  // namespace
