@@ -147,7 +147,9 @@ def test_metrics_render_with_our_prefix() -> None:
 
 def test_engine_counts_are_taken_over() -> None:
     metrics = Metrics(with_process=False)
-    metrics.apply_engine([("num_preemptions_total", 3.0), ("leases_active", 2.0)], [("request_queue_time_seconds", (0.01, 0.2))])
+    metrics.apply_engine(
+        [("num_preemptions_total", 3.0), ("leases_active", 2.0)], [("request_queue_time_seconds", (0.01, 0.2))]
+    )
     metrics.apply_engine([("num_preemptions_total", 4.0)], [("request_queue_time_seconds", (0.3,))])
     text = metrics.render().decode()
     assert "# TYPE nanodeploy:num_preemptions_total counter\nnanodeploy:num_preemptions_total 4.0" in text
