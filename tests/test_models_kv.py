@@ -91,6 +91,7 @@ def sized(spec: ModelSpec, budget: int, max_model_len: int = 512, max_num_seqs: 
         block_size=16,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
+        num_tails=2 * max_num_seqs,
         max_num_batched_tokens=64,
     )
 

@@ -47,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 
 # CPU memory is shared with everything else, so `gpu_memory_utilization` of what is available is an upper bound.
 CPU_KV_BYTES = 2 << 30
-LEASED_TAILS = 4  # tail rows of published prompts outlive their sequences on a prefill worker
+LEASED_TAILS = 8  # tail rows of published prompts outlive their sequences on a prefill worker
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _layout(
     if not budget:
         available = psutil.virtual_memory().available
         budget = int(min(CPU_KV_BYTES, config.gpu_memory_utilization * available / 2))
-    tails = config.max_num_seqs * (LEASED_TAILS if role is Role.PREFILL else 1)
+    tails = config.max_num_seqs * (LEASED_TAILS if role is Role.PREFILL else 2)
     num_blocks = size_num_blocks(
         spec,
         budget,
@@ -239,7 +239,8 @@ def _layout(
         dtype=dtype,
         block_size=config.block_size,
         max_model_len=max_model_len,
-        max_num_seqs=tails,
+        max_num_seqs=config.max_num_seqs,
+        num_tails=tails,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
     log.info("kv cache sized", budget_bytes=budget, blocks=num_blocks, block_size=config.block_size, dtype=kv_dtype)

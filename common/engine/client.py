@@ -26,6 +26,8 @@ from common.engine.channel import FrameDecoder, frame
 from common.engine.messages import FromEngine, Setup, Shutdown, ToEngine
 from common.types import Role
 
+EXIT_S = 5  # from the end of its messages to the end of its process
+
 
 class EngineClient(Protocol):
     async def start(self, on_message: Callable[[FromEngine], None], on_death: Callable[[str], None]) -> None: ...
@@ -118,10 +120,11 @@ class ProcessEngine:
         process = self._process
         assert process is not None
         try:
-            code = await asyncio.to_thread(process.wait, 5)
+            code = await asyncio.to_thread(process.wait, EXIT_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            code = await asyncio.to_thread(process.wait, 10)
+            await asyncio.to_thread(process.wait, 10)
+            return f"engine process {process.pid} went silent and was ended after {EXIT_S} s"
         return f"engine process {process.pid} ended with {_exit_name(code)}"
 
 

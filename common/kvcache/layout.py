@@ -110,6 +110,9 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
             seen.add(r.name)
             if r.dtype not in DTYPE_NBYTES:
                 raise ValueError(f"region {r.name}: unknown dtype {r.dtype!r}")
+            row_nbytes = r.width * DTYPE_NBYTES[r.dtype]
+            if row_nbytes % 8:
+                raise ValueError(f"region {r.name}: rows of {row_nbytes} bytes are not whole 64-bit words")
             self._local_units(r)
 
     def group(self, name: str) -> GroupSpec:

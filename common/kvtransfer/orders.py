@@ -4,7 +4,7 @@
               `-> OrderFailed, at any point;  DropOrder or ReleaseLease from the reader, at any point
 
 A lease is OFFERED from OrderStarted on; the reader's side of it is READING -> VERIFIED -> RELEASED, or
-FAILED -> recompute.
+FAILED -> recompute. Events of an order come in turn, or the reader fails it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ class OrderAccepted(Message, frozen=True):
 
 
 class OrderStarted(Message, frozen=True):
+    """Blocks are reserved. `cached_tokens` counts from position 0, whatever the reader has already."""
+
     order_id: int
     lease_id: int
     cached_tokens: int

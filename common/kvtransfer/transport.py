@@ -34,7 +34,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     hint: str = ""
 
 
-class DigestCheck(msgspec.Struct, frozen=True):
+class DigestCheck(msgspec.Struct, frozen=True, gc=False):
     """Bytes to verify in local memory once the read's pieces are there (see `common.kvcache.digest`).
 
     The [num_layers, num_parts] x tokens x width words of one (region, unit) of one published run:
@@ -48,11 +48,11 @@ class DigestCheck(msgspec.Struct, frozen=True):
     layer_stride: int
     part_stride: int
     token_stride: int
-    token_nbytes: int  # a multiple of 4
+    token_nbytes: int  # a multiple of 8: digests count 64-bit words
     expected: int
 
 
-class ReadPiece(msgspec.Struct, frozen=True):
+class ReadPiece(msgspec.Struct, frozen=True, gc=False):
     """One contiguous copy: `nbytes` from (remote group, offset) to a local address."""
 
     group: str

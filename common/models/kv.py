@@ -133,12 +133,13 @@ def size_num_blocks(
     block_size: int,
     max_model_len: int,
     max_num_seqs: int,
+    num_tails: int,
     max_num_batched_tokens: int,
     tp_size: int = 1,
 ) -> dict[str, int]:
     """Blocks per group that fit into `budget_nbytes` on one rank.
 
-    Tails: two per sequence (one computed, one handed over), they are tiny. Full and window groups get the same
+    `num_tails`: blocks of the tail group, each one hidden row. Full and window groups get the same
     number of blocks, since short sequences use both alike, but the window group no more than twice what
     `max_num_seqs` sequences can hold live; the full group takes the rest. ConfigError, with both numbers, if
     not even one sequence of `max_model_len` tokens fits.
@@ -146,7 +147,7 @@ def size_num_blocks(
     one = dict.fromkeys((FULL_GROUP, WINDOW_GROUP, TAIL_GROUP), 1)
     layout = kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=block_size, num_blocks=one, tp_size=tp_size)
     block = {g.name: layout.block_nbytes(g.name) for g in layout.groups}
-    out = {TAIL_GROUP: 2 * max_num_seqs}
+    out = {TAIL_GROUP: num_tails}
     rest = budget_nbytes - out[TAIL_GROUP] * block[TAIL_GROUP]
     whole = math.ceil(max_model_len / block_size)
     need = {group: whole for _, group, _ in _positional(spec)}
