@@ -134,7 +134,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
             if entry.task is not None:
                 entry.task.cancel()
         if self._server is not None:
-            await self._server.stop(0)
+            await asyncio.wait({asyncio.create_task(self._server.stop(0))}, timeout=3)
             self._server = None
         self._queues.clear()
 

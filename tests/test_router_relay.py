@@ -231,6 +231,15 @@ async def test_the_prefill_worker_is_named(tmp_path: Path) -> None:
         assert [entry.prefill for entry in made.worker.entries.values()] == [None, ref]
 
 
+async def test_a_stopping_router_cancels_what_it_has(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say(LONG, delay_s=0.05)) as made:
+        task = asyncio.create_task(streamed(made))
+        worker = await working(made)
+        await made.router.stop(grace_s=0.1)
+        assert (await task)[1]["error"]["code"] == "service_unavailable"
+        assert worker.entries[1].cancelled_at
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_random_faults(tmp_path: Path, seed: int) -> None:
     """Streams break and workers restart at random; every answer is whole."""

@@ -7,7 +7,6 @@ READING -> (nothing sent) -> answered
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -23,7 +22,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 BODY_TIMEOUT_S: Final = 60.0  # for the whole body
 _DRAIN_FACTOR: Final = 4  # an oversized body is read on up to this many times the limit, so that the answer arrives
 _JSON: Final = (b"content-type", b"application/json")
-_SSE: Final = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+_SSE: Final = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx in front must not gather events
+]
 
 
 class Exchange:
@@ -91,8 +94,6 @@ class Exchange:
             yield
         finally:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
 
     # -- out --
 

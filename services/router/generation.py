@@ -137,6 +137,7 @@ class Generation:
         if not self.done:
             self.done = True
             self._mailbox.fail(error)
+            self._drop()
 
     def close_choice(self, choice: int) -> None:
         """A stop string ended this choice."""

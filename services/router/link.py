@@ -1,10 +1,10 @@
 """The router's end of one decode worker: one stream for all requests, taken up again when it breaks.
 
-    CONNECTING -> ATTACHED <-> BROKEN (tries again with growing pauses) -> CLOSED
+    CONNECTING -> ATTACHED <-> BROKEN (tries again with growing pauses) -> over
 
 While BROKEN, its requests wait: reattaching brings them back with nothing lost. They are moved to other workers
-at once when the worker is gone (restarted with another epoch, or no longer a member), and otherwise after a few
-failed attempts. Rows for a slot whose Submit has not been answered yet are kept until it is.
+at once when the worker was restarted, after one failed attempt when it is no longer a member, and otherwise after
+a few. Rows for a slot whose Submit has not been answered yet are kept until it is.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from common.rpc.codec import StepRows
 from common.telemetry import get_logger
 from common.types import ChoiceDelta, Clock, Failure, GenerationRequest, RequestStats, TokenLogprobs, WorkerRef
 from services.router.generation import ABNORMAL, Generation
+from services.router.outbox import Cancels, Outbox, Positions
 
-ACK_TOKENS: Final = 256  # unacknowledged tokens of a request, before ...
-ACK_PERIOD_S: Final = 1.0  # ... or after this long
-ACK_GATHER_S: Final = 0.02  # what is due meanwhile leaves in the same message: a message costs more than its rows
 PATIENT_ATTEMPTS: Final = 3  # failed reattachments before requests are moved, if another worker could take them
 PATIENCE_S: Final = 5.0  # ... and if none could
+STEADY_S: Final = 1.0  # a stream that held this long, or brought something, was no failure
 _STASH_ROWS: Final = 16384
 _REMEMBERED_SLOTS: Final = 4096
 _MAX_GAPS: Final = 3
+_QUIET_ATTEMPTS: Final = 60  # an unreachable worker is mentioned about once a minute
+_CLOSE_S: Final = 0.5
 
 _log = get_logger(__name__)
 
-Positions = Sequence[tuple[int, int, int]]  # (slot, choice, next output position)
 Row = ChoiceDelta | Failure | RequestStats | TokenLogprobs
 
 
 class DecodeStream(Protocol):
-    """One attempt at a stream. Every method raises an error of the tree when it is broken."""
+    """One attempt at a stream. Every method raises an error of the tree when it is broken or was closed."""
 
     async def attach(self, epoch: int, positions: Positions) -> tuple[int, Sequence[int]]:
         """The worker's epoch and the slots it does not know."""
@@ -47,9 +47,7 @@ class DecodeStream(Protocol):
 
     async def read(self) -> StepRows: ...
 
-    async def send(self, cancels: Sequence[tuple[int, int | None]], acks: Positions) -> None:
-        """Cancel choices (slot, None for all of the request) and acknowledge positions."""
-        ...
+    async def send(self, cancels: Cancels, acks: Positions) -> None: ...
 
     def close(self) -> None: ...
 
@@ -83,27 +81,26 @@ class WorkerLink:
         self.ref = ref
         self.broken = False
         self.attached = asyncio.Event()
+        self.restarted = False  # another process answers at its address: this one will not come back
+        self.over = False  # it ended by itself: restarted, or no longer a member and without requests
         self._peer = peer
         self._clock = clock
         self._backoff = Backoff(rng)
         self._connect_timeout_s = connect_timeout_s
         self._on_lost = on_lost
         self._others_ready = others_ready
+        self._outbox = Outbox()
         self._open: dict[int, Generation] = {}
         self._submitting = 0
         self._stash: deque[tuple[int, Row]] = deque(maxlen=_STASH_ROWS)
         self._closed_slots: dict[int, None] = {}
-        self._cancels: list[tuple[int, int | None]] = []
-        self._acks: list[tuple[int, int, int]] = []
-        self._unacked: set[Generation] = set()
-        self._ack_timer: asyncio.TimerHandle | None = None
-        self._gather_timer: asyncio.TimerHandle | None = None
-        self._outgoing = asyncio.Event()
         self._stream: DecodeStream | None = None
-        self._leaving = False
+        self._leaving = False  # the stream was closed here
+        self._steady = False  # the stream brought something
         self._retired = False  # no longer a member
-        self._restarted = False  # another process answers at its address
-        self._ended = False
+        self._closing = False
+        self._failures = 0  # streams in a row that did not hold
+        self._broken_at = 0.0
         self._task = asyncio.create_task(self._run(), name=f"link-{ref.worker_id}")
 
     # -- requests --
@@ -136,20 +133,18 @@ class WorkerLink:
                 self._clear_stash()
 
     def _check_there(self) -> None:
-        if self._ended:
+        if self.over:
             raise UnavailableError(f"worker {self.ref.worker_id} is gone")
 
     def drop(self, generation: Generation) -> None:
         """The router wants no more of it."""
         if generation.slot in self._open:
             self._forget(generation)
-            self._cancels.append((generation.slot, None))
-            self._outgoing.set()
+            self._outbox.cancel(generation.slot)
 
     def drop_choice(self, generation: Generation, choice: int) -> None:
         """The router wants no more of one choice; others go on."""
-        self._cancels.append((generation.slot, choice))
-        self._outgoing.set()
+        self._outbox.cancel(generation.slot, choice)
 
     def _bind(self, generation: Generation, slot: int) -> None:
         generation.link, generation.slot = self, slot
@@ -159,6 +154,28 @@ class WorkerLink:
             return
         for kept, row in [entry for entry in self._stash if entry[0] == slot]:
             self._apply(kept, row)
+
+    def _forget(self, generation: Generation) -> None:
+        self._open.pop(generation.slot, None)
+        self._remember(generation.slot)
+        self._outbox.forget(generation)
+        generation.link = None
+
+    def _remember(self, slot: int) -> None:
+        self._closed_slots[slot] = None
+        if len(self._closed_slots) > _REMEMBERED_SLOTS:
+            del self._closed_slots[next(iter(self._closed_slots))]
+
+    def _lose(self, generation: Generation, error: NanoDeployError, *, worker_gone: bool = False) -> None:
+        self._forget(generation)
+        generation.lost_on = self.ref
+        self._on_lost(generation, error, worker_gone)
+
+    def _lose_all(self, error: NanoDeployError) -> None:
+        """Move all requests; should the worker come back, it hears that they are not wanted."""
+        for generation in list(self._open.values()):
+            self._outbox.cancel(generation.slot)
+            self._lose(generation, error, worker_gone=True)
 
     # -- rows --
 
@@ -172,12 +189,6 @@ class WorkerLink:
             self._apply(slot, delta)
         for slot, failure in step.failures:
             self._apply(slot, failure)
-        if self._acks and self._gather_timer is None:
-            self._gather_timer = asyncio.get_running_loop().call_later(ACK_GATHER_S, self._send_acks)
-
-    def _send_acks(self) -> None:
-        self._gather_timer = None
-        self._outgoing.set()
 
     def _apply(self, slot: int, row: Row) -> None:
         generation = self._open.get(slot)
@@ -195,18 +206,12 @@ class WorkerLink:
     def _take(self, generation: Generation, delta: ChoiceDelta) -> None:
         if delta.finish in ABNORMAL and not generation.has_ended(delta.choice):
             self._lose(generation, UnavailableError(f"worker {self.ref.worker_id} gave the request up"))
-            return
-        if not generation.accept(delta):
+        elif not generation.accept(delta):
             self._missed(generation)
-        elif generation.done:
-            self._forget(generation)
-            self._acks.extend(generation.positions())
-        elif generation.unacked >= ACK_TOKENS:
-            self._acknowledge(generation)
-        elif generation not in self._unacked:
-            self._unacked.add(generation)
-            if self._ack_timer is None:
-                self._ack_timer = asyncio.get_running_loop().call_later(ACK_PERIOD_S, self._acknowledge_all)
+        else:
+            self._outbox.received(generation)
+            if generation.done:
+                self._forget(generation)
 
     def _missed(self, generation: Generation) -> None:
         """Tokens before a row never came: the worker's log has them, unless it lost count."""
@@ -214,34 +219,10 @@ class WorkerLink:
             return
         generation.gaps += 1
         if generation.gaps > _MAX_GAPS:
-            self._cancels.append((generation.slot, None))
+            self._outbox.cancel(generation.slot)
             self._lose(generation, InternalError(f"worker {self.ref.worker_id} skipped output tokens"))
         else:
             self._leave()
-
-    def _leave(self) -> None:
-        """End this stream: the next one begins where each request stands."""
-        self._leaving = True
-        if self._stream is not None:
-            self._stream.close()
-
-    def _forget(self, generation: Generation) -> None:
-        self._open.pop(generation.slot, None)
-        self._remember(generation.slot)
-        self._unacked.discard(generation)
-        generation.link = None
-
-    def _acknowledge(self, generation: Generation) -> None:
-        generation.unacked = 0
-        self._unacked.discard(generation)
-        self._acks.extend(generation.positions())
-
-    def _acknowledge_all(self) -> None:
-        self._ack_timer = None
-        for generation in list(self._unacked):
-            self._acknowledge(generation)
-        if self._acks:
-            self._outgoing.set()
 
     def _stray(self, slot: int, row: Row) -> None:
         """A slot that is not open: not answered yet, or just closed, or left over from a lost answer."""
@@ -251,8 +232,7 @@ class WorkerLink:
             self._stash.append((slot, row))
         else:
             self._remember(slot)
-            self._cancels.append((slot, None))
-            self._outgoing.set()
+            self._outbox.cancel(slot)
 
     def _clear_stash(self) -> None:
         stash, self._stash = self._stash, deque(maxlen=_STASH_ROWS)
@@ -260,39 +240,28 @@ class WorkerLink:
             if slot not in self._open:
                 self._stray(slot, row)
 
-    def _remember(self, slot: int) -> None:
-        self._closed_slots[slot] = None
-        if len(self._closed_slots) > _REMEMBERED_SLOTS:
-            del self._closed_slots[next(iter(self._closed_slots))]
-
-    def _lose(self, generation: Generation, error: NanoDeployError, *, worker_gone: bool = False) -> None:
-        self._forget(generation)
-        generation.lost_on = self.ref
-        self._on_lost(generation, error, worker_gone)
-
     # -- the stream --
 
     async def _run(self) -> None:
-        failures, broken_at = 0, self._clock.now()
-        while not self._restarted and (not self._retired or self._open):
+        while not self._closing and not self.restarted and (not self._retired or self._open):
             stream = self._stream = self._peer.open_stream()
-            self._leaving = False
+            self._leaving = self._steady = False
+            started_s = self._clock.now()
             try:
                 await self._attach(stream)
-                failures, self.broken = 0, False
-                self._backoff.reset()
                 await self._pump(stream)
             except NanoDeployError as error:
-                broken_at = self._clock.now() if not failures else broken_at
-                failures += 1
-                self._broke(error, failures, self._clock.now() - broken_at)
+                self._broke(error, started_s)
+            except Exception as error:  # noqa: BLE001 - the edge of a loop
+                _log.exception("stream failed", worker_id=self.ref.worker_id)
+                self._broke(InternalError(f"the router failed on the stream: {type(error).__name__}"), started_s)
             finally:
                 self.attached.clear()
                 self._stream = None
                 stream.close()
-            if failures > 1:  # the first attempt after a break is made at once
+            if self._failures > 1 and not self._closing:  # the first attempt after a break is made at once
                 await asyncio.sleep(self._backoff.next_s())
-        self._ended = True
+        self.over = True
         self.attached.set()  # whoever waits for it hears that it is over
         self._lose_all(UnavailableError(f"worker {self.ref.worker_id} left the cluster"))
 
@@ -304,83 +273,76 @@ class WorkerLink:
         except TimeoutError:
             raise UnavailableError(f"worker {self.ref.worker_id} did not answer the stream") from None
         if epoch != self.ref.epoch:
-            self._restarted = True
+            self.restarted = True
             raise UnavailableError(f"worker {self.ref.worker_id} was restarted")
         for slot in unknown:
             if (generation := self._open.get(slot)) is not None:
                 self._lose(generation, UnavailableError(f"worker {self.ref.worker_id} lost the request"))
+        self.broken = False
         self.attached.set()
-        self._outgoing.set()
+        self._outbox.signal()
         _log.info("stream attached", worker_id=self.ref.worker_id, resumed=len(positions), unknown=len(unknown))
 
     async def _pump(self, stream: DecodeStream) -> None:
-        writer = asyncio.create_task(self._write(stream))
+        """Read until the stream breaks; the writer ends with it."""
+        writer = asyncio.create_task(self._outbox.write_to(stream))
         try:
             while True:
                 self._dispatch(await stream.read())
+                self._steady = True
         finally:
+            stream.close()
             writer.cancel()
             with contextlib.suppress(asyncio.CancelledError, NanoDeployError):
                 await writer
 
-    async def _write(self, stream: DecodeStream) -> None:
-        """Cancels leave in the loop tick they are made in, acknowledgements with them or a little later."""
-        while True:
-            await self._outgoing.wait()
-            self._outgoing.clear()
-            cancels, self._cancels = self._cancels, []
-            acks, self._acks = self._acks, []
-            try:
-                await stream.send(cancels, acks)
-            except NanoDeployError:
-                self._cancels = cancels + self._cancels
-                return
-
-    def _broke(self, error: NanoDeployError, failures: int, seconds: float) -> None:
+    def _broke(self, error: NanoDeployError, started_s: float) -> None:
+        """Count the failure; move the requests once patience is over."""
+        now = self._clock.now()
+        if self._steady or (self.attached.is_set() and now - started_s >= STEADY_S):
+            self._failures = 0
+            self._backoff.reset()
+        self._failures += 1
+        if self._failures == 1:
+            self._broken_at = now
         self.broken = True
         patience = 2 if self._retired else PATIENT_ATTEMPTS if self._others_ready(self.ref) else 2**31
-        moved = self._restarted or failures >= patience or seconds >= PATIENCE_S
-        _log.warning(
-            "stream broke",
-            worker_id=self.ref.worker_id,
-            error=error.message,
-            attempt=failures,
-            requests=len(self._open),
-            moved=moved,
-        )
+        moved = self.restarted or self._failures >= patience or now - self._broken_at >= PATIENCE_S
+        if self._failures <= PATIENT_ATTEMPTS or self._open or not self._failures % _QUIET_ATTEMPTS:
+            _log.warning(
+                "stream broke",
+                worker_id=self.ref.worker_id,
+                error=error.message,
+                attempt=self._failures,
+                requests=len(self._open),
+                moved=moved,
+            )
         if moved:
             self._lose_all(UnavailableError(f"worker {self.ref.worker_id} was lost: {error.message}"))
 
-    def _lose_all(self, error: NanoDeployError) -> None:
-        """Move all requests; should the worker come back, it hears that they are not wanted."""
-        self._cancels.extend((slot, None) for slot in self._open)
-        for generation in list(self._open.values()):
-            self._lose(generation, error, worker_gone=True)
+    def _leave(self) -> None:
+        """End this stream: the next one begins where each request stands."""
+        self._leaving = True
+        if self._stream is not None:
+            self._stream.close()
 
     # -- end --
 
     def retire(self) -> None:
         """The worker is no longer a member: use what it still sends, and reattach now to see if it is there."""
-        if self._retired:
-            return
-        self._retired = True
-        self._leave()
-
-    @property
-    def over(self) -> bool:
-        """It ended by itself: the worker left and nothing is open, or it was restarted."""
-        return self._ended
-
-    @property
-    def restarted(self) -> bool:
-        """Another process answers at the worker's address: this one will not come back."""
-        return self._restarted
+        if not self._retired:
+            self._retired = True
+            self._leave()
 
     async def close(self) -> None:
+        """Tell the worker what nobody wants any more, if it listens, and end the stream."""
+        if self.attached.is_set() and not self.over:
+            await self._outbox.drained(_CLOSE_S)
+        self._closing = True
+        self._leave()
+        await asyncio.wait({self._task}, timeout=_CLOSE_S)
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
-        for timer in (self._ack_timer, self._gather_timer):
-            if timer is not None:
-                timer.cancel()
+        self._outbox.close()
         await self._peer.close()

@@ -15,7 +15,7 @@ from common.rpc.status import error_from_rpc
 from common.types import Clock, GenerationRequest, WorkerRef
 from nanodeploy.v1 import decode_pb2 as pb
 from nanodeploy.v1 import decode_pb2_grpc
-from services.router.link import Positions
+from services.router.outbox import Cancels, Positions
 
 
 def _broken(error: BaseException | None = None) -> NanoDeployError:
@@ -48,7 +48,7 @@ class GrpcDecodeStream:
     async def read(self) -> codec.StepRows:
         return codec.deltas_from_proto((await self._read()).deltas)
 
-    async def send(self, cancels: Sequence[tuple[int, int | None]], acks: Positions) -> None:
+    async def send(self, cancels: Cancels, acks: Positions) -> None:
         if cancels:
             cancel = pb.StreamCancel(
                 slots=[slot for slot, _ in cancels],

@@ -106,10 +106,10 @@ class Relay:
             if generation.placements > MAX_PLACEMENTS:
                 generation.fail(last or UnavailableError("no worker kept the request"))
                 return
-            link = self._link(pair.decode.ref)
-            generation.prefill_id = pair.prefill.ref.worker_id if pair.prefill else ""
+            prefill = pair.prefill if not any(generation.sent) else None  # a resumed one is prefilled in its place
+            generation.prefill_id = prefill.ref.worker_id if prefill else ""
             try:
-                await link.submit(generation, pair.prefill.ref if pair.prefill else None)
+                await self._link(pair.decode.ref).submit(generation, prefill.ref if prefill else None)
                 return
             except (OverloadedError, UnavailableError) as error:
                 tried.add(pair.decode.ref)
