@@ -32,7 +32,12 @@ class Cli:
 
     def __init__(self, root: Path) -> None:
         self.folder = StateFolder(root, "default")
-        self.env = {**os.environ, "NANODEPLOY_STATE_DIR": str(root), "COLUMNS": "200"}
+        any_port = {
+            f"NANODEPLOY_{section}__{field}": "0"
+            for section in ("CONTROLLER", "PREFILL", "DECODE")
+            for field in ("PORT", "HTTP_PORT")
+        }
+        self.env = {**os.environ, **any_port, "NANODEPLOY_STATE_DIR": str(root), "COLUMNS": "200"}
 
     def argv(self, *args: str) -> list[str]:
         return [sys.executable, "-m", "services.cli.main", *args]

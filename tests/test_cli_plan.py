@@ -118,6 +118,14 @@ def test_internal_ports_move_aside(tmp_path: Path, listener: int) -> None:
     assert not plan.controller.endswith(f":{listener}")
 
 
+def test_port_0_takes_free_ones(tmp_path: Path) -> None:
+    env = {f"NANODEPLOY_{s}__{f}": "0" for s in ("CONTROLLER", "PREFILL", "DECODE") for f in ("PORT", "HTTP_PORT")}
+    plan = build(tmp_path, load(None, env), num_decode=3)
+    ports = [int(spec.address.rsplit(":", 1)[1]) for spec in plan.services]
+    assert len(set(ports)) == 7
+    assert min(ports) > 8000
+
+
 def test_bad_values_name_the_flag(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--block-size: .*multiple of 16.*got 17"):
         build(tmp_path, engine={"block_size": 17})

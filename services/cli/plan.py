@@ -30,6 +30,7 @@ from services.cli.process import ServiceSpec
 
 S = TypeVar("S", bound=BaseModel)
 
+STORAGE_PORT = 7099
 MIN_KV_BYTES = 256 * 2**20
 MAX_KV_BYTES = 4 * 2**30
 
@@ -139,11 +140,15 @@ def has_gpu() -> bool:
 def build_plan(
     base: ClusterConfig, request: ClusterRequest, folder: Path, ports: Ports, environ: Mapping[str, str]
 ) -> ClusterPlan:
-    """All processes of the cluster. `folder` has `config/` and `logs/`. Raises `ConfigError`."""
+    """All processes of the cluster. `folder` has `config/` and `logs/`. Raises `ConfigError`.
+
+    A port of `base` that is 0, or taken, becomes a free one.
+    """
     if request.num_decode < 1:
         raise ConfigError("a cluster needs at least one decode worker", param="decode")
     url_port = ports.take_exactly(request.host, request.port, "--port")
-    redis_url = request.redis_url or f"redis://127.0.0.1:{ports.take('127.0.0.1', 7099)}/0"
+    storage_port = STORAGE_PORT if base.controller.port else 0
+    redis_url = request.redis_url or f"redis://127.0.0.1:{ports.take('127.0.0.1', storage_port)}/0"
     controller = _section(
         base.controller,
         port=ports.take(base.controller.host, base.controller.port),
@@ -243,8 +248,8 @@ def _workers(
             worker = _section(
                 section,
                 worker_id=f"{role}-{index}",
-                port=ports.take(section.host, section.port + 2 * index),
-                http_port=ports.take(section.host, section.http_port + 2 * index),
+                port=ports.take(section.host, section.port and section.port + 2 * index),
+                http_port=ports.take(section.host, section.http_port and section.http_port + 2 * index),
                 controllers=controllers,
                 engine=_section(section.engine, **engine),
             )
