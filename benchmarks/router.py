@@ -12,7 +12,7 @@ Nothing else is simulated: template, tokenizer, policy, relay, detokenizer and S
     python benchmarks/router.py [--quick] [--part latency|requests|tokens] [--profile FILE]
 
 Writes benchmarks/results/router.json, but for a quick or partial run. The figures are of a machine that is shared
-with its own load: `loop_ms` says how fast plain Python ran meanwhile (sum(range(10**6)); 8 ms on an idle core).
+with its own load: `loop_ms`, the time of sum(range(10**6)), says how fast plain Python ran meanwhile.
 """
 
 from __future__ import annotations
