@@ -23,6 +23,7 @@ class Isa(enum.IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+    AMX = 3
 
 
 @functools.cache

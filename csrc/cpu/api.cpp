@@ -30,6 +30,7 @@ Arena* thread_arena(ArenaUse which) {
 const Kernels* kernels(int isa) {
 #if defined(__x86_64__)
   const CpuFeatures& f = cpu_features();
+  if ((isa == kAmx || isa == kBest) && f.amx_bf16) return &kernels_amx;
   if ((isa == kAvx512 || isa == kBest) && f.avx512) return &kernels_avx512;
   if ((isa == kAvx2 || isa == kBest) && f.avx2) return &kernels_avx2;
 #endif

@@ -50,25 +50,33 @@ uint64_t digest_tails(const uint8_t* tails, size_t token_stride, size_t num_toke
   return sum;
 }
 
-// Words [first_word, first_word + up to kTableWords) of every row; `keys` holds theirs.
-uint64_t digest_columns(const DigestGeometry& g, const DigestSegment* segments, size_t num_segments,
-                        uint64_t first_word, const uint64_t* keys) {
-  const DigestRows rows = chosen_rows();
+const KeyTable& first_keys() {
+  static const KeyTable keys = make_keys(0);
+  return keys;
+}
+
+// Words [first_word, first_word + up to kTableWords) of every token of a run; `keys` holds theirs.
+uint64_t digest_columns(const DigestGeometry& g, const DigestSegment& s, uint64_t row, const uint8_t* run,
+                        uint64_t first_word, const uint64_t* keys, DigestRows rows) {
   const uint64_t offset = first_word * 8;
   const uint64_t nbytes = std::min<uint64_t>(g.token_nbytes - offset, kTableWords * 8);
   const uint64_t num_words = nbytes / 8, tail = nbytes % 8;
+  const uint64_t seed = s.first_position * kDigestC1 + row * kDigestC2 + 1;
   uint64_t sum = 0;
-  for (size_t s = 0; s < num_segments; ++s) {
-    const auto* base = reinterpret_cast<const uint8_t*>(segments[s].address) + offset;
-    const uint64_t tokens = segments[s].num_tokens;
-    uint64_t seed = segments[s].first_position * kDigestC1 + 1;
-    for (uint64_t layer = 0; layer < g.num_layers; ++layer) {
-      for (uint64_t part = 0; part < g.num_parts; ++part, seed += kDigestC2) {
-        const uint8_t* run = base + layer * g.layer_stride + part * g.part_stride;
-        if (num_words) sum += rows(run, g.token_stride, tokens, seed, keys, num_words);
-        if (tail) sum += digest_tails(run + num_words * 8, g.token_stride, tokens, seed, keys[num_words], tail);
-      }
-    }
+  if (num_words) sum += rows(run + offset, g.token_stride, s.num_tokens, seed, keys, num_words);
+  if (tail) {
+    const uint8_t* tails = run + offset + num_words * 8;
+    sum += digest_tails(tails, g.token_stride, s.num_tokens, seed, keys[num_words], tail);
+  }
+  return sum;
+}
+
+// The words behind the first table, whose keys are made as they are needed.
+uint64_t digest_rest(const DigestGeometry& g, const DigestSegment& s, uint64_t row, const uint8_t* run) {
+  uint64_t sum = 0;
+  for (uint64_t word = kTableWords; word * 8 < g.token_nbytes; word += kTableWords) {
+    const KeyTable keys = make_keys(word);
+    sum += digest_columns(g, s, row, run, word, keys.data(), chosen_rows());
   }
   return sum;
 }
@@ -90,16 +98,19 @@ uint64_t digest_rows_portable(const uint8_t* rows, size_t token_stride, size_t n
   return sum;
 }
 
+uint64_t digest_run(const DigestGeometry& g, const DigestSegment& s, uint64_t row, const void* run) {
+  return digest_columns(g, s, row, static_cast<const uint8_t*>(run), 0, first_keys().data(), chosen_rows()) +
+         (g.token_nbytes > kTableWords * 8 ? digest_rest(g, s, row, static_cast<const uint8_t*>(run)) : 0);
+}
+
 uint64_t digest(const DigestGeometry& g, const DigestSegment* segments, size_t num_segments) {
-  static const KeyTable first_keys = make_keys(0);
-  const uint64_t num_words = (g.token_nbytes + 7) / 8;
   uint64_t sum = 0;
-  for (uint64_t word = 0; word < num_words; word += kTableWords) {
-    if (word == 0) {
-      sum += digest_columns(g, segments, num_segments, 0, first_keys.data());
-    } else {
-      const KeyTable keys = make_keys(word);
-      sum += digest_columns(g, segments, num_segments, word, keys.data());
+  for (size_t i = 0; i < num_segments; ++i) {
+    for (uint64_t layer = 0; layer < g.num_layers; ++layer) {
+      for (uint64_t part = 0; part < g.num_parts; ++part) {
+        const uint64_t run = segments[i].address + layer * g.layer_stride + part * g.part_stride;
+        sum += digest_run(g, segments[i], layer * g.num_parts + part, reinterpret_cast<const void*>(run));
+      }
     }
   }
   return sum;

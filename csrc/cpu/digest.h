@@ -27,6 +27,9 @@ struct DigestGeometry {
 
 uint64_t digest(const DigestGeometry& geometry, const DigestSegment* segments, size_t num_segments);
 
+// What one (layer, part) of a segment adds to its digest: the tokens at `run`. `row` is layer * num_parts + part.
+uint64_t digest_run(const DigestGeometry& geometry, const DigestSegment& segment, uint64_t row, const void* run);
+
 // A run of tokens of one (layer, part): the term sum over `num_words` full words of each. `seed` is the
 // unmixed key of the first token; the next token's is `seed + kDigestC1`.
 using DigestRows = uint64_t (*)(const uint8_t* rows, size_t token_stride, size_t num_tokens, uint64_t seed,

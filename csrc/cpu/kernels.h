@@ -1,7 +1,8 @@
 // The kernels that exist once per instruction set, and the table that each set fills in.
 //
-// kernels.cpp (portable), kernels_avx2.cpp and kernels_avx512.cpp compile the same *.inl files. Callers ask
-// for the best table that this processor runs, or for a named one in tests.
+// kernels.cpp (portable), kernels_avx2.cpp, kernels_avx512.cpp and kernels_amx.cpp (AVX-512, with bfloat16
+// products on tiles) compile the same *.inl files. Callers ask for the best table that this processor runs, or for a
+// named one in tests.
 #pragma once
 
 #include <cstddef>
@@ -118,7 +119,7 @@ class Arena {
 enum ArenaUse : int { kInTask = 0, kAroundTasks = 1, kBetweenTasks = 2 };
 Arena* thread_arena(ArenaUse which = kInTask);
 
-enum Isa : int { kBest = -1, kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum Isa : int { kBest = -1, kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // Null if this processor (or this build) lacks the instructions.
 const Kernels* kernels(int isa);
@@ -126,5 +127,6 @@ const Kernels* kernels(int isa);
 extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_amx;
 
 }  // namespace nd

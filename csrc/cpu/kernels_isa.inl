@@ -12,6 +12,10 @@ namespace nd {
 
 #include "cpu/simd.h"
 
+#if defined(ND_AMX)
+#include "cpu/linear_amx.inl"
+#endif
+
 #include "cpu/linear.inl"
 
 #include "cpu/attention.inl"

@@ -174,6 +174,9 @@ void linear_of(const LinearCall& call, int threads) {
 }
 
 void linear(const LinearCall& call, int threads) {
+#if defined(ND_AMX)
+  if (amx_fits(call)) return linear_amx(call, threads);
+#endif
   if (call.weight_dtype == kFloat32) return linear_of<float>(call, threads);
   if (call.weight_dtype == kBfloat16) return linear_of<Bfloat>(call, threads);
   linear_of<Half>(call, threads);

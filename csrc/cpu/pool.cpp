@@ -100,7 +100,7 @@ void parallel_for(int threads, int64_t tasks, TaskFn fn, void* ctx) {
   take_tasks(p);
   p->open.store(false);
   for (int i = 0; p->active.load() > 0; ++i) {
-    if (i < 20000) {
+    if (i < 2000) {
       relax();
     } else {
       sched_yield();
