@@ -5,6 +5,8 @@
 .PHONY: wheels demo-model compose-up compose-down compose-test
 
 WHEELHOUSE := dist/wheelhouse
+# Asked for by redis before Python 3.11.3: the image's Python may be older than the one that collects.
+EARLIER_PATCHES := "async-timeout>=4.0.3"
 COMPOSE_PYTHON_IMAGE ?= python:$(shell $(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo 3.11)-slim
 COMPOSE := NANODEPLOY_PYTHON_IMAGE=$(COMPOSE_PYTHON_IMAGE) docker compose -f deploy/compose.yaml
 
@@ -33,5 +35,5 @@ $(WHEELHOUSE)/.dependencies: pyproject.toml deploy/compose.mk $(STAMPS)/venv
 	@$(PIP) wheel -q --wheel-dir $(WHEELHOUSE) "$(TORCH)" $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)")
 	@$(PY) -c "import tomllib; print('\n'.join(tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))" \
 	    >$(WHEELHOUSE)/requirements.txt
-	@$(PIP) wheel -q --wheel-dir $(WHEELHOUSE) $(WHEELHOUSE)/torch-*.whl -r $(WHEELHOUSE)/requirements.txt
+	@$(PIP) wheel -q --wheel-dir $(WHEELHOUSE) $(WHEELHOUSE)/torch-*.whl -r $(WHEELHOUSE)/requirements.txt $(EARLIER_PATCHES)
 	@touch $@
