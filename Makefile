@@ -20,8 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 
 STAMPS := $(VENV)/.stamps
 PROTOS := $(wildcard proto/nanodeploy/v1/*.proto)
-NATIVE_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' \) 2>/dev/null)
-CPP_FILES := $(NATIVE_SOURCES) $(shell find csrc -type f \( -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+CPP_FILES := $(shell find csrc -type f -regex '.*\.\(cpp\|h\|inl\|cu\|cuh\)' 2>/dev/null)
 SAY := printf '\033[1m==> %s\033[0m\n'
 
 .PHONY: help setup up test test-exact soak lint format stubs native client-wheel bench docs clean
@@ -94,7 +93,7 @@ $(STAMPS)/stubs: $(PROTOS) $(STAMPS)/env
 	@touch nanodeploy/v1/__init__.py
 	@touch $@
 
-$(STAMPS)/native: $(NATIVE_SOURCES) setup.py $(STAMPS)/env
+$(STAMPS)/native: $(CPP_FILES) setup.py $(STAMPS)/env
 	@$(SAY) "Building csrc/"
 	@$(PY) setup.py -q build_ext --inplace
 	@touch $@
