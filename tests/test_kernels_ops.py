@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -64,6 +66,30 @@ def test_a_row_of_linear_has_the_same_bits_in_any_batch_and_on_any_threads(isa: 
         part = ops.linear(x[first : first + count], weight, isa=isa)
         assert torch.equal(part, whole[first : first + count])
     torch.set_num_threads(before)
+
+
+def test_callers_on_several_threads_do_not_disturb_each_other() -> None:
+    inputs = [(torch.randn(9, 300), torch.randn(400, 300)) for _ in range(8)]
+    expected = [ops.linear(x, weight) for x, weight in inputs]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = list(pool.map(lambda pair: ops.linear(*pair), inputs))
+            assert all(torch.equal(got, want) for got, want in zip(results, expected, strict=True))
+    torch.set_num_threads(before)
+
+
+def test_idle_threads_sleep() -> None:
+    x, weight = torch.randn(64, 300), torch.randn(2000, 300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    ops.linear(x, weight)
+    torch.set_num_threads(before)
+    time.sleep(0.1)
+    start = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - start < 0.05
 
 
 def test_linear_of_nothing_is_empty(isa: cpu.Isa) -> None:

@@ -175,6 +175,13 @@ void soften(const Rows& rows, int64_t first, int64_t low, int64_t high, int64_t 
   }
 }
 
+// Blocks lie anywhere, so the processor does not foresee the next one.
+template <typename T>
+void prefetch_run(const T* rows, int64_t stride, int64_t count) {
+  const char* p = reinterpret_cast<const char*>(rows);
+  for (int64_t i = 0; i < count * stride * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 // Attention of `rows` over positions [low, high) of one span, from nothing.
 template <typename T>
 void attend_span(const Keys& keys, const Rows& rows, int64_t low, int64_t high) {
@@ -184,10 +191,12 @@ void attend_span(const Keys& keys, const Rows& rows, int64_t low, int64_t high) 
   for (int64_t first = low / kTile * kTile; first < high; first += kTile) {
     const int64_t from = std::max(low, first), to = std::min(high, first + kTile);
     keys.runs(from, to, [&](int64_t position, int64_t count) {
+      prefetch_run(keys.at<T>(1, position), call.token_stride, count);
       score_run<T>(rows, keys.at<T>(0, position), call.token_stride, count, call.width, position - first);
     });
     soften(rows, first, from - first, to - first, call.window);
     keys.runs(from, to, [&](int64_t position, int64_t count) {
+      if (position + kTile < high) prefetch_run(keys.at<T>(0, position + kTile), call.token_stride, count);
       mix_run<T>(rows, keys.at<T>(1, position), call.token_stride, count, call.width, position - first);
     });
   }
