@@ -77,7 +77,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         try:
             entry = await self._submit(link.router_id, request.request, _prefill_of(request))
             while True:
-                rows = await link.take()
+                rows = await link.take(link.generation)
                 if rows:
                     yield pb.GenerateResponse(deltas=_rows_to_proto(rows))
                 if entry.ended_at and not link.rows:
@@ -133,28 +133,25 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
             async for request in requests:
                 match request.WhichOneof("message"):
                     case "cancel":
-                        self._cancel(request.cancel)
+                        self._cancel(link, request.cancel)
                     case "ack":
                         ack = request.ack
                         columns = zip(ack.slots, ack.choices, ack.next_positions, strict=False)
-                        self._streams.ack(columns)
+                        self._streams.ack(link, columns)
                     case _:
                         raise InvalidRequestError("only cancel and ack may follow attach", param="message")
         finally:
             link.wake()
 
-    def _cancel(self, cancel: pb.StreamCancel) -> None:
+    def _cancel(self, link: Link, cancel: pb.StreamCancel) -> None:
         choices = list(cancel.choices) or [0] * len(cancel.slots)
         if len(choices) != len(cancel.slots):
             raise InvalidRequestError("cancel: choices and slots have unequal lengths", param="cancel.choices")
         for slot, choice in zip(cancel.slots, choices, strict=True):
-            self._streams.cancel(slot, choice - 1 if choice else None)
+            self._streams.cancel(link, slot, choice - 1 if choice else None)
 
     async def _rows(self, link: Link, generation: int, reader: asyncio.Task[None]) -> AsyncIterator[pb.StepDeltas]:
-        while link.generation == generation:
-            rows = await link.take()
-            if link.generation != generation:
-                return
+        while (rows := await link.take(generation)) is not None:
             if rows:
                 yield _rows_to_proto(rows)
             if reader.done():
@@ -179,5 +176,5 @@ def _prefill_of(request: pb.SubmitRequest | pb.GenerateRequest) -> WorkerRef | N
     return codec.ref_from_proto(request.prefill, "prefill") if request.HasField("prefill") else None
 
 
-def _open_choices(request: GenerationRequest) -> int:
-    return request.sampling.n - len({c for c in request.ended_choices if c < request.sampling.n})
+def _open_choices(request: GenerationRequest) -> set[int]:
+    return set(range(request.sampling.n)).difference(request.ended_choices)

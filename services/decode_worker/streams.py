@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 from collections.abc import Callable, Iterable
 
 from common.engine.messages import Cancel, Deltas
@@ -17,6 +18,8 @@ from common.types import ChoiceDelta, Clock, Failure, RequestStats, TokenLogprob
 from services.decode_worker.tokenlog import RequestLog
 
 GENERATE_PREFIX = "generate:"
+MAX_MESSAGE_ROWS = 4096  # keeps a message far below gRPC's limit
+MAX_BACKLOG_ROWS = 65536  # a router that falls this far behind is cut off: it reattaches and reads from the log
 
 
 class Rows:
@@ -31,12 +34,21 @@ class Rows:
     def __bool__(self) -> bool:
         return bool(self.deltas or self.failures or self.stats or self.prompt_logprobs)
 
+    def split(self) -> tuple[Rows, Rows]:
+        """What fits into a message, and the rest: failures come last."""
+        rest = Rows()
+        if len(self.deltas) > MAX_MESSAGE_ROWS:
+            self.deltas, rest.deltas = self.deltas[:MAX_MESSAGE_ROWS], self.deltas[MAX_MESSAGE_ROWS:]
+            self.failures, rest.failures = [], self.failures
+        return self, rest
+
 
 class Link:
     """One router's (or one Generate call's) end of the traffic."""
 
     def __init__(self, router_id: str) -> None:
         self.router_id = router_id
+        self.max_rows = MAX_BACKLOG_ROWS
         self.attached = False
         self.generation = 0  # of the stream: an older stream of the same router ends when a newer one attaches
         self.detached_at = 0.0
@@ -50,12 +62,23 @@ class Link:
     def wake(self) -> None:
         self._wake.set()
 
-    async def take(self) -> Rows:
-        """Wait for rows (or a wake-up) and take them all."""
+    async def take(self, generation: int) -> Rows | None:
+        """Wait for rows (or a wake-up) and take a message full. None: the link belongs to another stream now."""
         await self._wake.wait()
-        self._wake.clear()
-        rows, self._rows = self._rows, Rows()
+        if generation != self.generation:
+            return None
+        rows, self._rows = self._rows.split()
+        if not self._rows:
+            self._wake.clear()
         return rows
+
+    def release(self, now: float) -> None:
+        """Take the link from its stream; what was not sent is in the logs."""
+        self.attached = False
+        self.detached_at = now
+        self.generation += 1
+        self.discard()
+        self.wake()
 
     def discard(self) -> None:
         self._rows = Rows()
@@ -75,9 +98,9 @@ class Streams:
     def __len__(self) -> int:
         return sum(not log.ended_at for log in self._logs.values())
 
-    def open(self, router_id: str, request_id: str, num_choices: int, traceparent: str = "") -> RequestLog:
-        """A log for a new request; its slot is unique while this process lives."""
-        log = RequestLog(next(self._slots), router_id, request_id, num_choices, self._clock.now(), traceparent)
+    def open(self, router_id: str, request_id: str, choices: Iterable[int], traceparent: str = "") -> RequestLog:
+        """A log for a new request and the choices it runs; its slot is unique while this process lives."""
+        log = RequestLog(next(self._slots), router_id, request_id, set(choices), self._clock.now(), traceparent)
         self._logs[log.slot] = log
         self._link(router_id)
         return log
@@ -109,10 +132,12 @@ class Streams:
                 log.prompt_logprobs = prompt.logprobs
                 self._push(log, touched).prompt_logprobs.append((prompt.slot, prompt.logprobs))
         for link in touched:
-            if link.attached:
-                link.wake()
-            else:
+            if not link.attached:
                 link.discard()  # the log has it; a reattaching router gets it from there
+            elif len(link.rows.deltas) > link.max_rows:
+                link.release(now)
+            else:
+                link.wake()
         slots = {r.slot for r in deltas.rows if r.delta.finish is not None} | {f.slot for f in deltas.failures}
         return [log for slot in slots if (log := self._logs.get(slot)) is not None and log.ended_at]
 
@@ -152,32 +177,31 @@ class Streams:
             elif log.rows or log.failure is not None:
                 link.rows.deltas.extend((log.slot, d) for rows in log.rows.values() for d in rows)
                 self._replay_extras(link, log)
+        link.max_rows = MAX_BACKLOG_ROWS + len(link.rows.deltas)
         link.wake()
         return link, link.generation, sorted(set(unknown))
 
     def detach(self, link: Link, generation: int) -> None:
         """A stream ended; a newer one of the same router is left alone."""
         if link.generation == generation:
-            link.attached = False
-            link.detached_at = self._clock.now()
-            link.discard()
+            link.release(self._clock.now())
 
-    def ack(self, positions: Iterable[tuple[int, int, int]]) -> None:
+    def ack(self, link: Link, positions: Iterable[tuple[int, int, int]]) -> None:
         for slot, choice, next_position in positions:
-            log = self._logs.get(slot)
+            log = self._log_of(link, slot)
             if log is not None:
                 log.ack(choice, next_position)
                 if log.all_acked:
                     del self._logs[slot]
 
-    def cancel(self, slot: int, choice: int | None) -> None:
-        """The router wants no more of a request, or of one choice of it."""
-        log = self._logs.get(slot)
+    def cancel(self, link: Link, slot: int, choice: int | None) -> None:
+        """The router wants no more of a request, or of one choice of it; what has ended stays as it is."""
+        log = self._log_of(link, slot)
         if log is None:
             return
-        if choice is None or log.open_choices <= 1:
+        if choice is None or log.open_choices == {choice}:
             self.forget(slot)
-        else:
+        elif choice in log.open_choices:
             self._send_cancel(Cancel((slot,), (choice,)))
 
     def sweep(self) -> None:
@@ -197,13 +221,17 @@ class Streams:
         """The link of one Generate call, attached from the start."""
         assert router_id.startswith(GENERATE_PREFIX), router_id
         link = self._link(router_id)
-        link.attached = True
+        link.attached, link.max_rows = True, sys.maxsize
         return link
 
     def close_private(self, link: Link) -> None:
         for log in [x for x in self._logs.values() if x.router_id == link.router_id]:
             self.forget(log.slot)
         self._links.pop(link.router_id, None)
+
+    def _log_of(self, link: Link, slot: int) -> RequestLog | None:
+        log = self._logs.get(slot)
+        return log if log is not None and log.router_id == link.router_id else None
 
     def _replay_extras(self, link: Link, log: RequestLog) -> None:
         if log.failure is not None:

@@ -20,24 +20,19 @@ class RequestLog:
     slot: int
     router_id: str
     request_id: str
-    num_choices: int
+    open_choices: set[int]
     created_at: float
     traceparent: str = ""
     rows: dict[int, list[ChoiceDelta]] = field(default_factory=dict)
-    acked: dict[int, int] = field(default_factory=dict)
-    open_choices: int = 0
     stats: RequestStats | None = None
     prompt_logprobs: TokenLogprobs | None = None
     failure: Failure | None = None
     ended_at: float = 0.0  # 0 while it runs
 
-    def __post_init__(self) -> None:
-        self.open_choices = self.num_choices
-
     def add(self, delta: ChoiceDelta, now: float) -> None:
         self.rows.setdefault(delta.choice, []).append(delta)
         if delta.finish is not None:
-            self.open_choices -= 1
+            self.open_choices.discard(delta.choice)
             if not self.open_choices:
                 self.ended_at = now
 
@@ -47,10 +42,9 @@ class RequestLog:
 
     def ack(self, choice: int, next_position: int) -> None:
         """Everything of `choice` below `next_position` has arrived."""
-        self.acked[choice] = max(next_position, self.acked.get(choice, 0))
         rows = self.rows.get(choice)
         if rows:
-            keep = next((i for i, d in enumerate(rows) if _end(d) > next_position), len(rows))
+            keep = next((i for i, d in enumerate(rows) if _reaches_past(d, next_position)), len(rows))
             if keep:
                 self.rows[choice] = rows[keep:]
 
@@ -64,12 +58,14 @@ class RequestLog:
     def replay(self, choice: int, next_position: int) -> Iterator[ChoiceDelta]:
         """Rows from `next_position` on; what precedes it in a row is cut off."""
         for delta in self.rows.get(choice, ()):
-            if _end(delta) > next_position or (delta.finish is not None and _end(delta) == next_position):
+            if _reaches_past(delta, next_position):
                 yield _cut(delta, next_position)
 
 
-def _end(delta: ChoiceDelta) -> int:
-    return delta.position + len(delta.token_ids)
+def _reaches_past(delta: ChoiceDelta, next_position: int) -> bool:
+    """Does a row say more than the tokens below `next_position`? An end without a token does, right behind them."""
+    end = delta.position + len(delta.token_ids)
+    return end > next_position or (end == next_position and not delta.token_ids)
 
 
 def _cut(delta: ChoiceDelta, start: int) -> ChoiceDelta:
