@@ -184,6 +184,10 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
         for slot, choice, position in zip(attach.slots, attach.choices, attach.next_positions, strict=True):
             if slot in self.entries:
                 self._replay(queue, slot, choice, position)
+        for slot, entry in self.entries.items():  # its Submit may not have been answered yet
+            if slot not in attach.slots and entry.router_id == attach.router_id:
+                for choice in range(entry.request.sampling.n):
+                    self._replay(queue, slot, choice, 0)
         yield pb.StreamResponse(attached=pb.StreamAttached(epoch=self.epoch, unknown_slots=sorted(set(unknown))))
         reader = asyncio.create_task(self._read(request_iterator))
         try:
