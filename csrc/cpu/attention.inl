@@ -1,4 +1,4 @@
-// Paged causal attention and the write of new keys and values; sums in fp32.
+// Paged causal attention; sums in fp32.
 //
 // Keys are read in tiles of kTile positions at fixed places, [0, 64), [64, 128) and so on, with an online softmax
 // (Milakov and Gimelshein 2018) over the tiles of a span of kSpan positions; spans are joined in order. What a
@@ -403,33 +403,6 @@ void attend(const AttendCall& call, int threads) {
   if (call.cache_dtype == kFloat32) return attend_of<float>(call, threads);
   if (call.cache_dtype == kBfloat16) return attend_of<Bfloat>(call, threads);
   attend_of<Half>(call, threads);
-}
-
-void write_rows(const WriteCall& call, int threads) {
-  const auto row = [&](int64_t t) {
-    const int64_t block = call.slots[t] / call.block_size, offset = call.slots[t] % call.block_size;
-    const size_t nbytes = call.width * (call.dtype == kFloat32 ? 4 : 2);
-    for (int part = 0; part < 2; ++part) {
-      const void* from = part == 0 ? call.k : call.v;
-      const int64_t token_stride = part == 0 ? call.k_token_stride : call.v_token_stride;
-      const int64_t head_stride = part == 0 ? call.k_head_stride : call.v_head_stride;
-      for (int64_t u = 0; u < call.units; ++u) {
-        const int64_t source = t * token_stride + u * head_stride;
-        const int64_t target =
-            block * call.block_stride + part * call.part_stride + u * call.unit_stride + offset * call.token_stride;
-        if (call.dtype == call.cache_dtype) {
-          const int64_t size = call.dtype == kFloat32 ? 4 : 2;
-          std::memcpy(static_cast<char*>(call.cache) + target * size, static_cast<const char*>(from) + source * size,
-                      nbytes);
-        } else {
-          float* floats = static_cast<float*>(thread_arena()->get(call.width * sizeof(float)));
-          load_row(from, source, call.dtype, call.width, floats);
-          store_row(call.cache, target, call.cache_dtype, call.width, floats);
-        }
-      }
-    }
-  };
-  parallel(call.num_tokens * call.units * call.width > 65536 ? threads : 1, call.num_tokens, row);
 }
 
 }  // namespace

@@ -12,6 +12,8 @@ namespace nd {
 
 #include "cpu/simd.h"
 
+#include "cpu/elements.h"
+
 #if defined(ND_AMX)
 #include "cpu/linear_amx.inl"
 #endif

@@ -1,4 +1,5 @@
-// The small operations between matrix products, one pass each; computed in fp32 and rounded once.
+// The small operations between matrix products, one pass each, computed in fp32 and rounded once; and the write of
+// new keys and values.
 
 namespace {
 
@@ -63,6 +64,33 @@ void silu_mul(const GateCall& call, int threads) {
     }
     store_row(call.out, token * call.width, call.dtype, call.width, gate);
   });
+}
+
+void write_rows(const WriteCall& call, int threads) {
+  const auto row = [&](int64_t t) {
+    const int64_t block = call.slots[t] / call.block_size, offset = call.slots[t] % call.block_size;
+    const size_t nbytes = call.width * (call.dtype == kFloat32 ? 4 : 2);
+    for (int part = 0; part < 2; ++part) {
+      const void* from = part == 0 ? call.k : call.v;
+      const int64_t token_stride = part == 0 ? call.k_token_stride : call.v_token_stride;
+      const int64_t head_stride = part == 0 ? call.k_head_stride : call.v_head_stride;
+      for (int64_t u = 0; u < call.units; ++u) {
+        const int64_t source = t * token_stride + u * head_stride;
+        const int64_t target =
+            block * call.block_stride + part * call.part_stride + u * call.unit_stride + offset * call.token_stride;
+        if (call.dtype == call.cache_dtype) {
+          const int64_t size = call.dtype == kFloat32 ? 4 : 2;
+          std::memcpy(static_cast<char*>(call.cache) + target * size, static_cast<const char*>(from) + source * size,
+                      nbytes);
+        } else {
+          float* floats = static_cast<float*>(thread_arena()->get(call.width * sizeof(float)));
+          load_row(from, source, call.dtype, call.width, floats);
+          store_row(call.cache, target, call.cache_dtype, call.width, floats);
+        }
+      }
+    }
+  };
+  parallel(call.num_tokens * call.units * call.width > 65536 ? threads : 1, call.num_tokens, row);
 }
 
 }  // namespace
