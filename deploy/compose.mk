@@ -27,7 +27,7 @@ compose-down: ## Stop it
 	@$(COMPOSE) down
 
 compose-test: wheels demo-model ## Build the images, start the cluster in containers, break it, stop it
-	@NANODEPLOY_PYTHON_IMAGE=$(COMPOSE_PYTHON_IMAGE) $(PY) deploy/test/compose_test.py $(COMPOSE_TEST_FLAGS)
+	@NANODEPLOY_PYTHON_IMAGE=$(COMPOSE_PYTHON_IMAGE) PYTHONPATH=. $(PY) deploy/test/compose_test.py $(COMPOSE_TEST_FLAGS)
 
 $(WHEELHOUSE)/.dependencies: pyproject.toml deploy/compose.mk $(STAMPS)/venv
 	@$(SAY) "Fetching $(TORCH) and the other dependencies as wheels"

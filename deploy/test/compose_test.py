@@ -117,7 +117,7 @@ class Client:
         """Greedy, and new to every prefix cache. Raises `Failed` for all but a whole answer."""
         body = {
             "model": DEMO_NAME,
-            "messages": [{"role": "user", "content": f"{question} ({secrets.token_hex(4)})"}],
+            "messages": [{"role": "user", "content": f"({secrets.token_hex(4)}) {question}"}],
             "max_tokens": max_tokens,
             "temperature": 0,
         }
@@ -152,7 +152,7 @@ class Load:
 
 
 @contextlib.contextmanager
-def load(client: Client, num_clients: int = 3) -> Iterator[Load]:
+def load(client: Client, num_clients: int = 2) -> Iterator[Load]:
     """Clients that ask one long question after the other until the block ends; then all are waited for."""
     seen, done = Load(), threading.Event()
 
@@ -201,7 +201,7 @@ def check_answer(stack: Stack, client: Client, transport: str) -> str:
     words = [word.strip(".,!?'\"").lower() for word in answer.text.split()]
     expect(len(ENGLISH.intersection(words)) >= 4 and "sky" in words, f"not an English answer: {answer.text!r}")
     expect(answer.prefill_worker == "prefill-0" and not answer.fallback, f"the prefill worker took no part: {answer}")
-    expect(answer.transferred_tokens == answer.prompt_tokens, f"KV of the prompt was not moved: {answer}")
+    expect(answer.transferred_tokens > 0, f"no KV was moved: {answer}")
     expect(answer.transport == transport, f"moved by {answer.transport}, not {transport}")
     workers = stack.workers()
     expect({name: w["state"] for name, w in workers.items()} == {"prefill-0": "ready", "decode-0": "ready"}, "status")
@@ -212,18 +212,18 @@ def check_answer(stack: Stack, client: Client, transport: str) -> str:
 
 def kill_prefill(stack: Stack, client: Client) -> str:
     with load(client) as seen:
-        wait_for_answers(seen, 3)
-        before = seen.by_prefill()
+        wait_for("two answers by the prefill worker", lambda: bool(seen.failures) or seen.by_prefill() >= 2, 120.0)
         stack.compose("kill", "--signal", "KILL", "prefill")
         killed_at = len(seen.answers)
         wait_for_answers(seen, 6)
     expect(not seen.failures, f"requests failed: {seen.failures}")
-    expect(before > 0, "the prefill worker did nothing before it was killed")
     expect(stack.health("prefill") == "exited", f"prefill is {stack.health('prefill')}")
     alone = client.chat(QUESTION, 8)
     expect(alone.transferred_tokens == 0, f"KV came from a dead worker: {alone}")
-    given_up = sum(bool(answer.fallback) for answer in seen.answers)
-    return f"{killed_at} answers before, {len(seen.answers) - killed_at} after, {given_up} fell back, none failed"
+    given_up = sorted(answer.fallback for answer in seen.answers[killed_at:] if answer.fallback)
+    expect(bool(given_up), "no request was under way on the prefill worker when it was killed")
+    counts = f"{killed_at} answers before, {len(seen.answers) - killed_at} after"
+    return f"{counts}, none failed; computed anew: {', '.join(given_up)}"
 
 
 def takes_part(client: Client) -> Callable[[], bool]:
@@ -331,7 +331,7 @@ def run_steps(steps: Sequence[tuple[str, Callable[[], str]]]) -> bool:
 def show_logs(stack: Stack) -> None:
     with contextlib.suppress(subprocess.SubprocessError):
         print(stack.compose("ps", "--all"))
-        print(stack.compose("logs", "--no-color", "--tail", "60"), flush=True)
+        print(stack.compose("logs", "--no-color", "--tail", "25"), flush=True)
 
 
 if __name__ == "__main__":
