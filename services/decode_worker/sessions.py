@@ -37,6 +37,7 @@ PING_S = 2.0
 SILENCE_S = 6.0
 CONNECT_S = 3.0
 BACKOFF_S = (0.2, 5.0)
+FORGET_S = 600.0  # a worker that nobody asked for is forgotten after this long
 
 
 @dataclass(eq=False)
@@ -71,19 +72,24 @@ class PrefillSessions:
         self._numbers = itertools.count(1)
         self._by_worker: dict[str, Session] = {}
         self._by_peer: dict[int, Session] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def ensure(self, ref: WorkerRef) -> int:
-        """The peer number of a ready session, or 0 when there is none to be had soon."""
+        """The peer number of a ready session, or 0 when there is none to be had soon.
+
+        Only the first attempt with a worker is waited for: while a lost one is tried again, requests go on.
+        """
         session = self._by_worker.get(ref.worker_id)
         if session is None or session.ref.epoch != ref.epoch:
             if session is not None:
-                await self._end(session, "the worker has a new epoch")
+                self._end(session, "the worker has a new epoch")
+            self._forget_old()
             session = self._by_worker[ref.worker_id] = Session(ref)
         if session.task is None:
             if self._clock.now() < session.retry_at:
                 return 0
             self._open(session)
-        if session.state == "connecting":
+        if session.state == "connecting" and not session.failures:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(session.settled.wait(), CONNECT_S)
         return session.peer if session.state == "ready" else 0
@@ -122,13 +128,12 @@ class PrefillSessions:
     def reset(self, reason: str) -> None:
         """Our engine died, and with it all it had connected to: sessions start anew when asked for."""
         for session in self._by_worker.values():
-            if session.task is not None:
-                session.detail = reason
-                session.task.cancel()
+            self._end(session, reason)
 
     async def close(self, reason: str = "shutting down") -> None:
-        for session in list(self._by_worker.values()):
-            await self._end(session, reason)
+        self.reset(reason)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._by_worker.clear()
 
     def _open(self, session: Session) -> None:
         session.peer = next(self._numbers)
@@ -136,42 +141,47 @@ class PrefillSessions:
         session.settled = asyncio.Event()
         session.outgoing = asyncio.Queue()
         self._by_peer[session.peer] = session
-        session.task = asyncio.get_running_loop().create_task(self._run(session))
+        session.task = asyncio.get_running_loop().create_task(self._converse(session))
+        self._tasks.add(session.task)
+        session.task.add_done_callback(lambda task: self._ended(session, task))
 
-    async def _end(self, session: Session, reason: str) -> None:
+    def _end(self, session: Session, reason: str) -> None:
         if session.task is not None:
             session.detail = reason
             session.task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await session.task
-        self._by_worker.pop(session.ref.worker_id, None)
 
-    async def _run(self, session: Session) -> None:
-        """One session from hello to its end; whatever ends it, the engine hears of it once."""
-        reason = "closed"
-        try:
-            await self._converse(session)
-            reason = "the prefill worker ended the session"
-        except asyncio.CancelledError:
-            reason = session.detail or "closed"
-        except LayoutMismatchError as error:
-            session.state, reason = "refused", error.message
-        except NanoDeployError as error:
-            reason = error.message
-        finally:
-            if session.state != "refused":
-                session.state = "lost"
-            session.detail = reason
-            session.task = None
-            session.failures += 1
-            low, high = BACKOFF_S
-            session.retry_at = self._clock.now() + min(low * 2 ** (session.failures - 1), high)
-            self._by_peer.pop(session.peer, None)
-            session.settled.set()
-            self._send(PeerGone(session.peer, reason))
-            log.info("prefill session ended", peer=session.ref.worker_id, state=session.state, reason=reason)
+    def _ended(self, session: Session, task: asyncio.Task[None]) -> None:
+        """A session is over; whatever ended it, the engine hears of it once."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled():
+            session.detail = session.detail or "closed"
+        elif isinstance(error, NanoDeployError):
+            session.detail = error.message
+        elif error is not None:
+            log.error("prefill session failed", peer=session.ref.worker_id, exc_info=error)
+            session.detail = f"{type(error).__name__} in the session"
+        else:
+            session.detail = "the prefill worker ended the session"
+        if session.state != "refused":
+            session.state = "refused" if isinstance(error, LayoutMismatchError) else "lost"
+        session.task = None
+        session.failures += 1
+        low, high = BACKOFF_S
+        session.retry_at = self._clock.now() + min(low * 2 ** min(session.failures - 1, 16), high)
+        del self._by_peer[session.peer]
+        session.settled.set()
+        self._send(PeerGone(session.peer, session.detail))
+        log.info("prefill session ended", peer=session.ref.worker_id, state=session.state, reason=session.detail)
+
+    def _forget_old(self) -> None:
+        now = self._clock.now()
+        for session in list(self._by_worker.values()):
+            if session.task is None and now - session.retry_at > FORGET_S:
+                del self._by_worker[session.ref.worker_id]
 
     async def _converse(self, session: Session) -> None:
+        """One session from hello to its end."""
         me, layout = self._identity()
         async with open_channel(session.ref.address) as channel:
             stub: Any = pb_grpc
