@@ -43,8 +43,7 @@ class PrefillPart:
 
     def num_active(self) -> int:
         """Orders under way; leases of finished ones are not waited for: their reader recomputes."""
-        load = self._app.host.load
-        return load.load.running + load.load.waiting if load is not None else 0
+        return self._servicer.num_orders
 
     async def close(self) -> None:
         self._servicer.end_sessions()

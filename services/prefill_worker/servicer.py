@@ -18,17 +18,21 @@ from common.engine.messages import (
     ReaderEvent,
     ReaderGone,
 )
-from common.errors import InvalidRequestError, LayoutMismatchError, UnavailableError
+from common.errors import InvalidRequestError, LayoutMismatchError, OverloadedError, UnavailableError
 from common.kvcache.layout import compare
+from common.kvtransfer.orders import OrderFailed, OrderFinished
 from common.rpc import codec
 from common.telemetry import get_logger
 from common.types import WorkerRef
 from nanodeploy.v1 import prefill_pb2 as pb
 from nanodeploy.v1 import prefill_pb2_grpc as pb_grpc
+from services.worker.calls import first_message
 from services.worker.host import EngineHost
 from services.worker.trace import trace_fields
 
 log = get_logger(__name__)
+
+MAX_BACKLOG = 16384  # answers that a reader has not read when it is heard no longer
 
 
 class PrefillServicer(pb_grpc.PrefillServiceServicer):
@@ -39,11 +43,17 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         self._ref = ref
         self._keys = itertools.count(1)
         self._readers: dict[int, asyncio.Queue[pb.SessionResponse | None]] = {}
+        self._orders: set[tuple[int, int]] = set()  # (reader, order id) of those under way
+
+    @property
+    def num_orders(self) -> int:
+        """Orders that have neither finished nor failed nor been dropped."""
+        return len(self._orders)
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.SessionResponse]:
-        first = await anext(aiter(request_iterator), None)
+        first = await first_message(request_iterator)
         if first is None or first.WhichOneof("message") != "hello":
             raise InvalidRequestError("the first message of a session must be hello", param="hello")
         welcome = self._welcome(codec.hello_from_proto(first.hello))
@@ -60,6 +70,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         finally:
             reader.cancel()
             del self._readers[key]
+            self._orders = {o for o in self._orders if o[0] != key}
             self._host.send(ReaderGone(key))
 
     def _welcome(self, hello: codec.Hello) -> codec.Welcome:
@@ -85,9 +96,12 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
             queue.put_nowait(None)
 
     def _take(self, request: pb.SessionRequest, key: int, queue: asyncio.Queue[pb.SessionResponse | None]) -> None:
+        if queue.qsize() > MAX_BACKLOG:
+            raise OverloadedError(f"the reader has left {queue.qsize()} answers unread")
         match request.WhichOneof("message"):
             case "prefill":
                 order = _order(request.prefill, key)
+                self._orders.add((key, order.order_id))
                 log.info(
                     "order received",
                     **trace_fields(order.request_id, order.traceparent),
@@ -98,6 +112,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
                 )
                 self._host.send(order)
             case "cancel":
+                self._orders.discard((key, request.cancel.order_id))
                 self._host.send(OrderCancel(key, request.cancel.order_id))
             case "release":
                 self._host.send(LeaseReleased(key, request.release.lease_id))
@@ -111,6 +126,8 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
 
     def on_engine(self, message: FromEngine) -> None:
         if isinstance(message, ReaderEvent):
+            if isinstance(message.event, OrderFinished | OrderFailed):
+                self._orders.discard((message.reader, message.event.order_id))
             queue = self._readers.get(message.reader)
             if queue is not None:
                 queue.put_nowait(codec.order_event_to_proto(message.event))

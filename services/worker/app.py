@@ -155,6 +155,8 @@ class WorkerApp:
 
     def on_engine_ready(self, ready: EngineReady) -> None:
         self._part.on_engine_ready(ready)
+        if self._draining.is_set():
+            self.host.send(Drain())
         if not self._registered:
             self._registered = True
             self._registry.start()
