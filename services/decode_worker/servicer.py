@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -23,6 +23,7 @@ from nanodeploy.v1 import types_pb2
 from services.decode_worker.sessions import PrefillSessions
 from services.decode_worker.streams import GENERATE_PREFIX, Link, Rows, Streams
 from services.decode_worker.tokenlog import RequestLog
+from services.worker.calls import first_message
 from services.worker.host import EngineHost
 from services.worker.trace import trace_fields
 
@@ -51,19 +52,15 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
     async def Stream(
         self, request_iterator: AsyncIterator[pb.StreamRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.StreamResponse]:
-        first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("message") != "attach" or not first.attach.router_id:
-            raise InvalidRequestError("the first message of a stream must be attach, with a router_id", param="attach")
-        attach = first.attach
-        lost = attach.epoch not in (0, self._host.epoch)
-        if not len(attach.slots) == len(attach.choices) == len(attach.next_positions):
-            raise InvalidRequestError("attach: its columns have unequal lengths", param="attach")
-        positions = () if lost else zip(attach.slots, attach.choices, attach.next_positions, strict=True)
+        attach = _attach_of(await first_message(request_iterator))
+        if attach.epoch not in (0, self._host.epoch):
+            yield _attached(self._host.epoch, sorted(set(attach.slots)))
+            return
+        positions = zip(attach.slots, attach.choices, attach.next_positions, strict=True)
         link, generation, unknown = self._streams.attach(attach.router_id, positions)
-        unknown = sorted(set(attach.slots)) if lost else unknown
-        yield pb.StreamResponse(attached=pb.StreamAttached(epoch=self._host.epoch, unknown_slots=unknown))
         reader = asyncio.create_task(self._read(request_iterator, link))
         try:
+            yield _attached(self._host.epoch, unknown)
             async for deltas in self._rows(link, generation, reader):
                 yield pb.StreamResponse(deltas=deltas)
         finally:
@@ -114,6 +111,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         if request.model not in self._served:
             raise NotFoundError(f"this worker serves {sorted(self._served)}, not {request.model!r}", param="model")
         peer = await self._sessions.ensure(prefill) if prefill is not None else 0
+        self._host.require_ready()  # from here on the engine's end is the request's: nothing waits in between
         entry = self._streams.open(router_id, request.request_id, _open_choices(request), request.traceparent)
         remaining_s = request.deadline_s - self._clock.now() if request.deadline_s else 0.0
         self._host.send(Submit(entry.slot, request, max(remaining_s, 1e-3) if request.deadline_s else 0.0, peer))
@@ -136,8 +134,8 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
                         self._cancel(link, request.cancel)
                     case "ack":
                         ack = request.ack
-                        columns = zip(ack.slots, ack.choices, ack.next_positions, strict=False)
-                        self._streams.ack(link, columns)
+                        _check_columns("ack", ack)
+                        self._streams.ack(link, zip(ack.slots, ack.choices, ack.next_positions, strict=True))
                     case _:
                         raise InvalidRequestError("only cancel and ack may follow attach", param="message")
         finally:
@@ -158,6 +156,22 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
                 with contextlib.suppress(asyncio.CancelledError):
                     reader.result()
                 return
+
+
+def _attach_of(first: pb.StreamRequest | None) -> pb.StreamAttach:
+    if first is None or first.WhichOneof("message") != "attach" or not first.attach.router_id:
+        raise InvalidRequestError("the first message of a stream must be attach, with a router_id", param="attach")
+    _check_columns("attach", first.attach)
+    return first.attach
+
+
+def _check_columns(name: str, message: pb.StreamAttach | pb.StreamAck) -> None:
+    if not len(message.slots) == len(message.choices) == len(message.next_positions):
+        raise InvalidRequestError(f"{name}: its columns have unequal lengths", param=name)
+
+
+def _attached(epoch: int, unknown: Sequence[int]) -> pb.StreamResponse:
+    return pb.StreamResponse(attached=pb.StreamAttached(epoch=epoch, unknown_slots=unknown))
 
 
 def _log_end(entry: RequestLog) -> None:
