@@ -155,6 +155,44 @@ def test_strided_pieces_take_one_unit_and_sum_over_blocks(owner: Owner, transpor
     assert "digest 1 of 2" in second.message
 
 
+@pytest.mark.parametrize("row_nbytes", [8, 12, 72, 96, 256, 512, 1152, 16 * 1024 + 64])
+def test_rows_of_any_width_are_copied_whole_and_verified(
+    owner: Owner, transport: UcxTransport, row_nbytes: int
+) -> None:
+    """Two regions and padding in a block, at odd places: what no digest covers is copied as well."""
+    rng = np.random.default_rng()
+    layers, parts, units, tokens = 2, 2, 3, 5
+    wide = layers * parts * units * tokens * row_nbytes
+    narrow = layers * tokens * 8
+    begin = int(rng.integers(0, 2000))
+    total = begin + wide + 40 + narrow + 1000
+    target = int(rng.integers(0, 64)) if rng.random() < 0.5 else -begin % 32
+    local = allocate(transport, "full", target + total)
+    valid = int(rng.integers(1, tokens + 1))
+    source, base = owner.memory["full"][:total], local.ctypes.data + target + begin
+    run = tokens * row_nbytes
+    checks = []
+    for u in range(units):
+        rows = source[begin : begin + wide].reshape(layers, parts, units, tokens, row_nbytes)[:, :, u, :valid]
+        padded = np.ascontiguousarray(np.pad(rows, [(0, 0)] * 3 + [(0, -row_nbytes % 8)])).view(np.uint64)
+        strides = (parts * units * run, units * run, row_nbytes)
+        segments = ((base + u * run, 7, valid),)
+        checks.append(DigestCheck(segments, layers, parts, *strides, row_nbytes, digest_reference(padded, 7)))
+    at = begin + wide + 40
+    scales = np.ascontiguousarray(source[at : at + narrow].reshape(layers, 1, tokens, 8)[:, :, :valid]).view(np.uint64)
+    segments = ((base + wide + 40, 7, valid),)
+    checks.append(DigestCheck(segments, layers, 1, tokens * 8, tokens * 8, 8, 8, digest_reference(scales, 7)))
+    peer = transport.connect(owner.endpoint)
+    transport.read(peer, 1, [piece(local, "full", 0, target, total)], checks)
+    result = only(wait_for(transport, 1))
+    assert (result.status, result.message) == (ReadStatus.OK, "")
+    np.testing.assert_array_equal(local[target:], source)
+    for i, check in enumerate(checks):
+        wrong = [*checks[:i], msgspec.structs.replace(check, expected=check.expected ^ 1), *checks[i + 1 :]]
+        transport.read(peer, 2, [piece(local, "full", 0, target, total)], wrong)
+        assert only(wait_for(transport, 1)).status is ReadStatus.MISMATCH
+
+
 @pytest.mark.parametrize("lane", LANES)
 def test_a_byte_changed_after_publication_is_a_mismatch(lane: str) -> None:
     transport = make_transport(lane)

@@ -103,6 +103,26 @@ uint64_t digest_run(const DigestGeometry& g, const DigestSegment& s, uint64_t ro
          (g.token_nbytes > kTableWords * 8 ? digest_rest(g, s, row, static_cast<const uint8_t*>(run)) : 0);
 }
 
+uint64_t copy_and_digest_run(const DigestGeometry& g, const DigestSegment& s, uint64_t row, void* to,
+                             const void* from) {
+#if defined(__x86_64__)
+  const bool fits = g.token_nbytes % 32 == 0 && g.token_nbytes <= kTableWords * 8;
+  if (fits && reinterpret_cast<uintptr_t>(to) % 32 == 0 && cpu_features().avx2) {
+    const uint64_t seed = s.first_position * kDigestC1 + row * kDigestC2 + 1;
+    return copy_and_digest_rows_avx2(static_cast<uint8_t*>(to), static_cast<const uint8_t*>(from), s.num_tokens, seed,
+                                     first_keys().data(), g.token_nbytes / 8);
+  }
+#endif
+  std::memcpy(to, from, s.num_tokens * g.token_nbytes);
+  return digest_run(g, s, row, to);
+}
+
+void copy_fence() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 uint64_t digest(const DigestGeometry& g, const DigestSegment* segments, size_t num_segments) {
   uint64_t sum = 0;
   for (size_t i = 0; i < num_segments; ++i) {

@@ -30,6 +30,12 @@ uint64_t digest(const DigestGeometry& geometry, const DigestSegment* segments, s
 // What one (layer, part) of a segment adds to its digest: the tokens at `run`. `row` is layer * num_parts + part.
 uint64_t digest_run(const DigestGeometry& geometry, const DigestSegment& segment, uint64_t row, const void* run);
 
+// The same while copying the run from `from` to `to`: what is digested is what is stored. Tokens lie without
+// gaps. Written past the caches where that is possible: call `copy_fence` before anyone is told of the bytes.
+uint64_t copy_and_digest_run(const DigestGeometry& geometry, const DigestSegment& segment, uint64_t row, void* to,
+                             const void* from);
+void copy_fence();
+
 // A run of tokens of one (layer, part): the term sum over `num_words` full words of each. `seed` is the
 // unmixed key of the first token; the next token's is `seed + kDigestC1`.
 using DigestRows = uint64_t (*)(const uint8_t* rows, size_t token_stride, size_t num_tokens, uint64_t seed,
@@ -55,6 +61,9 @@ uint64_t digest_rows_portable(const uint8_t* rows, size_t token_stride, size_t n
                               const uint64_t* keys, size_t num_words);
 uint64_t digest_rows_avx2(const uint8_t* rows, size_t token_stride, size_t num_tokens, uint64_t seed,
                           const uint64_t* keys, size_t num_words);
+// Copies as well. `to` is aligned to 32 bytes, `num_words` is a multiple of 4, tokens have no gaps.
+uint64_t copy_and_digest_rows_avx2(uint8_t* to, const uint8_t* from, size_t num_tokens, uint64_t seed,
+                                   const uint64_t* keys, size_t num_words);
 uint64_t digest_rows_avx512(const uint8_t* rows, size_t token_stride, size_t num_tokens, uint64_t seed,
                             const uint64_t* keys, size_t num_words);
 

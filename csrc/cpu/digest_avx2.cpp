@@ -66,7 +66,51 @@ uint64_t any_rows(const uint8_t* rows, size_t token_stride, size_t num_tokens, u
   return lane_sum(_mm256_add_epi64(_mm256_add_epi64(a, b), _mm256_add_epi64(c, d))) + rest;
 }
 
+constexpr size_t kAhead = 2048;  // bytes that the source is fetched ahead: stores past the caches leave it time
+
+template <int kVectors>
+uint64_t fixed_copy(uint8_t* to, const uint8_t* from, size_t num_tokens, uint64_t seed, const uint64_t* keys) {
+  __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (size_t t = 0; t < num_tokens; ++t, to += kVectors * 32, from += kVectors * 32, seed += kDigestC1) {
+    const __m256i mix = _mm256_set1_epi64x(static_cast<long long>(digest_mix(seed)));
+    for (int v = 0; v < kVectors; ++v) {
+      if (v % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead + v * 32, _MM_HINT_T0);
+      const __m256i words = load(from + v * 32);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + v * 32), words);
+      sums[v % 4] = _mm256_add_epi64(sums[v % 4], terms(words, load(keys + v * 4), mix));
+    }
+  }
+  return lane_sum(_mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]), _mm256_add_epi64(sums[2], sums[3])));
+}
+
+uint64_t any_copy(uint8_t* to, const uint8_t* from, size_t num_tokens, uint64_t seed, const uint64_t* keys,
+                  size_t num_words) {
+  __m256i sum = _mm256_setzero_si256();
+  for (size_t t = 0; t < num_tokens; ++t, seed += kDigestC1) {
+    const __m256i mix = _mm256_set1_epi64x(static_cast<long long>(digest_mix(seed)));
+    for (size_t w = 0; w < num_words; w += 4, to += 32, from += 32) {
+      _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
+      const __m256i words = load(from);
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to), words);
+      sum = _mm256_add_epi64(sum, terms(words, load(keys + w), mix));
+    }
+  }
+  return lane_sum(sum);
+}
+
 }  // namespace
+
+uint64_t copy_and_digest_rows_avx2(uint8_t* to, const uint8_t* from, size_t num_tokens, uint64_t seed,
+                                   const uint64_t* keys, size_t num_words) {
+  switch (num_words) {
+    case 16:
+      return fixed_copy<4>(to, from, num_tokens, seed, keys);
+    case 32:
+      return fixed_copy<8>(to, from, num_tokens, seed, keys);
+    default:
+      return any_copy(to, from, num_tokens, seed, keys, num_words);
+  }
+}
 
 uint64_t digest_rows_avx2(const uint8_t* rows, size_t token_stride, size_t num_tokens, uint64_t seed,
                           const uint64_t* keys, size_t num_words) {

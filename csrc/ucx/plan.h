@@ -29,7 +29,19 @@ struct Chunk {
   uint32_t memory;
 };
 
-constexpr uint64_t kChunkNbytes = 512 << 10;
+// Segments of one shape that take turns in memory: the units of a block, say. Ordered by address.
+struct Family {
+  uint32_t chunk;
+  uint32_t first_member, num_members;  // of `members`
+};
+
+struct Member {
+  uint64_t address;
+  uint32_t segment, check;
+};
+
+constexpr uint64_t kChunkNbytes = 512 << 10;      // pieces are joined up to this
+constexpr uint64_t kMaxChunkNbytes = 2048 << 10;  // and cut above this
 
 struct ReadPlan {
   std::vector<Chunk> chunks;  // by local address
@@ -40,16 +52,26 @@ struct ReadPlan {
   std::vector<uint32_t> dependents;       // checks by chunk ...
   std::vector<uint32_t> first_dependent;  // ... starting here; one more entry than chunks
   bool verify_at_end = false;             // the checks' memory is too interleaved: they wait for all chunks
+  std::vector<Member> members;            // segments that can be digested while their chunk is copied
+  std::vector<Family> families;           // of those, by address ...
+  std::vector<uint32_t> first_family;     // ... and where each chunk's begin; one more entry than chunks
+  std::vector<uint64_t> sums;             // per check: of the segments that `copy` has digested ...
+  std::vector<uint32_t> segments_summed;  // ... and how many those are
   uint64_t nbytes = 0;
 
   ReadPlan(std::vector<Piece> pieces, std::vector<Check> checks, std::vector<DigestSegment> segments);
 
+  // Copies a chunk from memory of this address space and digests its families on the way.
+  void copy(uint32_t chunk, const uint8_t* source);
+
   uint64_t check_nbytes(uint32_t check) const;
-  bool matches(uint32_t check) const;  // reads local memory
+  bool is_summed(uint32_t check) const { return segments_summed[check] == checks[check].num_segments; }
+  bool matches(uint32_t check) const;  // reads local memory, unless `is_summed`
 
  private:
   void cut(std::vector<Piece> pieces);
   void relate();
+  void find_families();
 };
 
 }  // namespace nd

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 
 #include "ucx/transport.h"
 
@@ -33,8 +32,8 @@ void Transport::stop(Read* read) {
   active_.erase(std::remove(active_.begin(), active_.end(), read), active_.end());
 }
 
-// Each active read gets its turn of at most a chunk. Returns after one copy, so that calls, completions and
-// errors are looked at between copies; network reads are only handed to UCX and do not stop the round.
+// Each active read gets its turn: a large chunk or some small ones. Returns after one copy, so that calls, completions
+// and errors are looked at between copies; network reads are only handed to UCX and do not stop the round.
 bool Transport::issue() {
   if (active_.empty() || verifier_->backlog() > kMaxBacklog) return false;
   bool any = false, copied = false;
@@ -59,12 +58,11 @@ bool Transport::issue() {
 Transport::Turn Transport::take_turn(Read* read) {
   if (read->next_chunk == 0) read->first_issue = Clock::now();
   Turn turn = Turn::kNothing;
-  uint64_t budget = kChunkNbytes;
-  while (read->next_chunk < read->plan.chunks.size() && !read->ended && !read->peer->failed) {
+  uint64_t taken = 0;
+  while (taken < kChunkNbytes && read->next_chunk < read->plan.chunks.size() && !read->ended && !read->peer->failed) {
     const auto index = static_cast<uint32_t>(read->next_chunk);
     const Chunk& chunk = read->plan.chunks[index];
     const Memory& memory = read->peer->memories[chunk.memory];
-    if (chunk.nbytes > budget) break;
     if (memory.mapped != nullptr) {
       ++read->next_chunk;
       copy(read, memory, index);
@@ -76,7 +74,7 @@ Transport::Turn Transport::take_turn(Read* read) {
           memory.key);
       if (turn == Turn::kNothing) turn = Turn::kHandedOver;
     }
-    budget -= chunk.nbytes;
+    taken += chunk.nbytes;
   }
   return turn;
 }
@@ -84,7 +82,7 @@ Transport::Turn Transport::take_turn(Read* read) {
 void Transport::copy(Read* read, const Memory& memory, uint32_t chunk) {
   const Chunk& c = read->plan.chunks[chunk];
   const uint8_t* source = memory.mapped + (c.remote_address - memory.remote.base);
-  std::memcpy(reinterpret_cast<void*>(c.local_address), source, c.nbytes);
+  read->plan.copy(chunk, source);
   chunk_done(read, chunk);
 }
 
@@ -182,7 +180,7 @@ void Transport::all_chunks_done(Read* read) {
 void Transport::verify(Read* read, uint32_t check) {
   read->plan.waits_for[check] = kSubmitted;
   const uint64_t nbytes = read->plan.check_nbytes(check);
-  if (nbytes <= kInlineNbytes || one_core_) {
+  if (read->plan.is_summed(check) || nbytes <= kInlineNbytes || one_core_) {
     check_done(read, check, read->plan.matches(check));
   } else {
     ++read->jobs;
