@@ -50,7 +50,7 @@ class ProcessEngine:
 
     def __init__(self, role: Role, config: WorkerConfig, log: LogConfig, environ: Mapping[str, str]) -> None:
         self._setup = Setup(role.value, config.model_dump_json().encode(), log.model_dump_json().encode())
-        self._environ = dict(environ)
+        self._environ = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(environ)  # torch's threads must not spin beside ours
         if config.engine.num_threads:
             self._environ["OMP_NUM_THREADS"] = str(config.engine.num_threads)
         self._encoder = msgspec.msgpack.Encoder()

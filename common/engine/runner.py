@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.attention.context import AttentionBackend, AttentionContext, GroupTables
 from common.engine.batch import Batch, SampleRow
+from common.engine.logprobs import prompt_logprobs
 from common.engine.sampler import Sampler, SampleResult
 from common.kvcache.pool import KVPool
 from common.types import TokenLogprobs
@@ -146,16 +147,5 @@ class ModelRunner:
             assert hidden_TD is not None
             first = batch.last_rows[i] + 1 - len(row.token_ids)
             logits = self._model.logits(hidden_TD[first : first + len(row.prompt_targets)])
-            out[i] = _logprobs_of(logits, row.prompt_targets, row.prompt_logprobs)
+            out[i] = prompt_logprobs(logits, row.prompt_targets, row.prompt_logprobs)
         return out
-
-
-def _logprobs_of(logits_RV: Tensor, targets: Sequence[int], top_n: int) -> TokenLogprobs:
-    logprobs = torch.log_softmax(logits_RV, dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(targets, device=logprobs.device)[:, None])[:, 0]
-    if not top_n:
-        return TokenLogprobs(tuple(chosen.tolist()))
-    top = logprobs.topk(top_n, dim=-1)
-    return TokenLogprobs(
-        tuple(chosen.tolist()), top_n, tuple(top.indices.flatten().tolist()), tuple(top.values.flatten().tolist())
-    )
