@@ -185,7 +185,7 @@ def environment() -> dict[str, object]:
 
 def show(rows: list[Row]) -> None:
     table = Table(title="KV transfer, GB/s (medians); verified: from published to verified")
-    for name in ("transport", "MiB", "np.copyto", "read", "verified", "ms", "of copyto", "publish"):
+    for name in ("transport", "MiB", "np.copyto", "read", "verified", "ms", "of copyto", "digest"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
         figures = (r.copyto_gbps, r.read_gbps, r.verified_gbps, r.latency_ms)
