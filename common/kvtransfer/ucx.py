@@ -113,7 +113,7 @@ def default_library() -> str:
 
 
 class UcxTransport:
-    """Implements `common.kvtransfer.transport.Transport`. Methods may be called from any thread, but not beside `close`.
+    """Implements `common.kvtransfer.transport.Transport`. Methods may be called from any thread, but not beside close.
 
     Raises `ConfigError` if UCX does not start with this configuration.
     """
