@@ -65,7 +65,7 @@ class Goal:
 
 GOALS = (Goal(OURS, THEIRS, 16, 1.5), Goal(TOGETHER, THEIRS, 16, 1.0), Goal(SEPARATED, THEIRS, 16, 1.0))
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def contenders(model: Path, names: Sequence[str], threads: int) -> list[Contender]:
@@ -233,7 +233,7 @@ def earlier(environment: dict[str, object], work: dict[str, object]) -> dict[str
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[16], help="requests at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=ALL, default=list(ALL))
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
