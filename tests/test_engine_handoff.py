@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_support import PEER, READER, Answer, Pair, greedy, llama, prompts, reference_tokens
+from engine_support import PEER, READER, Answer, Pair, greedy, llama, prompts, reference_tokens, windowed
 
 from common.engine.messages import LeaseReleased, Order, PeerEvent
 from common.kvtransfer.memory import Fault
 from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, OrderStarted
 
-__all__ = ["llama"]
+__all__ = ["llama", "windowed"]
 
 COUNT = 10
 (PROMPT,) = prompts(20, (100,))
@@ -270,3 +270,48 @@ def test_an_order_runs_out_of_time_and_the_reader_goes_on(llama: Path) -> None:
     assert late.failure is not None
     assert late.failure.code == "deadline_exceeded"
     pair.check_idle()
+
+
+def test_a_prefill_worker_with_windows_takes_any_prompt_it_says_it_does(windowed: Path) -> None:
+    prefill = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 512}
+    pair = Pair(windowed, prefill=prefill, max_model_len=512)
+    (prompt,) = prompts(21, (400,))
+    answer = pair.submit(prompt, greedy(COUNT))
+    pair.run(answer)
+    assert answer.stats.fallback == ""
+    assert answer.tokens[0] == reference_tokens(windowed, prompt, COUNT)
+    pair.check_idle()
+
+
+def test_a_lease_that_ends_while_a_cached_prompt_is_published_fails_that_order_alone(llama: Path) -> None:
+    pair = Pair(llama, prefill={"lease_ttl_s": 5.0})
+    settle(pair, pair.submit(PROMPT, greedy(COUNT)), llama)
+    pair.decode.parts.cache.reset_prefix_cache()
+    leases = pair.prefill.parts.supply._p.leases
+    extend, late = leases.extend, 0
+
+    def slow(*arguments: object) -> None:
+        nonlocal late
+        if not late:
+            late += 1
+            pair.clock.advance(6.0)
+        extend(*arguments)  # type: ignore[arg-type]
+
+    leases.extend = slow  # type: ignore[method-assign,assignment]
+    answer = pair.submit(PROMPT, greedy(COUNT))
+    settle(pair, answer, llama)
+    assert (late, answer.stats.fallback) == (1, "rejected")
+    pair.check_idle()
+
+
+def test_the_waterfall_of_a_failed_hand_off_ends_with_the_prompt_computed_here(llama: Path) -> None:
+    pair = Pair(llama, handoff={"accept_timeout_s": 1.0}, max_num_batched_tokens=60)
+    pair.cut = True
+    answer = pair.submit(PROMPT, greedy(COUNT))
+    pair.step()
+    pair.clock.advance(1.5)
+    pair.step()
+    pair.clock.advance(2.0)
+    settle(pair, answer, llama)
+    s = answer.stats
+    assert (s.queue_ms, s.prefill_ms, s.decode_queue_ms) == pytest.approx((0.0, 3.5e3, 0.0))

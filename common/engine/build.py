@@ -232,6 +232,8 @@ def _layout(
         available = psutil.virtual_memory().available
         budget = int(min(CPU_KV_BYTES, config.gpu_memory_utilization * available / 2))
     tails = config.max_num_seqs * (LEASED_TAILS if role is Role.PREFILL else 2)
+    # Orders reserve their whole prompt, in window groups too.
+    step_tokens = max_model_len if role is Role.PREFILL else config.max_num_batched_tokens
     num_blocks = size_num_blocks(
         spec,
         budget,
@@ -241,7 +243,7 @@ def _layout(
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
         num_tails=tails,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=step_tokens,
     )
     log.info("kv cache sized", budget_bytes=budget, blocks=num_blocks, block_size=config.block_size, dtype=kv_dtype)
     return kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=config.block_size, num_blocks=num_blocks)

@@ -9,6 +9,7 @@ frees them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from common.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidRequestError,
+    LeaseLostError,
     NanoDeployError,
     OverloadedError,
     UnavailableError,
@@ -79,7 +81,8 @@ class Supply:
         order.lease_id = self._p.leases.open(seq.label)
         order.num_published = order.start_position
         self._tell(seq, OrderStarted(order.order_id, order.lease_id, hit.num_tokens))
-        self._publish(seq)
+        with contextlib.suppress(LeaseLostError):  # digesting took that long: `advanced` meets it and fails the order
+            self._publish(seq)
 
     def advanced(self, seq: Sequence) -> None:
         """More of the prompt is computed: publish it, and finish at its end."""
