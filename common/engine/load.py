@@ -50,6 +50,11 @@ class LoadMeter:
         self._step_seqs.append(len(plan.items))
         self._preemptions += len(plan.preempted)
 
+    def clear(self) -> None:
+        """Forget the steps noted so far."""
+        self._rates.clear()
+        self._step_tokens, self._step_seqs = [], []
+
     def report(self, steps: int, *, idle: bool) -> None:
         """Send the load if it is time, or if the engine has just turned idle."""
         now = self._clock.now()

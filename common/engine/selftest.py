@@ -34,6 +34,8 @@ def self_test(engine: Engine, parts: EngineParts, transport: Transport, bases: M
     parts.cache.check_idle()
     parts.requests.finished.clear()
     parts.requests.tokens_out = 0
+    parts.supply.finished = 0
+    parts.meter.clear()
 
 
 def _read_back(
