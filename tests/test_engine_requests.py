@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_support import Solo, greedy, llama, prompts, reference_tokens
+from engine_support import Answer, Solo, greedy, llama, prompts, reference_tokens
 from transformers import AutoModelForCausalLM
 
 from common.engine.messages import Drain
@@ -249,3 +249,85 @@ def test_a_step_that_raises_fails_what_was_in_it_and_nothing_else(llama: Path, m
     solo.submit(PROMPT, greedy(4))
     with pytest.raises(RuntimeError, match="boom"):
         solo.step()
+
+
+def accounted(answer: Answer) -> int:
+    s = answer.stats
+    return s.cached_tokens + s.computed_tokens + s.transferred_tokens
+
+
+def test_prompt_logprobs_come_once_though_the_prompt_was_preempted_midway(llama: Path) -> None:
+    few_blocks: dict[str, Any] = {"kv_cache_memory_bytes": 175_000, "max_model_len": 192, "max_num_seqs": 6}
+    solo = Solo(llama, max_num_batched_tokens=16, **few_blocks)
+    first, second, third = prompts(51, (100, 100, 120))
+    early = [solo.submit(p, greedy(60)) for p in (first, second)]
+    late = solo.submit(third, greedy(4, prompt_logprobs=0))
+    solo.run()
+    assert late.stats.preemptions > 0
+    assert late.prompt_logprobs is not None
+    assert len(late.prompt_logprobs.token_logprobs) == len(third) - 1
+    whole = Solo(llama)
+    expected = whole.submit(third, greedy(4, prompt_logprobs=0))
+    whole.run()
+    assert expected.prompt_logprobs is not None
+    assert late.prompt_logprobs.token_logprobs == pytest.approx(expected.prompt_logprobs.token_logprobs, abs=1e-3)
+    assert [accounted(a) for a in (*early, late)] == [100, 100, 120]
+    solo.check_idle()
+
+
+def test_choices_share_a_prompt_whose_logprobs_are_wanted(solo: Solo, monkeypatch: pytest.MonkeyPatch) -> None:
+    (prompt,) = prompts(52, (48,))
+    computed: list[int] = []
+    monkeypatch.setattr(solo.decode.parts.meter, "step", lambda plan: computed.append(plan.num_tokens))
+    answer = solo.submit(prompt, greedy(1, prompt_logprobs=0, n=4))
+    solo.run(answer)
+    assert computed == [48, 3 * 16], "the others start from the blocks of the first"
+
+
+def test_a_prompt_computed_here_was_queued_until_it_was_scheduled(llama: Path) -> None:
+    solo = Solo(llama, max_num_batched_tokens=20)
+    answer = solo.submit(PROMPT, greedy(2))
+    solo.clock.advance(1.0)  # type: ignore[attr-defined]
+    solo.step()
+    solo.clock.advance(2.0)  # type: ignore[attr-defined]
+    solo.run(answer)
+    s = answer.stats
+    assert (s.queue_ms, s.prefill_ms, s.decode_queue_ms, s.first_token_ms) == pytest.approx((1e3, 2e3, 0.0, 3e3))
+
+
+def test_a_peer_that_cannot_be_used_has_transferred_nothing(solo: Solo) -> None:
+    (prompt,) = prompts(53, (60,))
+    solo.run(solo.submit(prompt, greedy(1)))
+    answer = solo.submit(prompt, greedy(1), prefill=99)
+    solo.run(answer)
+    s = answer.stats
+    assert (s.fallback, s.cached_tokens, s.transferred_tokens, s.computed_tokens) == ("peer not usable", 48, 0, 12)
+
+
+def test_deadlines_of_ended_requests_are_not_kept(solo: Solo) -> None:
+    for _ in range(300):
+        solo.cancel(solo.submit(PROMPT, greedy(1), remaining_s=3600.0))
+    solo.step()
+    assert len(solo.decode.parts.requests._deadlines) < 150
+    assert solo.decode.parts.requests.next_deadline == float("inf")
+
+
+def test_a_choice_cancelled_before_its_prompt_passes_the_prompt_to_the_next(llama: Path) -> None:
+    solo = Solo(llama, max_num_batched_tokens=8)
+    params = SamplingParams(temperature=1.0, max_tokens=5, ignore_eos=True, seed=9, n=3, prompt_logprobs=0)
+    answer = solo.submit(PROMPT, params)
+    solo.step()
+    solo.cancel(answer, 0)
+    solo.step()
+    assert len(solo.decode.parts.scheduler.running) == 1, "the third waits for the prompt of the second"
+    solo.run(answer)
+    assert answer.prompt_logprobs is not None
+    assert len(answer.prompt_logprobs.token_logprobs) == len(PROMPT) - 1
+    assert answer.stats.prompt_tokens == accounted(answer) == len(PROMPT)
+    solo.check_idle()
+
+
+def test_a_fresh_engine_has_counted_nothing(llama: Path) -> None:
+    parts = Solo(llama).decode.parts
+    assert (parts.supply.finished, parts.requests.tokens_out, parts.requests.finished) == (0, 0, {})
+    assert parts.meter._step_tokens == []

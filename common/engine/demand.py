@@ -64,7 +64,7 @@ class Demand:
             cached_tokens=cached,
             transferred_tokens=seq.num_prompt - cached,
         )
-        remaining_s = seq.deadline - now if seq.deadline < math.inf else 0.0
+        remaining_s = max(seq.deadline - now, 1e-3) if seq.deadline < math.inf else 0.0
         self._placed[seq.seq_id] = seq
         self._reader.place(
             OrderSpec(
@@ -95,8 +95,8 @@ class Demand:
             seq = self._placed.pop(update.seq_id, None)
             if seq is None or seq.phase is not Phase.REMOTE:
                 continue
-            seq.times.prefilled = self._clock.now()
             if isinstance(update, Done):
+                seq.times.prefilled = self._clock.now()
                 self._finish(seq, update)
                 scheduler.remote_done(seq)
             else:

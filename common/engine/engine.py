@@ -172,7 +172,7 @@ class Engine:
         ends = end == seq.num_tokens
         tail = cache.tail_block(seq.seq_id)
         tail_id = -1 if tail is None else tail
-        wants_logprobs = seq.wants_prompt_logprobs and seq.num_computed < seq.num_prompt - 1 and not seq.num_output
+        wants_logprobs = seq.wants_prompt_logprobs and seq.num_computed < seq.num_prompt - 1
         return BatchRow(
             token_ids=seq.token_ids[seq.num_computed : end],
             start=seq.num_computed,

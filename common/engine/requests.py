@@ -100,15 +100,16 @@ class Requests:
                 self._end(seq, FinishReason.CANCELLED, ())
         leader = request.sequences[0]
         if request.open_choices and leader.phase is Phase.ENDED and not leader.times.first_token:
-            self._start_siblings(request)
+            self._pass_lead(request)
 
     def fail(self, slot: int, error: NanoDeployError) -> None:
         """End a request with one failure."""
-        request = self._by_slot.pop(slot, None)
+        request = self._by_slot.get(slot)
         if request is None:
             return
         for seq in request.sequences:
             self._scheduler.finish(seq)
+        self._remove(slot)
         self._count(error.code)
         self._outbox.fail(slot, error)
 
@@ -129,13 +130,15 @@ class Requests:
         if seq.preemptions:
             return
         found = min(hit.num_tokens, seq.num_prompt)
-        cached = stats.cached_tokens if stats.fallback else found
+        was_placed = bool(seq.times.scheduled)  # a hand-off failed: what it verified is found now, beside the cached
+        cached = min(found, stats.cached_tokens) if was_placed else found
+        seq.times.scheduled = seq.times.scheduled or self._clock.now()
         seq.stats = msgspec.structs.replace(
             stats,
             prompt_tokens=seq.num_prompt,
             cached_tokens=cached,
-            transferred_tokens=max(0, found - cached),
-            computed_tokens=seq.num_prompt - max(found, cached),
+            transferred_tokens=found - cached,
+            computed_tokens=seq.num_prompt - found,
         )
 
     def token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
@@ -154,9 +157,9 @@ class Requests:
         else:
             self._end(seq, reason, (token_id,), logprobs)
 
-    def take_prompt_logprobs(self, seq: Sequence, part: TokenLogprobs) -> None:
+    def take_prompt_logprobs(self, seq: Sequence, parts: Iterable[TokenLogprobs]) -> None:
         """Collect prompt logprobs chunk by chunk; they are sent once, complete."""
-        seq.prompt_logprobs.append(part)
+        seq.prompt_logprobs.extend(parts)
 
     def _first_token(self, seq: Sequence) -> None:
         now = self._clock.now()
@@ -166,11 +169,10 @@ class Requests:
         if seq is not request.sequences[0]:
             return
         times.prefilled = times.prefilled or now
-        scheduled = times.scheduled or now
         seq.stats = msgspec.structs.replace(
             seq.stats,
-            queue_ms=(scheduled - times.submitted) * 1e3,
-            prefill_ms=(times.prefilled - scheduled) * 1e3,
+            queue_ms=(times.scheduled - times.submitted) * 1e3,
+            prefill_ms=(times.prefilled - times.scheduled) * 1e3,
             decode_queue_ms=(now - times.prefilled) * 1e3,
             first_token_ms=(now - times.submitted) * 1e3,
         )
@@ -183,6 +185,14 @@ class Requests:
         for sibling in request.sequences[1:]:
             if sibling.phase is Phase.HELD:
                 self._scheduler.add(sibling)
+
+    def _pass_lead(self, request: Request) -> None:
+        """The choice that led ended before its prompt had KV: another one does it; the rest wait on."""
+        heir = next(s for s in request.sequences if s.phase is Phase.HELD)
+        request.sequences.remove(heir)
+        request.sequences.insert(0, heir)
+        heir.leads = True
+        self._scheduler.add(heir)
 
     def _send_prompt_logprobs(self, seq: Sequence) -> None:
         parts = seq.prompt_logprobs
@@ -227,7 +237,16 @@ class Requests:
             first = request.sequences[0]
             preemptions = sum(s.preemptions for s in request.sequences)
             self._outbox.stats(seq.slot, msgspec.structs.replace(first.stats, preemptions=preemptions))
-            del self._by_slot[seq.slot]
+            self._remove(seq.slot)
+
+    def _remove(self, slot: int) -> None:
+        del self._by_slot[slot]
+        kept = self._deadlines
+        if len(kept) > 2 * len(self._by_slot) + 64:
+            self._deadlines = kept = [d for d in kept if d[1] in self._by_slot]
+            heapq.heapify(kept)
+        while kept and kept[0][1] not in self._by_slot:
+            heapq.heappop(kept)
 
     def _count(self, end: str) -> None:
         self.finished[end] = self.finished.get(end, 0) + 1
@@ -251,6 +270,7 @@ class Requests:
             arrival=message.slot,
             deadline=deadline,
             remote_peer=message.prefill if leads else 0,
+            leads=leads,
             phase=Phase.HELD,
             num_sent=len(sent),
             adapter_id=request.adapter_id,

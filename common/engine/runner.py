@@ -22,6 +22,8 @@ from common.engine.sampler import Sampler, SampleResult
 from common.kvcache.pool import KVPool
 from common.types import TokenLogprobs
 
+PROMPT_LOGPROB_ROWS = 256  # logits of a whole chunk of prompt would take gigabytes
+
 
 class CausalModel(Protocol):
     """The face of every model family."""
@@ -40,18 +42,21 @@ class Pending:
     batch: Batch
     logits_RV: Tensor | None
     sample_rows: Sequence[SampleRow]
-    prompt_logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
     result: SampleResult | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`token_ids[i]`: drawn for batch row i, None where nothing was drawn; `failures[i]`: why a draw failed."""
+    """`token_ids[i]`: drawn for batch row i, None where nothing was drawn; `failures[i]`: why a draw failed.
+
+    `prompt_logprobs[i]`: of row i's prompt tokens, in parts.
+    """
 
     token_ids: Sequence[int | None]
     logprobs: Sequence[TokenLogprobs | None]
     failures: Sequence[str | None]
-    prompt_logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
 
 
 class ModelRunner:
@@ -139,13 +144,16 @@ class ModelRunner:
             rows = hidden_TD[torch.tensor([batch.last_rows[i] for i in writers], device=self._device)]
             self._pool.write_tail([batch.rows[i].tail_write for i in writers], rows)
 
-    def _prompt_logprobs(self, batch: Batch, hidden_TD: Tensor | None) -> dict[int, TokenLogprobs]:
-        out: dict[int, TokenLogprobs] = {}
+    def _prompt_logprobs(self, batch: Batch, hidden_TD: Tensor | None) -> dict[int, list[TokenLogprobs]]:
+        out: dict[int, list[TokenLogprobs]] = {}
         for i, row in enumerate(batch.rows):
             if row.prompt_logprobs < 0 or not row.prompt_targets:
                 continue
             assert hidden_TD is not None
             first = batch.last_rows[i] + 1 - len(row.token_ids)
-            logits = self._model.logits(hidden_TD[first : first + len(row.prompt_targets)])
-            out[i] = prompt_logprobs(logits, row.prompt_targets, row.prompt_logprobs)
+            out[i] = []
+            for start in range(0, len(row.prompt_targets), PROMPT_LOGPROB_ROWS):
+                targets = row.prompt_targets[start : start + PROMPT_LOGPROB_ROWS]
+                logits = self._model.logits(hidden_TD[first + start : first + start + len(targets)])
+                out[i].append(prompt_logprobs(logits, targets, row.prompt_logprobs))
         return out

@@ -128,7 +128,7 @@ class Scheduler:
             seq = self.running[index]
             num_new = min(seq.gap, budget)
             if not self._make_room(seq, num_new, preempted):
-                break
+                continue
             items.append(StepItem(seq, num_new))
             budget -= max(num_new, 1)
             index += 1
@@ -151,6 +151,7 @@ class Scheduler:
         self._cache.close(seq.seq_id)
         seq.num_computed = 0
         seq.tail_ready = False
+        seq.prompt_logprobs.clear()
         seq.preemptions += 1
         seq.phase = Phase.WAITING
         bisect.insort(self.waiting, seq, key=_rank)

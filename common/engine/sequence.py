@@ -4,7 +4,7 @@
     WAITING -> REMOTE -> RUNNING -> ENDED        prompt KV read from a prefill worker
                REMOTE -> WAITING                 the hand-off failed: go on from what was verified
                RUNNING -> WAITING                preempted: blocks given back, recomputed later
-    HELD -> WAITING                              a further choice of n, until the first has its prompt KV
+    HELD -> WAITING                              a further choice of n, until the one that leads has its prompt KV
 
 One rule moves them all: each step closes part of the gap between `num_computed` and `num_tokens`.
 """
@@ -68,6 +68,7 @@ class Sequence:
     cache_salt: str = ""
     traceparent: str = ""
     remote_peer: int = 0
+    leads: bool = True  # brings its request the prompt's KV and logprobs; the other choices wait for it
     order: OrderState | None = None
     phase: Phase = Phase.WAITING
     num_computed: int = 0
@@ -100,12 +101,13 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return self.sampling.prompt_logprobs is not None
+        """Are they still to be computed? A resumed sequence has had them."""
+        return self.sampling.prompt_logprobs is not None and self.leads and not self.num_output
 
 
 @dataclass(eq=False)
 class Request:
-    """A request in an engine: its sequences, one per choice."""
+    """A request in an engine: its sequences, one per choice, the one that leads first."""
 
     slot: int
     request: GenerationRequest
