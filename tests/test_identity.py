@@ -1,0 +1,170 @@
+"""The demo model gives the same greedy tokens whichever way a prompt takes, and those of transformers.
+
+Six prompts go through offline generate, a cluster without and one with a prefill worker, in rows of a pairwise table
+of what may happen to a sequence: its beginning is found in the cache or not, its prompt is computed in one step or in
+several, it is preempted and computed again or not. Each row shows by its statistics that this did happen.
+`test_identity_exact.py` does the same for fifty prompts and all combinations.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from identity_prompts import make_prompts
+from identity_support import WAYS, Got, Offline, Prompt, Served, demo_model, open_way, text_of
+from teacher_forced import Oracle
+
+from common.text.tokenizer import Tokenizer
+
+SHORT, LONG = (42, 53, 60), (108, 120, 200)  # tokens: in one step, in several
+COUNT = 16
+WARM = 32  # tokens of a prompt that are in the cache before it comes, where a row wants a prefix hit
+BLOCK_NBYTES = 16 * 30 * 2 * 3 * 64 * 4  # 16 tokens, 30 layers, K and V, 3 heads of 64, fp32
+ENGINE = {
+    "dtype": "float32",
+    "max_num_batched_tokens": 64,
+    "max_model_len": 224,
+    "kv_cache_memory_bytes": 15 * BLOCK_NBYTES + (1 << 19),  # too little for three long or six short ones at once
+    "max_num_seqs": 6,
+    "num_threads": 1,
+}
+BF16 = {"dtype": "auto", "max_model_len": 256, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 6, "num_threads": 1}
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1, "seed": 1234}
+
+
+@dataclass(frozen=True)
+class Row:
+    prefix: bool
+    chunked: bool
+    preempted: bool
+
+
+ROWS = (Row(False, False, False), Row(True, False, True), Row(False, True, True), Row(True, True, False))
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return demo_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer.load(model)
+
+
+@pytest.fixture(scope="module")
+def oracle(model: Path, pytestconfig: pytest.Config) -> Oracle:
+    assert pytestconfig.cache is not None
+    return Oracle(model, pytestconfig.cache.mkdir("identity"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Tokenizer) -> list[Prompt]:
+    return make_prompts(tokenizer, [*SHORT, *LONG], seed=1)
+
+
+@pytest.fixture(scope="module")
+def sampled() -> dict[Prompt, list[int]]:
+    """Sampled answers of the way that comes first, for the others to equal."""
+    return {}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path
+) -> Iterator[Offline | Served]:
+    with open_way(request.param, tmp_path_factory.mktemp("way"), model, min_remote_tokens=8, **ENGINE) as opened:
+        yield opened
+
+
+def waves(row: Row, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """What is sent at once: a preempted row needs more than the pool holds."""
+    chosen = list(prompts[len(SHORT) :] if row.chunked else prompts[: len(SHORT)])
+    if not row.preempted:
+        return [[p] for p in chosen]
+    return [chosen if row.chunked else chosen * 2]
+
+
+def run_row(way: Offline | Served, row: Row, prompts: Sequence[Prompt]) -> list[tuple[Prompt, Got]]:
+    salt = str(row) if row.prefix else ""
+    answers: list[tuple[Prompt, Got]] = []
+    for wave in waves(row, prompts):
+        if row.prefix:
+            way.answer([p[:WARM] for p in dict.fromkeys(wave)], salt, max_tokens=1)
+        answers += zip(wave, way.answer(wave, salt, max_tokens=COUNT), strict=True)
+    return answers
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_greedy_tokens_are_those_of_transformers(
+    way: Offline | Served, row: Row, prompts: list[Prompt], oracle: Oracle, tokenizer: Tokenizer
+) -> None:
+    answers = run_row(way, row, prompts)
+    for prompt, got in answers:
+        expected = oracle.greedy(prompt, COUNT)
+        assert got.tokens == expected.tokens, f"smallest gap {min(expected.gaps)}"
+        assert got.text == text_of(tokenizer, prompt, expected.tokens)
+        s = got.stats
+        assert s["cached_tokens"] + s["computed_tokens"] + s["transferred_tokens"] == s["prompt_tokens"] == len(prompt)
+        assert s["fallback"] == ""
+    check_row(
+        row, [got for _, got in answers[: len(SHORT)]], isinstance(way, Served) and len(way.cluster.workers()) > 1
+    )
+    assert (sum(got.stats["preemptions"] for _, got in answers) > 0) == row.preempted
+
+
+def test_a_sampled_stream_with_a_seed_is_the_same_alone_batched_and_handed_over(
+    way: Offline | Served, prompts: list[Prompt], sampled: dict[Prompt, list[int]], oracle: Oracle
+) -> None:
+    chosen, other = prompts[:2], prompts[2]
+    alone = [way.answer([p], max_tokens=COUNT, **SAMPLED)[0] for p in chosen]
+    batch = way.answer([*chosen, other], max_tokens=COUNT, **SAMPLED)
+    for prompt, *answers in zip(chosen, alone, batch, strict=False):
+        for got in answers:
+            assert got.tokens == sampled.setdefault(prompt, got.tokens)
+            assert got.tokens != oracle.greedy(prompt, COUNT).tokens
+    (another,) = way.answer(chosen[:1], max_tokens=COUNT, **(SAMPLED | {"seed": 4321}))
+    assert another.tokens != sampled[chosen[0]]
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_tokens_of_the_default_dtype_pass_the_teacher_forced_check(
+    name: str, tmp_path: Path, model: Path, prompts: list[Prompt], oracle: Oracle
+) -> None:
+    with open_way(name, tmp_path, model, **BF16) as way:
+        answers = way.answer(prompts, max_tokens=COUNT)
+    assert [got.stats["fallback"] for got in answers] == [""] * len(answers)
+    assert all(bool(got.stats["transferred_tokens"]) == (name == "separated") for got in answers)
+    judged = functools.reduce(operator.add, (oracle.score(p, a.tokens) for p, a in zip(prompts, answers, strict=True)))
+    print(
+        f"{name}: {judged.others} of {len(judged.behind)} tokens are others, the worst {max(judged.behind):.3f} behind"
+    )
+    assert judged.passed
+
+
+def test_the_teacher_forced_check_fails_a_wrong_token(prompts: list[Prompt], oracle: Oracle) -> None:
+    tokens = oracle.greedy(prompts[0], COUNT).tokens
+    assert oracle.score(prompts[0], tokens).others == 0
+    wrong = [*tokens[:5], tokens[0], *tokens[6:]]
+    assert not oracle.score(prompts[0], wrong).passed
+
+
+def is_separated(way: Offline | Served) -> bool:
+    return isinstance(way, Served) and len(way.cluster.workers()) > 1
+
+
+def check_row(row: Row, answers: Sequence[Got], separated: bool) -> None:
+    """Each prompt came the way that the row wants."""
+    for got in answers:
+        s = got.stats
+        assert s["cached_tokens"] >= WARM if row.prefix else s["cached_tokens"] == 0
+        new = s["transferred_tokens"] if separated else s["computed_tokens"]
+        assert new == s["prompt_tokens"] - s["cached_tokens"]
+        assert (new > ENGINE["max_num_batched_tokens"]) == row.chunked
+        assert s["transport"].startswith("ucx/") == separated
+        assert s["prefill_worker"] == ("prefill-0" if separated else "")
