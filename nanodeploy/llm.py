@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,11 +94,12 @@ class _Choice:
 class LLM:
     """A model, loaded. `options` are the fields of `EngineConfig` (vLLM's names): dtype, max_model_len ...
 
+    Any number of prompts may wait, unless `max_waiting_seqs` says otherwise.
     Raises ConfigError for a bad checkpoint or option.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        engine = EngineConfig(model=str(model), **options)
+        engine = EngineConfig(model=str(model), **({"max_waiting_seqs": sys.maxsize} | options))
         config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
         self._clock = MonotonicClock()
         self._built = build_engine(config, Role.DECODE, self._clock, lambda stage, done, total: None)
@@ -125,9 +127,7 @@ class LLM:
         per_prompt = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(many):
             raise ValueError(f"{len(many)} prompts and {len(per_prompt)} sampling params")
-        run = _Run(self, many, per_prompt)
-        run.loop(progress)
-        return run.outputs
+        return _Run(self).all(many, per_prompt, progress)
 
     def chat(
         self,
@@ -161,18 +161,21 @@ class LLM:
 class _Run:
     """One call of `generate`."""
 
-    def __init__(self, llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> None:
+    def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._engine = llm._built.engine
-        self.outputs: list[RequestOutput] = []
+        self._outputs: list[RequestOutput] = []
         self._choices: dict[int, list[_Choice]] = {}
         self._by_slot: dict[int, RequestOutput] = {}
-        for prompt, one in zip(prompts, params, strict=True):
-            self._submit(prompt, one)
 
-    def loop(self, progress: Progress | None) -> None:
-        total = len(self.outputs)
+    def all(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], progress: Progress | None
+    ) -> list[RequestOutput]:
+        """Run to the end; what still runs when that fails is cancelled."""
+        total = len(prompts)
         try:
+            for prompt, one in zip(prompts, params, strict=True):
+                self._submit(prompt, one)
             while self._by_slot:
                 self._engine.step()
                 for message in self._engine.drain():
@@ -184,6 +187,7 @@ class _Run:
             if self._by_slot:
                 self._engine.handle(Cancel(tuple(self._by_slot)))
                 self._engine.drain()
+        return self._outputs
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> None:
         llm = self._llm
@@ -200,7 +204,7 @@ class _Run:
         stops = StopAutomaton(params.stop) if params.stop else None
         self._choices[slot] = [self._choice(o, ids, params, stops) for o in output.outputs]
         self._by_slot[slot] = output
-        self.outputs.append(output)
+        self._outputs.append(output)
         request = GenerationRequest(
             request_id=output.request_id, model="", prompt_token_ids=tuple(ids), sampling=params
         )

@@ -1,0 +1,49 @@
+"""Offline generation through `LLM`: any number of prompts, and nothing left of a call that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_support import greedy, prompts, reference_tokens
+from tiny_models import make_llama
+
+from common.errors import InvalidRequestError
+from nanodeploy import LLM
+
+OPTIONS = {"dtype": "float32", "num_threads": 1, "kv_cache_memory_bytes": 8 << 20, "check_ledger": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = make_llama(tmp_path_factory.mktemp("offline"), seed=1)
+    (made / "tokenizer.json").unlink(missing_ok=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    with LLM(folder, max_num_seqs=256, **OPTIONS) as made:
+        yield made
+
+
+def test_more_prompts_than_a_server_would_queue_are_all_answered(llm: LLM, folder: Path) -> None:
+    given = prompts(60, [3] * 1100)
+    outputs = llm.generate(given, greedy(1))
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [1] * 1100
+    for i in (0, 1024, 1099):
+        assert outputs[i].outputs[0].token_ids == reference_tokens(folder, given[i], 1)
+
+
+def test_a_call_that_fails_leaves_nothing_for_the_next_one(llm: LLM) -> None:
+    (prompt,) = prompts(61, (40,))
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        llm.generate([prompt, "text"], greedy(30, prompt_logprobs=0))
+    llm._built.parts.cache.check_idle()
+    with pytest.raises(InvalidRequestError, match="vocabulary"):
+        llm.generate([prompt, (10**6,)], greedy(30, prompt_logprobs=0))
+    llm._built.parts.cache.check_idle()
+    (output,) = llm.generate([prompt], greedy(5))
+    assert len(output.outputs[0].token_ids) == 5
+    assert output.prompt_logprobs is None
