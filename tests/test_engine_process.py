@@ -209,3 +209,15 @@ async def test_an_engine_ends_with_its_parent(llama: Path) -> None:
     assert engine.client._writer is not None
     engine.client._writer.close()
     await asyncio.to_thread(engine.client._process.wait, 10)  # type: ignore[union-attr]
+
+
+async def test_an_owner_that_cannot_take_a_message_hears_of_the_end(tmp_path: Path) -> None:
+    engine = Engine(Role.DECODE, tmp_path / "nothing")
+
+    def broken(message: FromEngine) -> None:
+        raise ValueError("cannot take it")
+
+    engine.relay = broken
+    await engine.client.start(engine._on_message, engine._on_death)
+    await engine.until(lambda: engine.deaths, 60)
+    assert not engine.client.alive

@@ -24,7 +24,10 @@ import msgspec
 from common.config import LogConfig, WorkerConfig
 from common.engine.channel import FrameDecoder, frame
 from common.engine.messages import FromEngine, Setup, Shutdown, ToEngine
+from common.telemetry import get_logger
 from common.types import Role
+
+log = get_logger(__name__)
 
 EXIT_S = 5  # from the end of its messages to the end of its process
 
@@ -105,10 +108,16 @@ class ProcessEngine:
         on_death: Callable[[str], None],
     ) -> None:
         frames = FrameDecoder()
-        with contextlib.suppress(ConnectionError):
+        try:
             while data := await reader.read(1 << 20):
                 for raw in frames.feed(data):
                     on_message(self._decoder.decode(raw))
+        except ConnectionError:
+            pass
+        except Exception as error:  # what was lost cannot be told: all that runs there has failed
+            log.error("a message of the engine could not be taken", exc_info=error)
+            assert self._process is not None
+            self._process.kill()
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
