@@ -253,6 +253,7 @@ class _Gauges:
         for group in load.kv_states:
             for state in ("free", "live", "cached", "leased", "in_flight"):
                 self._blocks.labels(group.group, state).set(getattr(group, state))
+        self._peer_bytes.clear()  # peers are numbered anew at each session
         for peer in message.peers:
             self._peer_bytes.labels(str(peer.peer), peer.transport).set(peer.bytes_read)
 

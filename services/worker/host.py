@@ -35,6 +35,7 @@ log = get_logger(__name__)
 
 RESTART_WINDOW_S = 300.0
 PROGRESS_LIMIT_S = 5.0
+START_LIMIT_S = 600.0  # between two words of an engine that starts
 LEDGER_TIMEOUT_S = 5.0
 
 
@@ -67,7 +68,6 @@ class EngineHost:
         self._deaths: collections.deque[float] = collections.deque()
         self._ledger_calls: dict[int, asyncio.Future[Ledger]] = {}
         self._restart: asyncio.Task[None] | None = None
-        self._steps = -1
         self._progress_at = clock.now()
         self.on_change: Callable[[], None] = lambda: None
         self.epoch = new_epoch()
@@ -97,12 +97,12 @@ class EngineHost:
         return self._engine.pid if self._engine is not None else 0
 
     def health(self) -> tuple[bool, str]:
-        """Is the engine's loop making progress? Starting counts as healthy, giving up does not."""
+        """Does the engine make progress? An orderly start counts as healthy, giving up does not."""
         if self.state is HostState.FAILED:
             return False, self.reason
         silent = self._clock.now() - self._progress_at
-        if self.state is HostState.READY and silent > PROGRESS_LIMIT_S:
-            return False, f"the engine loop has said nothing for {silent:.1f} s"
+        if silent > (PROGRESS_LIMIT_S if self.state is HostState.READY else START_LIMIT_S):
+            return False, f"the engine has said nothing for {silent:.1f} s"
         return True, self.reason
 
     async def ledger(self, *, with_blocks: bool) -> Ledger:
@@ -129,6 +129,7 @@ class EngineHost:
     async def _start_engine(self) -> None:
         self.epoch = new_epoch()
         self.ready, self.load = None, None
+        self._progress_at = self._clock.now()
         self._set(HostState.STARTING, "the engine is starting")
         engine = self._make_engine()
         self._engine = engine
@@ -148,6 +149,7 @@ class EngineHost:
                 self._owner.on_engine(message)
             case EngineProgress():
                 self.reason = f"{message.stage}: {message.done} of {message.total}"
+                self._progress_at = self._clock.now()
             case EngineFatal():
                 self._set(HostState.FAILED, message.failure.message)
                 log.error("engine cannot start", error=message.failure.message)
@@ -182,7 +184,10 @@ class EngineHost:
 
     async def _restart_later(self, deaths: int) -> None:
         await asyncio.sleep(min(0.1 * 2 ** (deaths - 1), 10.0))
-        await self._start_engine()
+        try:
+            await self._start_engine()
+        except OSError as error:
+            self._on_death(f"no engine process could be started: {error}")
 
     def _set(self, state: HostState, reason: str) -> None:
         self.state, self.reason = state, reason
