@@ -249,6 +249,7 @@ class HandoffMachine(RuleBasedStateMachine):
         while world.network.step():
             pass
         self.engine_polls()
+        world.network.step()  # that poll may have fenced a peer: its reads end at the next delivery
         while (deadline := world.reader.next_deadline()) < float("inf") or is_readable(world.transport.wakeup_fd):
             world.clock.time = max(world.clock.time, min(deadline, world.clock.time + 60.0))
             self.engine_polls()
