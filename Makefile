@@ -99,3 +99,4 @@ $(STAMPS)/native: $(CPP_FILES) setup.py $(STAMPS)/env
 	@touch $@
 
 include deploy/compose.mk
+include benchmarks/bench.mk

@@ -19,14 +19,11 @@ import ctypes
 import json
 import multiprocessing as mp
 import os
-import platform
 import select
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -41,6 +38,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import report  # noqa: E402
 from common.config.schema import UcxConfig  # noqa: E402
 from common.kernels import native  # noqa: E402
 from common.kernels.native import BlockDigester, DigestGeometry  # noqa: E402
@@ -161,26 +159,10 @@ def check(base: int, block: int, unit: int, expected: int) -> DigestCheck:
 
 
 def environment() -> dict[str, object]:
-    with open("/proc/cpuinfo") as lines:
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False)
     transport = make_transport("posix")
     ucx = transport.library_version
     transport.close()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "nice": os.nice(0),
-        "digest": native.cpu_features(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "ucx": ucx,
-    }
+    return report.environment("numpy", digest=native.cpu_features(), ucx=ucx)
 
 
 def show(rows: list[Row]) -> None:

@@ -26,13 +26,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 def environment(*packages: str, **more: object) -> dict[str, object]:
     """Call it before the work starts: `load_before` is the machine's load of the last minute.
 
-    `packages` are named with their versions, `more` is added as it is.
+    `packages` are named with their versions; `more` is added as it is, and wins.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": os.cpu_count(),
         "kernel": platform.release(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "load_before": round(os.getloadavg()[0], 2),

@@ -22,7 +22,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -31,7 +30,6 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +44,7 @@ sys.path.insert(0, str(ROOT))
 import grpc  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
+from benchmarks import report  # noqa: E402
 from common.errors import UnavailableError  # noqa: E402
 from common.rpc import codec  # noqa: E402
 from common.types import (  # noqa: E402
@@ -392,21 +391,8 @@ async def measure_latency(router_port: int, worker_port: int, seconds: float) ->
     return results
 
 
-def environment(load_before: float) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "load_before": round(load_before, 2),
-        "nice": os.nice(0),
-        "python": platform.python_version(),
-        "grpcio": grpc.__version__,
-        "prompt": "chat, about 100 tokens",
-    }
+def environment(load_before: float) -> dict[str, object]:
+    return report.environment("grpcio", load_before=round(load_before, 2), prompt="chat, about 100 tokens")
 
 
 def show(results: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ of threads, loaded once; they take turns in rounds, in another order each round,
     transformers     `generate` on one static batch, left-padded, in bf16 and fp32
     llama.cpp        low-level batches on the demo model's GGUF file (Q4_1: 4-bit weights), where installed
 
-    python benchmarks/throughput.py [--concurrency 1 16 64] [--rounds 3] [--append] [--quick]
+    python benchmarks/throughput.py [--concurrency 1 16 64] [--rounds 3] [--without NAME ...] [--append]
     python benchmarks/throughput.py --install-llama
 
 Rounds stop early when another would pass --budget-s. --append adds rounds to the results of the same commit and
@@ -119,16 +119,24 @@ def measure(
             for concurrency in arguments.concurrency:
                 work = Work.draw(f"{run}.{number}.{concurrency}", token_ids, LENGTHS, arguments.tokens, concurrency)
                 turn = number % len(ready)
-                samples += _one_cell([*ready[turn:], *ready[:turn]], work, run, number)
+                samples += _one_cell([*ready[turn:], *ready[:turn]], work, run, number, about)
             longest = max(longest, time.perf_counter() - began)
     return about, samples
 
 
-def _one_cell(ready: Sequence[Contender], work: Work, run: int, number: int) -> list[dict[str, Any]]:
+def _one_cell(
+    ready: Sequence[Contender], work: Work, run: int, number: int, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One turn each. What fails is noted in `about`; the others go on."""
     rows: dict[str, list[list[int]]] = {}
     samples = []
     for entrant in ready:
-        got = entrant.run(work)
+        try:
+            got = entrant.run(work)
+        except RuntimeError as error:
+            about[entrant.name].setdefault("failed", []).append(f"{work.concurrency} at once: {error}")
+            console.print(f"{entrant.name} failed: {error}", markup=False)
+            continue
         if got.token_ids is not None:
             rows[entrant.name] = got.token_ids
         sample = {"run": run, "round": number, "concurrency": work.concurrency, "contender": entrant.name}
@@ -236,9 +244,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[16], help="requests at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--without", nargs="+", choices=ALL, default=[], help="leave these out")
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="output tokens of each request")
-    parser.add_argument("--budget-s", type=float, default=420.0, help="no round begins that would end later")
+    parser.add_argument("--budget-s", type=float, default=460.0, help="no round begins that would end later")
     parser.add_argument("--append", action="store_true", help="add to the results of this commit and machine")
     parser.add_argument("--quick", action="store_true", help="one round of few tokens; nothing is written")
     parser.add_argument("--install-llama", action="store_true", help="build llama-cpp-python in the cache folder; end")
@@ -262,7 +271,8 @@ def main() -> None:
     english = (ROOT / "LICENSE").read_text(encoding="utf-8")
     token_ids = sorted(set(Tokenizer.from_file(str(model / "tokenizer.json")).encode(english).ids))
     run = len(before.get("environments", ()))
-    entrants = contenders(model, arguments.contenders, arguments.threads)
+    names = [name for name in arguments.contenders if name not in arguments.without]
+    entrants = contenders(model, names, arguments.threads)
     about, samples = measure(entrants, arguments, run, token_ids, deadline)
     samples = [*before.get("samples", ()), *samples]
     summary, goals = summarise(samples), judge(samples)

@@ -126,7 +126,7 @@ def _run(streams: Streams, prompts: Sequence[Ids], max_tokens: int) -> list[Ids]
 
 @llama.llama_log_callback
 def _QUIET(level: int, text: bytes, data: object) -> None:  # noqa: N802 - kept alive as long as the module
-    if level >= 4:
+    if level == 4:  # errors
         sys.stderr.write(text.decode(errors="replace"))
 
 

@@ -110,9 +110,12 @@ class Offline:
         assert self._process.stdin is not None
         asked = {"prompts": work.prompts, "max_tokens": work.max_tokens, "concurrency": work.concurrency}
         load = Load()
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended: the answer is missing, too
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
         got = self._receive(RUN_LIMIT_S)
+        if "seconds" not in got:
+            raise RuntimeError(f"{self.name} ended in mid-run")
         others = load.others(got["cpu_s"])
         rows: list[list[int]] = got["token_ids"]
         if [len(row) for row in rows] != [work.max_tokens] * len(work.prompts):
