@@ -49,12 +49,16 @@ class Got:
 
 
 class Way(Protocol):
+    name: str  # one of `WAYS`
+
     def answer(self, prompts: Sequence[Prompt], salt: str = "", **sampling: Any) -> list[Got]:
         """Submit all prompts at once and wait for all answers. `sampling` are fields of `SamplingParams`."""
 
 
 class Offline:
     """`nanodeploy.LLM` in this process: one that caches prefixes, whatever the salt, and one that does not."""
+
+    name = "offline"
 
     def __init__(self, model: Path, **engine: Any) -> None:
         self._model = model
@@ -81,7 +85,8 @@ class Offline:
 class Served:
     """A cluster behind its API. Tokens are told by their names in the logprobs, which are all different."""
 
-    def __init__(self, cluster: RunningCluster, tokenizer: Tokenizer) -> None:
+    def __init__(self, name: str, cluster: RunningCluster, tokenizer: Tokenizer) -> None:
+        self.name = name
         self.cluster = cluster
         self._tokenizer = tokenizer
 
@@ -109,9 +114,7 @@ def _defaults(sampling: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def open_way(
-    name: str, tmp: Path, model: Path, *, min_remote_tokens: int = 32, **engine: Any
-) -> Iterator[Offline | Served]:
+def open_way(name: str, tmp: Path, model: Path, *, min_remote_tokens: int = 32, **engine: Any) -> Iterator[Way]:
     """One of `WAYS`. A separated cluster hands over what lacks `min_remote_tokens`."""
     if name == "offline":
         offline = Offline(model, **engine)
@@ -123,7 +126,7 @@ def open_way(
     flags = ("--prefill", "0") if name == "decode-only" else ("--prefill", "1")
     worker = {"handoff": {"min_remote_tokens": min_remote_tokens, **PATIENT}}
     with run_cluster(tmp, model, *flags, worker=worker, **engine) as cluster:
-        yield Served(cluster, Tokenizer.load(model))
+        yield Served(name, cluster, Tokenizer.load(model))
 
 
 def text_of(tokenizer: Tokenizer, prompt: Prompt, tokens: Sequence[int]) -> str:

@@ -98,7 +98,8 @@ class Oracle:
 
     @cached_property
     def _model(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        return model.eval()
 
     def _greedy(self, prompt: Sequence[int], count: int) -> Greedy:
         ids = torch.tensor([list(prompt)])

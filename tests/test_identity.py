@@ -1,9 +1,10 @@
 """The demo model gives the same greedy tokens whichever way a prompt takes, and those of transformers.
 
-Six prompts go through offline generate, a cluster without and one with a prefill worker, in rows of a pairwise table
-of what may happen to a sequence: its beginning is found in the cache or not, its prompt is computed in one step or in
-several, it is preempted and computed again or not. Each row shows by its statistics that this did happen.
-`test_identity_exact.py` does the same for fifty prompts and all combinations.
+Six prompts go through offline generate, a cluster without and one with a prefill worker. What may happen to a sequence
+is toggled: its beginning is found in the cache or not, its prompt is computed in one step or in several, it is
+preempted and computed again or not. The rows are a pairwise table of way and toggles: any two of them meet in all
+combinations. Each row shows by its statistics that this did happen. `test_identity_exact.py` does the same for fifty
+prompts and all combinations of everything.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from identity_prompts import make_prompts
-from identity_support import WAYS, Got, Offline, Prompt, Served, demo_model, open_way, text_of
+from identity_support import WAYS, Got, Prompt, Way, demo_model, open_way, text_of
 from teacher_forced import Oracle
 
 from common.text.tokenizer import Tokenizer
 
 SHORT, LONG = (42, 53, 60), (108, 120, 200)  # tokens: in one step, in several
-COUNT = 16
+COUNT = 12
 WARM = 32  # tokens of a prompt that are in the cache before it comes, where a row wants a prefix hit
 BLOCK_NBYTES = 16 * 30 * 2 * 3 * 64 * 4  # 16 tokens, 30 layers, K and V, 3 heads of 64, fp32
-ENGINE = {
+ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "max_num_batched_tokens": 64,
     "max_model_len": 224,
@@ -33,8 +35,14 @@ ENGINE = {
     "max_num_seqs": 6,
     "num_threads": 1,
 }
-BF16 = {"dtype": "auto", "max_model_len": 256, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 6, "num_threads": 1}
-SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1, "seed": 1234}
+BF16: dict[str, Any] = {
+    "dtype": "auto",
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_num_seqs": 6,
+    "num_threads": 1,
+}
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1, "seed": 1234}
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,11 @@ class Row:
     preempted: bool
 
 
-ROWS = (Row(False, False, False), Row(True, False, True), Row(False, True, True), Row(True, True, False))
+ROWS = {
+    "offline": (Row(prefix=False, chunked=False, preempted=True), Row(prefix=True, chunked=True, preempted=False)),
+    "decode-only": (Row(prefix=False, chunked=True, preempted=False), Row(prefix=True, chunked=False, preempted=True)),
+    "separated": (Row(prefix=True, chunked=False, preempted=False), Row(prefix=False, chunked=True, preempted=True)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +87,7 @@ def sampled() -> dict[Prompt, list[int]]:
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def way(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path
-) -> Iterator[Offline | Served]:
+def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Way]:
     with open_way(request.param, tmp_path_factory.mktemp("way"), model, min_remote_tokens=8, **ENGINE) as opened:
         yield opened
 
@@ -90,7 +100,7 @@ def waves(row: Row, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
     return [chosen if row.chunked else chosen * 2]
 
 
-def run_row(way: Offline | Served, row: Row, prompts: Sequence[Prompt]) -> list[tuple[Prompt, Got]]:
+def run_row(way: Way, row: Row, prompts: Sequence[Prompt]) -> list[tuple[Prompt, Got]]:
     salt = str(row) if row.prefix else ""
     answers: list[tuple[Prompt, Got]] = []
     for wave in waves(row, prompts):
@@ -100,10 +110,11 @@ def run_row(way: Offline | Served, row: Row, prompts: Sequence[Prompt]) -> list[
     return answers
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("turn", [0, 1])
 def test_greedy_tokens_are_those_of_transformers(
-    way: Offline | Served, row: Row, prompts: list[Prompt], oracle: Oracle, tokenizer: Tokenizer
+    way: Way, turn: int, prompts: list[Prompt], oracle: Oracle, tokenizer: Tokenizer
 ) -> None:
+    row = ROWS[way.name][turn]
     answers = run_row(way, row, prompts)
     for prompt, got in answers:
         expected = oracle.greedy(prompt, COUNT)
@@ -112,24 +123,23 @@ def test_greedy_tokens_are_those_of_transformers(
         s = got.stats
         assert s["cached_tokens"] + s["computed_tokens"] + s["transferred_tokens"] == s["prompt_tokens"] == len(prompt)
         assert s["fallback"] == ""
-    check_row(
-        row, [got for _, got in answers[: len(SHORT)]], isinstance(way, Served) and len(way.cluster.workers()) > 1
-    )
+    check_row(row, [got for _, got in answers[: len(SHORT)]], separated=way.name == "separated")
     assert (sum(got.stats["preemptions"] for _, got in answers) > 0) == row.preempted
 
 
 def test_a_sampled_stream_with_a_seed_is_the_same_alone_batched_and_handed_over(
-    way: Offline | Served, prompts: list[Prompt], sampled: dict[Prompt, list[int]], oracle: Oracle
+    way: Way, prompts: list[Prompt], sampled: dict[Prompt, list[int]], oracle: Oracle
 ) -> None:
-    chosen, other = prompts[:2], prompts[2]
-    alone = [way.answer([p], max_tokens=COUNT, **SAMPLED)[0] for p in chosen]
-    batch = way.answer([*chosen, other], max_tokens=COUNT, **SAMPLED)
-    for prompt, *answers in zip(chosen, alone, batch, strict=False):
-        for got in answers:
-            assert got.tokens == sampled.setdefault(prompt, got.tokens)
-            assert got.tokens != oracle.greedy(prompt, COUNT).tokens
-    (another,) = way.answer(chosen[:1], max_tokens=COUNT, **(SAMPLED | {"seed": 4321}))
-    assert another.tokens != sampled[chosen[0]]
+    prompt, *others = prompts[: len(SHORT)]
+    (alone,) = way.answer([prompt], max_tokens=COUNT, **SAMPLED)
+    _, batched, _ = way.answer([others[0], prompt, others[1]], max_tokens=COUNT, **SAMPLED)
+    assert alone.tokens == batched.tokens == sampled.setdefault(prompt, alone.tokens)
+    assert alone.tokens != oracle.greedy(prompt, COUNT).tokens
+    assert (
+        bool(alone.stats["transferred_tokens"])
+        == bool(batched.stats["transferred_tokens"])
+        == (way.name == "separated")
+    )
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -154,11 +164,7 @@ def test_the_teacher_forced_check_fails_a_wrong_token(prompts: list[Prompt], ora
     assert not oracle.score(prompts[0], wrong).passed
 
 
-def is_separated(way: Offline | Served) -> bool:
-    return isinstance(way, Served) and len(way.cluster.workers()) > 1
-
-
-def check_row(row: Row, answers: Sequence[Got], separated: bool) -> None:
+def check_row(row: Row, answers: Sequence[Got], *, separated: bool) -> None:
     """Each prompt came the way that the row wants."""
     for got in answers:
         s = got.stats
