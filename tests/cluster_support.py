@@ -43,6 +43,7 @@ class RunningCluster:
     @property
     def model(self) -> str:
         models = httpx.get(f"{self.url}/v1/models", timeout=10).json()["data"]
+        assert models, "no model is served yet"
         name: str = models[0]["id"]
         return name
 
