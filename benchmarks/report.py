@@ -89,20 +89,20 @@ def write_bars(
     name: str, title: str, label: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]]
 ) -> Path:
     """A chart of grouped bars, one panel a group (their scales differ); None leaves a bar out."""
-    figure = Figure(figsize=(3.6 * len(groups) + 0.8, 4.2), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 3.6 * len(groups) + 0.8), 4.2), layout="constrained")
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     colours = [f"C{i}" for i in range(len(series))]
     for index, (axes, group) in enumerate(zip(panels, groups, strict=True)):
         values = [column[index] for column in series.values()]
         drawn = axes.barh(range(len(series)), [value or 0 for value in values], color=colours)
-        axes.bar_label(drawn, [f"{v:.0f}" if v is not None else "-" for v in values], padding=3, fontsize=8)
+        axes.bar_label(drawn, [f"{v:.3g}" if v is not None else "-" for v in values], padding=3, fontsize=8)
         axes.set_yticks(range(len(series)), list(series) if index == 0 else [""] * len(series))
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.set_title(group, fontsize=10)
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=11)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.png"
     figure.savefig(path, dpi=120)
