@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--explain", action="store_true", help="sample the stacks of processes above 0.2 %% of a core")
     parser.add_argument("--quick", action="store_true", help="one start, 10 s; nothing is written")
     arguments = parser.parse_args()
+    cluster.stop_on_sigterm()
     if arguments.quick:
         arguments.seconds, arguments.starts = 10.0, 1
     environment = report.environment("grpcio", "torch", "uvicorn", prefill=arguments.prefill)

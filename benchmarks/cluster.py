@@ -61,6 +61,11 @@ class Cluster:
         return total
 
 
+def stop_on_sigterm() -> None:
+    """Let a SIGTERM unwind the benchmark, so that its clusters are stopped and its folders removed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 @contextlib.contextmanager
 def running(
     flags: Sequence[str], *, threads: int = 0, terminal: bool = False, limit_s: float = 180.0

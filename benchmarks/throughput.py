@@ -38,7 +38,7 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402
+from benchmarks import cluster, report  # noqa: E402
 from benchmarks.contenders import llama_env  # noqa: E402
 from benchmarks.contenders.measured import Contender, Offline, Served, Work  # noqa: E402
 from benchmarks.contenders.nanodeploy_llm import KV_BYTES  # noqa: E402
@@ -257,6 +257,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    cluster.stop_on_sigterm()
     if arguments.install_llama:
         llama_env.install(arguments.jobs)
         return
