@@ -14,7 +14,7 @@ of threads, loaded once; they take turns in rounds, in another order each round,
     python benchmarks/throughput.py --install-llama
 
 Rounds stop early when another would pass --budget-s. --append adds rounds to the results of the same commit and
-machine, so that a long comparison is made of short runs. Writes benchmarks/results/throughput.json and .png.
+machine, so that a long comparison is made of short runs. Writes benchmarks/results/<--name>.json and .png.
 """
 
 from __future__ import annotations
@@ -226,9 +226,9 @@ def show(summary: Sequence[dict[str, Any]], goals: Sequence[dict[str, Any]]) -> 
         )
 
 
-def earlier(environment: dict[str, object], work: dict[str, object]) -> dict[str, Any]:
+def earlier(name: str, environment: dict[str, object], work: dict[str, object]) -> dict[str, Any]:
     """The results there are, if they are of this commit, machine and work; else none."""
-    path = report.RESULTS / f"{NAME}.json"
+    path = report.RESULTS / f"{name}.json"
     if not path.is_file():
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -248,6 +248,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
     parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="output tokens of each request")
     parser.add_argument("--budget-s", type=float, default=460.0, help="no round begins that would end later")
+    parser.add_argument("--name", default=NAME, help="of the result, e.g. for another machine")
     parser.add_argument("--append", action="store_true", help="add to the results of this commit and machine")
     parser.add_argument("--quick", action="store_true", help="one round of few tokens; nothing is written")
     parser.add_argument("--install-llama", action="store_true", help="build llama-cpp-python in the cache folder; end")
@@ -268,7 +269,7 @@ def main() -> None:
     environment = report.environment("torch", "transformers", "tokenizers", threads=arguments.threads)
     model = ensure_demo_model(cache_root(os.environ), lambda text: console.print(f"demo model: {text}"))
     work: dict[str, object] = {"model": model.name, "prompt_tokens": list(LENGTHS), "output_tokens": arguments.tokens}
-    before = earlier(environment, work) if arguments.append else {}
+    before = earlier(arguments.name, environment, work) if arguments.append else {}
     english = (ROOT / "LICENSE").read_text(encoding="utf-8")
     token_ids = sorted(set(Tokenizer.from_file(str(model / "tokenizer.json")).encode(english).ids))
     run = len(before.get("environments", ()))
@@ -288,18 +289,18 @@ def main() -> None:
         "goals": goals,
         "samples": samples,
     }
-    path = report.write_json(NAME, content)
-    draw(summary, environment)
+    path = report.write_json(arguments.name, content)
+    draw(arguments.name, summary, environment)
     console.print(f"wrote {path.relative_to(ROOT)}", highlight=False)
 
 
-def draw(summary: Sequence[dict[str, Any]], environment: dict[str, object]) -> None:
+def draw(name: str, summary: Sequence[dict[str, Any]], environment: dict[str, object]) -> None:
     levels = sorted({row["concurrency"] for row in summary})
     median = {(row["contender"], row["concurrency"]): row["median"] for row in summary}
     names = [name for name in ALL if any((name, level) in median for level in levels)]
     title = f"SmolLM2-135M, {environment['cpu']}, {environment['threads']} threads, commit {environment['commit']}"
     panels = [f"{level} at once" for level in levels]
-    report.write_bars(NAME, title, "output tokens/s", panels, {n: [median.get((n, c)) for c in levels] for n in names})
+    report.write_bars(name, title, "output tokens/s", panels, {n: [median.get((n, c)) for c in levels] for n in names})
 
 
 if __name__ == "__main__":

@@ -3,16 +3,21 @@
 Run by `make test-exact`; an hour or so on two cores. In fp32 all tokens must be those of transformers. Where one
 is not, the answer is compared no further, and it counts as a near-tie only if the reference's own choice was less
 than `REORDERING` ahead of its second: a sum in another order may decide that. Near-ties are listed, not hidden. In
-bf16 the tokens pass the teacher-forced check. Tables go to benchmarks/results/identity-<date>.json and .md.
+bf16 the tokens pass the teacher-forced check. Tables go to benchmarks/results/identity-<date>.json and .md; runs of
+the same day, commit and machine, even side by side, fill one table, so that parts can be run apart.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import itertools
+import json
 import operator
+import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,14 +87,44 @@ class Results:
 
     def write(self) -> None:
         name = f"identity-{str(self.started['date'])[:10]}"
-        cells = [asdict(cell) for cell in self.cells]
-        write_json(name, {"environment": self.started, "float32": cells, "bfloat16": self.bf16})
-        lines = ["# Identity of the demo model's greedy tokens", ""]
-        lines += [f"{key}: {value}  " for key, value in self.started.items()]
-        lines += ["", "## float32, against transformers", "", *_table(cells)]
-        lines += ["", f"## bfloat16, teacher-forced (equal within {EQUAL} logits, none beyond {LIMIT})", ""]
-        lines += _table(self.bf16)
-        (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        RESULTS.mkdir(exist_ok=True)
+        with _locked(RESULTS):
+            environment, before = self._earlier(RESULTS / f"{name}.json")
+            cells = _merged(before.get("float32", []), [asdict(cell) for cell in self.cells])
+            bf16 = _merged(before.get("bfloat16", []), self.bf16)
+            write_json(name, {"environment": environment, "float32": cells, "bfloat16": bf16})
+            lines = ["# Identity of the demo model's greedy tokens", ""]
+            lines += [f"{key}: {value}  " for key, value in environment.items()]
+            lines += ["", "## float32, against transformers", "", *_table(cells)]
+            lines += ["", f"## bfloat16, teacher-forced (equal within {EQUAL} logits, none beyond {LIMIT})", ""]
+            lines += _table(bf16)
+            (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _earlier(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a run of this commit on this machine has written, with its environment."""
+        if path.is_file():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            environment = found["environment"]
+            if all(environment.get(key) == self.started[key] for key in ("commit", "cpu", "cores", "torch")):
+                return environment, found
+        return self.started, {}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _merged(before: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In order of way and toggles; of two rows of the same, the later."""
+    keys = ("way", "chunked", "preempted", "prefix")
+    known = {tuple(row.get(key, False) for key in keys): row for row in [*before, *rows]}
+    return [known[key] for key in sorted(known, key=lambda key: (WAYS.index(key[0]), *key[1:]))]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
