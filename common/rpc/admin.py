@@ -1,12 +1,15 @@
 """What an operator asks a running cluster: who is there, and what each worker says of itself.
 
-One call, one answer; following a cluster over time is the registry client's work.
+`fetch_*`: one call over a connection of its own, one answer. Who asks again and again keeps the connections with
+`WorkerChannels`; following a cluster over time is `common.rpc.membership`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+import grpc
 import msgspec
 
 from common.errors import UnavailableError
@@ -54,10 +57,37 @@ async def fetch_snapshot(controller: str, timeout_s: float) -> Snapshot:
 async def fetch_status(worker: str, timeout_s: float) -> WorkerStatus:
     """What the worker at host:port says of itself. Raises an error of the tree."""
     async with open_channel(worker) as channel:
-        stub = _worker_stub(channel)
-        response: worker_pb2.GetStatusResponse = await call(
-            stub.GetStatus, worker_pb2.GetStatusRequest(), timeout_s=timeout_s
-        )
+        return await _status(channel, timeout_s)
+
+
+class WorkerChannels:
+    """Connections to workers, kept between calls. Use as an async context manager."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def __aenter__(self) -> WorkerChannels:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.keep(())
+
+    async def keep(self, addresses: Collection[str]) -> None:
+        """Close the connections to all others."""
+        for address in self._channels.keys() - set(addresses):
+            await self._channels.pop(address).close(None)
+
+    async def fetch_status(self, worker: str, timeout_s: float) -> WorkerStatus:
+        """What the worker at host:port says of itself. Raises an error of the tree."""
+        if worker not in self._channels:
+            self._channels[worker] = open_channel(worker)
+        return await _status(self._channels[worker], timeout_s)
+
+
+async def _status(channel: grpc.aio.Channel, timeout_s: float) -> WorkerStatus:
+    response: worker_pb2.GetStatusResponse = await call(
+        _worker_stub(channel).GetStatus, worker_pb2.GetStatusRequest(), timeout_s=timeout_s
+    )
     return WorkerStatus(
         worker=worker_from_proto(response.worker),
         engine_restarts=response.engine_restarts,

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 from rich.table import Table
 
-from common.errors import NanoDeployError
-from common.rpc.admin import WorkerStatus, fetch_snapshot, fetch_status
-from common.types import Role, WorkerInfo
+from common.errors import NanoDeployError, UnavailableError
+from common.rpc.admin import WorkerChannels, WorkerStatus, fetch_snapshot, fetch_status
+from common.rpc.codec.watch import PING_INTERVAL_S, Ping
+from common.rpc.controller import GrpcController
+from common.rpc.membership import MISSED_PINGS, MembershipTable, RevisionGapError
+from common.types import MonotonicClock, Role, WorkerInfo
 
 CALL_TIMEOUT_S = 5.0
+SILENCE_S = PING_INTERVAL_S * MISSED_PINGS
+SETTLE_S = 6.0  # after a change sessions between workers come and go without a word to the controller
+QUIET_S = 30.0  # the longest time between two looks
 
 
 class WorkerView(msgspec.Struct, frozen=True):
@@ -27,15 +35,50 @@ class WorkerView(msgspec.Struct, frozen=True):
 async def view_cluster(controller: str, timeout_s: float = CALL_TIMEOUT_S) -> list[WorkerView]:
     """All members, by role and name. Raises an error of the tree when the controller does not answer."""
     snapshot = await fetch_snapshot(controller, timeout_s)
-    views = await asyncio.gather(*(_view(info, timeout_s) for info in snapshot.workers))
+    return await view_workers(snapshot.workers, fetch_status, timeout_s)
+
+
+async def view_workers(
+    workers: Iterable[WorkerInfo],
+    fetch: Callable[[str, float], Awaitable[WorkerStatus]],
+    timeout_s: float = CALL_TIMEOUT_S,
+) -> list[WorkerView]:
+    """Those members, by role and name, each asked with `fetch` (address, timeout)."""
+
+    async def view(info: WorkerInfo) -> WorkerView:
+        try:
+            return WorkerView(info, await fetch(info.ref.address, timeout_s))
+        except NanoDeployError as error:
+            return WorkerView(info, None, error.message)
+
+    views = await asyncio.gather(*(view(info) for info in workers))
     return sorted(views, key=lambda view: (view.info.role, view.info.ref.worker_id))
 
 
-async def _view(info: WorkerInfo, timeout_s: float) -> WorkerView:
+async def follow_cluster(controller: str, refresh_s: float) -> AsyncGenerator[list[WorkerView], None]:
+    """The members at first and whenever something changed, at most every `refresh_s`; ends with an error of the tree.
+
+    One watch tells when to look; its pings pace the looks that follow a change, while sessions between workers
+    settle. So a cluster at rest is asked next to nothing.
+    """
+    clock, table, peer = MonotonicClock(), MembershipTable(grace_s=0.0), GrpcController(controller)
+    looked, news = -math.inf, 0.0
     try:
-        return WorkerView(info, await fetch_status(info.ref.address, timeout_s))
-    except NanoDeployError as error:
-        return WorkerView(info, None, error.message)
+        async with WorkerChannels() as channels, aclosing(peer.watch("cli", silence_s=SILENCE_S)) as events:
+            async for event in events:
+                table.apply(event, clock.now())
+                if not isinstance(event, Ping):
+                    news = clock.now()
+                silent_s = clock.now() - looked
+                if silent_s > QUIET_S or (silent_s >= refresh_s and looked < news + SETTLE_S):
+                    looked = clock.now()
+                    await channels.keep([worker.ref.address for worker in table.workers.values()])
+                    yield await view_workers(list(table.workers.values()), channels.fetch_status)
+    except RevisionGapError as gap:
+        raise UnavailableError(f"a change of the members was missed: {gap}") from None
+    finally:
+        await peer.close()
+    raise UnavailableError(f"the controller at {controller} ended the watch")
 
 
 def current(view: WorkerView) -> WorkerInfo:

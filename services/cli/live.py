@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import aclosing
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from common.errors import NanoDeployError, UnavailableError
-from services.cli.cluster import view_cluster, worker_table
+from services.cli.cluster import follow_cluster, view_cluster, worker_table
 from services.cli.plan import ClusterPlan
 from services.cli.probe import Answer
 
@@ -44,15 +45,16 @@ async def live_table(controller: str, console: Console) -> None:
         console.print(worker_table(await view_cluster(controller)))
         return
     with Live(console=console, auto_refresh=False, transient=False) as live:
-        shown = None
         while True:
+            shown = None
             try:
-                views = await view_cluster(controller)
-                if views != shown:
-                    table = worker_table(views)
-                    table.caption = "Ctrl-C drains and stops everything"
-                    live.update(table, refresh=True)
-                    shown = views
+                async with aclosing(follow_cluster(controller, REFRESH_S)) as looks:
+                    async for views in looks:
+                        if views != shown:
+                            table = worker_table(views)
+                            table.caption = "Ctrl-C drains and stops everything"
+                            live.update(table, refresh=True)
+                            shown = views
             except NanoDeployError as error:
                 live.update(Text(f"controller: {error.message}"), refresh=True)
             await asyncio.sleep(REFRESH_S)

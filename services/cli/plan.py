@@ -203,11 +203,12 @@ class _Builder:
         address = redis_url.removeprefix("redis://").removesuffix("/0")
         host, port = address.split(":")
         options = ("--port", port, "--bind", host, "--save", "", "--appendonly", "no", "--daemonize", "no")
+        rest = ("--hz", "1", "--dir", str(self._folder))  # housekeeping once a second: nothing expires by its clock
         self.specs.append(
             ServiceSpec(
                 name="storage",
                 role="storage",
-                argv=(str(valkey_server()), *options, "--dir", str(self._folder)),
+                argv=(str(valkey_server()), *options, *rest),
                 env=_env(self._environ, 1),
                 cwd=self._folder,
                 log=self._folder / "logs" / "storage.log",

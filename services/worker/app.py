@@ -65,7 +65,14 @@ class WorkerApp:
         self.metrics = Metrics()
         self.host = EngineHost(config, lambda: ProcessEngine(role, config, log_config, environ), self.clock)
         self.port = 0
-        self._info: WorkerInfo | None = None
+        self._hostname = socket.gethostname()
+        self._described: EngineReady | None = None  # whose facts `_info` has
+        self._info = WorkerInfo(
+            ref=self.ref(),
+            role=role,
+            state=WorkerState.STARTING,
+            model=_unknown_model(self._model_name, config.engine.model),
+        )
         self._draining = asyncio.Event()
         self._activity = asyncio.Event()
         self._grace_s = config.drain_grace_s
@@ -80,7 +87,7 @@ class WorkerApp:
 
     @property
     def worker_id(self) -> str:
-        return self.config.worker_id or f"{self.role.value}-{socket.gethostname()}-{self.port}"
+        return self.config.worker_id or f"{self.role.value}-{self._hostname}-{self.port}"
 
     @property
     def served_names(self) -> frozenset[str]:
@@ -96,46 +103,40 @@ class WorkerApp:
         return WorkerRef(self.worker_id, self.host.epoch, f"{advertised}:{self.port}")
 
     def info(self) -> WorkerInfo:
-        """What the cluster is told. Only after the first engine was ready."""
-        ready, engine = self.host.ready, self.config.engine
+        """What the cluster is told. Before the first engine was ready, the model's facts are lacking."""
+        ready = self.host.ready
+        if ready is not None and ready is not self._described:
+            self._info, self._described = self._describe(ready), ready
         load = self.host.load.load if self.host.load is not None else WorkerLoad()
-        if ready is not None:
-            self._info = WorkerInfo(
-                ref=self.ref(),
-                role=self.role,
-                state=self._state(),
-                model=ModelInfo(
-                    name=self._model_name,
-                    served_names=tuple(sorted(self.served_names - {self._model_name})),
-                    architecture=ready.architecture,
-                    model_hash=ready.layout.model_hash,
-                    max_model_len=ready.max_model_len,
-                    vocab_size=ready.vocab_size,
-                    dtype=ready.dtype,
-                    path=str(Path(engine.model).resolve()),
-                ),
-                http_address=f"{self.config.advertise_host or self.config.host}:{self._http_port}",
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                version=__version__,
-                device=ready.device,
-                transports=tuple(e.transport for e in ready.endpoints),
-                layout_fingerprint=ready.layout.fingerprint(),
-                max_num_seqs=engine.max_num_seqs,
-                max_num_batched_tokens=engine.max_num_batched_tokens,
-                kv_block_size=ready.layout.groups[0].block_size,
-                load=load,
-            )
-        elif self._info is None:
-            self._info = WorkerInfo(
-                ref=self.ref(),
-                role=self.role,
-                state=self._state(),
-                model=_unknown_model(self._model_name, engine.model),
-            )
-        else:
-            self._info = msgspec.structs.replace(self._info, ref=self.ref(), state=self._state(), load=load)
-        return self._info
+        return msgspec.structs.replace(self._info, ref=self.ref(), state=self._state(), load=load)
+
+    def _describe(self, ready: EngineReady) -> WorkerInfo:
+        engine = self.config.engine
+        return WorkerInfo(
+            ref=self.ref(),
+            role=self.role,
+            state=self._state(),
+            model=ModelInfo(
+                name=self._model_name,
+                served_names=tuple(sorted(self.served_names - {self._model_name})),
+                architecture=ready.architecture,
+                model_hash=ready.layout.model_hash,
+                max_model_len=ready.max_model_len,
+                vocab_size=ready.vocab_size,
+                dtype=ready.dtype,
+                path=str(Path(engine.model).resolve()),
+            ),
+            http_address=f"{self.config.advertise_host or self.config.host}:{self._http_port}",
+            host=self._hostname,
+            pid=os.getpid(),
+            version=__version__,
+            device=ready.device,
+            transports=tuple(e.transport for e in ready.endpoints),
+            layout_fingerprint=ready.layout.fingerprint(),
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            kv_block_size=ready.layout.groups[0].block_size,
+        )
 
     def _state(self) -> WorkerState:
         if self._draining.is_set():
