@@ -7,6 +7,7 @@
 #include <sys/random.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <future>
 #include <tuple>
 
@@ -18,6 +19,12 @@ constexpr std::chrono::microseconds kSpin{50};      // without a move, before it
 constexpr std::chrono::milliseconds kNap{1};        // while peers connect or close
 constexpr std::chrono::milliseconds kPatience{20};  // with a peer that does not answer at once
 constexpr uint64_t kAlign = 64;
+
+// What UCX sends and takes over TCP at a time. Reads are emulated there: the owner copies into such a segment,
+// sends it, and the reader copies it out. UCX's 8 KiB cost each side a system call and a turn of its progress
+// for every two pages; from 512 KiB on, segments fall out of the second-level cache between two copies.
+constexpr std::pair<const char*, const char*> kTcpSettings[] = {{"TCP_TX_SEG_SIZE", "256k"},
+                                                                {"TCP_RX_SEG_SIZE", "256k"}};
 
 // Threads made while this lives leave every signal to Python's own thread.
 class SignalsBlocked {
@@ -115,6 +122,9 @@ std::string Transport::open_ucx(const Settings& settings) {
   // Registration caches would patch malloc's system calls in the whole process; ours is registered by hand.
   // (Older libraries do not know these names.)
   for (const char* name : {"RCACHE_ENABLE", "MEMTYPE_CACHE"}) ucx_->ucp_config_modify(config, name, "n");
+  for (const auto& [name, value] : kTcpSettings) {
+    if (getenv((std::string("UCX_") + name).c_str()) == nullptr) ucx_->ucp_config_modify(config, name, value);
+  }
   // Without RNDV_THRESH=inf, endpoints that detect dead peers would leave CMA for TCP. Memory comes from
   // what peers on this host can map, and is zeroed in every case.
   const bool valid = set("TLS", settings.tls) && set("NET_DEVICES", settings.net_devices) &&
