@@ -25,7 +25,7 @@ class EngineConfig(_Section):
 
     model: str = Field("", description="folder of a Hugging Face checkpoint")
     served_model_name: str = Field("", description="name in the API; the folder's name when empty")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cpu; cuda is refused by this version")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, for benchmarks")

@@ -44,7 +44,7 @@ GpuMemoryUtilization = Annotated[float | None, _engine("Share of device memory t
 KvCacheMemoryBytes = Annotated[int | None, _engine("Bytes of the KV pool of each worker.")]
 TensorParallelSize = Annotated[int | None, _engine("Devices that share one model.")]
 Dtype = Annotated[str | None, _engine("auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, _engine("auto, cpu or cuda.")]
+Device = Annotated[str | None, _engine("auto or cpu; this version refuses cuda.")]
 BlockSize = Annotated[int | None, _engine("Tokens in a KV block, a multiple of 16.")]
 EnablePrefixCaching = Annotated[
     bool | None, _engine("Reuse KV of equal prefixes.", "--enable-prefix-caching/--no-enable-prefix-caching")
