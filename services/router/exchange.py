@@ -7,9 +7,9 @@ READING -> (nothing sent) -> answered
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any, Final, Protocol
 
 from common.errors import CancelledByCallerError, NanoDeployError
 from services.router.errors import BodyTimeoutError, BodyTooLargeError, error_body, error_headers, status_of
@@ -29,6 +29,25 @@ _SSE: Final = [
 ]
 
 
+class Connection(Protocol):
+    """The client's connection, as the HTTP server puts it into the scope."""
+
+    lost: bool
+    on_lost: Callable[[], None] | None
+    on_writable: Callable[[], None] | None  # it has room again, or is gone
+
+    @property
+    def full(self) -> bool:
+        """Whether what was written waits for the client."""
+        ...
+
+    def write_chunk(self, data: bytes) -> None:
+        """A part of the body of a chunked answer that has begun; nothing if the connection is gone."""
+        ...
+
+    def abort(self) -> None: ...
+
+
 class Exchange:
     """`headers` are added to every answer."""
 
@@ -36,6 +55,7 @@ class Exchange:
         self._scope = scope
         self._receive = receive
         self._send = send
+        self._connection: Connection = scope["nanodeploy.connection"]
         self._complete = False  # the body was read to its end
         self.streaming = False
         self.ended = False
@@ -79,21 +99,17 @@ class Exchange:
             raise BodyTooLargeError(f"the body is larger than {limit} bytes")
         return b"".join(chunks)
 
-    @asynccontextmanager
-    async def watch(self, on_lost: Callable[[], None]) -> AsyncIterator[None]:
-        """Call `on_lost` as soon as the client disconnects."""
-
-        async def wait() -> None:
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-            if not self.ended:
-                on_lost()
-
-        task = asyncio.create_task(wait())
+    @contextmanager
+    def watch(self, on_lost: Callable[[], None], on_writable: Callable[[], None]) -> Iterator[None]:
+        """Call `on_lost` as soon as the client disconnects, `on_writable` when a full connection has room again."""
+        connection = self._connection
+        connection.on_lost, connection.on_writable = on_lost, on_writable
         try:
+            if connection.lost:
+                on_lost()
             yield
         finally:
-            task.cancel()
+            connection.on_lost = connection.on_writable = None
 
     # -- out --
 
@@ -106,18 +122,20 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": sent})
         await self._send({"type": "http.response.body", "body": payload})
 
-    async def write(self, data: bytes) -> None:
-        """Events. The first write sends the head."""
-        if not self.streaming:
-            self.streaming = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self.headers]})
-        if data:
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+    async def begin(self) -> None:
+        """The head of a stream of events."""
+        self.streaming = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self.headers]})
+
+    def write(self, events: bytes) -> bool:
+        """Some events of a stream that has begun. False if the client must catch up before more are written."""
+        self._connection.write_chunk(events)
+        return not self._connection.full
 
     async def end(self, data: bytes = b"") -> None:
         """The last events and [DONE]."""
         if not self.streaming:
-            await self.write(b"")
+            await self.begin()
         self.ended = True
         await self._send({"type": "http.response.body", "body": data + DONE})
 
@@ -131,6 +149,4 @@ class Exchange:
 
     def abort(self) -> None:
         """Drop the connection without waiting for a client that does not read."""
-        abort = self._scope.get("nanodeploy.abort")
-        if abort is not None:
-            abort()
+        self._connection.abort()

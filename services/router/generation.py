@@ -11,69 +11,159 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from common.errors import NanoDeployError, OverloadedError
-from common.types import ChoiceDelta, FinishReason, GenerationRequest, RequestStats, TokenLogprobs, WorkerRef
+from common.types import ChoiceDelta, Clock, FinishReason, GenerationRequest, RequestStats, TokenLogprobs, WorkerRef
 
 if TYPE_CHECKING:
     from services.router.link import WorkerLink
 
 ABNORMAL = (FinishReason.CANCELLED, FinishReason.ERROR)
+MIN_REST_S: Final = 0.0005  # shorter rests are not worth a timer
+MAX_REST_S: Final = 0.01
 
 
 class Mailbox:
     """What arrived for one HTTP request. Bounded: a client that does not keep up is cut off, never waited for.
 
-    The producer is the worker's stream (`deliver`, `fail`), the one consumer the request's own task (`take`).
+        OPEN <-> HELD (the client's connection is full, or its answer has not begun) -> over
+
+    The worker's stream puts in (`deliver`, `fail`); the courier, soon after, has `hand_over` give it to `consume`,
+    which never waits. The request's own task wakes twice at most: for the first delta and at the end.
     """
 
-    __slots__ = ("_deltas", "_failure", "_limit", "_on_overflow", "_waiter", "pending_tokens")
+    __slots__ = (
+        "_courier",
+        "_deltas",
+        "_failure",
+        "_limit",
+        "_on_overflow",
+        "_over",
+        "_pending",
+        "_waiter",
+        "consume",
+        "held",
+    )
 
-    def __init__(self, limit_tokens: int, on_overflow: Callable[[], None]) -> None:
+    def __init__(self, courier: Courier, limit_tokens: int, on_overflow: Callable[[], None]) -> None:
+        self._courier = courier
         self._limit = limit_tokens
         self._on_overflow = on_overflow
         self._deltas: list[tuple[Generation, ChoiceDelta]] = []
-        self._failure: NanoDeployError | None = None
+        self._failure: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self.pending_tokens = 0
+        self._over = False
+        self._pending = 0  # tokens
+        self.consume: Callable[[list[tuple[Generation, ChoiceDelta]]], None] | None = None
+        self.held = False
 
     def deliver(self, generation: Generation, delta: ChoiceDelta) -> None:
-        if self._failure is not None:
+        deltas = self._deltas
+        if self._failure is not None or self._over:
             return
-        self._deltas.append((generation, delta))
-        self.pending_tokens += len(delta.token_ids)
-        if self.pending_tokens > self._limit:
-            self._deltas.clear()
+        deltas.append((generation, delta))
+        self._pending += len(delta.token_ids)
+        if self._pending > self._limit:
+            deltas.clear()
             self.fail(OverloadedError(f"the client fell more than {self._limit} tokens behind and was cut off"))
             self._on_overflow()
+        elif len(deltas) == 1:
+            self._courier.call(self)
+
+    def fail(self, error: BaseException) -> None:
+        """End the request; what was delivered before is still given out. The first failure counts."""
+        if self._failure is None and not self._over:
+            self._failure = error
+            self._courier.call(self)
+
+    def finish(self) -> None:
+        """The consumer has all it wants."""
+        self._over = True
+        self._deltas.clear()
         self._wake()
 
-    def fail(self, error: NanoDeployError) -> None:
-        """End the request; what was delivered before is still given out. The first failure counts."""
-        if self._failure is None:
-            self._failure = error
+    def hold(self) -> None:
+        """Keep what comes until `release`."""
+        self.held = True
+
+    def release(self) -> None:
+        if self.held:
+            self.held = False
+            self._courier.call(self)
+
+    def hand_over(self) -> None:
+        """Called by the courier."""
+        if self.held:
+            self._wake()
+            return
+        if self._deltas and self.consume is not None:
+            deltas, self._deltas, self._pending = self._deltas, [], 0
+            try:
+                self.consume(deltas)
+            except Exception as error:  # noqa: BLE001 - the edge of a callback: it fails this request
+                self._failure, self._over = error, True
+        if self._over or (self._failure is not None and not self._deltas):
             self._wake()
 
-    async def take(self) -> list[tuple[Generation, ChoiceDelta]]:
-        """All deltas since the last call, at least one. Raises the failure once nothing is left."""
+    async def begun(self) -> None:
+        """Wait until something was delivered. Raises the failure if nothing was."""
         while not self._deltas:
             if self._failure is not None:
                 raise self._failure
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        taken, self._deltas = self._deltas, []
-        self.pending_tokens = 0
-        return taken
+            await self._woken()
+
+    async def ended(self) -> None:
+        """Wait for `finish`. Raises the failure once nothing is left."""
+        while self._failure is None or (self._deltas and not self._over):
+            if self._over:
+                return
+            await self._woken()
+        raise self._failure
+
+    async def _woken(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+class Courier:
+    """Has mailboxes hand over what arrived in them, all of a loop tick together.
+
+    Nothing waits while there is time. When handing over (detokenize, write to the client) takes long, the next round
+    rests for as long as the last one took: a loop that is behind then takes in several steps per write, not one.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._called: list[Mailbox] = []
+        self._rest_until_s = 0.0
+
+    def call(self, mailbox: Mailbox) -> None:
+        if not self._called:
+            rest_s = self._rest_until_s - self._clock.now()
+            if rest_s > MIN_REST_S:
+                self._loop.call_later(rest_s, self._round)
+            else:
+                self._loop.call_soon(self._round)
+        self._called.append(mailbox)
+
+    def _round(self) -> None:
+        called, self._called = self._called, []
+        started_s = self._clock.now()
+        for mailbox in called:
+            mailbox.hand_over()
+        ended_s = self._clock.now()
+        self._rest_until_s = ended_s + min(ended_s - started_s, MAX_REST_S)
 
 
 class Generation:
@@ -116,20 +206,24 @@ class Generation:
 
     def accept(self, delta: ChoiceDelta) -> bool:
         """Take a row: drop what is known already, deliver the rest. False if tokens before it are missing."""
-        choice = delta.choice
-        if choice >= len(self.sent) or delta.position > len(self.sent[choice]):
+        choice, token_ids = delta.choice, delta.token_ids
+        if choice >= len(self.sent):
+            return False
+        sent = self.sent[choice]
+        known = len(sent) - delta.position
+        if known < 0:
             return False
         if self.ended[choice]:
             return True
-        known = len(self.sent[choice]) - delta.position
-        if known > 0:
-            delta = _cut(delta, min(known, len(delta.token_ids)))
-        self.sent[choice].extend(delta.token_ids)
-        self.unacked += len(delta.token_ids)
+        if known:
+            delta = _cut(delta, min(known, len(token_ids)))
+            token_ids = delta.token_ids
+        sent.extend(token_ids)
+        self.unacked += len(token_ids)
         self.prefill_id = ""
         if delta.finish is not None:
             self._end(choice)
-        if delta.token_ids or delta.finish is not None:
+        if token_ids or delta.finish is not None:
             self._mailbox.deliver(self, delta)
         return True
 

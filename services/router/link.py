@@ -122,9 +122,10 @@ class WorkerLink:
             self._check_there()
             if generation.done:
                 return
-            slot = await self._peer.submit(generation.to_resume(), prefill, self._connect_timeout_s)
+            request = generation.to_resume()
+            slot = await self._peer.submit(request, prefill, self._connect_timeout_s)
             self._check_there()  # if not, another process answered, and drops what nobody attaches to
-            self._bind(generation, slot)
+            self._bind(generation, slot, request.ended_choices)
         except DeadlineExceededError as error:
             raise UnavailableError(f"worker {self.ref.worker_id} did not answer: {error.message}") from error
         finally:
@@ -146,12 +147,16 @@ class WorkerLink:
         """The router wants no more of one choice; others go on."""
         self._outbox.cancel(generation.slot, choice)
 
-    def _bind(self, generation: Generation, slot: int) -> None:
+    def _bind(self, generation: Generation, slot: int, ended_choices: Sequence[int]) -> None:
+        """`ended_choices` is what the worker was told: others may have ended since."""
         generation.link, generation.slot = self, slot
         self._open[slot] = generation
         if generation.done:
             self.drop(generation)
             return
+        for choice, over in enumerate(generation.ended):
+            if over and choice not in ended_choices:
+                self.drop_choice(generation, choice)
         for kept, row in [entry for entry in self._stash if entry[0] == slot]:
             self._apply(kept, row)
 
@@ -186,7 +191,11 @@ class WorkerLink:
         for slot, prompt in step.prompt_logprobs:
             self._apply(slot, prompt)
         for slot, delta in step.rows:
-            self._apply(slot, delta)
+            generation = self._open.get(slot)
+            if generation is None:
+                self._stray(slot, delta)
+            else:
+                self._take(generation, delta)
         for slot, failure in step.failures:
             self._apply(slot, failure)
 
@@ -204,7 +213,7 @@ class WorkerLink:
             self._lose(generation, row.to_error())
 
     def _take(self, generation: Generation, delta: ChoiceDelta) -> None:
-        if delta.finish in ABNORMAL and not generation.has_ended(delta.choice):
+        if delta.finish is not None and delta.finish in ABNORMAL and not generation.has_ended(delta.choice):
             self._lose(generation, UnavailableError(f"worker {self.ref.worker_id} gave the request up"))
         elif not generation.accept(delta):
             self._missed(generation)

@@ -28,7 +28,7 @@ from common.rpc.codec import ChangeKind
 from common.rpc.membership import MembershipChange
 from common.telemetry import get_logger
 from common.types import Clock, GenerationRequest, Role, WorkerInfo, WorkerRef, WorkerState
-from services.router.generation import Generation, Mailbox
+from services.router.generation import Courier, Generation, Mailbox
 from services.router.link import DecodePeer, WorkerLink
 from services.router.policy import Features, LocalLoad, Pair, choose
 
@@ -69,6 +69,7 @@ class Relay:
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: set[Generation] = set()
+        self.courier = Courier(clock)
         self.moves = 0  # requests taken to another worker since start
         members.subscribe(self._on_change)
 

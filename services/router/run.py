@@ -6,7 +6,7 @@ Both forms read the same deltas through the same `ChoiceText`, so a stream's pie
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from common.errors import CancelledByCallerError, DeadlineExceededError, NanoDeployError
@@ -15,7 +15,7 @@ from common.types import ChoiceDelta, Clock, GenerationRequest, RequestStats
 from services.router import replies
 from services.router.choice import ChoiceText, Piece
 from services.router.exchange import Exchange
-from services.router.generation import Generation, Mailbox
+from services.router.generation import Courier, Generation, Mailbox
 from services.router.metrics import ModelMetrics
 from services.router.params import Job
 from services.router.replies import ChatChunks, Chunks, CompletionChunks, CompletionLogprobs, Ended, Head, Usage
@@ -25,6 +25,8 @@ _UNBOUNDED: Final = 2**62
 
 class Starter(Protocol):
     """The part of the relay that a run uses."""
+
+    courier: Courier
 
     def start(self, request: GenerationRequest, mailbox: Mailbox, index: int = 0) -> Generation: ...
 
@@ -141,14 +143,22 @@ class Run:
 
     async def _follow(
         self,
+        mailbox: Mailbox,
         relay: Starter,
         exchange: Exchange,
-        limit_tokens: int,
         deadline_s: float,
-        emit: Callable[[list[tuple[ChoiceState, Piece]]], Awaitable[None]],
+        emit: Callable[[list[tuple[ChoiceState, Piece]]], None],
+        *,
+        stream: bool,
     ) -> None:
         """Start the generations and emit what they bring, batch by batch, until all choices have ended."""
-        mailbox = Mailbox(limit_tokens, exchange.abort)
+
+        def consume(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+            batch = self._take(deltas)
+            if batch:
+                emit(batch)
+            if not self._left:
+                mailbox.finish()
 
         def end(error: NanoDeployError) -> None:
             mailbox.fail(error)
@@ -161,14 +171,17 @@ class Run:
         def late() -> None:
             end(DeadlineExceededError(f"the request was not finished within {deadline_s - self._started_s:g} s"))
 
+        mailbox.consume = consume
         timer = asyncio.get_running_loop().call_later(max(deadline_s - self._clock.now(), 0), late)
         try:
-            async with exchange.watch(lost):
+            with exchange.watch(lost, mailbox.release):
                 self._generations = [relay.start(request, mailbox, i) for i, request in enumerate(self._requests)]
-                while self._left:
-                    batch = self._take(await mailbox.take())
-                    if batch:
-                        await emit(batch)
+                if stream:
+                    mailbox.hold()  # the head of the answer precedes its events, and an early error has another
+                    await mailbox.begun()
+                    await exchange.begin()
+                    mailbox.release()
+                await mailbox.ended()
         finally:
             timer.cancel()
             for generation in self._generations:
@@ -197,7 +210,7 @@ class Run:
     # -- answers --
 
     async def answer_whole(self, relay: Starter, exchange: Exchange, deadline_s: float, *, timings: bool) -> None:
-        async def keep(batch: list[tuple[ChoiceState, Piece]]) -> None:
+        def keep(batch: list[tuple[ChoiceState, Piece]]) -> None:
             for choice, piece in batch:
                 if not choice.echoed:
                     text, choice.logprobs = self._echo(choice)
@@ -206,7 +219,8 @@ class Run:
                     choice.pieces.append(piece.text)
                     self._add_logprobs(choice, piece)
 
-        await self._follow(relay, exchange, _UNBOUNDED, deadline_s, keep)
+        mailbox = Mailbox(relay.courier, _UNBOUNDED, exchange.abort)
+        await self._follow(mailbox, relay, exchange, deadline_s, keep, stream=False)
         ended = [
             Ended(c.number, "".join(c.pieces), _finished(c.logprobs), c.text.finish or "", c.text.stop_reason)
             for choices in self._choices
@@ -240,14 +254,16 @@ class Run:
         kind = ChatChunks if self._chat else CompletionChunks
         chunks = kind(self.head, b"null" if include_usage else None)
 
-        async def send(batch: list[tuple[ChoiceState, Piece]]) -> None:
+        mailbox = Mailbox(relay.courier, limit_tokens * self._left, exchange.abort)
+
+        def send(batch: list[tuple[ChoiceState, Piece]]) -> None:
             if continuous_usage:
                 chunks.say_usage(replies.dumps(self.usage().as_dict()))
             events = self._events(chunks, batch)
-            if events:
-                await exchange.write(events)
+            if events and not exchange.write(events):
+                mailbox.hold()
 
-        await self._follow(relay, exchange, limit_tokens * self._left, deadline_s, send)
+        await self._follow(mailbox, relay, exchange, deadline_s, send, stream=True)
         await exchange.end(chunks.last(self.usage() if include_usage else None, self._timings(timings)))
 
     def _events(self, chunks: Chunks, batch: list[tuple[ChoiceState, Piece]]) -> bytes:

@@ -38,8 +38,11 @@ _log = get_logger(__name__)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's, with limits on a request's head, probes for dead peers, and a way to drop the connection."""
+    """uvicorn's, with limits on a request's head, probes for dead peers, and `exchange.Connection`."""
 
+    lost = False
+    on_lost: Callable[[], None] | None = None
+    on_writable: Callable[[], None] | None = None
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _in_head = True
@@ -67,7 +70,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_late)
         scope: Any = self.scope
-        scope["nanodeploy.abort"] = self.transport.abort
+        scope["nanodeploy.connection"] = self
 
     def on_headers_complete(self) -> None:
         self._in_head, self._head_bytes = False, 0
@@ -77,6 +80,26 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        self.lost = True
+        for told in (self.on_lost, self.on_writable):
+            if told is not None:
+                told()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.on_writable is not None:
+            self.on_writable()
+
+    @property
+    def full(self) -> bool:
+        return self.flow.write_paused
+
+    def write_chunk(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def abort(self) -> None:
+        self.transport.abort()
 
     def _head_late(self) -> None:
         self._head_timer = None

@@ -72,7 +72,7 @@ def deltas_from_proto(deltas: pb.StepDeltas) -> StepRows:
 
 def iter_deltas(deltas: pb.StepDeltas) -> Iterator[tuple[int, ChoiceDelta]]:
     """Rows in order. Everything is checked before the first row is given out."""
-    slots, counts, tokens = deltas.slots, list(deltas.num_tokens), tuple(deltas.token_ids)
+    slots, counts, tokens = list(deltas.slots), list(deltas.num_tokens), tuple(deltas.token_ids)
     finishes = [checks.enum_value(_FINISH_FROM_WIRE, f, "deltas.finish_reasons") for f in deltas.finish_reasons]
     checks.equal_lengths(
         "deltas",
@@ -87,6 +87,12 @@ def iter_deltas(deltas: pb.StepDeltas) -> Iterator[tuple[int, ChoiceDelta]]:
     if (ends[-1] if ends else 0) != len(tokens):
         raise checks.fail("deltas.token_ids", f"has {len(tokens)} entries, num_tokens add up to {sum(counts)}")
     logprobs = _logprobs_by_row(deltas, counts) if deltas.logprobs else {}
+    if counts.count(1) == len(counts) and not (logprobs or any(deltas.finish_reasons) or any(deltas.stop_token_ids)):
+        columns = zip(slots, deltas.choices, deltas.positions, zip(tokens, strict=True), strict=True)
+        return (  # most steps: a token each
+            (slot, ChoiceDelta(choice=choice, position=position, token_ids=ids))
+            for slot, choice, position, ids in columns
+        )
     return (
         (
             slot,

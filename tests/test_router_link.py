@@ -1,0 +1,219 @@
+"""A link with a fake worker: what happens between a Submit and its answer; how arrivals reach their consumer."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from common.errors import NanoDeployError, OverloadedError, UnavailableError
+from common.rpc.codec import StepRows
+from common.types import (
+    ChoiceDelta,
+    FinishReason,
+    GenerationRequest,
+    MonotonicClock,
+    SamplingParams,
+    WorkerRef,
+    new_epoch,
+)
+from services.router.generation import Courier, Generation, Mailbox
+from services.router.link import DecodeStream, WorkerLink
+from services.router.outbox import Cancels, Positions
+
+SLOT = 7
+
+
+class FakeStream:
+    def __init__(self, peer: FakePeer) -> None:
+        self._peer = peer
+        self._over = asyncio.Event()
+
+    async def attach(self, epoch: int, positions: Positions) -> tuple[int, Sequence[int]]:
+        return epoch, ()
+
+    async def read(self) -> StepRows:
+        await self._over.wait()
+        raise UnavailableError("closed")
+
+    async def send(self, cancels: Cancels, acks: Positions) -> None:
+        self._peer.cancels.extend(cancels)
+
+    def close(self) -> None:
+        self._over.set()
+
+
+class FakePeer:
+    """Answers a Submit when told to."""
+
+    def __init__(self) -> None:
+        self.submitted: list[GenerationRequest] = []
+        self.asked = asyncio.Event()
+        self.answer = asyncio.Event()
+        self.cancels: list[tuple[int, int | None]] = []
+
+    async def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float) -> int:
+        self.submitted.append(request)
+        self.asked.set()
+        await self.answer.wait()
+        return SLOT
+
+    def open_stream(self) -> DecodeStream:
+        return FakeStream(self)
+
+    async def close(self) -> None:
+        return
+
+
+def make_link(peer: FakePeer) -> WorkerLink:
+    def lost(generation: Generation, why: NanoDeployError, gone: bool) -> None:
+        raise AssertionError(f"lost: {why}")
+
+    return WorkerLink(
+        WorkerRef("d0", new_epoch(), "127.0.0.1:1"),
+        peer,
+        clock=MonotonicClock(),
+        rng=random.Random(1),
+        connect_timeout_s=1.0,
+        on_lost=lost,
+        others_ready=lambda ref: False,
+    )
+
+
+def row(choice: int, position: int, tokens: int = 1, finish: FinishReason | None = None) -> ChoiceDelta:
+    return ChoiceDelta(choice=choice, position=position, token_ids=tuple(range(tokens)), finish=finish)
+
+
+def make_generation(mailbox: Mailbox, n: int) -> Generation:
+    request = GenerationRequest(
+        request_id="r" * 32, model="m", prompt_token_ids=(1, 2), sampling=SamplingParams(n=n, max_tokens=64, seed=1)
+    )
+    return Generation(request, mailbox)
+
+
+def make_mailbox(limit: int = 1000) -> Mailbox:
+    return Mailbox(Courier(MonotonicClock()), limit, lambda: None)
+
+
+@pytest.mark.parametrize("told", [False, True])
+async def test_a_choice_closed_while_its_request_moves_is_cancelled(told: bool) -> None:
+    """A stop string found in what the lost worker had sent: the next worker runs the choice until it hears of it."""
+    peer = FakePeer()
+    link = make_link(peer)
+    generation = make_generation(make_mailbox(), n=3)
+    for choice in range(3):
+        assert generation.accept(row(choice, 0, tokens=4))
+    generation.accept(row(2, 4, finish=FinishReason.LENGTH))
+    if told:
+        generation.close_choice(1)
+    moving = asyncio.create_task(link.submit(generation, None))
+    await asyncio.wait_for(peer.asked.wait(), 5)
+    assert peer.submitted[0].ended_choices == ((1, 2) if told else (2,))
+    generation.close_choice(1)
+    peer.answer.set()
+    await moving
+    await link._outbox.drained(5)
+    assert peer.cancels == ([] if told else [(SLOT, 1)])
+    assert generation.link is link, "the open choice goes on"
+    generation.cancel()
+    await link.close()
+
+
+async def test_a_request_cancelled_while_it_is_submitted_is_cancelled_at_the_worker() -> None:
+    peer = FakePeer()
+    link = make_link(peer)
+    generation = make_generation(make_mailbox(), n=2)
+    moving = asyncio.create_task(link.submit(generation, None))
+    await asyncio.wait_for(peer.asked.wait(), 5)
+    generation.cancel()
+    peer.answer.set()
+    await moving
+    await link._outbox.drained(5)
+    assert peer.cancels == [(SLOT, None)]
+    await link.close()
+
+
+# -- mailboxes ---------------------------------------------------------------------------------------------------------
+
+
+async def test_what_arrives_in_a_tick_is_handed_over_together() -> None:
+    mailbox = make_mailbox()
+    generation = make_generation(mailbox, n=1)
+    batches: list[int] = []
+
+    def consume(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+        batches.append(len(deltas))
+        if sum(batches) == 5:
+            mailbox.finish()
+
+    mailbox.consume = consume
+    for position in range(3):
+        generation.accept(row(0, position))
+    assert batches == [], "never from inside the stream's reader"
+    await asyncio.sleep(0)
+    assert batches == [3]
+    generation.accept(row(0, 3, tokens=2))
+    generation.accept(row(0, 5))
+    await asyncio.wait_for(mailbox.ended(), 5)
+    assert batches == [3, 2]
+
+
+async def test_a_held_mailbox_keeps_order_and_is_bounded() -> None:
+    overflows: list[bool] = []
+    mailbox = Mailbox(Courier(MonotonicClock()), 8, lambda: overflows.append(True))
+    generation = make_generation(mailbox, n=1)
+    taken: list[int] = []
+    mailbox.consume = lambda deltas: taken.extend(delta.position for _, delta in deltas)
+    mailbox.hold()
+    for position in range(6):
+        generation.accept(row(0, position))
+        await asyncio.sleep(0)
+    await asyncio.wait_for(mailbox.begun(), 5)
+    assert taken == []
+    mailbox.release()
+    await asyncio.sleep(0.02)
+    assert taken == [0, 1, 2, 3, 4, 5]
+    mailbox.hold()
+    for position in range(6, 20):
+        generation.accept(row(0, position))
+    assert overflows == [True]
+    with pytest.raises(OverloadedError, match="8 tokens behind"):
+        await asyncio.wait_for(mailbox.ended(), 5)
+    assert len(taken) == 6, "what was cut off is not given out"
+
+
+async def test_a_failure_comes_after_what_was_delivered() -> None:
+    mailbox = make_mailbox()
+    generation = make_generation(mailbox, n=1)
+    taken: list[int] = []
+    mailbox.consume = lambda deltas: taken.extend(delta.position for _, delta in deltas)
+    mailbox.hold()
+    generation.accept(row(0, 0))
+    mailbox.fail(UnavailableError("first"))
+    mailbox.fail(UnavailableError("second"))
+    generation.accept(row(0, 1))
+    waiting = asyncio.create_task(mailbox.ended())
+    await asyncio.sleep(0.02)
+    assert not waiting.done(), "the client has not caught up yet"
+    mailbox.release()
+    with pytest.raises(UnavailableError, match="first"):
+        await asyncio.wait_for(waiting, 5)
+    assert taken == [0]
+
+
+async def test_an_error_of_the_consumer_ends_its_request_alone() -> None:
+    courier = Courier(MonotonicClock())
+    broken, sound = (Mailbox(courier, 100, lambda: None) for _ in range(2))
+
+    def fail(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+        raise ZeroDivisionError("in the consumer")
+
+    broken.consume = fail
+    sound.consume = lambda deltas: sound.finish()
+    for mailbox in (broken, sound):
+        make_generation(mailbox, n=1).accept(row(0, 0))
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(broken.ended(), 5)
+    await asyncio.wait_for(sound.ended(), 5)
