@@ -34,13 +34,13 @@ up: setup ## Start a cluster with the demo model on this machine; Ctrl-C stops i
 	@exec $(BIN)/nanodeploy up $(UP_FLAGS)
 
 test: setup ## Run the test suite (under 10 minutes on two cores)
-	@$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not exact and not soak and not gpu" $(PYTEST_FLAGS)
+	@$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not exact and not soak and not gpu" $(PYTEST_FLAGS)
 
 test-exact: setup ## Run the full identity matrix, by hand
 	@$(PY) -m pytest -m exact $(PYTEST_FLAGS)
 
-soak: setup ## Run the long tests, by hand
-	@$(PY) -m pytest -m soak --timeout 0 $(PYTEST_FLAGS)
+soak: setup ## Run the long tests, by hand (10 minutes, or NANODEPLOY_SOAK_S seconds)
+	@$(PY) -m pytest -m soak --timeout 0 -s $(PYTEST_FLAGS)
 
 lint: setup ## Check style, types, import floors, contracts and C++ format
 	@$(SAY) "ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check .
