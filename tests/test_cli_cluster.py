@@ -229,3 +229,15 @@ def test_bad_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no_such_family" in done.stderr
     assert "Starting" not in done.stdout
+
+
+def test_an_engine_that_cannot_start_is_named_at_once(tmp_path: Path, model: Path) -> None:
+    cli = Cli(tmp_path)
+    done = cli("up", "--model", str(model), "--port", "0", "--max-model-len", "1000000", timeout=60)
+    assert done.returncode == 1
+    said = [line for line in done.stdout.splitlines() if "cannot start" in line]
+    assert len(said) == 1, done.stdout
+    assert re.fullmatch(
+        r"(prefill|decode)-0 cannot start: max_model_len is 1000000; the checkpoint allows \d+", said[0]
+    )
+    assert "Traceback" not in done.stdout

@@ -21,9 +21,11 @@ from engine_support import reference_tokens
 
 from common.errors import NanoDeployError
 from common.text.tokenizer import Tokenizer
+from common.types import WorkerState
 
 TEXT = " ".join(tiny_models.SENTENCES)
 SMALL = {"kv_cache_memory_bytes": 32 << 20, "max_model_len": 512, "max_num_seqs": 32}
+HANG_S = 7.0
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[RunningCluster]:
     """One prefill and one decode worker; chunks are small, so that a hand-off takes several steps."""
-    with run_cluster(tmp_path_factory.mktemp("cluster"), folder, max_num_batched_tokens=64, **SMALL) as running:
+    with run_cluster(
+        tmp_path_factory.mktemp("cluster"), folder, max_num_batched_tokens=64, hang_timeout_s=HANG_S, **SMALL
+    ) as running:
         yield running
 
 
@@ -185,6 +189,31 @@ def test_a_killed_decode_engine_ends_requests_once_and_the_worker_is_back_by_its
             assert "engine" in str(request.error) or "worker" in str(request.error)
     eventually(cluster.is_ready, 60, "the worker is back by itself")
     assert "engine died" in cluster.log("decode-0")
+
+
+def test_a_stopped_decode_engine_is_left_out_and_then_replaced(cluster: RunningCluster, folder: Path) -> None:
+    """SIGSTOP is the kindest hang: the process is there, its sockets are open, and nothing comes any more."""
+    prompts = [prompt_ids(folder, 27 + i, 60) for i in range(3)]
+    running = [InBackground(cluster, p, max_tokens=300, ignore_eos=True) for p in prompts]
+    time.sleep(0.5)
+    stopped = cluster.engine_pid("decode-0")
+    os.kill(stopped, signal.SIGSTOP)
+
+    def state() -> WorkerState:
+        return next(w.state for w in cluster.workers() if w.ref.worker_id == "decode-0")
+
+    eventually(lambda: state() is WorkerState.UNREADY, HANG_S, "the router is told to choose others")
+    assert Path(f"/proc/{stopped}").exists()
+    for prompt, request in zip(prompts, running, strict=True):
+        request._thread.join(30)
+        assert not request._thread.is_alive()
+        if request.error is None:
+            assert request.answer["choices"][0]["text"] == expected_text(folder, prompt, 300)
+        else:
+            assert "engine" in str(request.error) or "worker" in str(request.error)
+    eventually(cluster.is_ready, 60, "the worker is back by itself")
+    assert not Path(f"/proc/{stopped}").exists()
+    assert "engine hangs" in cluster.log("decode-0")
 
 
 @pytest.mark.parametrize("service", ["controller", "storage"])

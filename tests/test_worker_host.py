@@ -12,7 +12,7 @@ from common.engine.messages import EngineFatal, EngineLoad, EngineProgress, Engi
 from common.telemetry import Metrics
 from common.types import Failure, WorkerLoad
 from services.worker.app import _Gauges
-from services.worker.host import START_LIMIT_S, EngineHost, HostState
+from services.worker.host import PROGRESS_LIMIT_S, START_LIMIT_S, EngineHost, HostState
 
 
 class Owner:
@@ -79,6 +79,8 @@ async def test_an_engine_that_says_why_it_cannot_start_is_not_started_again() ->
     engine.say(EngineFatal(Failure("config", "no such folder")))
     engine.die("exit code 1")
     assert (made.state, made.reason, made.restarts) == (HostState.FAILED, "no such folder", 0)
+    assert made.failed.is_set()
+    assert made.failure == Failure("config", "no such folder")
 
 
 def test_peers_of_the_past_leave_the_metrics() -> None:
@@ -89,3 +91,62 @@ def test_peers_of_the_past_leave_the_metrics() -> None:
     shown = metrics.render().decode()
     assert shown.count("kv_transfer_peer_bytes{") == 1
     assert 'peer="49"' in shown
+
+
+async def test_a_silent_engine_is_not_chosen_until_it_speaks() -> None:
+    engine = ScriptedEngine(engine_ready())
+    made, owner, clock = host(engine)
+    changes: list[bool] = []
+    await made.start(owner)
+    made.on_change = lambda: changes.append(made.serving)
+    clock.advance(PROGRESS_LIMIT_S - 0.5)
+    assert made.look() == 0.5
+    assert made.serving
+    clock.advance(0.5)
+    assert made.look() == made.look() > 50
+    assert not made.serving
+    engine.say(EngineProgress("step", 0, 0))
+    assert (made.serving, made.state, made.reason) == (True, HostState.READY, "ready")
+    assert changes == [False, True]
+    assert owner.lost == []
+
+
+async def test_a_hung_engine_is_killed_and_started_again() -> None:
+    first = ScriptedEngine(engine_ready())
+    made, owner, clock = host(first, ScriptedEngine(engine_ready()))
+    await made.start(owner)
+    for _ in range(20):  # one step that is long, layer by layer
+        clock.advance(30)
+        made.look()
+        first.say(EngineProgress("step", 0, 0))
+    assert made.restarts == 0
+    epoch = made.epoch
+    clock.advance(EngineConfig().hang_timeout_s)
+    made.look()
+    assert owner.lost == ["the engine made no progress for 60 s and was killed"]
+    await eventually(lambda: made.serving)
+    assert (made.restarts, made.epoch == epoch) == (1, False)
+    clock.advance(1)
+    assert made.look() == PROGRESS_LIMIT_S - 1  # the new one is not judged by the old one's silence
+
+
+async def test_a_start_without_a_word_ends_too() -> None:
+    made, owner, clock = host(ScriptedEngine(None), ScriptedEngine(engine_ready()))
+    await made.start(owner)
+    clock.advance(START_LIMIT_S)
+    made.look()
+    await eventually(lambda: made.serving)
+    assert "no progress for 600 s" in owner.lost[0]
+
+
+async def test_a_later_engine_that_cannot_start_is_tried_again() -> None:
+    first, second, third = ScriptedEngine(engine_ready()), ScriptedEngine(None), ScriptedEngine(engine_ready())
+    made, owner, _ = host(first, second, third)
+    await made.start(owner)
+    first.die("SIGKILL")
+    await eventually(lambda: second.alive)
+    second.say(EngineFatal(Failure("internal", "out of memory")))
+    assert not made.failed.is_set()
+    second.die("exit code 1")
+    await eventually(lambda: made.serving)
+    assert owner.lost == ["SIGKILL", "out of memory"]

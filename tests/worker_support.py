@@ -84,6 +84,9 @@ class ScriptedEngine:
         self.alive = False
         self._on_death(reason)
 
+    def kill(self) -> None:
+        self.die("SIGKILL")
+
     async def stop(self, timeout_s: float) -> None:
         if self.alive:
             self.die("stopped")

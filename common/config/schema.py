@@ -43,6 +43,11 @@ class EngineConfig(_Section):
     lease_ttl_s: float = Field(30.0, gt=0, description="life of published KV after its last extent")
     check_ledger: bool = Field(False, description="recount every KV block at every step; for tests, slow")
     max_restarts: int = Field(5, ge=0, description="engine restarts in 5 minutes before the worker gives up")
+    hang_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="an engine that computes no layer and says nothing for this long is killed and restarted",
+    )
 
 
 class HandoffConfig(_Section):

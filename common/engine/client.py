@@ -44,6 +44,9 @@ class EngineClient(Protocol):
     @property
     def pid(self) -> int: ...
 
+    def kill(self) -> None:
+        """End it at once, hung or not; `on_death` follows."""
+
     async def stop(self, timeout_s: float) -> None:
         """Ask the engine to end, then make it."""
 
@@ -87,6 +90,10 @@ class ProcessEngine:
     def send(self, message: ToEngine) -> None:
         if self._writer is not None:
             self._writer.write(frame(self._encoder.encode(message)))
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
 
     async def stop(self, timeout_s: float) -> None:
         process, task = self._process, self._task

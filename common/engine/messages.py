@@ -144,7 +144,7 @@ ToEngine = (
 
 
 class EngineProgress(Message, frozen=True):
-    """A long step of the start: `done` of `total` (bytes for weights)."""
+    """A long step of the start: `done` of `total` (bytes for weights). Once ready: a step is under way."""
 
     stage: str
     done: int

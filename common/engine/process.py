@@ -23,11 +23,12 @@ from common.engine.engine import sleep_until
 from common.engine.messages import EngineFatal, EngineProgress, Setup, Shutdown, ToEngine
 from common.errors import NanoDeployError
 from common.telemetry import configure_logging, get_logger
-from common.types import Failure, MonotonicClock, Role
+from common.types import Clock, Failure, MonotonicClock, Role
 
 log = get_logger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+BEAT_S = 1.0
 
 
 def main() -> int:
@@ -47,7 +48,10 @@ def main() -> int:
         built = _build(setup, channel)
     except NanoDeployError as error:
         channel.send([EngineFatal(Failure.of(error))])
-        log.error("engine cannot start", error=error.message)
+        return 1
+    except Exception as error:
+        log.exception("engine start failed")
+        channel.send([EngineFatal(Failure("internal", f"{type(error).__name__}: {error}"))])
         return 1
     try:
         return _serve(built, channel, messages)
@@ -64,7 +68,23 @@ def _build(setup: Setup, channel: EngineChannel) -> BuiltEngine:
     built = build_engine(config, Role(setup.role), MonotonicClock(), progress)
     channel.watch(built.wakeup_fd)
     channel.send([built.ready])
+    built.parts.runner.on_progress = _Beat(channel, built.clock)
     return built
+
+
+class _Beat:
+    """Called all along a step: tells the parent now and then that it is under way."""
+
+    def __init__(self, channel: EngineChannel, clock: Clock) -> None:
+        self._channel = channel
+        self._clock = clock
+        self._next = 0.0
+
+    def __call__(self) -> None:
+        now = self._clock.now()
+        if now >= self._next:
+            self._next = now + BEAT_S
+            self._channel.send([EngineProgress("step", 0, 0)])
 
 
 def _serve(built: BuiltEngine, channel: EngineChannel, messages: list[ToEngine]) -> int:

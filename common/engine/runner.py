@@ -8,7 +8,7 @@ back to back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +59,20 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]]
 
 
+class _Watched:
+    """A backend that tells of every layer it is asked for."""
+
+    def __init__(self, backend: AttentionBackend, on_layer: Callable[[], None]) -> None:
+        self.name = backend.name
+        self.attend = backend.attend
+        self._write = backend.write
+        self._on_layer = on_layer
+
+    def write(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables) -> None:
+        self._on_layer()
+        self._write(k_TUD, v_TUD, cache, tables)
+
+
 class ModelRunner:
     def __init__(
         self, model: CausalModel, pool: KVPool, backend: AttentionBackend, sampler: Sampler, device: torch.device
@@ -68,6 +82,8 @@ class ModelRunner:
         self._backend = backend
         self._sampler = sampler
         self._device = device
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called at each layer of a step: a long step is not a hung one."""
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Pending:
@@ -116,7 +132,7 @@ class ModelRunner:
             max_seq_len=batch.max_seq_len,
             groups=groups,
             kv=self._pool,
-            backend=self._backend,
+            backend=_Watched(self._backend, self.on_progress),
         )
         input_ids = torch.from_numpy(batch.input_ids_T).to(dev)
         return self._model.forward(input_ids, torch.from_numpy(batch.positions_T).to(dev), ctx)
@@ -153,6 +169,7 @@ class ModelRunner:
             first = batch.last_rows[i] + 1 - len(row.token_ids)
             out[i] = []
             for start in range(0, len(row.prompt_targets), PROMPT_LOGPROB_ROWS):
+                self.on_progress()
                 targets = row.prompt_targets[start : start + PROMPT_LOGPROB_ROWS]
                 logits = self._model.logits(hidden_TD[first + start : first + start + len(targets)])
                 out[i].append(prompt_logprobs(logits, targets, row.prompt_logprobs))

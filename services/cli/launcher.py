@@ -24,7 +24,7 @@ from rich.markup import escape
 from common.errors import NanoDeployError, UnavailableError
 from services.cli.plan import ClusterPlan
 from services.cli.probe import Answer, complete_once, wait_until_ready
-from services.cli.process import ServiceProcess, ServiceSpec, tail
+from services.cli.process import ServiceProcess, ServiceSpec, last_words, tail
 from services.cli.report import Report
 from services.cli.state import ClusterState, Phase, ProcessId, StateFolder
 
@@ -154,7 +154,8 @@ class Launcher:
         if not await self._ready_or_dead(spec, client):
             service = self._running[spec.name]
             self._report.fail(spec.name, service.describe_end())
-            raise UnavailableError(_death_notice(service))
+            cause = last_words(spec.log)
+            raise UnavailableError(f"{spec.name} cannot start: {cause}" if cause else _death_notice(service))
         self._report.done(spec.name)
 
     async def _ready_or_dead(self, spec: ServiceSpec, client: httpx.AsyncClient) -> bool:

@@ -114,6 +114,15 @@ def kill_service(process: ProcessId) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def last_words(log: Path) -> str:
+    """Why a service of ours says that it ends; empty when it did not get to say."""
+    for line in reversed(tail(log).splitlines()):
+        said, _, cause = line.partition(": ")
+        if said in ("error", "controller", "router"):
+            return cause
+    return ""
+
+
 def tail(log: Path, lines: int = 20) -> str:
     """The last lines of a log file; empty when there is none."""
     try:

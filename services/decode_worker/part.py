@@ -17,7 +17,6 @@ from services.decode_worker.servicer import DecodeServicer
 from services.decode_worker.sessions import PrefillSessions
 from services.decode_worker.streams import Streams
 from services.worker.app import WorkerApp
-from services.worker.host import HostState
 
 
 class DecodePart:
@@ -33,7 +32,7 @@ class DecodePart:
         return Service(
             pb.DESCRIPTOR.services_by_name["DecodeService"].full_name,
             lambda server: stubs.add_DecodeServiceServicer_to_server(self._servicer, server),
-            lambda: self._app.host.state is HostState.READY,
+            lambda: self._app.host.serving,
         )
 
     def on_engine(self, message: FromEngine) -> None:

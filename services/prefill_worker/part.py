@@ -12,7 +12,6 @@ from nanodeploy.v1 import prefill_pb2_grpc as pb_grpc
 from nanodeploy.v1 import worker_pb2
 from services.prefill_worker.servicer import PrefillServicer
 from services.worker.app import WorkerApp
-from services.worker.host import HostState
 
 
 class PrefillPart:
@@ -26,7 +25,7 @@ class PrefillPart:
         return Service(
             pb.DESCRIPTOR.services_by_name["PrefillService"].full_name,
             lambda server: stubs.add_PrefillServiceServicer_to_server(self._servicer, server),
-            lambda: self._app.host.state is HostState.READY,
+            lambda: self._app.host.serving,
         )
 
     def on_engine(self, message: FromEngine) -> None:

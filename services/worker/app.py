@@ -19,6 +19,7 @@ import msgspec
 from common.config import LogConfig, WorkerConfig
 from common.engine.client import ProcessEngine
 from common.engine.messages import Drain, EngineLoad, EngineReady, FromEngine
+from common.errors import UnavailableError
 from common.rpc.registry import RegistryClient
 from common.rpc.server import HttpEndpoint, RpcServer, Service, Verdict, serve_http
 from common.telemetry import Metrics, get_logger
@@ -26,7 +27,7 @@ from common.types import ModelInfo, MonotonicClock, Role, WorkerInfo, WorkerLoad
 from nanodeploy import __version__
 from nanodeploy.v1 import worker_pb2 as pb
 from nanodeploy.v1 import worker_pb2_grpc as pb_grpc
-from services.worker.host import EngineHost, EngineOwner, HostState
+from services.worker.host import EngineHost, EngineOwner
 from services.worker.servicer import WorkerServicer
 
 log = get_logger(__name__)
@@ -141,7 +142,7 @@ class WorkerApp:
     def _state(self) -> WorkerState:
         if self._draining.is_set():
             return WorkerState.DRAINING
-        if self.host.state is HostState.READY:
+        if self.host.serving:
             return WorkerState.READY
         return WorkerState.STARTING if not self._registered else WorkerState.UNREADY
 
@@ -171,7 +172,11 @@ class WorkerApp:
     # -- life --
 
     async def run(self) -> None:
-        """Serve until told to stop; returns when drained. Raises ConfigError when a port is taken."""
+        """Serve until told to stop; returns when drained.
+
+        Raises ConfigError when a port is taken, what the very first engine said when it cannot start, and
+        UnavailableError when engines died too often: another try is the business of who runs this process.
+        """
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self._draining.set)
@@ -186,18 +191,26 @@ class WorkerApp:
         log.info("listening", port=self.port, http_port=self._http.port, worker_id=self.worker_id)
         self.host.on_change = self._registry.poke
         await self.host.start(self)
-        await self._draining.wait()
-        await self._drain()
+        ends = [asyncio.ensure_future(event.wait()) for event in (self._draining, self.host.failed)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for task in ends:
+            task.cancel()
+        failure, reason = self.host.failure, self.host.reason
+        failed = self.host.failed.is_set()
+        await self._drain(0.0 if failed else self._grace_s)
+        if failed:
+            raise failure.to_error() if failure is not None else UnavailableError(f"the engine is given up: {reason}")
 
     def drain(self, grace_s: float) -> None:
         self._grace_s = grace_s
         self._draining.set()
 
-    async def _drain(self) -> None:
-        log.info("draining", active=self._part.num_active(), grace_s=self._grace_s)
+    async def _drain(self, grace_s: float) -> None:
+        self._draining.set()
+        log.info("draining", active=self._part.num_active(), grace_s=grace_s)
         self.host.send(Drain())
         self._registry.poke()
-        deadline = self.clock.now() + self._grace_s
+        deadline = self.clock.now() + grace_s
         while self._part.num_active() and (left := deadline - self.clock.now()) > 0:
             self._activity.clear()
             with contextlib.suppress(TimeoutError):
@@ -214,7 +227,7 @@ class WorkerApp:
         alive, reason = self.host.health()
         if self._draining.is_set():
             return Verdict(False, "draining")
-        if not alive or self.host.state is not HostState.READY:
+        if not alive or not self.host.serving:
             return Verdict(False, reason)
         return Verdict(True, "ready", {"registered": self._registry.registered, "engine_pid": self.host.engine_pid})
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import uvloop
 
 from common.config.load import load
-from common.errors import NanoDeployError
+from common.errors import ConfigError, NanoDeployError
 from common.telemetry import configure_logging
 from common.types import Role
 from services.worker.app import RolePart, WorkerApp
@@ -18,7 +18,7 @@ from services.worker.app import RolePart, WorkerApp
 def run_worker(
     role: Role, make_part: Callable[[WorkerApp], RolePart], argv: Sequence[str], environ: Mapping[str, str]
 ) -> int:
-    """Run until SIGTERM or a drain. Exit code 2 for a bad configuration."""
+    """Run until SIGTERM or a drain. Exit code 2 for a bad configuration or model, 1 for an engine that failed."""
     parser = argparse.ArgumentParser(prog=f"services.{role.value}_worker")
     parser.add_argument("--config", help="YAML file; environment variables NANODEPLOY_SECTION__FIELD override it")
     arguments = parser.parse_args(argv)
@@ -33,5 +33,5 @@ def run_worker(
         uvloop.run(serve())
     except NanoDeployError as error:
         print(f"error: {error.message}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
