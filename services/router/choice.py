@@ -33,10 +33,10 @@ class ChoiceText:
         "_matcher",
         "_min_tokens",
         "_offset",
-        "_single",
         "_stop_ids",
         "finish",
         "num_tokens",
+        "plain",
         "stop_reason",
     )
 
@@ -56,17 +56,22 @@ class ChoiceText:
         self._matcher = StopMatcher(automaton, include_stop=self._include_stop) if automaton else None
         self._min_tokens = sampling.min_tokens
         self._stop_ids = sampling.stop_token_ids
-        self._single = automaton is not None or sampling.logprobs is not None
+        self.plain = automaton is None and sampling.logprobs is None
         self._offset = offset
         self.num_tokens = 0
         self.finish: str | None = None
         self.stop_reason: str | int | None = None
 
+    def push_plain(self, token_ids: Sequence[int]) -> str:
+        """The text of a delta that does not end the choice, where neither stop strings nor logprobs were asked for."""
+        self.num_tokens += len(token_ids)
+        return self._detokenizer.push(token_ids)
+
     def push(self, delta: ChoiceDelta) -> Piece:
         ids, logprobs = delta.token_ids, delta.logprobs
         offsets: list[int] = []
         hidden = delta.stop_token_id is not None and not self._include_stop  # the last token is not text
-        if not self._single:
+        if self.plain:
             shown = ids[:-1] if hidden else ids
             text = self._detokenizer.push(shown) if shown else ""
             self.num_tokens += len(ids)

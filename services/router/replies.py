@@ -155,12 +155,13 @@ class Chunks:
 
     def say_usage(self, usage: bytes | None) -> None:
         self._tail = b"}\n\n" if usage is None else b',"usage":' + usage + b"}\n\n"
+        self._plain_tail = self._plain_end + self._tail
 
     def text(self, index: int, text: str) -> bytes:
         start = self._starts.get(index)
         if start is None:
             start = self._starts[index] = b"%b%d%b" % (self._start, index, self._opening)
-        return start + dumps(text) + self._plain_end + self._tail
+        return b"%b%b%b" % (start, dumps(text), self._plain_tail)
 
     def first(self, index: int) -> bytes:
         """What precedes a choice's first text."""
@@ -198,7 +199,7 @@ class ChatChunks(Chunks):
 
     def first(self, index: int) -> bytes:
         role = b',"delta":{"role":"assistant","content":""'
-        return b"%b%d%b%b%b" % (self._start, index, role, self._plain_end, self._tail)
+        return b"%b%d%b%b" % (self._start, index, role, self._plain_tail)
 
     def _body(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}

@@ -147,16 +147,14 @@ class Run:
         relay: Starter,
         exchange: Exchange,
         deadline_s: float,
-        emit: Callable[[list[tuple[ChoiceState, Piece]]], None],
+        emit: Callable[[list[tuple[Generation, ChoiceDelta]]], None],
         *,
         stream: bool,
     ) -> None:
         """Start the generations and emit what they bring, batch by batch, until all choices have ended."""
 
         def consume(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
-            batch = self._take(deltas)
-            if batch:
-                emit(batch)
+            emit(deltas)
             if not self._left:
                 mailbox.finish()
 
@@ -188,30 +186,40 @@ class Run:
                 relay.finish(generation)
 
     def _take(self, deltas: list[tuple[Generation, ChoiceDelta]]) -> list[tuple[ChoiceState, Piece]]:
+        now = self._arrived()
+        batch: list[tuple[ChoiceState, Piece]] = []
+        for generation, delta in deltas:
+            choice = self._choices[generation.index][delta.choice]
+            if choice.text.finish is None:
+                self._timed(choice, delta, now)
+                batch.append((choice, self._push(generation, choice, delta)))
+        return batch
+
+    def _arrived(self) -> float:
+        """Now; noted if these are the first tokens."""
         now = self._clock.now()
         if not self.first_token_s:
             self.first_token_s = now
             self._metrics.first_token.observe(now - self._started_s)
-        batch: list[tuple[ChoiceState, Piece]] = []
-        for generation, delta in deltas:
-            choice = self._choices[generation.index][delta.choice]
-            if choice.text.finish is not None:
-                continue
-            if choice.last_s and delta.token_ids:
-                self._metrics.inter_token.observe((now - choice.last_s) / len(delta.token_ids))
-            choice.last_s = now
-            piece = choice.text.push(delta)
-            if piece.ends:
-                self._left -= 1
-                generation.close_choice(delta.choice)
-            batch.append((choice, piece))
-        return batch
+        return now
+
+    def _timed(self, choice: ChoiceState, delta: ChoiceDelta, now: float) -> None:
+        if choice.last_s and delta.token_ids:
+            self._metrics.inter_token.observe((now - choice.last_s) / len(delta.token_ids))
+        choice.last_s = now
+
+    def _push(self, generation: Generation, choice: ChoiceState, delta: ChoiceDelta) -> Piece:
+        piece = choice.text.push(delta)
+        if piece.ends:
+            self._left -= 1
+            generation.close_choice(delta.choice)
+        return piece
 
     # -- answers --
 
     async def answer_whole(self, relay: Starter, exchange: Exchange, deadline_s: float, *, timings: bool) -> None:
-        def keep(batch: list[tuple[ChoiceState, Piece]]) -> None:
-            for choice, piece in batch:
+        def keep(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+            for choice, piece in self._take(deltas):
                 if not choice.echoed:
                     text, choice.logprobs = self._echo(choice)
                     choice.pieces.append(text)
@@ -256,36 +264,54 @@ class Run:
 
         mailbox = Mailbox(relay.courier, limit_tokens * self._left, exchange.abort)
 
-        def send(batch: list[tuple[ChoiceState, Piece]]) -> None:
+        def send(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
             if continuous_usage:
+                batch = self._take(deltas)
                 chunks.say_usage(replies.dumps(self.usage().as_dict()))
-            events = self._events(chunks, batch)
+                events = b"".join([self._events(chunks, choice, piece) for choice, piece in batch])
+            else:
+                events = self._stream_events(chunks, deltas)
             if events and not exchange.write(events):
                 mailbox.hold()
 
         await self._follow(mailbox, relay, exchange, deadline_s, send, stream=True)
         await exchange.end(chunks.last(self.usage() if include_usage else None, self._timings(timings)))
 
-    def _events(self, chunks: Chunks, batch: list[tuple[ChoiceState, Piece]]) -> bytes:
-        """All of a batch's events: they leave in one write."""
+    def _stream_events(self, chunks: Chunks, deltas: list[tuple[Generation, ChoiceDelta]]) -> bytes:
+        """All of a batch's events, which leave in one write. Most deltas are a token of plain text."""
+        now = self._arrived()
         events: list[bytes] = []
-        for choice, piece in batch:
-            number = choice.number
-            if not choice.echoed:
-                events.append(chunks.first(number))
-                text, columns = self._echo(choice)
-                if columns is not None:
-                    events.append(chunks.with_logprobs(number, text, columns.as_dict()))
-                elif text:
-                    events.append(chunks.text(number, text))
-            if not self._job.echo_only:
-                logprobs = self._shape_logprobs(piece)
-                if logprobs is not None:
-                    events.append(chunks.with_logprobs(number, piece.text, logprobs))
-                elif piece.text:
-                    events.append(chunks.text(number, piece.text))
-            if piece.ends:
-                events.append(chunks.finish(number, choice.text.finish or "", choice.text.stop_reason))
+        for generation, delta in deltas:
+            choice = self._choices[generation.index][delta.choice]
+            text = choice.text
+            if text.finish is not None:
+                continue
+            self._timed(choice, delta, now)
+            if text.plain and choice.echoed and delta.finish is None:
+                if shown := text.push_plain(delta.token_ids):
+                    events.append(chunks.text(choice.number, shown))
+            else:
+                events.append(self._events(chunks, choice, self._push(generation, choice, delta)))
+        return events[0] if len(events) == 1 else b"".join(events)
+
+    def _events(self, chunks: Chunks, choice: ChoiceState, piece: Piece) -> bytes:
+        events: list[bytes] = []
+        number = choice.number
+        if not choice.echoed:
+            events.append(chunks.first(number))
+            text, columns = self._echo(choice)
+            if columns is not None:
+                events.append(chunks.with_logprobs(number, text, columns.as_dict()))
+            elif text:
+                events.append(chunks.text(number, text))
+        if not self._job.echo_only:
+            logprobs = self._shape_logprobs(piece)
+            if logprobs is not None:
+                events.append(chunks.with_logprobs(number, piece.text, logprobs))
+            elif piece.text:
+                events.append(chunks.text(number, piece.text))
+        if piece.ends:
+            events.append(chunks.finish(number, choice.text.finish or "", choice.text.stop_reason))
         return b"".join(events)
 
 
