@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
+import pytest
 from rpc_support import eventually
 from worker_support import ManualClock, ScriptedEngine, engine_load, engine_ready
 
@@ -11,6 +13,7 @@ from common.config import EngineConfig, WorkerConfig
 from common.engine.messages import EngineFatal, EngineLoad, EngineProgress, EngineReady, FromEngine, PeerTraffic
 from common.telemetry import Metrics
 from common.types import Failure, WorkerLoad
+from services.worker import host as host_module
 from services.worker.app import _Gauges
 from services.worker.host import PROGRESS_LIMIT_S, START_LIMIT_S, EngineHost, HostState
 
@@ -128,6 +131,18 @@ async def test_a_hung_engine_is_killed_and_started_again() -> None:
     assert (made.restarts, made.epoch == epoch) == (1, False)
     clock.advance(1)
     assert made.look() == PROGRESS_LIMIT_S - 1  # the new one is not judged by the old one's silence
+
+
+async def test_a_loop_that_stood_still_takes_nobody_for_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "PROGRESS_LIMIT_S", 0.05)
+    made, owner, clock = host(ScriptedEngine(engine_ready()))
+    await made.start(owner)
+    await asyncio.sleep(0)
+    clock.advance(100)  # as after SIGSTOP and SIGCONT to this process
+    await asyncio.sleep(0.2)
+    assert owner.lost == []
+    assert made.serving
+    await made.stop(1.0)
 
 
 async def test_a_start_without_a_word_ends_too() -> None:

@@ -10,7 +10,7 @@ import ctypes
 import enum
 import functools
 
-from common.kernels.native import LIBRARY_PATH
+from common.kernels.native import LIBRARY_PATH, load_library
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -28,24 +28,20 @@ class Isa(enum.IntEnum):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, or None where they were not built: callers then use torch."""
-    try:
-        lib = ctypes.CDLL(str(LIBRARY_PATH))
-    except OSError:
+    """The kernels, or None where they were not built: callers then use torch.
+
+    Raises `InternalError` for a library that is there and is not built from this source.
+    """
+    if not LIBRARY_PATH.exists():
         return None
-    lib.nd_has_kernels.argtypes = [_INT]
-    lib.nd_has_kernels.restype = ctypes.c_bool
     rows = [_INT, _INT, _POINTER, _LONG, _LONG, _LONG]  # instruction set, threads, logits, stride, rows, vocabulary
     signatures = {
         "nd_draw_rows": [*rows, _POINTER, _POINTER, _POINTER],
         "nd_top_rows": [*rows, _LONG, _POINTER, _POINTER, _POINTER],
         **{name: [_INT, _INT, _POINTER] for name in _BY_STRUCT},
     }
-    for name, argtypes in signatures.items():
-        function = getattr(lib, name)
-        function.argtypes = argtypes
-        function.restype = None
-    return lib
+    declared: dict[str, tuple[object, list[object]]] = {name: (None, list(args)) for name, args in signatures.items()}
+    return load_library(LIBRARY_PATH, {"nd_has_kernels": (ctypes.c_bool, [_INT]), **declared})
 
 
 def available() -> list[Isa]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -37,23 +38,40 @@ class DigestGeometry(msgspec.Struct, frozen=True):
         return msgspec.structs.astuple(self)
 
 
+Signatures = Mapping[str, tuple[Any, Sequence[Any]]]
+"""Function -> (result type, argument types), of ctypes."""
+
+
+def load_library(path: Path, signatures: Signatures) -> ctypes.CDLL:
+    """A library of ours with these functions declared; `InternalError` if it was not built, or not from this source."""
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise InternalError(f"{path.name} cannot be loaded: {error}; run `make native`") from error
+    for name, (result, arguments) in signatures.items():
+        try:
+            function = getattr(lib, name)
+        except AttributeError:
+            raise InternalError(
+                f"{path} has no function {name}: it was built from another version; run `make native`"
+            ) from None
+        function.restype, function.argtypes = result, list(arguments)
+    return lib
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library; `InternalError` if it was not built."""
-    try:
-        lib = ctypes.CDLL(str(LIBRARY_PATH))
-    except OSError as error:
-        raise InternalError(f"{error}; build it with `python setup.py build_ext --inplace`") from error
+    """The loaded library; `InternalError` if it was not built, or not from this source."""
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    lib.nd_digest.argtypes = [pointer, pointer, size]
-    lib.nd_digest.restype = ctypes.c_uint64
-    lib.nd_digest_blocks.argtypes = [pointer, pointer, size, pointer, size, pointer]
-    lib.nd_digest_blocks.restype = None
-    lib.nd_digest_use.argtypes = [ctypes.c_int]
-    lib.nd_digest_use.restype = ctypes.c_bool
-    lib.nd_cpu_features.argtypes = []
-    lib.nd_cpu_features.restype = ctypes.c_uint
-    return lib
+    return load_library(
+        LIBRARY_PATH,
+        {
+            "nd_digest": (ctypes.c_uint64, [pointer, pointer, size]),
+            "nd_digest_blocks": (None, [pointer, pointer, size, pointer, size, pointer]),
+            "nd_digest_use": (ctypes.c_bool, [ctypes.c_int]),
+            "nd_cpu_features": (ctypes.c_uint, []),
+        },
+    )
 
 
 def cpu_features() -> tuple[str, ...]:

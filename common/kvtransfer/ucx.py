@@ -24,6 +24,7 @@ from pathlib import Path
 
 from common.config.schema import UcxConfig
 from common.errors import ConfigError, InternalError, KVTransferError
+from common.kernels.native import Signatures, load_library
 from common.kvtransfer.transport import (
     DigestCheck,
     Endpoint,
@@ -78,12 +79,8 @@ class _Event(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    try:
-        lib = ctypes.CDLL(str(LIBRARY_PATH))
-    except OSError as error:
-        raise InternalError(f"{error}; build it with `python setup.py build_ext --inplace`") from error
     pointer, text, size, u64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint64
-    signatures: dict[str, tuple[object, list[object]]] = {
+    signatures: Signatures = {
         "nd_ucx_open": (pointer, [text, text, text, text, size]),
         "nd_ucx_close": (None, [pointer]),
         "nd_ucx_wakeup_fd": (ctypes.c_int, [pointer]),
@@ -96,10 +93,7 @@ def _library() -> ctypes.CDLL:
         "nd_ucx_poll": (size, [pointer, pointer, size]),
         "nd_ucx_describe": (None, [pointer, u64, text, size]),
     }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
+    return load_library(LIBRARY_PATH, signatures)
 
 
 def default_library() -> str:

@@ -174,13 +174,12 @@ class EngineHost:
         self._watch = self._watch or asyncio.get_running_loop().create_task(self._keep_looking())
 
     async def _keep_looking(self) -> None:
-        """What arrived while this loop itself stood still (stopped, starved) has not been read yet: that is no silence."""
+        """While this loop itself stands still (stopped, starved) nobody is heard: that is no silence."""
         while True:
             began, wait_s = self._clock.now(), self.look()
             await asyncio.sleep(wait_s)
-            late_s = self._clock.now() - began - wait_s
-            if late_s > LATE_S:
-                self._progress_at += late_s
+            if self._clock.now() - began > wait_s + LATE_S:
+                self._progress_at = self._clock.now()
 
     def _progressed(self) -> None:
         self._progress_at = self._clock.now()
