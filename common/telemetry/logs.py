@@ -3,7 +3,8 @@
 Before anything is configured (`from nanodeploy import LLM` in somebody's program) events go to the standard
 library's loggers, which show warnings and worse on stderr; nothing is ever printed to stdout.
 `configure_logging` is called once by a `__main__`; from then on structlog and the standard library (uvicorn,
-grpc, warnings) leave through the same handler on stderr. What a task knows about its request is bound to
+grpc, warnings) leave in the same form on stderr: our own JSON lines go there directly, a tenth of the cost of a
+`LogRecord`, all others through one handler. What a task knows about its request is bound to
 context variables with `log_context` and appears on every line logged inside, in that task alone.
 """
 
@@ -27,6 +28,27 @@ _NOISY = ("uvicorn.access", "httpx", "httpcore", "asyncio", "hpack")
 
 def _dumps(event: EventDict, **_: Any) -> str:
     return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+class _Lines:
+    """Where finished lines of one logger go. All of a process share the handler's lock."""
+
+    __slots__ = ("_handler", "name")
+
+    def __init__(self, name: str, handler: logging.StreamHandler[TextIO]) -> None:
+        self.name = name
+        self._handler = handler
+
+    def msg(self, line: str) -> None:
+        handler = self._handler
+        handler.acquire()
+        try:
+            handler.stream.write(line + "\n")
+            handler.flush()
+        finally:
+            handler.release()
+
+    debug = info = warning = error = critical = exception = msg
 
 
 def log_as_library() -> None:
@@ -60,11 +82,12 @@ def configure_logging(config: LogConfig, service: str, stream: TextIO | None = N
         structlog.processors.StackInfoRenderer(),
     ]
     out = stream if stream is not None else sys.stderr
-    final: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    rendered: list[Processor]
     if config.format == "json":
-        final += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_dumps)]
+        rendered = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_dumps)]
     else:
-        final.append(structlog.dev.ConsoleRenderer(colors=out.isatty()))
+        rendered = [structlog.dev.ConsoleRenderer(colors=out.isatty())]
+    final: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered]
     handler = logging.StreamHandler(out)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final))
 
@@ -76,10 +99,10 @@ def configure_logging(config: LogConfig, service: str, stream: TextIO | None = N
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
     logging.captureWarnings(capture=True)
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*shared, *rendered],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=False,
+        logger_factory=lambda name="": _Lines(name, handler),
+        cache_logger_on_first_use=True,
     )
 
 
