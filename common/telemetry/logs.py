@@ -3,7 +3,7 @@
 Before anything is configured (`from nanodeploy import LLM` in somebody's program) events go to the standard
 library's loggers, which show warnings and worse on stderr; nothing is ever printed to stdout.
 `configure_logging` is called once by a `__main__`; from then on structlog and the standard library (uvicorn,
-grpc, warnings) leave in the same form on stderr: our own JSON lines go there directly, a tenth of the cost of a
+grpc, warnings) leave in the same form on stderr: our own JSON lines go there directly, a quarter of the cost of a
 `LogRecord`, all others through one handler. What a task knows about its request is bound to
 context variables with `log_context` and appears on every line logged inside, in that task alone.
 """
