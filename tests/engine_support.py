@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import tiny_models
 import torch
@@ -26,9 +27,6 @@ from common.engine.messages import (
     Cancel,
     Deltas,
     FromEngine,
-    LeaseReleased,
-    Order,
-    OrderCancel,
     PeerEvent,
     PeerGone,
     PeerReady,
@@ -234,25 +232,8 @@ class Pair(Solo):
         if self.cut:
             return
         match message:
-            case PlaceOrder():
-                self.prefill.engine.handle(
-                    Order(
-                        READER,
-                        message.order_id,
-                        message.request_id,
-                        message.token_ids,
-                        message.start_position,
-                        message.adapter_id,
-                        message.cache_salt,
-                        message.embeddings,
-                        message.priority,
-                        message.remaining_s,
-                    )
-                )
-            case DropOrder():
-                self.prefill.engine.handle(OrderCancel(READER, message.order_id))
-            case ReleaseLease():
-                self.prefill.engine.handle(LeaseReleased(READER, message.lease_id))
+            case PlaceOrder() | DropOrder() | ReleaseLease():
+                self.prefill.engine.handle(msgspec.structs.replace(message, peer=READER))
 
     def kill_prefill(self) -> None:
         """The prefill process dies: its memory, its session, everything."""

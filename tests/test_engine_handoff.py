@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from engine_support import PEER, READER, Answer, Pair, greedy, llama, prompts, reference_tokens, windowed
 
-from common.engine.messages import LeaseReleased, Order, PeerEvent
+from common.engine.messages import PeerEvent
 from common.kvtransfer.memory import Fault
-from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, OrderStarted
+from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, OrderStarted, PlaceOrder, ReleaseLease
 
 __all__ = ["llama", "windowed"]
 
@@ -166,7 +166,7 @@ def test_events_of_unknown_orders_and_leases_change_nothing(llama: Path) -> None
         OrderFinished(99, 5, 16, 0.0, 0.0),
     ):
         pair.decode.engine.handle(PeerEvent(PEER, event))
-    pair.prefill.engine.handle(LeaseReleased(READER, 12345))
+    pair.prefill.engine.handle(ReleaseLease(READER, 12345))
     assert pair.decode.parts.reader.counters.unknown_events == 3
     answer = pair.submit(PROMPT, greedy(COUNT))
     settle(pair, answer, llama)
@@ -227,7 +227,7 @@ def test_bad_orders_are_answered_by_name(llama: Path) -> None:
 
     def ask(order_id: int, **change: object) -> str:
         fields: dict[str, object] = {
-            "reader": READER,
+            "peer": READER,
             "order_id": order_id,
             "request_id": "x",
             "token_ids": PROMPT,
@@ -238,7 +238,7 @@ def test_bad_orders_are_answered_by_name(llama: Path) -> None:
             "priority": 0,
             "remaining_s": 0.0,
         }
-        pair.prefill.engine.handle(Order(**(fields | change)))  # type: ignore[arg-type]
+        pair.prefill.engine.handle(PlaceOrder(**(fields | change)))  # type: ignore[arg-type]
         pair.step()
         failures = [e for e in pair.events if isinstance(e, OrderFailed) and e.order_id == order_id]
         assert len(failures) == 1

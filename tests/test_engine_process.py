@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from engine_support import Answer, Answers, greedy, llama, prompts, reference_tokens
 
@@ -21,10 +22,7 @@ from common.engine.messages import (
     EngineReady,
     FromEngine,
     GetLedger,
-    LeaseReleased,
     Ledger,
-    Order,
-    OrderCancel,
     PeerEvent,
     PeerGone,
     PeerReady,
@@ -131,13 +129,8 @@ class Cluster:
                 self.answers.take(message)
             case PeerVerdict():
                 self.verdicts.append(message)
-            case PlaceOrder():
-                fields = {f: getattr(message, f) for f in Order.__struct_fields__ if f != "reader"}
-                self.prefill.client.send(Order(reader=READER, **fields))
-            case DropOrder():
-                self.prefill.client.send(OrderCancel(READER, message.order_id))
-            case ReleaseLease():
-                self.prefill.client.send(LeaseReleased(READER, message.lease_id))
+            case PlaceOrder() | DropOrder() | ReleaseLease():
+                self.prefill.client.send(msgspec.structs.replace(message, peer=READER))
 
     def _from_prefill(self, message: FromEngine) -> None:
         if isinstance(message, ReaderEvent):

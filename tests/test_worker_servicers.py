@@ -19,9 +19,6 @@ from common.engine.messages import (
     DeltaRow,
     Deltas,
     FailureOf,
-    LeaseReleased,
-    Order,
-    OrderCancel,
     PeerEvent,
     PeerGone,
     PeerReady,
@@ -54,7 +51,7 @@ from common.rpc.client import call
 from common.rpc.server import RpcServer, Service
 from common.rpc.status import error_from_rpc
 from common.types import ChoiceDelta, Failure, FinishReason, RequestStats, SamplingParams, WorkerRef
-from nanodeploy.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from nanodeploy.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
 from services.decode_worker import sessions as sessions_module
 from services.decode_worker.part import DecodePart
 from services.prefill_worker.part import PrefillPart
@@ -589,7 +586,7 @@ async def test_a_session_brings_orders_in_and_events_out(prefill: Prefill) -> No
     welcome = await reader.hello(worker)
     assert (welcome.owner.epoch, welcome.layout, welcome.lease_ttl_s) == (worker.host.epoch, small_layout(), 5.0)
     await reader.call.write(codec.order_to_proto(order(0)))
-    placed = await worker.engine.got(Order)
+    placed = await worker.engine.got(PlaceOrder)
     assert (placed.order_id, placed.token_ids, placed.remaining_s) == (9, (5, 6, 7), 3.0)
     assert worker.part.num_active() == 1
     digests = tuple(range(small_layout().num_digests("full")))
@@ -600,20 +597,20 @@ async def test_a_session_brings_orders_in_and_events_out(prefill: Prefill) -> No
         OrderFinished(9, 1234, 3, 0.0, 1.0),
     ]
     for event in events:
-        worker.engine.say(ReaderEvent(placed.reader, event))
-    worker.engine.say(ReaderEvent(placed.reader + 1, OrderAccepted(9, 3, 0)))
+        worker.engine.say(ReaderEvent(placed.peer, event))
+    worker.engine.say(ReaderEvent(placed.peer + 1, OrderAccepted(9, 3, 0)))
     assert [codec.order_event_from_proto(await reader.read(), small_layout()) for _ in events] == events
     assert worker.part.num_active() == 0
     await reader.write(release=prefill_pb2.LeaseRelease(lease_id=1234))
     await reader.write(cancel=prefill_pb2.PrefillCancel(order_id=9))
-    assert await worker.engine.got(LeaseReleased) == LeaseReleased(placed.reader, 1234)
-    assert await worker.engine.got(OrderCancel) == OrderCancel(placed.reader, 9)
+    assert await worker.engine.got(ReleaseLease) == ReleaseLease(placed.peer, 1234)
+    assert await worker.engine.got(DropOrder) == DropOrder(placed.peer, 9)
     worker.engine.say(engine_load(steps=42))
     await reader.write(ping=prefill_pb2.SessionPing(nonce=7))
     pong = (await reader.read()).pong
     assert (pong.nonce, pong.steps) == (7, 42)
     reader.call.cancel()
-    assert await worker.engine.got(ReaderGone) == ReaderGone(placed.reader)
+    assert await worker.engine.got(ReaderGone) == ReaderGone(placed.peer)
 
 
 async def test_orders_under_way_are_counted_until_they_end_whatever_ends_them(prefill: Prefill) -> None:
@@ -622,11 +619,11 @@ async def test_orders_under_way_are_counted_until_they_end_whatever_ends_them(pr
     await reader.hello(worker)
     for order_id in range(1, 5):
         await reader.call.write(codec.order_to_proto(order(0, order_id)))
-    key = (await worker.engine.got(Order, 4)).reader
+    key = (await worker.engine.got(PlaceOrder, 4)).peer
     assert worker.part.num_active() == 4
     worker.engine.say(ReaderEvent(key, OrderFailed(1, Failure("overloaded", "full"))))
     await reader.write(cancel=prefill_pb2.PrefillCancel(order_id=2))
-    await worker.engine.got(OrderCancel)
+    await worker.engine.got(DropOrder)
     assert worker.part.num_active() == 2
     reader.call.cancel()
     await worker.engine.got(ReaderGone)
@@ -674,19 +671,42 @@ async def test_a_session_that_does_not_begin_with_hello_is_ended(
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("fields", "field"),
     [
-        {"hello": prefill_pb2.SessionHello()},
-        {"prefill": prefill_pb2.PrefillOrder(order_id=1, request_id="r")},
-        {"prefill": prefill_pb2.PrefillOrder(order_id=1, request_id="r", token_ids=[1], start_position=1)},
+        ({"token_ids": []}, "start_position"),
+        ({"start_position": 1}, "start_position"),
+        ({"token_ids": [2**31]}, "token_ids"),
+        ({"request_id": "no spaces"}, "request_id"),
+        ({"adapter_id": "a" * 2000}, "adapter_id"),
+        ({"embeddings": [types_pb2.EmbeddingHandle(num_tokens=5)]}, "embeddings"),
     ],
 )
-async def test_a_malformed_order_ends_the_session_and_no_other(prefill: Prefill, message: dict[str, Any]) -> None:
+async def test_a_malformed_order_is_refused_by_itself(prefill: Prefill, fields: dict[str, Any], field: str) -> None:
+    worker, connect = prefill
+    reader = connect()
+    await reader.hello(worker)
+    await reader.call.write(codec.order_to_proto(order(0, 1)))
+    malformed = {"order_id": 2, "request_id": "r", "token_ids": [1]} | fields
+    await reader.write(prefill=prefill_pb2.PrefillOrder(**malformed))
+    await reader.call.write(codec.order_to_proto(order(0, 3)))
+    refused = codec.order_event_from_proto(await reader.read(), small_layout())
+    assert isinstance(refused, OrderFailed)
+    assert (refused.order_id, refused.failure.code) == (2, InvalidRequestError.code)
+    assert refused.failure.param.startswith(f"prefill.{field}")
+    last = await worker.engine.got(PlaceOrder, 2)
+    assert last.order_id == 3
+    assert worker.part.num_active() == 2
+    for order_id in (1, 3):
+        worker.engine.say(ReaderEvent(last.peer, OrderFinished(order_id, 5, 3, 0.0, 1.0)))
+        assert (await reader.read()).finished.order_id == order_id
+
+
+async def test_a_second_hello_ends_the_session_and_no_other(prefill: Prefill) -> None:
     worker, connect = prefill
     bad, good = connect(), connect()
     await bad.hello(worker)
     await good.hello(worker)
-    await bad.write(**message)
+    await bad.write(hello=prefill_pb2.SessionHello())
     assert isinstance(await bad.failure(), InvalidRequestError)
     await worker.engine.got(ReaderGone)
     await good.write(ping=prefill_pb2.SessionPing(nonce=1))

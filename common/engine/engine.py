@@ -19,11 +19,8 @@ from common.engine.messages import (
     Drain,
     FromEngine,
     GetLedger,
-    LeaseReleased,
     Ledger,
     LedgerBlock,
-    Order,
-    OrderCancel,
     PeerEvent,
     PeerGone,
     PeerReady,
@@ -40,6 +37,7 @@ from common.engine.supply import Supply
 from common.errors import InternalError
 from common.kvcache.layout import KVLayout, Retention
 from common.kvcache.manager import KVCacheManager
+from common.kvtransfer.orders import DropOrder, PlaceOrder, ReleaseLease
 from common.kvtransfer.session import HandoffReader
 from common.telemetry import get_logger
 from common.types import Clock
@@ -95,11 +93,11 @@ class Engine:
                 p.reader.peer_gone(message.peer, message.reason)
             case PeerEvent():
                 p.reader.on_event(message.peer, message.event)
-            case Order():
+            case PlaceOrder():
                 p.supply.order(message)
-            case OrderCancel():
-                p.supply.cancel(message.reader, message.order_id)
-            case LeaseReleased():
+            case DropOrder():
+                p.supply.cancel(message.peer, message.order_id)
+            case ReleaseLease():
                 p.supply.release(message.lease_id)
             case ReaderGone():
                 p.supply.reader_gone(message.reader)

@@ -1,9 +1,9 @@
 """What passes between a gRPC process and its engine process: plain msgspec structs, no proto, no torch.
 
-Down: requests, peers and orders. Up: deltas, orders to place, order events, load. The same order events
-travel up from the engine that computes (owner) and down to the engine that reads.
+Down: requests, peers and orders. Up: deltas, orders to place, order events, load. The same orders travel up from
+the engine that reads and down to the one that computes (owner); the same order events the other way.
 
-    reader engine --PlaceOrder--> servicer ==gRPC==> servicer --Order--> owner engine
+    reader engine --PlaceOrder--> servicer ==gRPC==> servicer --PlaceOrder--> owner engine
     reader engine <--OrderEvent-- servicer <==gRPC== servicer <--OrderEvent-- owner engine
 """
 
@@ -17,7 +17,6 @@ from common.kvtransfer.transport import Endpoint
 from common.types import (
     BlockStates,
     ChoiceDelta,
-    EmbeddingHandle,
     Failure,
     GenerationRequest,
     Message,
@@ -78,32 +77,6 @@ class PeerEvent(Message, frozen=True):
     event: OrderEvent
 
 
-class Order(Message, frozen=True):
-    """Compute KV for a reader. `reader` is a key the servicer made for the session."""
-
-    reader: int
-    order_id: int
-    request_id: str
-    token_ids: tuple[int, ...]
-    start_position: int
-    adapter_id: str
-    cache_salt: str
-    embeddings: tuple[EmbeddingHandle, ...]
-    priority: int
-    remaining_s: float
-    traceparent: str = ""
-
-
-class OrderCancel(Message, frozen=True):
-    reader: int
-    order_id: int
-
-
-class LeaseReleased(Message, frozen=True):
-    reader: int
-    lease_id: int
-
-
 class ReaderGone(Message, frozen=True):
     """A reader's session broke: its orders are cancelled; its leases run out by their own time."""
 
@@ -130,9 +103,9 @@ ToEngine = (
     | PeerReady
     | PeerGone
     | PeerEvent
-    | Order
-    | OrderCancel
-    | LeaseReleased
+    | PlaceOrder
+    | DropOrder
+    | ReleaseLease
     | ReaderGone
     | GetLedger
     | Drain
@@ -183,6 +156,11 @@ class FailureOf(msgspec.Struct, frozen=True, array_like=True):
 class PromptLogprobsOf(msgspec.Struct, frozen=True, array_like=True):
     slot: int
     logprobs: TokenLogprobs
+
+
+def prompt_logprobs_nbytes(num_tokens: int, top_n: int) -> int:
+    """At most so many bytes on the wire: a float each, and an id of up to 5 bytes for each alternative."""
+    return num_tokens * (4 + 9 * top_n)
 
 
 class Deltas(Message, frozen=True):

@@ -11,22 +11,26 @@ import time
 from collections.abc import Mapping
 
 from common.engine.engine import Engine, EngineParts
-from common.engine.messages import Deltas, FromEngine, Order, ReaderEvent, ReaderGone, Submit
+from common.engine.messages import Deltas, FromEngine, ReaderEvent, ReaderGone, Submit
 from common.errors import InternalError
-from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished
+from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, PlaceOrder
 from common.kvtransfer.plan import plan_extent
 from common.kvtransfer.transport import PeerDown, ReadStatus, Transport
 from common.types import GenerationRequest, SamplingParams
 
 TIMEOUT_S = 60.0
+OUTPUT_TOKENS = 2
+MIN_MODEL_LEN = 1 + OUTPUT_TOKENS
 _READER = 0  # the servicer numbers its readers from 1
 _SLOT = 0  # and requests
 _SEQ = -1
 
 
-def self_test(engine: Engine, parts: EngineParts, transport: Transport, bases: Mapping[str, int]) -> None:
-    """Raises InternalError that says what failed."""
-    num_tokens = min(parts.layout.groups[0].block_size + 3, 64)
+def self_test(
+    engine: Engine, parts: EngineParts, transport: Transport, bases: Mapping[str, int], max_model_len: int
+) -> None:
+    """`max_model_len` is at least `MIN_MODEL_LEN`. Raises InternalError that says what failed."""
+    num_tokens = min(parts.layout.groups[0].block_size + 3, 64, max_model_len - OUTPUT_TOKENS)
     prompt = tuple((i * 7) % min(64, parts.requests.vocab_size) for i in range(num_tokens))
     _read_back(engine, parts, transport, bases, prompt)
     _generate(engine, prompt)
@@ -42,8 +46,8 @@ def _read_back(
     engine: Engine, parts: EngineParts, transport: Transport, bases: Mapping[str, int], prompt: tuple[int, ...]
 ) -> None:
     engine.handle(
-        Order(
-            reader=_READER,
+        PlaceOrder(
+            peer=_READER,
             order_id=1,
             request_id="self-test",
             token_ids=prompt,
@@ -102,7 +106,7 @@ def _generate(engine: Engine, prompt: tuple[int, ...]) -> None:
         model="",
         prompt_token_ids=prompt,
         cache_salt="self-test",
-        sampling=SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, seed=0),
+        sampling=SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, seed=0),
     )
     engine.handle(Submit(_SLOT, request))
     tokens = 0
@@ -111,8 +115,8 @@ def _generate(engine: Engine, prompt: tuple[int, ...]) -> None:
         tokens += sum(len(r.delta.token_ids) for r in message.rows)
         for failure in message.failures:
             raise InternalError(f"self-test: no token: {failure.failure.message}")
-    if tokens != 2:
-        raise InternalError(f"self-test: {tokens} tokens were made instead of 2")
+    if tokens != OUTPUT_TOKENS:
+        raise InternalError(f"self-test: {tokens} tokens were made instead of {OUTPUT_TOKENS}")
 
 
 def _run(engine: Engine, kind: type[ReaderEvent | Deltas]) -> list[FromEngine]:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common.engine.messages import Order, ReaderEvent
+from common.engine.messages import ReaderEvent
 from common.engine.outbox import Outbox
 from common.engine.requests import ModelLimits
 from common.engine.scheduler import Scheduler
@@ -31,7 +31,14 @@ from common.errors import (
 )
 from common.kvcache.manager import PrefixHit
 from common.kvtransfer.leases import Leases
-from common.kvtransfer.orders import OrderAccepted, OrderEvent, OrderFailed, OrderFinished, OrderStarted
+from common.kvtransfer.orders import (
+    OrderAccepted,
+    OrderEvent,
+    OrderFailed,
+    OrderFinished,
+    OrderStarted,
+    PlaceOrder,
+)
 from common.kvtransfer.publish import Publisher, PublishOrder
 from common.types import Clock, Failure, SamplingParams
 from common.types.prefix import root_hash
@@ -60,16 +67,16 @@ class Supply:
         self.failed: dict[str, int] = {}
         self.finished = 0
 
-    def order(self, message: Order) -> None:
+    def order(self, message: PlaceOrder) -> None:
         """Accept an order or answer it with one failure."""
         try:
             self._check(message)
         except NanoDeployError as error:
-            self._answer_failed(message.reader, message.order_id, error)
+            self._answer_failed(message.peer, message.order_id, error)
             return
         seq = self._sequence(message)
         queue_tokens = sum(s.gap for s in (*self._p.scheduler.waiting, *self._p.scheduler.running))
-        self._open[message.reader, message.order_id] = seq
+        self._open[message.peer, message.order_id] = seq
         self._p.scheduler.add(seq)
         self._tell(seq, OrderAccepted(message.order_id, len(message.token_ids), queue_tokens))
 
@@ -189,7 +196,7 @@ class Supply:
         self.failed[error.code] = self.failed.get(error.code, 0) + 1
         self._p.outbox.send(ReaderEvent(reader, OrderFailed(order_id, Failure.of(error))))
 
-    def _sequence(self, message: Order) -> Sequence:
+    def _sequence(self, message: PlaceOrder) -> Sequence:
         now = self._p.clock.now()
         seq_id = self._next_id()
         return Sequence(
@@ -205,16 +212,16 @@ class Supply:
             priority=message.priority,
             arrival=seq_id,
             deadline=now + message.remaining_s if message.remaining_s > 0 else math.inf,
-            order=OrderState(message.reader, message.order_id, message.start_position, now),
+            order=OrderState(message.peer, message.order_id, message.start_position, now),
             phase=Phase.WAITING,
         )
 
-    def _check(self, message: Order) -> None:
+    def _check(self, message: PlaceOrder) -> None:
         limits = self._p.limits
         n = len(message.token_ids)
         if self.draining:
             raise UnavailableError("the worker is draining")
-        if (message.reader, message.order_id) in self._open:
+        if (message.peer, message.order_id) in self._open:
             raise InternalError(f"order {message.order_id} exists already")
         if len(self._p.scheduler.waiting) >= limits.max_waiting_seqs:
             raise OverloadedError(f"{limits.max_waiting_seqs} orders wait already")

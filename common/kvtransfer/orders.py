@@ -58,11 +58,13 @@ class OrderFailed(Message, frozen=True):
 OrderEvent = OrderAccepted | OrderStarted | OrderExtent | OrderFinished | OrderFailed
 
 
-# -- what a reader asks of its gRPC process ----------------------------------------------------------
+# -- what a reader asks: up from its engine, and down to the owner's --------------------------------
+#
+# `peer` is the key that this side's servicer gave the session. Up it stands for the owner, down for the reader.
 
 
 class PlaceOrder(Message, frozen=True):
-    """Ask a peer for KV; the servicer sends it as Prefill on that peer's session."""
+    """Compute KV of positions [start_position, len(token_ids)) and publish it. `remaining_s`: time left, 0 no limit."""
 
     peer: int
     order_id: int
@@ -74,7 +76,7 @@ class PlaceOrder(Message, frozen=True):
     embeddings: tuple[EmbeddingHandle, ...]
     priority: int
     remaining_s: float
-    traceparent: str
+    traceparent: str = ""
 
 
 class DropOrder(Message, frozen=True):

@@ -9,21 +9,13 @@ from typing import Any
 
 import grpc
 
-from common.engine.messages import (
-    EngineReady,
-    FromEngine,
-    LeaseReleased,
-    Order,
-    OrderCancel,
-    ReaderEvent,
-    ReaderGone,
-)
+from common.engine.messages import EngineReady, FromEngine, ReaderEvent, ReaderGone
 from common.errors import InvalidRequestError, LayoutMismatchError, OverloadedError, UnavailableError
 from common.kvcache.layout import compare
-from common.kvtransfer.orders import OrderFailed, OrderFinished
+from common.kvtransfer.orders import DropOrder, OrderFailed, OrderFinished, ReleaseLease
 from common.rpc import codec
 from common.telemetry import get_logger
-from common.types import WorkerRef
+from common.types import Failure, WorkerRef
 from nanodeploy.v1 import prefill_pb2 as pb
 from nanodeploy.v1 import prefill_pb2_grpc as pb_grpc
 from services.worker.calls import first_message
@@ -100,27 +92,36 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
             raise OverloadedError(f"the reader has left {queue.qsize()} answers unread")
         match request.WhichOneof("message"):
             case "prefill":
-                order = _order(request.prefill, key)
-                self._orders.add((key, order.order_id))
-                log.info(
-                    "order received",
-                    **trace_fields(order.request_id, order.traceparent),
-                    reader=key,
-                    order_id=order.order_id,
-                    prompt_tokens=len(order.token_ids),
-                    start_position=order.start_position,
-                )
-                self._host.send(order)
+                self._order(request.prefill, key, queue)
             case "cancel":
                 self._orders.discard((key, request.cancel.order_id))
-                self._host.send(OrderCancel(key, request.cancel.order_id))
+                self._host.send(DropOrder(key, request.cancel.order_id))
             case "release":
-                self._host.send(LeaseReleased(key, request.release.lease_id))
+                self._host.send(ReleaseLease(key, request.release.lease_id))
             case "ping":
                 steps = self._host.load.load.steps if self._host.load is not None else 0
                 queue.put_nowait(pb.SessionResponse(pong=pb.SessionPong(nonce=request.ping.nonce, steps=steps)))
             case _:
                 raise InvalidRequestError("hello may come only once", param="message")
+
+    def _order(self, wire: pb.PrefillOrder, key: int, queue: asyncio.Queue[pb.SessionResponse | None]) -> None:
+        """Pass an order on. One that is malformed is refused by itself: the session's others are not its business."""
+        try:
+            order = codec.order_from_proto(wire, key)
+        except InvalidRequestError as error:
+            log.warning("order refused", reader=key, order_id=wire.order_id, error=error.message)
+            queue.put_nowait(codec.order_event_to_proto(OrderFailed(wire.order_id, Failure.of(error))))
+            return
+        self._orders.add((key, order.order_id))
+        log.info(
+            "order received",
+            **trace_fields(order.request_id, order.traceparent),
+            reader=key,
+            order_id=order.order_id,
+            prompt_tokens=len(order.token_ids),
+            start_position=order.start_position,
+        )
+        self._host.send(order)
 
     # -- engine --
 
@@ -142,20 +143,3 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
     def end_sessions(self) -> None:
         for queue in self._readers.values():
             queue.put_nowait(None)
-
-
-def _order(wire: pb.PrefillOrder, key: int) -> Order:
-    placed = codec.order_from_proto(wire, key)
-    return Order(
-        reader=key,
-        order_id=placed.order_id,
-        request_id=placed.request_id,
-        token_ids=placed.token_ids,
-        start_position=placed.start_position,
-        adapter_id=placed.adapter_id,
-        cache_salt=placed.cache_salt,
-        embeddings=placed.embeddings,
-        priority=placed.priority,
-        remaining_s=placed.remaining_s,
-        traceparent=placed.traceparent,
-    )
