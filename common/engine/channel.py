@@ -1,7 +1,9 @@
 """Framed messages over a stream socket between a gRPC process and its engine process.
 
 A frame is a little-endian uint32 length and that many bytes of msgpack. Writing never blocks: bytes that the
-socket does not take are kept and sent when it can take more.
+socket does not take are kept and sent when it can take more. A parent that reads nothing (it is stopped, or
+swamped) must not fill the engine's memory: from `max_backlog` bytes on the channel is `congested`, and the
+engine's loop makes nothing more until that is over. It is over when the parent reads on, or ends.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import msgspec
 
 HEADER = struct.Struct("<I")
 MAX_FRAME = 1 << 30
+MAX_BACKLOG = 64 << 20
 
 
 class FrameDecoder:
@@ -46,25 +49,35 @@ def frame(payload: bytes) -> bytes:
 class EngineChannel:
     """The engine's end: blocks only in `wait`."""
 
-    def __init__(self, sock: socket.socket, decoder: msgspec.msgpack.Decoder[Any]) -> None:
+    def __init__(
+        self, sock: socket.socket, decoder: msgspec.msgpack.Decoder[Any], max_backlog: int = MAX_BACKLOG
+    ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._decoder = decoder
         self._encoder = msgspec.msgpack.Encoder()
         self._frames = FrameDecoder()
         self._out = bytearray()
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
+        self._max_backlog = max_backlog
+        self._watched: list[int] = []
         self.closed = False
 
+    @property
+    def congested(self) -> bool:
+        """More waits for the parent than may: send nothing that can wait."""
+        return len(self._out) >= self._max_backlog
+
     def watch(self, fd: int) -> None:
-        """Also wake up from `wait` when `fd` is readable."""
-        self._poll.register(fd, select.POLLIN)
+        """Also wake up from `wait` when `fd` is readable, unless the channel is congested."""
+        self._watched.append(fd)
 
     def wait(self, timeout_s: float) -> list[Any]:
-        """Messages that have arrived; waits up to `timeout_s` for the first or for a watched fd."""
-        self._poll.modify(self._sock, select.POLLIN | (select.POLLOUT if self._out else 0))
-        ready = dict(self._poll.poll(timeout_s * 1e3))
+        """Messages that have arrived; waits up to `timeout_s` for the first, for a watched fd, or for room."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._out else 0))
+        for fd in () if self.congested else self._watched:
+            poll.register(fd, select.POLLIN)
+        ready = dict(poll.poll(timeout_s * 1e3))
         events = ready.get(self._sock.fileno(), 0)
         if events & select.POLLOUT:
             self._flush()

@@ -22,7 +22,7 @@ from typing import Protocol
 import msgspec
 
 from common.config import LogConfig, WorkerConfig
-from common.engine.channel import FrameDecoder, frame
+from common.engine.channel import MAX_BACKLOG, FrameDecoder, frame
 from common.engine.messages import FromEngine, Setup, Shutdown, ToEngine
 from common.telemetry import get_logger
 from common.types import Role
@@ -36,7 +36,7 @@ class EngineClient(Protocol):
     async def start(self, on_message: Callable[[FromEngine], None], on_death: Callable[[str], None]) -> None: ...
 
     def send(self, message: ToEngine) -> None:
-        """Never blocks; dropped when the engine is dead."""
+        """Never blocks; dropped when the engine is dead. An engine that takes nothing any more is ended."""
 
     @property
     def alive(self) -> bool: ...
@@ -54,11 +54,20 @@ class EngineClient(Protocol):
 class ProcessEngine:
     """An engine in a child process. All methods belong to the event loop that called `start`."""
 
-    def __init__(self, role: Role, config: WorkerConfig, log: LogConfig, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        role: Role,
+        config: WorkerConfig,
+        log: LogConfig,
+        environ: Mapping[str, str],
+        max_backlog: int = MAX_BACKLOG,
+    ) -> None:
         self._setup = Setup(role.value, config.model_dump_json().encode(), log.model_dump_json().encode())
         self._environ = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(environ)  # torch's threads must not spin beside ours
         if config.engine.num_threads:
             self._environ["OMP_NUM_THREADS"] = str(config.engine.num_threads)
+        self._max_backlog = max_backlog
+        self._gave_up = False
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._process: subprocess.Popen[bytes] | None = None
@@ -84,12 +93,18 @@ class ProcessEngine:
                 env=self._environ,
             )
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
+        self._gave_up = False
         self.send(self._setup)
         self._task = asyncio.create_task(self._read(reader, on_message, on_death))
 
     def send(self, message: ToEngine) -> None:
-        if self._writer is not None:
-            self._writer.write(frame(self._encoder.encode(message)))
+        if self._writer is None or self._gave_up:
+            return
+        self._writer.write(frame(self._encoder.encode(message)))
+        if self._writer.transport.get_write_buffer_size() > self._max_backlog and self._process is not None:
+            log.error("the engine takes no messages and is ended", pid=self._process.pid)
+            self._gave_up = True
+            self._process.kill()
 
     def kill(self) -> None:
         if self._process is not None:

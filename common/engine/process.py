@@ -3,7 +3,8 @@
     Setup -> build (EngineProgress ...) -> EngineReady -> loop until Shutdown, end of the socket, or a fatal error
 
 One thread runs everything; the transport has threads of its own that never hold the GIL. When there is
-nothing to do the loop sleeps in poll() on the socket and on the transport's descriptor.
+nothing to do the loop sleeps in poll() on the socket and on the transport's descriptor. While the parent reads
+nothing and the channel is congested, messages are still taken, but no step is made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 from common.config import LogConfig, WorkerConfig
 from common.engine.build import BuiltEngine, build_engine
 from common.engine.channel import EngineChannel
-from common.engine.engine import sleep_until
+from common.engine.engine import IDLE_WAIT_S, sleep_until
 from common.engine.messages import EngineFatal, EngineProgress, Setup, Shutdown, ToEngine
 from common.errors import NanoDeployError
 from common.telemetry import configure_logging, get_logger
@@ -54,7 +55,7 @@ def main() -> int:
         channel.send([EngineFatal(Failure("internal", f"{type(error).__name__}: {error}"))])
         return 1
     try:
-        return _serve(built, channel, messages)
+        return serve(built, channel, messages)
     finally:
         built.close()
 
@@ -87,13 +88,17 @@ class _Beat:
             self._channel.send([EngineProgress("step", 0, 0)])
 
 
-def _serve(built: BuiltEngine, channel: EngineChannel, messages: list[ToEngine]) -> int:
+def serve(built: BuiltEngine, channel: EngineChannel, messages: list[ToEngine]) -> int:
+    """Run the engine until Shutdown or the channel's end; `messages` came before. Returns the exit code."""
     engine, clock = built.engine, built.clock
     while not channel.closed:
         for message in messages:
             if isinstance(message, Shutdown):
                 return 0
             engine.handle(message)
+        if channel.congested:
+            messages = channel.wait(IDLE_WAIT_S)
+            continue
         engine.step()
         channel.send(engine.drain())
         messages = channel.wait(sleep_until(engine, clock.now()))
