@@ -10,8 +10,10 @@ import torch
 from engine_support import Answer, Solo, greedy, llama, prompts, reference_tokens
 from transformers import AutoModelForCausalLM
 
-from common.engine.messages import Drain
-from common.types import EmbeddingHandle, FinishReason, SamplingParams
+from common.engine.messages import Deltas, Drain, PromptLogprobsOf, Submit
+from common.engine.outbox import Outbox
+from common.engine.requests import ModelLimits, Requests
+from common.types import ChoiceDelta, EmbeddingHandle, FinishReason, GenerationRequest, SamplingParams, TokenLogprobs
 
 __all__ = ["llama"]
 
@@ -172,6 +174,39 @@ def test_bad_requests_are_refused_by_name(
     assert answer.failure is not None
     assert answer.failure.code == code
     assert words in answer.failure.message
+
+
+def test_prompt_logprobs_that_no_message_can_hold_are_refused(solo: Solo) -> None:
+    """20 tokens with 3 alternatives take 20 * (4 + 3 * 9) bytes at most."""
+    parts, said = solo.decode.parts, Outbox()
+    limits = ModelLimits(b"m", 128, 512, frozenset(), 20, 8, max_prompt_logprobs_nbytes=620)
+    requests = Requests(limits, parts.scheduler, said, parts.clock)
+
+    def failures(num_tokens: int, top_n: int) -> list[str]:
+        asked = GenerationRequest(
+            request_id="r", model="m", prompt_token_ids=(5,) * num_tokens, sampling=greedy(1, prompt_logprobs=top_n)
+        )
+        requests.submit(Submit(1, asked))
+        requests.cancel(1, None)
+        deltas = [m for m in said.drain(0) if isinstance(m, Deltas)]
+        return [f.failure.message for m in deltas for f in m.failures]
+
+    assert failures(20, 3) == failures(100, 0) == []
+    assert failures(21, 3) == [
+        "prompt logprobs of 21 tokens with 3 alternatives would be a reply of up to 651 bytes; the limit is 620"
+    ]
+
+
+def test_each_prompts_logprobs_are_a_message_ahead_of_the_rows() -> None:
+    outbox = Outbox()
+    outbox.delta(1, ChoiceDelta(choice=0, position=0, token_ids=(7,)))
+    replies = [PromptLogprobsOf(slot, TokenLogprobs((-1.0,), 0, (), ())) for slot in (1, 2)]
+    for reply in replies:
+        outbox.prompt_logprobs(reply)
+    first, second, last = (m for m in outbox.drain(5) if isinstance(m, Deltas))
+    assert [first.prompt_logprobs, second.prompt_logprobs] == [(replies[0],), (replies[1],)]
+    assert (first.rows, second.rows, len(last.rows), last.prompt_logprobs) == ((), (), 1, ())
+    assert outbox.drain(6) == []
 
 
 def test_a_row_without_an_allowed_token_fails_alone(solo: Solo, llama: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from worker_support import ManualClock
 
-from common.engine.messages import Cancel, DeltaRow, Deltas, FailureOf
-from common.types import ChoiceDelta, Failure, FinishReason
+from common.engine.messages import Cancel, DeltaRow, Deltas, FailureOf, PromptLogprobsOf
+from common.rpc.codec import deltas_to_proto
+from common.types import ChoiceDelta, Failure, FinishReason, TokenLogprobs
 from services.decode_worker.streams import MAX_BACKLOG_ROWS, MAX_MESSAGE_ROWS, Link, Rows, Streams
 
 
@@ -231,3 +233,42 @@ async def test_many_rows_leave_in_several_messages_and_a_failure_after_them() ->
     assert second is not None
     assert (len(first.deltas), len(second.deltas)) == (MAX_MESSAGE_ROWS, 5)
     assert (first.failures, [f.message for _, f in second.failures]) == ([], ["gone"])
+
+
+@pytest.mark.parametrize("limit", [1, 10_000, 200_000, 1 << 20])
+async def test_large_prompt_logprobs_leave_apart_and_no_row_before_them(limit: int) -> None:
+    clock = ManualClock()
+    streams = Streams(lambda message: None, 30.0, clock, limit)
+    link, _, _ = streams.attach("r", [])
+    await rows_of(link)
+    num_tokens, top_n = 500, 20
+    prompt = TokenLogprobs((-1.0,) * num_tokens, top_n, (2**31 - 1,) * num_tokens * top_n, (-2.0,) * num_tokens * top_n)
+    slots = [streams.open("r", f"r{i}", range(1)).slot for i in range(6)]
+    asked, failed = slots[1:5], slots[5]
+    end = ChoiceDelta(choice=0, position=0, token_ids=(7,), finish=FinishReason.LENGTH)
+    streams.deliver(
+        Deltas(
+            1,
+            rows=tuple(DeltaRow(slot, end) for slot in slots[:5]),
+            failures=(FailureOf(failed, Failure("internal", "no")),),
+            prompt_logprobs=tuple(PromptLogprobsOf(slot, prompt) for slot in asked),
+        )
+    )
+    had: set[int] = set()
+    ended: list[int] = []
+    messages = 0
+    while link.rows:
+        rows = await rows_of(link)
+        assert rows is not None
+        messages += 1
+        nbytes = deltas_to_proto(rows.deltas, rows.failures, rows.stats, rows.prompt_logprobs).ByteSize()
+        assert nbytes < limit + 1000 or len(rows.prompt_logprobs) == 1
+        assert all(p == prompt for _, p in rows.prompt_logprobs)
+        had |= {slot for slot, _ in rows.prompt_logprobs}
+        assert all(slot in had for slot, _ in rows.deltas if slot in asked)
+        assert messages > 1 or slots[0] in [slot for slot, _ in rows.deltas], "others are not held up"
+        assert not rows.failures or not link.rows
+        ended += [slot for slot, _ in rows.deltas] + [slot for slot, _ in rows.failures]
+    assert had == set(asked)
+    assert sorted(ended) == slots
+    assert messages == {1: 4, 10_000: 4, 200_000: 2, 1 << 20: 1}[limit]

@@ -31,18 +31,14 @@ class Outbox:
         self._prompt_logprobs.append(row)
 
     def drain(self, step: int) -> list[FromEngine]:
-        """All messages since the last call, the step's deltas last."""
+        """All messages since the last call, the step's deltas last.
+
+        Prompt logprobs can be large: each of them is a message of its own, ahead of the rows that end its request.
+        """
         messages = self._messages
         self._messages = []
-        if self._rows or self._failures or self._stats or self._prompt_logprobs:
-            messages.append(
-                Deltas(
-                    step,
-                    tuple(self._rows),
-                    tuple(self._failures),
-                    tuple(self._stats),
-                    tuple(self._prompt_logprobs),
-                )
-            )
-            self._rows, self._failures, self._stats, self._prompt_logprobs = [], [], [], []
+        messages.extend(Deltas(step, prompt_logprobs=(row,)) for row in self._prompt_logprobs)
+        if self._rows or self._failures or self._stats:
+            messages.append(Deltas(step, tuple(self._rows), tuple(self._failures), tuple(self._stats)))
+        self._rows, self._failures, self._stats, self._prompt_logprobs = [], [], [], []
         return messages

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from common.engine.messages import PromptLogprobsOf, Submit
+from common.engine.messages import PromptLogprobsOf, Submit, prompt_logprobs_nbytes
 from common.engine.outbox import Outbox
 from common.engine.scheduler import Scheduler
 from common.engine.sequence import Phase, Request, Sequence
@@ -43,6 +43,7 @@ class ModelLimits:
     eos_ids: frozenset[int]
     max_waiting_seqs: int
     max_num_seqs: int
+    max_prompt_logprobs_nbytes: int = 56 << 20  # of one reply on the wire: gRPC's limit is 64 MiB
 
 
 class Requests:
@@ -296,6 +297,8 @@ class Requests:
                 f"and one of output (max_model_len {limits.max_model_len})",
                 param="prompt",
             )
+        if params.prompt_logprobs is not None:
+            self._check_prompt_logprobs(len(prompt), params.prompt_logprobs)
         if params.n > limits.max_num_seqs:
             raise InvalidRequestError(f"n is {params.n}; this worker runs {limits.max_num_seqs} at most", param="n")
         if params.seed is None:
@@ -313,6 +316,15 @@ class Requests:
                 continue
             if choice >= params.n or len(sent) >= params.max_tokens or len(prompt) + len(sent) >= limits.max_model_len:
                 raise InvalidRequestError(f"choice {choice} has nothing left to generate", param="sent")
+
+    def _check_prompt_logprobs(self, num_tokens: int, top_n: int) -> None:
+        nbytes, limit = prompt_logprobs_nbytes(num_tokens, top_n), self._limits.max_prompt_logprobs_nbytes
+        if nbytes > limit:
+            raise InvalidRequestError(
+                f"prompt logprobs of {num_tokens} tokens with {top_n} alternatives would be a reply of up to "
+                f"{nbytes} bytes; the limit is {limit}",
+                param="prompt_logprobs",
+            )
 
     def _check_ids(self, field: str, ids: Iterable[int]) -> None:
         vocab = self._limits.vocab_size

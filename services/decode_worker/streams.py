@@ -13,12 +13,13 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable
 
-from common.engine.messages import Cancel, Deltas
+from common.engine.messages import Cancel, Deltas, prompt_logprobs_nbytes
 from common.types import ChoiceDelta, Clock, Failure, RequestStats, TokenLogprobs
 from services.decode_worker.tokenlog import RequestLog
 
 GENERATE_PREFIX = "generate:"
-MAX_MESSAGE_ROWS = 4096  # keeps a message far below gRPC's limit
+MAX_MESSAGE_ROWS = 4096  # keeps the rows of a message far below gRPC's limit
+MAX_MESSAGE_NBYTES = 16 << 20  # of prompt logprobs in a message that holds more than one of them
 MAX_BACKLOG_ROWS = 65536  # a router that falls this far behind is cut off: it reattaches and reads from the log
 
 
@@ -34,11 +35,24 @@ class Rows:
     def __bool__(self) -> bool:
         return bool(self.deltas or self.failures or self.stats or self.prompt_logprobs)
 
-    def split(self) -> tuple[Rows, Rows]:
-        """What fits into a message, and the rest: failures come last."""
+    def split(self, max_nbytes: int = MAX_MESSAGE_NBYTES) -> tuple[Rows, Rows]:
+        """What fits into a message, and the rest: failures come last, and no row before its prompt's logprobs."""
         rest = Rows()
+        count, nbytes = 0, 0
+        for count, (_, logprobs) in enumerate(self.prompt_logprobs, 1):
+            nbytes += prompt_logprobs_nbytes(len(logprobs.token_logprobs), logprobs.top_n)
+            if nbytes > max_nbytes and count > 1:
+                count -= 1
+                break
+        self.prompt_logprobs, rest.prompt_logprobs = self.prompt_logprobs[:count], self.prompt_logprobs[count:]
+        if rest.prompt_logprobs:
+            late = {slot for slot, _ in rest.prompt_logprobs}
+            rest.deltas = [row for row in self.deltas if row[0] in late]
+            self.deltas = [row for row in self.deltas if row[0] not in late]
         if len(self.deltas) > MAX_MESSAGE_ROWS:
-            self.deltas, rest.deltas = self.deltas[:MAX_MESSAGE_ROWS], self.deltas[MAX_MESSAGE_ROWS:]
+            self.deltas, more = self.deltas[:MAX_MESSAGE_ROWS], self.deltas[MAX_MESSAGE_ROWS:]
+            rest.deltas = more + rest.deltas
+        if rest.deltas or rest.prompt_logprobs:
             self.failures, rest.failures = [], self.failures
         return self, rest
 
@@ -46,8 +60,9 @@ class Rows:
 class Link:
     """One router's (or one Generate call's) end of the traffic."""
 
-    def __init__(self, router_id: str) -> None:
+    def __init__(self, router_id: str, max_message_nbytes: int = MAX_MESSAGE_NBYTES) -> None:
         self.router_id = router_id
+        self._max_message_nbytes = max_message_nbytes
         self.max_rows = MAX_BACKLOG_ROWS
         self.attached = False
         self.generation = 0  # of the stream: an older stream of the same router ends when a newer one attaches
@@ -67,7 +82,7 @@ class Link:
         await self._wake.wait()
         if generation != self.generation:
             return None
-        rows, self._rows = self._rows.split()
+        rows, self._rows = self._rows.split(self._max_message_nbytes)
         if not self._rows:
             self._wake.clear()
         return rows
@@ -87,8 +102,15 @@ class Link:
 class Streams:
     """Owns the logs of all requests and the links of all routers."""
 
-    def __init__(self, send_cancel: Callable[[Cancel], None], reattach_s: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        send_cancel: Callable[[Cancel], None],
+        reattach_s: float,
+        clock: Clock,
+        max_message_nbytes: int = MAX_MESSAGE_NBYTES,
+    ) -> None:
         self._send_cancel = send_cancel
+        self._max_message_nbytes = max_message_nbytes
         self._reattach_s = reattach_s
         self._clock = clock
         self._logs: dict[int, RequestLog] = {}
@@ -249,6 +271,6 @@ class Streams:
     def _link(self, router_id: str) -> Link:
         link = self._links.get(router_id)
         if link is None:
-            link = self._links[router_id] = Link(router_id)
+            link = self._links[router_id] = Link(router_id, self._max_message_nbytes)
             link.detached_at = self._clock.now()
         return link
