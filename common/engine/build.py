@@ -21,7 +21,7 @@ from common.engine.requests import ModelLimits, Requests
 from common.engine.runner import ModelRunner
 from common.engine.sampler import Sampler
 from common.engine.scheduler import Scheduler, SchedulerLimits
-from common.engine.selftest import self_test
+from common.engine.selftest import MIN_MODEL_LEN, self_test
 from common.engine.sequence import Sequence
 from common.engine.supply import Supply, SupplyParts
 from common.errors import ConfigError
@@ -124,7 +124,7 @@ def build_engine(
     parts = assemble(config, layout, bases, limits, runner, transport, clock)
     progress("self-test", 0, 1)
     built = Engine(parts)
-    self_test(built, parts, transport, bases)
+    self_test(built, parts, transport, bases, max_model_len)
     ready = EngineReady(
         layout=layout,
         endpoints=(transport.endpoint(),),
@@ -219,6 +219,11 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len is {config.max_model_len}; the checkpoint allows {longest}", param="max_model_len"
+        )
+    if 0 < config.max_model_len < MIN_MODEL_LEN:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the least is {MIN_MODEL_LEN}, a prompt token and two of output",
+            param="max_model_len",
         )
     return config.max_model_len or longest
 
