@@ -161,7 +161,9 @@ def results(model: Path) -> Iterator[Results]:
 
 
 def waves(prompts: Sequence[Prompt]) -> list[list[tuple[int, Prompt]]]:
-    return [list(enumerate(prompts))[first::NUM_WAVES] for first in range(NUM_WAVES)]
+    """Each with its longest prompt first, then from the shortest on: in a tight pool these run beside it and grow."""
+    found = [list(enumerate(prompts))[first::NUM_WAVES] for first in range(NUM_WAVES)]
+    return [[wave[-1], *wave[:-1]] for wave in found]
 
 
 def run_cell(way: Way, cell: Cell, prompts: Sequence[Prompt], oracle: Oracle) -> None:
