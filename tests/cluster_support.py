@@ -76,13 +76,7 @@ class RunningCluster:
         return [p.transport for a in addresses for p in asyncio.run(fetch_status(a, 5.0)).peers]
 
     def ledgers(self) -> list[worker_pb2.GetLedgerResponse]:
-        async def ask(address: str) -> worker_pb2.GetLedgerResponse:
-            async with open_channel(address) as channel:
-                stub: Any = worker_pb2_grpc.WorkerServiceStub
-                request = worker_pb2.GetLedgerRequest(with_blocks=True)
-                return await call(stub(channel).GetLedger, request, timeout_s=5)
-
-        return [asyncio.run(ask(w.ref.address)) for w in self.workers()]
+        return asyncio.run(fetch_ledgers(self.state.controller))
 
     def is_idle(self) -> bool:
         """Nothing live, leased or in flight; free + cached is the pool. False while an engine is starting."""
@@ -108,6 +102,19 @@ class RunningCluster:
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
+
+
+async def fetch_ledgers(controller: str) -> list[worker_pb2.GetLedgerResponse]:
+    """Of every worker that is a member. Raises `UnavailableError` when one does not answer."""
+
+    async def ask(address: str) -> worker_pb2.GetLedgerResponse:
+        async with open_channel(address) as channel:
+            stub: Any = worker_pb2_grpc.WorkerServiceStub
+            request = worker_pb2.GetLedgerRequest(with_blocks=True)
+            return await call(stub(channel).GetLedger, request, timeout_s=5)
+
+    members = (await fetch_snapshot(controller, 5.0)).workers
+    return list(await asyncio.gather(*(ask(worker.ref.address) for worker in members)))
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float, what: str) -> float:

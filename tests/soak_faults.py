@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from cluster_support import RunningCluster
 
 from common.errors import NanoDeployError
+from common.rpc.admin import fetch_snapshot
 from common.types import WorkerInfo, WorkerState
 
 BACK_S = 60.0
@@ -64,13 +65,13 @@ def _related(one: str, other: str) -> bool:
 
 async def kill(cluster: RunningCluster, targets: Targets) -> Fault:
     """Kill and wait until the cluster is whole again; fails when it is not within `BACK_S`."""
-    epochs = _epochs(await asyncio.to_thread(cluster.workers))
+    epochs = _epochs((await fetch_snapshot(cluster.state.controller, 5.0)).workers)
     pids = [cluster.engine_pid(t.partition("/")[0]) if "/" in t else cluster.pid(t) for t in targets]
     at = time.time()
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     killed = dict(zip(targets, pids, strict=True))
-    while not await asyncio.to_thread(_is_back, cluster, killed, epochs):
+    while not await _is_back(cluster, killed, epochs):
         assert time.time() - at < BACK_S, f"{' and '.join(targets)} not back within {BACK_S} s"
         await asyncio.sleep(0.1)
     return Fault(targets, at, time.time())
@@ -80,15 +81,15 @@ def _epochs(workers: Iterable[WorkerInfo]) -> dict[str, int]:
     return {worker.ref.worker_id: worker.ref.epoch for worker in workers}
 
 
-def _is_back(cluster: RunningCluster, killed: dict[str, int], epochs: dict[str, int]) -> bool:
+async def _is_back(cluster: RunningCluster, killed: dict[str, int], epochs: dict[str, int]) -> bool:
     if any("/" not in target and cluster.pid(target) == pid for target, pid in killed.items()):
         return False
     try:
-        members = cluster.workers()
+        members = (await fetch_snapshot(cluster.state.controller, 5.0)).workers
     except NanoDeployError:
         return False
     now = _epochs(members)
     if now.keys() != epochs.keys() or any(worker.state is not WorkerState.READY for worker in members):
         return False
     anew = {target.partition("/")[0] for target in killed} & epochs.keys()
-    return all(now[worker] != epochs[worker] for worker in anew) and cluster.is_ready()
+    return all(now[worker] != epochs[worker] for worker in anew) and await asyncio.to_thread(cluster.is_ready)

@@ -25,13 +25,14 @@ from typing import Any
 import pytest
 import soak_report
 import tiny_models
-from cluster_support import RunningCluster, eventually, run_cluster
+from cluster_support import RunningCluster, fetch_ledgers, run_cluster
 from soak_book import Book, bad_questions, write_book
 from soak_client import Asker, Outcome, Tally, flood
 from soak_faults import Fault, Targets, kill, schedule
 from soak_watch import Watch, explained, read_logs
 
 from benchmarks import report
+from common.errors import NanoDeployError
 
 pytestmark = pytest.mark.soak
 
@@ -102,13 +103,23 @@ class Soak:
             self.floods += await flood(url, model, FLOOD, rng)
         finally:
             await asker.close()
-        self.quiet_s.append(await asyncio.to_thread(eventually, self._is_quiet, QUIET_S, f"quiet in round {number}"))
+        await self._until_quiet(number)
         await asyncio.sleep(0.5)
         await asyncio.to_thread(self.watch.look_quiet)
 
-    def _is_quiet(self) -> bool:
+    async def _until_quiet(self, number: int) -> None:
+        began = time.monotonic()
+        while not await self._is_quiet():
+            assert time.monotonic() - began < QUIET_S, f"not quiet within {QUIET_S} s in round {number}"
+            await asyncio.sleep(0.05)
+        self.quiet_s.append(time.monotonic() - began)
+
+    async def _is_quiet(self) -> bool:
         """Every worker answers, and each of its blocks is free or cached."""
-        ledgers = self.cluster.ledgers()
+        try:
+            ledgers = await fetch_ledgers(self.cluster.state.controller)
+        except NanoDeployError:
+            return False
         for group in (group for ledger in ledgers for group in ledger.groups):
             assert group.free + group.cached + group.live + group.leased + group.in_flight == group.total, group
             if group.free + group.cached != group.total:
@@ -185,21 +196,21 @@ def _soaking(name: str, tmp: Path, folder: Path, book: Book) -> Iterator[Soak]:
     assert not problems, f"{len(problems)} problems:\n" + "\n".join(problems[:40])
 
 
-def test_soak_of_a_mixed_load_leaves_nothing_and_grows_nothing(tmp_path: Path, folder: Path, book: Book) -> None:
+async def test_soak_of_a_mixed_load_leaves_nothing_and_grows_nothing(tmp_path: Path, folder: Path, book: Book) -> None:
     ends = time.monotonic() + SECONDS / 2
     with _soaking("load", tmp_path, folder, book) as soak:
         number = 0
         while time.monotonic() < ends:
-            asyncio.run(soak.round(number, max(4.0, SECONDS / 50)))
+            await soak.round(number, max(4.0, SECONDS / 50))
             number += 1
     assert all(soak.tally.totals[name] > 0 for name in ("transferred_tokens", "cached_tokens", "preemptions"))
 
 
-def test_soak_with_processes_killed_answers_right_or_says_so(tmp_path: Path, folder: Path, book: Book) -> None:
+async def test_soak_with_processes_killed_answers_right_or_says_so(tmp_path: Path, folder: Path, book: Book) -> None:
     ends = time.monotonic() + SECONDS / 2
     with _soaking("faults", tmp_path, folder, book) as soak:
         for number, killed in enumerate(schedule(random.Random(SEED), WORKERS, 1000)):
             if time.monotonic() > ends:
                 break
-            asyncio.run(soak.round(number, 10.0, killed))
-        asyncio.run(soak.round(len(soak.faults), 5.0))
+            await soak.round(number, 10.0, killed)
+        await soak.round(len(soak.faults), 5.0)
