@@ -11,7 +11,8 @@ from common.config.load import load
 from common.config.schema import ClusterConfig
 from common.errors import ConfigError
 from services.cli import plan as plan_module
-from services.cli.plan import MAX_KV_BYTES, MIN_KV_BYTES, ClusterRequest, Ports, build_plan
+from services.cli.plan import MAX_KV_BYTES, MIN_KV_BYTES, ClusterRequest, build_plan
+from services.cli.ports import Ports
 
 
 @pytest.fixture
@@ -27,7 +28,8 @@ def listener() -> Iterator[int]:
 def build(tmp_path: Path, base: ClusterConfig | None = None, **fields: object) -> plan_module.ClusterPlan:
     request = ClusterRequest(model="/models/m", port=0, **fields)  # type: ignore[arg-type]
     environ = {"PATH": "/bin", "NANODEPLOY_DECODE__PORT": "9", "NANODEPLOY_STATE_DIR": "/s"}
-    return build_plan(base or ClusterConfig(), request, tmp_path, Ports(), environ)
+    with Ports() as ports:
+        return build_plan(base or ClusterConfig(), request, tmp_path, ports, environ)
 
 
 def config_of(plan: plan_module.ClusterPlan, name: str) -> ClusterConfig:
@@ -108,8 +110,11 @@ def test_no_prefill_worker_is_the_plain_cluster(tmp_path: Path) -> None:
 
 def test_taken_port_is_an_error_that_names_it(tmp_path: Path, listener: int) -> None:
     request = ClusterRequest(model="/m", port=listener)
-    with pytest.raises(ConfigError, match=rf"port {listener} on 127\.0\.0\.1 is in use by .* \(pid \d+\)") as caught:
-        build_plan(ClusterConfig(), request, tmp_path, Ports(), {})
+    with (
+        Ports() as ports,
+        pytest.raises(ConfigError, match=rf"port {listener} on 127\.0\.0\.1 is in use by .* \(pid \d+\)") as caught,
+    ):
+        build_plan(ClusterConfig(), request, tmp_path, ports, {})
     assert "--port" in caught.value.message
 
 
@@ -139,9 +144,3 @@ def test_bad_values_name_the_flag(tmp_path: Path) -> None:
 def test_strange_host_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"host 'no\.such\.host\.invalid'"):
         build(tmp_path, host="no.such.host.invalid")
-
-
-def test_ports_are_never_given_twice() -> None:
-    ports = Ports()
-    given = [ports.take("127.0.0.1", 0) for _ in range(50)]
-    assert len(set(given)) == 50

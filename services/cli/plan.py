@@ -8,11 +8,9 @@ them, and N engines that each believe they own the machine make one another slow
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import os
 import platform
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ import services
 from common.config.load import to_yaml
 from common.config.schema import ClusterConfig, LogConfig, WorkerConfig
 from common.errors import ConfigError
+from services.cli.ports import Ports
 from services.cli.process import ServiceSpec
 
 S = TypeVar("S", bound=BaseModel)
@@ -57,57 +56,6 @@ class ClusterPlan:
     controller: str
     model: str
     files: Mapping[Path, str]  # generated config files, by path
-
-
-class Ports:
-    """Hands out ports that are free now: the wanted one, else any. Never the same twice."""
-
-    def __init__(self) -> None:
-        self._given: set[int] = set()
-
-    def take(self, host: str, wanted: int) -> int:
-        for port in (wanted, 0, 0, 0, 0):
-            found = _try_bind(host, port)
-            if found and found not in self._given:
-                self._given.add(found)
-                return found
-        raise ConfigError(f"no free TCP port on {host}")
-
-    def take_exactly(self, host: str, port: int, flag: str) -> int:
-        """Raises `ConfigError` that names who holds the port."""
-        if port and not _try_bind(host, port):
-            raise ConfigError(f"port {port} on {host} is in use{_holder(port)}: choose another {flag}", param="port")
-        return self.take(host, port)
-
-
-def _try_bind(host: str, port: int) -> int:
-    """The port bound (and let go again), 0 if it is in use. Raises `ConfigError` for a host that is not ours."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"host {host!r}: {error.strerror}", param="host") from None
-    with socket.socket(family, kind) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(address)
-        except PermissionError:
-            raise ConfigError(f"port {port} on {host} needs root: choose one above 1023", param="port") from None
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return 0
-            raise ConfigError(f"{host}:{port}: {error.strerror}", param="host") from None
-        bound: int = sock.getsockname()[1]
-        return bound
-
-
-def _holder(port: int) -> str:
-    try:
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and port in connection.laddr[1:2] and connection.pid:
-                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    except psutil.Error:
-        pass
-    return ""
 
 
 def num_cores() -> int:

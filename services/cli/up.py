@@ -30,7 +30,8 @@ from services.cli.demo_model import ensure_demo_model
 from services.cli.launcher import Launcher, LaunchOptions
 from services.cli.live import check_path, live_table, print_banner
 from services.cli.options import check_model_folder
-from services.cli.plan import ClusterRequest, Ports, build_plan
+from services.cli.plan import ClusterRequest, build_plan
+from services.cli.ports import Ports
 from services.cli.probe import Answer
 from services.cli.process import kill_service, tail
 from services.cli.report import Report
@@ -74,25 +75,26 @@ def launch_detached(path: Path, console: Console) -> int:
 async def _run(
     folder: StateFolder, base: ClusterConfig, request: ClusterRequest, options: UpOptions, console: Console
 ) -> int:
-    plan = build_plan(base, request, folder.path, Ports(), os.environ)
-    console.print(f"Starting cluster [bold]{folder.name}[/bold] with {plan.model}", highlight=False)
+    with Ports() as ports:
+        plan = build_plan(base, request, folder.path, ports, os.environ)
+        console.print(f"Starting cluster [bold]{folder.name}[/bold] with {plan.model}", highlight=False)
 
-    def path_taken(answer: Answer) -> str:
-        return check_path(answer, request.num_prefill)
+        def path_taken(answer: Answer) -> str:
+            return check_path(answer, request.num_prefill)
 
-    async def when_ready() -> None:
-        print_banner(plan, console)
-        await live_table(plan.controller, console)
+        async def when_ready() -> None:
+            print_banner(plan, console)
+            await live_table(plan.controller, console)
 
-    launcher = Launcher(
-        folder,
-        plan,
-        LaunchOptions(version=nanodeploy.__version__, ready_timeout_s=options.ready_timeout_s),
-        Report(console),
-        path_taken,
-        when_ready,
-    )
-    return await launcher.run()
+        launcher = Launcher(
+            folder,
+            plan,
+            LaunchOptions(version=nanodeploy.__version__, ready_timeout_s=options.ready_timeout_s),
+            Report(console),
+            path_taken,
+            when_ready,
+        )
+        return await launcher.run()
 
 
 def resolve_model(model: str, console: Console) -> str:

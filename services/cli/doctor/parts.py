@@ -10,7 +10,8 @@ from pathlib import Path
 
 from common.errors import NanoDeployError
 from services.cli.doctor.finding import Finding, fail, note, ok, skip
-from services.cli.plan import Ports, valkey_server
+from services.cli.plan import valkey_server
+from services.cli.ports import Ports
 from services.cli.process import ServiceProcess, ServiceSpec, tail
 
 START_LIMIT_S = 10.0
@@ -30,8 +31,8 @@ def native() -> Finding:
 async def storage() -> Finding:
     """Valkey from the wheel starts and answers."""
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        port = Ports().take("127.0.0.1", 0)
+    with tempfile.TemporaryDirectory() as folder, Ports() as ports:
+        port = ports.take("127.0.0.1", 0)
         log = Path(folder) / "valkey.log"
         argv = (str(valkey_server()), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder)
         spec = ServiceSpec(
