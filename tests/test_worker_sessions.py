@@ -42,6 +42,7 @@ class Owner(prefill_pb2_grpc.PrefillServiceServicer):
         self.error: NanoDeployError | None = None
         self.sessions = 0
         self.epoch = 77
+        self.strict = False
         self.port = 0
 
     async def Session(self, request_iterator: Any, context: Any) -> AsyncIterator[prefill_pb2.SessionResponse]:  # noqa: N802
@@ -53,6 +54,8 @@ class Owner(prefill_pb2_grpc.PrefillServiceServicer):
         async for first in request_iterator:
             self.received.append(first)
             break
+        if self.strict and self.received[-1].hello.expected_epoch != self.epoch:
+            raise UnavailableError("this is another epoch of the worker")
         yield codec.welcome_to_proto(codec.Welcome(self.ref, ready.layout, ready.endpoints, 5.0))
         reader = asyncio.create_task(self._read(request_iterator))
         try:
@@ -167,6 +170,28 @@ async def test_requests_that_meet_a_new_epoch_together_open_one_session(decode: 
         assert await asyncio.gather(*asked) == [peer] * 4
         assert (await worker.engine.got(PeerGone)).peer == old
         assert owner.sessions == 2
+
+
+async def test_a_router_that_names_an_old_epoch_disturbs_nobody(decode: tuple[ScriptedWorker, Client]) -> None:
+    """It has not heard of the restart yet: its request runs here, those of the new epoch's session go on."""
+    worker, client = decode
+    async with owner_server() as owner:
+        owner.strict = True
+        earlier = owner.ref
+        owner.epoch += 2
+        peer = await ready_session(worker, client, owner)
+        worker.engine.say(order(peer))
+        await eventually(lambda: "prefill" in owner.kinds())
+        for _ in range(3):
+            await client.submit(prefill=earlier)
+            assert worker.engine.sent[-1].prefill == 0
+        assert await worker.part._sessions.ensure(owner.ref) == peer
+        assert [m.peer for m in worker.engine.sent if isinstance(m, PeerGone)] == [peer + 1], "the old epoch's alone"
+        owner.to_say.put_nowait(codec.order_event_to_proto(OrderAccepted(9, 3, 0)))
+        assert (await worker.engine.got(PeerEvent)).peer == peer
+        (status,) = worker.part.peers()
+        assert (status.state, status.peer.epoch) == ("ready", owner.epoch)
+        assert owner.sessions == 2, "the refused one is not tried again at once"
 
 
 async def test_an_engine_that_died_takes_its_sessions_along(decode: tuple[ScriptedWorker, Client]) -> None:

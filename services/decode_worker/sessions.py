@@ -5,6 +5,10 @@
     LOST, REFUSED -> CONNECTING                     at the next request, after a back-off
 
 A session gets a new peer number each time, so nothing late of an old one can be taken for the new one's.
+
+A session is with one epoch of a worker. Routers learn of a restart at different times, and an epoch does not tell
+which of two is newer: the worker does, it turns the other away. So a request that names another epoch gets a session
+beside the one there is, and only one that becomes READY ends the others.
 """
 
 from __future__ import annotations
@@ -70,7 +74,7 @@ class PrefillSessions:
         self._send = send
         self._clock = clock
         self._numbers = itertools.count(1)
-        self._by_worker: dict[str, Session] = {}
+        self._sessions: dict[tuple[str, int], Session] = {}  # by worker and its epoch
         self._by_peer: dict[int, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -79,12 +83,10 @@ class PrefillSessions:
 
         Only the first attempt with a worker is waited for: while a lost one is tried again, requests go on.
         """
-        session = self._by_worker.get(ref.worker_id)
-        if session is None or session.ref.epoch != ref.epoch:
-            if session is not None:
-                self._end(session, "the worker has a new epoch")
+        session = self._sessions.get((ref.worker_id, ref.epoch))
+        if session is None:
             self._forget_old()
-            session = self._by_worker[ref.worker_id] = Session(ref)
+            session = self._sessions[ref.worker_id, ref.epoch] = Session(ref)
         if session.task is None:
             if self._clock.now() < session.retry_at:
                 return 0
@@ -117,23 +119,30 @@ class PrefillSessions:
         if verdict.state == "ready":
             session.state, session.failures = "ready", 0
             session.settled.set()
+            self._end_others(session)
         else:
             session.state = verdict.state
             if session.task is not None:
                 session.task.cancel()
 
     def statuses(self) -> list[Session]:
-        return list(self._by_worker.values())
+        """One of each worker: the ready one, else the last that was asked for."""
+        shown: dict[str, Session] = {}
+        for session in self._sessions.values():
+            before = shown.get(session.ref.worker_id)
+            if before is None or before.state != "ready":
+                shown[session.ref.worker_id] = session
+        return list(shown.values())
 
     def reset(self, reason: str) -> None:
         """Our engine died, and with it all it had connected to: sessions start anew when asked for."""
-        for session in self._by_worker.values():
+        for session in self._sessions.values():
             self._end(session, reason)
 
     async def close(self, reason: str = "shutting down") -> None:
         self.reset(reason)
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._by_worker.clear()
+        self._sessions.clear()
 
     def _open(self, session: Session) -> None:
         session.peer = next(self._numbers)
@@ -149,6 +158,13 @@ class PrefillSessions:
         if session.task is not None:
             session.detail = reason
             session.task.cancel()
+
+    def _end_others(self, ready: Session) -> None:
+        """The worker took this epoch for its own: sessions with its earlier ones are over."""
+        for key, session in list(self._sessions.items()):
+            if session.ref.worker_id == ready.ref.worker_id and session is not ready:
+                del self._sessions[key]
+                self._end(session, "the worker has a new epoch")
 
     def _ended(self, session: Session, task: asyncio.Task[None]) -> None:
         """A session is over; whatever ended it, the engine hears of it once."""
@@ -176,9 +192,9 @@ class PrefillSessions:
 
     def _forget_old(self) -> None:
         now = self._clock.now()
-        for session in list(self._by_worker.values()):
+        for key, session in list(self._sessions.items()):
             if session.task is None and now - session.retry_at > FORGET_S:
-                del self._by_worker[session.ref.worker_id]
+                del self._sessions[key]
 
     async def _converse(self, session: Session) -> None:
         """One session from hello to its end."""
