@@ -1,4 +1,7 @@
-"""Engines in processes of their own, KV moved between them by UCX: identity, death and restart."""
+"""Engines in processes of their own, KV moved between them by UCX: identity, death and restart.
+
+Starting an engine costs seconds of CPU, so tests share them; what a test leaves behind is said at its fixture.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import pytest_asyncio
 from engine_support import Answer, Answers, greedy, llama, prompts, reference_tokens
 
 from common.config import EngineConfig, HandoffConfig, LogConfig, UcxConfig, WorkerConfig
@@ -33,6 +37,8 @@ from common.kvtransfer.orders import DropOrder, PeerVerdict, PlaceOrder, Release
 from common.types import GenerationRequest, Role, SamplingParams, WorkerRef
 
 __all__ = ["llama"]
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 COUNT = 12
 PEER, READER = 1, 1
@@ -138,12 +144,22 @@ class Cluster:
             self.decode.client.send(PeerEvent(PEER, message.event))
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(llama: Path) -> AsyncIterator[Cluster]:
+    """The last test that uses it kills the prefill engine."""
     made = Cluster(llama)
     await made.start()
     yield made
     await made.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(llama: Path) -> AsyncIterator[Engine]:
+    """Killed by one test and started again; the last one that uses it ends it."""
+    made = Engine(Role.DECODE, llama)
+    await made.start()
+    yield made
+    await made.client.stop(5)
 
 
 async def test_tokens_handed_over_by_ucx_equal_transformers(cluster: Cluster, llama: Path) -> None:
@@ -161,8 +177,9 @@ async def test_tokens_handed_over_by_ucx_equal_transformers(cluster: Cluster, ll
 
 async def test_a_killed_prefill_engine_is_invisible_to_the_client(cluster: Cluster, llama: Path) -> None:
     (prompt,) = prompts(41, (400,))
-    answer = cluster.submit(1, prompt, greedy(COUNT))
-    await cluster.prefill.until(lambda: cluster.extents)
+    before = cluster.extents
+    answer = cluster.submit(9, prompt, greedy(COUNT))
+    await cluster.prefill.until(lambda: cluster.extents > before)
     os.kill(cluster.prefill.client.pid, signal.SIGKILL)
     await cluster.prefill.until(lambda: cluster.prefill.deaths)
     cluster.decode.client.send(PeerGone(PEER, "killed"))
@@ -172,9 +189,7 @@ async def test_a_killed_prefill_engine_is_invisible_to_the_client(cluster: Clust
     await cluster.decode.idle_ledger()
 
 
-async def test_a_dead_engine_is_reported_once_and_can_be_started_again(llama: Path) -> None:
-    engine = Engine(Role.DECODE, llama)
-    await engine.start()
+async def test_a_dead_engine_is_reported_once_and_can_be_started_again(engine: Engine) -> None:
     first = engine.client.pid
     os.kill(first, signal.SIGKILL)
     await engine.until(lambda: engine.deaths)
@@ -185,7 +200,6 @@ async def test_a_dead_engine_is_reported_once_and_can_be_started_again(llama: Pa
     assert engine.ready is not None
     assert engine.client.pid != first
     assert engine.deaths == []
-    await engine.client.stop(5)
 
 
 async def test_a_bad_checkpoint_ends_in_one_clear_message(tmp_path: Path) -> None:
@@ -196,9 +210,7 @@ async def test_a_bad_checkpoint_ends_in_one_clear_message(tmp_path: Path) -> Non
     await engine.until(lambda: engine.deaths)
 
 
-async def test_an_engine_ends_with_its_parent(llama: Path) -> None:
-    engine = Engine(Role.DECODE, llama)
-    await engine.start()
+async def test_an_engine_ends_with_its_parent(engine: Engine) -> None:
     assert engine.client._writer is not None
     engine.client._writer.close()
     await asyncio.to_thread(engine.client._process.wait, 10)  # type: ignore[union-attr]
