@@ -69,6 +69,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 STEP_S = 0.0016  # 64 streams: 40,000 tokens a second are offered
+LENGTH = types_pb2.FINISH_REASON_LENGTH
+UNFINISHED = types_pb2.FINISH_REASON_UNSPECIFIED
 MAX_LAG_S = 0.02  # steps that came late are made up for, up to this
 POLL_S = 0.005
 PROMPT_REPEATS = 6  # about 100 tokens
@@ -158,7 +160,7 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer, controller_pb2_grpc.Controll
             choices=zeros,
             positions=positions,
             num_tokens=[1] * len(slots),
-            finish_reasons=[2 if end else 0 for end in ends],
+            finish_reasons=[LENGTH if end else UNFINISHED for end in ends],
             stop_token_ids=zeros,
             token_ids=[answer[position % size] for position in positions],
             stats=stats,
@@ -180,8 +182,9 @@ async def serve_worker(port: int, folder: Path) -> None:
     info = WorkerInfo(ref=ref, role=Role.DECODE, state=WorkerState.READY, model=model, max_num_seqs=256)
     server = grpc.aio.server()
     worker = Worker(info, tokenizer.encode(TEXT).ids)
-    decode_pb2_grpc.add_DecodeServiceServicer_to_server(worker, server)
-    controller_pb2_grpc.add_ControllerServiceServicer_to_server(worker, server)
+    stubs: Any = (decode_pb2_grpc, controller_pb2_grpc)
+    stubs[0].add_DecodeServiceServicer_to_server(worker, server)
+    stubs[1].add_ControllerServiceServicer_to_server(worker, server)
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     await server.wait_for_termination()

@@ -41,6 +41,10 @@ class Connection(Protocol):
         """Whether what was written waits for the client."""
         ...
 
+    def join_next(self) -> None:
+        """The next write leaves with the one after it."""
+        ...
+
     def write_chunk(self, data: bytes) -> None:
         """A part of the body of a chunked answer that has begun; nothing if the connection is gone."""
         ...
@@ -119,12 +123,14 @@ class Exchange:
         sent = [_JSON, length, *self.headers, *headers]
         if not self._complete and self._scope["method"] == "POST":
             sent.append((b"connection", b"close"))  # the rest of the body is not wanted
+        self._connection.join_next()
         await self._send({"type": "http.response.start", "status": status, "headers": sent})
         await self._send({"type": "http.response.body", "body": payload})
 
     async def begin(self) -> None:
         """The head of a stream of events."""
         self.streaming = True
+        self._connection.join_next()
         await self._send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self.headers]})
 
     def write(self, events: bytes) -> bool:

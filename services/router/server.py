@@ -37,6 +37,37 @@ _KEEPALIVE_PROBES: Final = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_K
 _log = get_logger(__name__)
 
 
+class _Transport:
+    """A connection's transport that can let an answer's head wait for what follows it: one write instead of two."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._joins = False
+        self._held = b""
+        self.is_closing = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def join_next(self) -> None:
+        """What is written next leaves together with the write after it."""
+        self._joins = True
+
+    def write(self, data: bytes) -> None:
+        if self._joins:
+            self._joins, self._held = False, data
+        elif self._held:
+            held, self._held = self._held, b""
+            self._transport.write(held + data)
+        else:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        if self._held:
+            self.write(b"")
+        self._transport.close()
+
+
 class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's, with limits on a request's head, probes for dead peers, and `exchange.Connection`."""
 
@@ -48,7 +79,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _in_head = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        made: Any = _Transport(transport)
+        super().connection_made(made)
+        self.join_next: Callable[[], None] = made.join_next
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
