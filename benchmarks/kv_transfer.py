@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -53,6 +54,7 @@ BLOCK = LAYERS * PARTS * UNITS * RUN
 SIZES = (1, 4, 16, 64, 256)
 LANES = {"posix": "posix,cma,self,tcp", "cma": "cma,self,tcp", "tcp": "self,tcp"}
 RESULTS = ROOT / "benchmarks" / "results"
+READ_S, OWNER_S = 60, 120
 Bytes = NDArray[np.uint8]
 
 
@@ -94,6 +96,13 @@ def own(pipe: Connection, lane: str, core: int, nbytes: int) -> None:
     transport.close()
 
 
+def heard(pipe: Connection) -> Any:
+    """What the owner says next."""
+    if not pipe.poll(OWNER_S):
+        raise SystemExit(f"the owner has said nothing for {OWNER_S} s")
+    return pipe.recv()
+
+
 def timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
@@ -103,7 +112,8 @@ def timed(call: Callable[[], object]) -> float:
 def read(transport: UcxTransport, peer: int, pieces: list[ReadPiece], checks: list[DigestCheck]) -> None:
     transport.read(peer, 1, pieces, checks)
     while not (events := transport.poll()):
-        select.select([transport.wakeup_fd], [], [], 60)
+        if not select.select([transport.wakeup_fd], [], [], READ_S)[0]:
+            raise SystemExit(f"a read has not ended within {READ_S} s")
     result = events[0]
     if not isinstance(result, ReadResult) or result.status is not ReadStatus.OK:
         raise SystemExit(f"the read failed: {result}")
@@ -115,7 +125,8 @@ def measure(lane: str, cores: tuple[int, int], sizes: tuple[int, ...], seconds: 
     pipe, theirs = context.Pipe()
     owner = context.Process(target=own, args=(theirs, lane, cores[1], largest), daemon=True)
     owner.start()
-    endpoint = pipe.recv()
+    theirs.close()
+    endpoint = heard(pipe)
     transport = make_transport(lane)
     address = transport.allocate("full", largest)
     target, source = bytes_at(address, largest), np.full(largest, 3, np.uint8)
@@ -133,7 +144,7 @@ def measure(lane: str, cores: tuple[int, int], sizes: tuple[int, ...], seconds: 
         until = time.monotonic() + seconds
         while time.monotonic() < until or len(copies) < 5:
             pipe.send(num_blocks)
-            digests, spent = pipe.recv()
+            digests, spent = heard(pipe)
             published.append(spent)
             checks = [check(address, b, u, digests[b * UNITS + u]) for b in range(num_blocks) for u in range(UNITS)]
             copies.append(timed(lambda n=nbytes: np.copyto(target[:n], source[:n])))  # type: ignore[misc]

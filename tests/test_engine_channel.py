@@ -131,3 +131,25 @@ async def test_an_engine_that_takes_nothing_is_ended(llama: Path) -> None:
     await asyncio.wait_for(ended.wait(), 20)
     assert "SIGKILL" in deaths[0]
     assert not client.alive
+
+
+async def test_an_engine_that_cannot_be_ended_is_still_reported(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one in an uninterruptible call of a driver: it closed its socket, and no signal ends it."""
+    monkeypatch.setattr("common.engine.client.EXIT_S", 0.1)
+    monkeypatch.setattr("common.engine.client.KILL_S", 0.1)
+    config = WorkerConfig(engine=EngineConfig(model=str(llama), dtype="float32", num_threads=1))
+    client = ProcessEngine(Role.DECODE, config, LogConfig(), os.environ)
+    deaths: list[str] = []
+    await client.start(lambda message: None, deaths.append)
+    process, task = client._process, client._task
+    assert process is not None
+    assert task is not None
+    monkeypatch.setattr(process, "kill", lambda: None)
+    os.kill(process.pid, signal.SIGSTOP)
+    assert client._writer is not None
+    client._writer.close()
+    await asyncio.wait_for(task, 10)
+    await asyncio.wait_for(client.stop(0.1), 10)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+    assert deaths == [f"engine process {process.pid} went silent and cannot be ended"]

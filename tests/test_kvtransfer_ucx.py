@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -367,6 +368,23 @@ def test_disconnect_fences_outstanding_reads(owner: Owner, transport: UcxTranspo
     transport.read(again, 1, [piece(local, "full", 0, 0, size)], [])
     assert only(wait_for(transport, 1)).status is ReadStatus.OK
     np.testing.assert_array_equal(local, owner.memory["full"])
+
+
+def test_a_read_from_a_peer_that_was_stopped_ends_by_disconnect() -> None:
+    """The owner's part in a read over TCP is its own thread: stopped, it neither answers nor dies."""
+    with running("tcp", {"full": 8 * MIB}) as owner, closing(make_transport("tcp")) as transport:
+        local = allocate(transport, "full", 8 * MIB)
+        peer = transport.connect(owner.endpoint)
+        transport.read(peer, 1, [piece(local, "full", 0, 0, 8 * MIB)], [])
+        assert only(wait_for(transport, 1)).status is ReadStatus.OK
+        os.kill(owner.process.pid, signal.SIGSTOP)
+        transport.read(peer, 2, [piece(local, "full", 0, 0, 8 * MIB)], [])
+        assert wait_for(transport, 1, timeout_s=0.5) == []
+        before = time.monotonic()
+        transport.disconnect(peer)
+        assert only(wait_for(transport, 1)).status is ReadStatus.FENCED
+        assert time.monotonic() - before < 5
+        owner.kill()
 
 
 # -- what peers may send ------------------------------------------------------------------------------

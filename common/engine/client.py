@@ -30,6 +30,7 @@ from common.types import Role
 log = get_logger(__name__)
 
 EXIT_S = 5  # from the end of its messages to the end of its process
+KILL_S = 10  # from SIGKILL to the end of its process
 
 
 class EngineClient(Protocol):
@@ -118,8 +119,9 @@ class ProcessEngine:
         try:
             await asyncio.wait_for(asyncio.to_thread(process.wait, timeout_s), timeout_s + 1)
         except (subprocess.TimeoutExpired, TimeoutError):
-            process.kill()
-            await asyncio.to_thread(process.wait, 10)
+            if not await _killed(process):
+                log.error("the engine process cannot be ended", pid=process.pid)
+                return
         if task is not None:
             await task
 
@@ -153,10 +155,20 @@ class ProcessEngine:
         try:
             code = await asyncio.to_thread(process.wait, EXIT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            await asyncio.to_thread(process.wait, 10)
+            if not await _killed(process):
+                return f"engine process {process.pid} went silent and cannot be ended"
             return f"engine process {process.pid} went silent and was ended after {EXIT_S} s"
         return f"engine process {process.pid} ended with {_exit_name(code)}"
+
+
+async def _killed(process: subprocess.Popen[bytes]) -> bool:
+    """False if the kernel does not let go of it: a driver that hangs must not hang us as well."""
+    process.kill()
+    try:
+        await asyncio.to_thread(process.wait, KILL_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _exit_name(code: int) -> str:
