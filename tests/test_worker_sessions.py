@@ -207,6 +207,20 @@ async def test_an_engine_that_died_takes_its_sessions_along(decode: tuple[Script
         assert owner.sessions == 2
 
 
+async def test_a_session_that_its_owner_ends_leaves_no_task_behind(decode: tuple[ScriptedWorker, Client]) -> None:
+    worker, client = decode
+
+    def writers() -> list[str]:
+        return [name for task in asyncio.all_tasks() if "_consume_request_iterator" in (name := repr(task.get_coro()))]
+
+    async with owner_server() as owner:
+        await ready_session(worker, client, owner)
+        assert len(writers()) == 1
+        owner.to_say.put_nowait(None)
+        await worker.engine.got(PeerGone)
+        await eventually(lambda: not writers())
+
+
 async def test_a_silent_peer_is_lost(decode: tuple[ScriptedWorker, Client], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sessions_module, "PING_S", 0.05)
     monkeypatch.setattr(sessions_module, "SILENCE_S", 0.2)

@@ -199,6 +199,7 @@ class PrefillSessions:
     async def _converse(self, session: Session) -> None:
         """One session from hello to its end."""
         me, layout = self._identity()
+        outgoing = session.outgoing
         async with open_channel(session.ref.address) as channel:
             stub: Any = pb_grpc
             call = stub.PrefillServiceStub(channel).Session(self._requests(session, me, layout))
@@ -210,6 +211,7 @@ class PrefillSessions:
             finally:
                 watchdog.cancel()
                 call.cancel()
+                outgoing.put_nowait(None)  # of a call that the peer ended, gRPC would wait for messages for ever
 
     async def _requests(self, session: Session, me: WorkerRef, layout: KVLayout) -> AsyncIterator[pb.SessionRequest]:
         yield codec.hello_to_proto(codec.Hello(me, layout, self._config.transports, session.ref.epoch))
