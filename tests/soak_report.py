@@ -43,6 +43,7 @@ def growth_rows(growths: Sequence[Growth]) -> list[dict[str, Any]]:
             "descriptors": [growth.before.descriptors, growth.after.descriptors],
             "threads": [growth.before.threads, growth.after.threads],
             "judged": growth.judged,
+            "quiet_rss_mb": growth.quiet_rss_mb,
         }
         for growth in sorted(growths, key=lambda g: (g.name, g.before.at_s))
     ]
@@ -64,7 +65,7 @@ def _markdown(path: Path, title: str, result: dict[str, Any]) -> str:
         _table(["", ""], [[name, value] for name, value in {**result["environment"], **figures}.items()]),
         "Requests, by what was asked and how it ended:",
         _table(["kind", *results], requests),
-        "Processes at quiet points, the most in the first quarter of a life -> its end:",
+        "Processes at quiet points, the most in the first quarter of a life (40 s at least) -> its end:",
         _table(
             ["process", "seconds", "RSS MB", "descriptors", "threads", "judged"],
             [

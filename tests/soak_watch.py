@@ -1,7 +1,8 @@
 """What a cluster's processes hold over time, and what its logs say: RSS, descriptors, threads, errors.
 
 A process is judged by its own life: what it holds at quiet points, nothing being asked, in the first quarter of its
-life against the end of it. Lives of less than `MIN_LIFE_S` are shown and not judged.
+life (`WARM_S` at least: pools, caches and the allocator fill up) against the end of it. Lives of less than `MIN_LIFE_S`
+are shown and not judged.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import psutil
 from cluster_support import RunningCluster
 
 PERIOD_S = 1.0
-MIN_LIFE_S = 60.0
-MAX_RSS_MB, MAX_RSS_SHARE = 6.0, 0.04  # of growth: the larger of the two
+MIN_LIFE_S, WARM_S = 100.0, 40.0
+MAX_RSS_MB, MAX_RSS_SHARE = 8.0, 0.04  # of growth: the larger of the two
 MAX_DESCRIPTORS, MAX_THREADS = 3, 2
 _UCX_STAMP = re.compile(r"\[(\d{10}\.\d+)\]")
 
@@ -53,6 +54,7 @@ class Growth:
     before: Holding  # the most of each in the first quarter
     after: Holding
     judged: bool
+    quiet_rss_mb: tuple[float, ...]
 
     @property
     def faults(self) -> list[str]:
@@ -136,7 +138,7 @@ def _growth(life: Life) -> Growth | None:
     if not life.quiet:
         return None
     began, ended = life.looks[0].at_s, life.quiet[-1].at_s
-    first = [held for held in life.quiet if held.at_s <= began + (ended - began) / 4]
+    first = [held for held in life.quiet if held.at_s <= began + max((ended - began) / 4, WARM_S)]
     first = first or life.quiet[:1]
     before = Holding(
         first[-1].at_s,
@@ -145,7 +147,8 @@ def _growth(life: Life) -> Growth | None:
         max(held.threads for held in first),
     )
     judged = ended - began >= MIN_LIFE_S and len(life.quiet) > len(first)
-    return Growth(life.name, life.pid, ended - began, before, life.quiet[-1], judged)
+    rss = tuple(round(held.rss_mb, 1) for held in life.quiet)
+    return Growth(life.name, life.pid, ended - began, before, life.quiet[-1], judged, rss)
 
 
 # -- logs ---------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ FLOOD = 200
 QUIET_S = 2.0
 SETTLED_S = 6.0  # longer than leases and detached requests live, below
 LEASE_S = 4.0
+SEGMENTS = Path("/dev/shm")  # a killed process leaves none of its shared memory
 WORKERS = ["prefill-0", "prefill-1", "decode-0", "decode-1"]
 WORKER: dict[str, Any] = {"reattach_s": LEASE_S, "drain_grace_s": 5.0}
 ENGINE: dict[str, Any] = {
@@ -179,6 +180,7 @@ def _soaking(name: str, tmp: Path, folder: Path, book: Book) -> Iterator[Soak]:
     """A soak to drive; afterwards its table is written, and nothing may have been amiss."""
     environment = report.environment("torch", "grpcio", "libucx-cu13", model="3 layers, random, float32")
     flags = ("--prefill", "2", "--decode", "2")
+    segments = set(SEGMENTS.glob("ucx_*"))
     with run_cluster(tmp, folder, *flags, worker=WORKER, **ENGINE) as cluster:
         with Watch(cluster) as watch:
             soak = Soak(cluster, book, watch)
@@ -193,6 +195,7 @@ def _soaking(name: str, tmp: Path, folder: Path, book: Book) -> Iterator[Soak]:
         soak_report.write(path, title, soak.result(environment, logs), watch.lives)
         print(path.with_suffix(".md").read_text())
         problems = soak.problems(logs)
+    problems += [f"left in {SEGMENTS}: {path.name}" for path in set(SEGMENTS.glob("ucx_*")) - segments]
     assert not problems, f"{len(problems)} problems:\n" + "\n".join(problems[:40])
 
 
