@@ -232,12 +232,21 @@ async def test_the_prefill_worker_is_named(tmp_path: Path) -> None:
 
 
 async def test_a_stopping_router_cancels_what_it_has(tmp_path: Path) -> None:
-    async with cluster(tmp_path, say(LONG, delay_s=0.05)) as made:
+    async with cluster(tmp_path, say(LONG, delay_s=0.05), drain_grace_s=0.1) as made:
         task = asyncio.create_task(streamed(made))
         worker = await working(made)
-        await made.router.stop(grace_s=0.1)
+        await made.router.stop()
         assert (await task)[1]["error"]["code"] == "service_unavailable"
         assert worker.entries[1].cancelled_at
+
+
+async def test_a_stopping_router_lets_what_it_has_finish(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say(LONG, delay_s=0.01), drain_grace_s=10.0) as made:
+        task = asyncio.create_task(streamed(made))
+        worker = await working(made)
+        await made.router.stop()
+        assert (await task)[0] == LONG
+        assert not worker.entries[1].cancelled_at
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from kvtransfer_support import region, small_layout, tail_region
 from wire_support import order
-from worker_support import ScriptedWorker, engine_load, scripted
+from worker_support import ManualClock, ScriptedWorker, engine_load, scripted
 
 from common.engine.messages import ReaderEvent, ReaderGone
 from common.errors import InvalidRequestError, LayoutMismatchError, NanoDeployError, UnavailableError
@@ -97,11 +97,12 @@ async def test_a_session_brings_orders_in_and_events_out(prefill: Prefill) -> No
         worker.engine.say(ReaderEvent(placed.peer, event))
     worker.engine.say(ReaderEvent(placed.peer + 1, OrderAccepted(9, 3, 0)))
     assert [codec.order_event_from_proto(await reader.read(), small_layout()) for _ in events] == events
-    assert worker.part.num_active() == 0
+    assert worker.part.num_active() == 1  # it has yet to read
     await reader.write(release=prefill_pb2.LeaseRelease(lease_id=1234))
     await reader.write(cancel=prefill_pb2.PrefillCancel(order_id=9))
     assert await worker.engine.got(ReleaseLease) == ReleaseLease(placed.peer, 1234)
     assert await worker.engine.got(DropOrder) == DropOrder(placed.peer, 9)
+    assert worker.part.num_active() == 0
     worker.engine.say(engine_load(steps=42))
     await reader.write(ping=prefill_pb2.SessionPing(nonce=7))
     pong = (await reader.read()).pong
@@ -123,6 +124,39 @@ async def test_orders_under_way_are_counted_until_they_end_whatever_ends_them(pr
     await worker.engine.got(DropOrder)
     assert worker.part.num_active() == 2
     reader.call.cancel()
+    await worker.engine.got(ReaderGone)
+    assert worker.part.num_active() == 0
+
+
+async def test_a_lease_is_waited_for_until_its_reader_has_read(prefill: Prefill) -> None:
+    worker, connect = prefill
+    clock = worker.part._servicer._clock = ManualClock()
+    reader, other = connect(), connect()
+    for one in (reader, other):
+        await one.hello(worker)
+        await one.call.write(codec.order_to_proto(order(0, 1)))
+        await one.call.write(codec.order_to_proto(order(0, 2)))
+        await worker.engine.got(PlaceOrder, 2 if one is reader else 4)
+    first, _, second, _ = (m.peer for m in worker.engine.sent if isinstance(m, PlaceOrder))
+
+    def computed(peer: int, order_id: int, lease_id: int) -> None:
+        worker.engine.say(ReaderEvent(peer, OrderStarted(order_id, lease_id, 0)))
+        worker.engine.say(ReaderEvent(peer, OrderFinished(order_id, lease_id, 3, 0.1, 0.2)))
+
+    for lease_id, (peer, order_id) in enumerate([(first, 1), (first, 2), (second, 1), (second, 2)], 50):
+        computed(peer, order_id, lease_id)
+    assert worker.part.num_active() == 4
+    await reader.write(release=prefill_pb2.LeaseRelease(lease_id=50))
+    await worker.engine.got(ReleaseLease)
+    assert worker.part.num_active() == 3
+    await reader.write(cancel=prefill_pb2.PrefillCancel(order_id=2))
+    await worker.engine.got(DropOrder)
+    assert worker.part.num_active() == 2
+    clock.advance(3.0)
+    worker.engine.say(ReaderEvent(second, OrderFinished(2, 53, 3, 0.1, 0.2)))  # renewed
+    clock.advance(3.0)  # the engine's lease_ttl_s is 5
+    assert worker.part.num_active() == 1
+    other.call.cancel()
     await worker.engine.got(ReaderGone)
     assert worker.part.num_active() == 0
 

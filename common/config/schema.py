@@ -86,7 +86,9 @@ class WorkerConfig(_Section):
     http_port: int = 0
     advertise_host: str = Field("", description="host others reach it at; `host` when empty")
     controllers: tuple[str, ...] = ("127.0.0.1:7100",)
-    drain_grace_s: float = Field(30.0, ge=0)
+    drain_grace_s: float = Field(
+        30.0, ge=0, description="asked to stop, requests, orders and open leases get this long"
+    )
     reattach_s: float = Field(30.0, gt=0, description="unacknowledged deltas are kept this long without a stream")
     engine: EngineConfig = EngineConfig()
     handoff: HandoffConfig = HandoffConfig()
@@ -101,6 +103,7 @@ class RouterConfig(_Section):
     chat_template: str = Field("", description="file with a Jinja template that replaces the checkpoint's")
     request_timeout_s: float = Field(600.0, gt=0)
     connect_timeout_s: float = Field(5.0, gt=0)
+    drain_grace_s: float = Field(10.0, ge=0, description="asked to stop, running requests get this long")
     max_body_bytes: int = Field(16 * 2**20, gt=0)
     max_concurrent_requests: int = Field(4096, ge=1, description="more are refused with 429")
     stream_buffer_tokens: int = Field(8192, ge=1, description="a client that falls this far behind is cut off")

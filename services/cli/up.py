@@ -38,6 +38,7 @@ from services.cli.report import Report
 from services.cli.state import ClusterState, StateFolder, cache_root, state_root
 
 POLL_S = 0.1
+STOP_S = 10.0  # what a service needs to end beside its grace
 DOWN_LIMIT_S = 150.0
 
 
@@ -89,7 +90,12 @@ async def _run(
         launcher = Launcher(
             folder,
             plan,
-            LaunchOptions(version=nanodeploy.__version__, ready_timeout_s=options.ready_timeout_s),
+            LaunchOptions(
+                version=nanodeploy.__version__,
+                ready_timeout_s=options.ready_timeout_s,
+                grace_s=STOP_S
+                + max(s.drain_grace_s for s in (plan.config.router, plan.config.prefill, plan.config.decode)),
+            ),
             Report(console),
             path_taken,
             when_ready,

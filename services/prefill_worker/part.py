@@ -17,7 +17,7 @@ from services.worker.app import WorkerApp
 class PrefillPart:
     def __init__(self, app: WorkerApp) -> None:
         self._app = app
-        self._servicer = PrefillServicer(app.host, app.ref)
+        self._servicer = PrefillServicer(app.host, app.ref, app.clock)
 
     @property
     def service(self) -> Service:
@@ -41,8 +41,8 @@ class PrefillPart:
         return ()
 
     def num_active(self) -> int:
-        """Orders under way; leases of finished ones are not waited for: their reader recomputes."""
-        return self._servicer.num_orders
+        """Orders under way, and leases of finished ones whose reader has not got everything yet."""
+        return self._servicer.num_active
 
     async def close(self) -> None:
         self._servicer.end_sessions()

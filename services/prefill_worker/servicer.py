@@ -12,10 +12,10 @@ import grpc
 from common.engine.messages import EngineReady, FromEngine, ReaderEvent, ReaderGone
 from common.errors import InvalidRequestError, LayoutMismatchError, OverloadedError, UnavailableError
 from common.kvcache.layout import compare
-from common.kvtransfer.orders import DropOrder, OrderFailed, OrderFinished, ReleaseLease
+from common.kvtransfer.orders import DropOrder, OrderEvent, OrderFailed, OrderFinished, OrderStarted, ReleaseLease
 from common.rpc import codec
 from common.telemetry import get_logger
-from common.types import Failure, WorkerRef
+from common.types import Clock, Failure, WorkerRef
 from nanodeploy.v1 import prefill_pb2 as pb
 from nanodeploy.v1 import prefill_pb2_grpc as pb_grpc
 from services.worker.calls import first_message
@@ -30,17 +30,24 @@ MAX_BACKLOG = 16384  # answers that a reader has not read when it is heard no lo
 class PrefillServicer(pb_grpc.PrefillServiceServicer):
     """`ref` is this worker with the running engine's epoch."""
 
-    def __init__(self, host: EngineHost, ref: Callable[[], WorkerRef]) -> None:
+    def __init__(self, host: EngineHost, ref: Callable[[], WorkerRef], clock: Clock) -> None:
         self._host = host
         self._ref = ref
+        self._clock = clock
         self._keys = itertools.count(1)
         self._readers: dict[int, asyncio.Queue[pb.SessionResponse | None]] = {}
         self._orders: set[tuple[int, int]] = set()  # (reader, order id) of those under way
+        self._leases: dict[tuple[int, int], tuple[int, float]] = {}  # the same -> lease id, when it ends by itself
 
     @property
-    def num_orders(self) -> int:
-        """Orders that have neither finished nor failed nor been dropped."""
-        return len(self._orders)
+    def num_active(self) -> int:
+        """Orders that have neither finished nor failed nor been dropped, or whose reader may still be reading.
+
+        It may until it has released the lease, the lease has run out, or the session has ended.
+        """
+        now = self._clock.now()
+        self._leases = {order: lease for order, lease in self._leases.items() if lease[1] > now}
+        return len(self._orders | self._leases.keys())
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: grpc.aio.ServicerContext[Any, Any]
@@ -63,6 +70,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
             reader.cancel()
             del self._readers[key]
             self._orders = {o for o in self._orders if o[0] != key}
+            self._leases = {o: lease for o, lease in self._leases.items() if o[0] != key}
             self._host.send(ReaderGone(key))
 
     def _welcome(self, hello: codec.Hello) -> codec.Welcome:
@@ -95,8 +103,11 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
                 self._order(request.prefill, key, queue)
             case "cancel":
                 self._orders.discard((key, request.cancel.order_id))
+                self._leases.pop((key, request.cancel.order_id), None)
                 self._host.send(DropOrder(key, request.cancel.order_id))
             case "release":
+                ended = (key, request.release.lease_id)
+                self._leases = {o: lease for o, lease in self._leases.items() if (o[0], lease[0]) != ended}
                 self._host.send(ReleaseLease(key, request.release.lease_id))
             case "ping":
                 steps = self._host.load.load.steps if self._host.load is not None else 0
@@ -127,17 +138,29 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
 
     def on_engine(self, message: FromEngine) -> None:
         if isinstance(message, ReaderEvent):
+            key = (message.reader, message.event.order_id)
             if isinstance(message.event, OrderFinished | OrderFailed):
-                self._orders.discard((message.reader, message.event.order_id))
+                self._orders.discard(key)
+            self._note_lease(key, message.event)
             queue = self._readers.get(message.reader)
             if queue is not None:
                 queue.put_nowait(codec.order_event_to_proto(message.event))
+
+    def _note_lease(self, key: tuple[int, int], event: OrderEvent) -> None:
+        ready = self._host.ready
+        if isinstance(event, OrderFailed) or ready is None or key[0] not in self._readers:
+            self._leases.pop(key, None)
+        elif isinstance(event, OrderStarted):
+            self._leases[key] = (event.lease_id, self._clock.now() + ready.lease_ttl_s)
+        elif key in self._leases:  # an extent renews it
+            self._leases[key] = (self._leases[key][0], self._clock.now() + ready.lease_ttl_s)
 
     def on_engine_ready(self, ready: EngineReady) -> None:
         log.info("engine ready", max_model_len=ready.max_model_len, device=ready.device, dtype=ready.dtype)
 
     def on_engine_lost(self, reason: str) -> None:
         """Its memory is gone: every session ends, readers prefill elsewhere."""
+        self._leases.clear()
         self.end_sessions()
 
     def end_sessions(self) -> None:

@@ -215,13 +215,14 @@ class WorkerApp:
             self._activity.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._activity.wait(), left)
+        cut_off = self._part.num_active()
         await self._registry.stop()
         await self._part.close()
         await self._rpc.drain(1.0)
         await self.host.stop(STOP_ENGINE_S)
         if self._http is not None:
             await self._http.stop()
-        log.info("ended", cut_off=self._part.num_active())
+        log.info("ended", cut_off=cut_off)
 
     def _ready(self) -> Verdict:
         alive, reason = self.host.health()
