@@ -184,6 +184,18 @@ async def test_a_held_mailbox_keeps_order_and_is_bounded() -> None:
     assert len(taken) == 6, "what was cut off is not given out"
 
 
+async def test_a_burst_is_no_slow_client() -> None:
+    """What a stream that was taken up again brings at once, however much: the client has had no chance to read it."""
+    mailbox = make_mailbox(limit=8)
+    generation = make_generation(mailbox, n=1)
+    taken: list[int] = []
+    mailbox.consume = lambda deltas: taken.extend(delta.position for _, delta in deltas)
+    for position in range(50):
+        generation.accept(row(0, position))
+    await asyncio.sleep(0)
+    assert taken == list(range(50))
+
+
 async def test_a_failure_comes_after_what_was_delivered() -> None:
     mailbox = make_mailbox()
     generation = make_generation(mailbox, n=1)

@@ -66,7 +66,7 @@ class Mailbox:
             return
         deltas.append((generation, delta))
         self._pending += len(delta.token_ids)
-        if self._pending > self._limit:
+        if self.held and self._pending > self._limit:  # not held: a burst, gone in the next round
             deltas.clear()
             self.fail(OverloadedError(f"the client fell more than {self._limit} tokens behind and was cut off"))
             self._on_overflow()
