@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import random
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -213,6 +217,33 @@ async def test_a_failure_comes_after_what_was_delivered() -> None:
     with pytest.raises(UnavailableError, match="first"):
         await asyncio.wait_for(waiting, 5)
     assert taken == [0]
+
+
+async def test_a_closed_mailbox_needs_no_garbage_collector() -> None:
+    """Its consumer refers to it, and so does the traceback of its failure."""
+
+    async def request() -> weakref.ref[Any]:
+        mailbox = make_mailbox()
+
+        def consume(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+            mailbox.finish()
+
+        mailbox.consume = consume
+        mailbox.fail(UnavailableError("gone"))
+        try:
+            with contextlib.suppress(UnavailableError):
+                await mailbox.ended()
+            return weakref.ref(consume)
+        finally:
+            mailbox.close()
+
+    gc.disable()
+    try:
+        consumer = await request()
+        await asyncio.sleep(0)
+        assert consumer() is None
+    finally:
+        gc.enable()
 
 
 async def test_an_error_of_the_consumer_ends_its_request_alone() -> None:

@@ -85,6 +85,11 @@ class Mailbox:
         self._deltas.clear()
         self._wake()
 
+    def close(self) -> None:
+        """Its request is answered. What it refers to refers to it: a cycle that need not wait for the collector."""
+        self.finish()
+        self.consume = self._failure = None
+
     def hold(self) -> None:
         """Keep what comes until `release`."""
         self.held = True

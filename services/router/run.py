@@ -182,6 +182,7 @@ class Run:
                 await mailbox.ended()
         finally:
             timer.cancel()
+            mailbox.close()
             for generation in self._generations:
                 relay.finish(generation)
 
