@@ -10,6 +10,7 @@ import tiny_models
 from common.errors import InvalidRequestError
 from common.types import SamplingParams
 from services.cli.generate import read_prompts, run_generate
+from services.cli.main import main
 
 
 def test_lines_are_prompts_or_objects() -> None:
@@ -66,3 +67,30 @@ def test_no_prompt_is_an_error(tmp_path: Path) -> None:
     empty.write_text("\n\n")
     with pytest.raises(InvalidRequestError, match="no prompt in"):
         run_generate("unused", {}, {}, str(empty), "-")
+
+
+@pytest.mark.parametrize(
+    ("command", "environ", "path"),
+    [
+        (["generate", "--model", "unused", "-i", "/nope"], {}, "/nope"),
+        (["generate", "--model", "unused", "-i", __file__, "-o", "/nope/x"], {}, "/nope/x"),
+        (["up", "--model", "unused"], {"NANODEPLOY_STATE_DIR": "/proc/x"}, "/proc/x"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_line(
+    command: list[str],
+    environ: dict[str, str],
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Said before any model is looked at."""
+    monkeypatch.setattr("sys.argv", ["nanodeploy", *command])
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path}")
+    assert "No such file" in line

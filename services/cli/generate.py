@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import msgspec
 
 from common.errors import InvalidRequestError
 from common.types import SamplingParams
+from services.cli.report import make_console
+from services.cli.up import resolve_model
 
 Prompt = str | list[int]
 
@@ -74,21 +77,24 @@ def write_outputs(outputs: Sequence[Any], out: TextIO) -> None:
 
 
 def run_generate(model: str, engine: Mapping[str, Any], flags: Mapping[str, Any], source: str, target: str) -> int:
-    """Answer the prompts of file `source` into file `target`, `-` being stdin and stdout. The exit code."""
-    if source == "-":
-        prompts, params = read_prompts(sys.stdin, flags)
-    else:
-        with Path(source).open(encoding="utf-8") as file:
-            prompts, params = read_prompts(file, flags)
+    """Answer the prompts of file `source` into file `target`, `-` being stdin and stdout. The exit code.
+
+    `model` is a folder; the demo model when empty. Both files are opened before it is loaded. Raises `OSError`.
+    """
+    with _opened(source, "r", sys.stdin) as lines:
+        prompts, params = read_prompts(lines, flags)
     if not prompts:
         raise InvalidRequestError(f"no prompt in {'standard input' if source == '-' else source}")
-    from nanodeploy import LLM
+    with _opened(target, "w", sys.stdout) as out:
+        folder = resolve_model(model, make_console(stderr=True))
+        from nanodeploy import LLM
 
-    with LLM(model, **engine) as llm:
-        outputs = llm.generate(prompts, params)
-    if target == "-":
-        write_outputs(outputs, sys.stdout)
-    else:
-        with Path(target).open("w", encoding="utf-8") as file:
-            write_outputs(outputs, file)
+        with LLM(folder, **engine) as llm:
+            write_outputs(llm.generate(prompts, params), out)
     return 0
+
+
+def _opened(path: str, mode: str, standard: TextIO) -> AbstractContextManager[TextIO]:
+    if path == "-":
+        return nullcontext(standard)
+    return cast(TextIO, Path(path).open(mode, encoding="utf-8"))

@@ -188,7 +188,6 @@ def generate(
 ) -> None:
     """Answer prompts offline: prompts to JSONL, no services."""
     from services.cli.generate import run_generate
-    from services.cli.up import resolve_model
 
     engine = opt.engine_fields(
         max_model_len=max_model_len,
@@ -209,7 +208,7 @@ def generate(
         "seed": seed,
         "ignore_eos": ignore_eos,
     }
-    raise typer.Exit(run_generate(resolve_model(model, make_console(stderr=True)), engine, flags, input, output))
+    raise typer.Exit(run_generate(model, engine, flags, input, output))
 
 
 @app.command()
@@ -283,14 +282,26 @@ def launch(file: Path) -> None:
 
 
 def main() -> None:
-    """Exit codes: 0 well, 1 failed, 2 wrong use or configuration."""
+    """Exit codes: 0 well, 1 failed, 2 wrong use or configuration: a path that cannot be used is the latter."""
     try:
         app()
     except NanoDeployError as error:
-        make_console(stderr=True).print(f"error: {error.message}", markup=False, highlight=False, soft_wrap=True)
+        _say_error(error.message)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say_error(f"{error.filename}: {error.strerror}")
+        sys.exit(2 if isinstance(error, _WRONG_PATH) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+_WRONG_PATH = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def _say_error(message: str) -> None:
+    make_console(stderr=True).print(f"error: {message}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
