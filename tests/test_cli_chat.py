@@ -14,9 +14,10 @@ import httpx
 import pytest
 from cli_support import console, free_port
 
-from common.errors import NanoDeployError, UnavailableError
+from common.errors import ConfigError, NanoDeployError, UnavailableError
 from services.cli.api import list_models, sse_events, stream_chat
 from services.cli.chat import ChatOptions, run_chat
+from services.cli.options import api_root
 
 
 class Api(BaseHTTPRequestHandler):
@@ -92,11 +93,13 @@ def test_conversation_remembers(api: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_errors_are_the_routers_own(api: str) -> None:
-    shown, _ = console()
+    shown, out = console()
     with pytest.raises(NanoDeployError, match="answered 400: temperature must be between 0 and 100"):
         run_chat(api, "refuse", ChatOptions(), shown)
+    assert out.getvalue() == ""
     with pytest.raises(NanoDeployError, match="the engine died"):
         run_chat(api, "break", ChatOptions(), shown)
+    assert out.getvalue().endswith("[/bold]\n"), "what follows begins a line of its own"
 
 
 def test_nobody_there() -> None:
@@ -106,6 +109,18 @@ def test_nobody_there() -> None:
             list_models(client, url)
         with pytest.raises(UnavailableError, match="connection broke"):
             list(stream_chat(client, url, {"messages": []}))
+
+
+@pytest.mark.parametrize("given", ["http://h:8/v1", "http://h:8/v1/", "http://h:8", "http://h:8/", "h:8", "h:8/v1"])
+def test_any_spelling_of_the_url(given: str) -> None:
+    assert api_root(given) == "http://h:8"
+
+
+def test_a_url_behind_a_path_or_tls() -> None:
+    assert api_root("https://h/proxy/v1") == "https://h/proxy"
+    for wrong in ("http://", "ftp://h", "h:port", ":8000"):
+        with pytest.raises(ConfigError, match="no address of an API"):
+            api_root(wrong)
 
 
 def test_events_end_at_done() -> None:

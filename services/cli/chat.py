@@ -76,5 +76,9 @@ def _answer(
             console.file.flush()
     except KeyboardInterrupt:
         console.out(" [stopped]", end="", highlight=False)
+    except NanoDeployError:
+        if pieces:
+            console.out("")
+        raise
     console.out("")
     return "".join(pieces)

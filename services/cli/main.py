@@ -42,7 +42,7 @@ def _root(
 
 
 def _url(url: str, name: str) -> str:
-    return url.rstrip("/") if url else opt.running_cluster(StateFolder(state_root(os.environ), name)).url
+    return opt.api_root(url) if url else opt.running_cluster(StateFolder(state_root(os.environ), name)).url
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -24,7 +25,7 @@ def _engine(help: str, *names: str) -> Any:
 
 ModelFolder = Annotated[str, typer.Option(help="Folder of a Hugging Face checkpoint; by default the demo model.")]
 Name = Annotated[str, typer.Option(help="Name of the cluster on this machine.", envvar="NANODEPLOY_CLUSTER")]
-Url = Annotated[str, typer.Option(help="Base URL of the API; by default the running cluster's.")]
+Url = Annotated[str, typer.Option(help="URL of the API, with or without /v1; by default the running cluster's.")]
 
 Host = Annotated[str, _cluster("Address the API listens on.")]
 Port = Annotated[int, _cluster("Port of the API; 0 takes a free one.", min=0, max=65535)]
@@ -59,6 +60,23 @@ def engine_fields(**flags: Any) -> dict[str, Any]:
     if "dtype" in fields:
         fields["dtype"] = _DTYPES.get(fields["dtype"], fields["dtype"])
     return fields
+
+
+def api_root(url: str) -> str:
+    """The URL that `/v1/...` is appended to, of any that people write: without a scheme, with `/v1` or a last slash.
+
+    Raises `ConfigError` when it names no host.
+    """
+    text = url.strip()
+    text = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"--url {url!r} is no address of an API: write it as http://127.0.0.1:8000/v1", param="url")
+    return text.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def check_model_folder(path: str) -> str:
