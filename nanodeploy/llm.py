@@ -20,6 +20,7 @@ import msgspec
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
 from common.engine.build import build_engine
 from common.engine.messages import Cancel, Deltas, Submit
+from common.errors import NanoDeployError
 from common.text.chat_template import ChatTemplate
 from common.text.detokenizer import Detokenizer
 from common.text.stop import StopAutomaton, StopMatcher
@@ -59,6 +60,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: TokenLogprobs | None = None
     stats: RequestStats = field(default_factory=RequestStats)
+    error: NanoDeployError | None = None  # why it failed, where errors were kept; `outputs` are then incomplete
 
 
 @dataclass
@@ -117,17 +119,19 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: Progress | None = None,
+        keep_errors: bool = False,
     ) -> list[RequestOutput]:
         """Answer all prompts (texts or token ids), batched, in their order.
 
-        `progress(done, total)` is called as requests end. Raises the error of the first request that fails.
+        `progress(done, total)` is called as requests end. Raises the error of the first request that fails; with
+        `keep_errors` that becomes the `error` of its output, and the others go on.
         """
         many = _many(prompts)
         params = sampling_params if sampling_params is not None else SamplingParams()
         per_prompt = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(many):
             raise ValueError(f"{len(many)} prompts and {len(per_prompt)} sampling params")
-        return _Run(self).all(many, per_prompt, progress)
+        return _Run(self, keep_errors).all(many, per_prompt, progress)
 
     def chat(
         self,
@@ -161,8 +165,9 @@ class LLM:
 class _Run:
     """One call of `generate`."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, keep_errors: bool) -> None:
         self._llm = llm
+        self._keep_errors = keep_errors
         self._engine = llm._built.engine
         self._outputs: list[RequestOutput] = []
         self._choices: dict[int, list[_Choice]] = {}
@@ -227,8 +232,12 @@ class _Run:
 
     def _take(self, deltas: Deltas) -> None:
         for failure in deltas.failures:
-            if self._by_slot.pop(failure.slot, None) is not None:
+            failed = self._by_slot.pop(failure.slot, None)
+            if failed is None:
+                continue
+            if not self._keep_errors:
                 raise failure.failure.to_error()
+            failed.error = failure.failure.to_error()
         for row in deltas.stats:
             if row.slot in self._by_slot:
                 self._by_slot[row.slot].stats = row.stats

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-from common.errors import InvalidRequestError
+from common.errors import ConfigError, InvalidRequestError
 from common.types import SamplingParams
 from services.cli.generate import read_prompts, run_generate
 from services.cli.main import main
@@ -21,10 +21,27 @@ def test_lines_are_prompts_or_objects() -> None:
         '{"prompt_token_ids": [1, 2]}\n',
         "{not json\n",
     ]
-    prompts, params = read_prompts(lines, {"max_tokens": 9, "temperature": 0.0})
-    assert prompts == ["plain text", "from json", [1, 2], "{not json"]
-    assert [p.max_tokens for p in params] == [9, 3, 9, 9]
-    assert params[1] == SamplingParams(max_tokens=3, temperature=0.0, stop=(".",))
+    found = read_prompts(lines, {"max_tokens": 9, "temperature": 0.0})
+    assert [line.prompt for line in found] == ["plain text", "from json", [1, 2], "{not json"]
+    assert [line.number for line in found] == [1, 3, 4, 5]
+    assert [line.params.max_tokens for line in found] == [9, 3, 9, 9]
+    assert found[1].params == SamplingParams(max_tokens=3, temperature=0.0, stop=(".",))
+
+
+def test_jsonl_holds_objects_alone() -> None:
+    """By its name, or because it begins with one."""
+    broken = ["bad {\n", '{"prompt": "x"\n', '"text"\n', "null\n", '{"prompt": "x"}\n']
+    for lines, named in ((broken, True), (['{"prompt": "first"}\n', *broken], False)):
+        errors = [line.error.message if line.error else "" for line in read_prompts(lines, {}, objects_only=named)]
+        assert errors[-1] == ""
+        assert errors[-5].startswith("not valid JSON")
+        assert errors[-4].startswith("not valid JSON")
+        assert errors[-3:-1] == ["not a JSON object"] * 2
+
+
+def test_wrong_flags_are_said_once() -> None:
+    with pytest.raises(ConfigError, match="top_p"):
+        read_prompts(["a", "b"], {"top_p": 7.0})
 
 
 @pytest.mark.parametrize(
@@ -38,16 +55,18 @@ def test_lines_are_prompts_or_objects() -> None:
     ],
 )
 def test_bad_lines_are_named(line: str, needle: str) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        read_prompts(["fine", line], {})
-    assert caught.value.message.startswith("line 2: ")
-    assert needle in caught.value.message
+    fine, bad = read_prompts(["fine", line], {})
+    assert (fine.error, bad.number) == (None, 2)
+    assert isinstance(bad.error, InvalidRequestError)
+    assert needle in bad.error.message
 
 
 def test_offline_generation_writes_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.make_llama(tmp_path / "tiny")
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text('The quick brown\n{"prompt": "Workers send", "n": 2, "temperature": 1.0, "seed": 5}\n')
+    source.write_text(
+        '{"prompt": "The quick brown"}\n{"prompt": "Workers send", "n": 2, "temperature": 1.0, "seed": 5}\n'
+    )
     engine = {"dtype": "float32", "kv_cache_memory_bytes": 2**22, "num_threads": 1}
     flags = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
     assert run_generate(str(model), engine, flags, str(source), str(target)) == 0
@@ -60,6 +79,22 @@ def test_offline_generation_writes_one_line_each(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("sys.stdout", out)
     assert run_generate(str(model), engine, flags, "-", "-") == 0
     assert json.loads(out.getvalue())["token_ids"] == first["token_ids"]
+
+
+def test_bad_lines_do_not_end_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_models.make_llama(tmp_path / "tiny")
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = [{"prompt": "The quick"}, {"prompt_token_ids": [5] * 60}, {"prompt": "brown"}, {"prompt_token_ids": [-1]}]
+    source.write_text("bad {\n\n" + "".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    engine = {"dtype": "float32", "kv_cache_memory_bytes": 2**22, "num_threads": 1, "max_model_len": 48}
+    assert run_generate(str(model), engine, {"max_tokens": 4, "ignore_eos": True}, str(source), str(target)) == 1
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [len(row.get("token_ids", ())) for row in rows] == [0, 4, 0, 4, 0]
+    assert [row["error"]["line"] for row in rows if "error" in row] == [1, 4, 6]
+    assert "the prompt has 60 tokens" in rows[2]["error"]["message"]
+    assert {row["error"]["code"] for row in rows if "error" in row} == {"invalid_request"}
+    assert "\nerror: 3 of 5 prompts failed; line 1: not valid JSON" in capsys.readouterr().err
 
 
 def test_no_prompt_is_an_error(tmp_path: Path) -> None:
