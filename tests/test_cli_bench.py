@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 from cli_support import console
+from typer.testing import CliRunner
 
+from common.errors import NanoDeployError
 from services.cli.bench.client import BenchClient
 from services.cli.bench.command import run_bench
 from services.cli.bench.load import LoadOptions, make_bodies, run_load
 from services.cli.bench.stats import Sample, distribution_ms, percentile, summarise, table
+from services.cli.main import app
 
 Answer = Callable[[str, dict[str, Any], asyncio.StreamWriter], Awaitable[None]]
 
@@ -220,3 +223,32 @@ async def test_command_writes_json(tmp_path: Path) -> None:
     assert len(generations) == 7  # one warm-up
     assert set(generations[1]["prompt"]) <= {5, 9, 11}  # of the server's own vocabulary
     assert "Written to" in out.getvalue()
+    assert "Seed 0" in out.getvalue()
+    assert "The prefix cache had 24 of the 42 prompt tokens" in out.getvalue()
+
+
+async def test_when_all_fail_the_reason_is_said_plainly() -> None:
+    async def refuse(path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        data = json.dumps({"error": {"message": "the prompt is too long " * 20, "type": "x"}}).encode()
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
+
+    shown, out = console()
+    async with server(refuse) as (url, _):
+        with pytest.raises(NanoDeployError) as caught:
+            await asyncio.to_thread(run_bench, url, options(), 0, "", "", shown)
+    assert caught.value.message == "all 6 requests failed: HTTP 400: " + "the prompt is too long " * 20
+    assert out.getvalue() == ""
+
+
+async def test_another_seed_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def note(url: str, load: LoadOptions, *rest: Any) -> int:
+        seeds.append(load.seed)
+        return 0
+
+    monkeypatch.setattr("services.cli.bench.command.run_bench", note)
+    for flags in ([], [], ["--seed", "5"]):
+        CliRunner().invoke(app, ["bench", "--url", "127.0.0.1:1/v1", "--model", "m", *flags], catch_exceptions=False)
+    assert len(set(seeds)) == 3
+    assert seeds[2] == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -254,7 +255,7 @@ def bench(
         output_len=output_len,
         shared_prefix_len=shared_prefix_len,
         chat=chat,
-        seed=seed,
+        seed=secrets.randbelow(2**31) if seed is None else seed,
         temperature=temperature,
         timeout_s=timeout,
     )

@@ -121,8 +121,16 @@ class BenchClient:
         if not sample.completion_tokens:  # the server gives no usage: one token a piece
             sample.completion_tokens = len(sample.arrivals_s)
         if parser.status != 200:
-            sample.error = f"HTTP {parser.status}: {bytes(parser.body[:200]).decode(errors='replace')}"
+            sample.error = f"HTTP {parser.status}: {_message(bytes(parser.body))}"
         return parser.keep_alive
+
+
+def _message(body: bytes) -> str:
+    """Of an OpenAI-shaped error; the begin of any other body."""
+    try:
+        return str(orjson.loads(body)["error"]["message"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return body[:200].decode(errors="replace")
 
 
 def _take_events(events: bytes, now: float, sample: Sample) -> None:
