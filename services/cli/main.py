@@ -225,7 +225,7 @@ def bench(
     shared_prefix_len: Annotated[int, typer.Option(min=0, help="Tokens that all prompts begin with.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use chat completions instead of completions.")] = False,
     temperature: Annotated[float, typer.Option(min=0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of prompts and arrivals; by default another each time.")] = None,
     warmups: Annotated[int, typer.Option(min=0, help="Requests sent before, not counted.")] = 2,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for one request.")] = 600.0,
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Bearer token.", show_default=False)] = "",
