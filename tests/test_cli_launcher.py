@@ -46,12 +46,17 @@ class Run:
                 raise UnavailableError("the decode worker recomputed")
             return "the whole way"
 
+        self.phase_announced_in = ""
+
+        async def announce() -> None:
+            self.phase_announced_in = self.state.phase
+
         async def on_ready() -> None:
             self.ready.set()
             await asyncio.Event().wait()
 
         self.launcher = Launcher(
-            self.folder, plan, LaunchOptions(version="0", **options), Report(shown), check_path, on_ready
+            self.folder, plan, LaunchOptions(version="0", **options), Report(shown), check_path, announce, on_ready
         )
 
     @property
@@ -77,7 +82,7 @@ async def test_starts_proves_and_stops_everything(tmp_path: Path) -> None:
     run = Run(tmp_path, plan_of(folder, *specs), proofs_needed=2)
     task = asyncio.create_task(run.launcher.run())
     await asyncio.wait_for(run.ready.wait(), 30)
-    assert run.state.phase == "ready"
+    assert (run.phase_announced_in, run.state.phase) == ("starting", "ready")  # who waits for ready misses nothing
     assert {s.name: s.process.alive for s in run.state.services} == {
         "controller": True,
         "decode-0": True,
@@ -108,6 +113,7 @@ async def test_death_before_ready_fails_with_the_logs_tail(tmp_path: Path) -> No
     assert "about to fail: no such model" in run.state.detail
     assert run.state.phase == "failed"
     assert not run.ready.is_set()
+    assert run.out.getvalue().endswith("    about to fail: no such model\n")  # the cause is the last thing said
     await until(lambda: gone(logged_pids(bad) + logged_pids(router)))  # SIGKILL takes a moment
 
 
@@ -118,6 +124,18 @@ async def test_never_ready_ends_at_the_limit(tmp_path: Path) -> None:
     assert await asyncio.wait_for(run.launcher.run(), 30) == 1
     assert "not ready after 1 s" in run.state.detail
     assert gone(logged_pids(slow))
+
+
+async def test_stopped_before_it_is_ready_is_no_success(tmp_path: Path) -> None:
+    folder = cluster(tmp_path)
+    slow = service(folder, "router", "router", ready_after=99)
+    run = Run(tmp_path, plan_of(folder, slow))
+    task = asyncio.create_task(run.launcher.run())
+    await until(lambda: "loading the model" in run.out.getvalue())
+    run.launcher.stop()
+    assert await asyncio.wait_for(task, 30) == 130
+    assert run.state.phase == "stopped"
+    assert not run.phase_announced_in
 
 
 async def test_path_never_taken_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.config.load import load
-from common.config.schema import ClusterConfig
+from common.config.load import load, load_named
+from common.config.schema import ClusterConfig, RouterConfig
 from common.errors import ConfigError
 from services.cli import plan as plan_module
 from services.cli.plan import MAX_KV_BYTES, MIN_KV_BYTES, ClusterRequest, build_plan
@@ -116,6 +116,35 @@ def test_taken_port_is_an_error_that_names_it(tmp_path: Path, listener: int) -> 
     ):
         build_plan(ClusterConfig(), request, tmp_path, ports, {})
     assert "--port" in caught.value.message
+
+
+def api_port(tmp_path: Path, base: ClusterConfig, named: frozenset[str], port: int | None = None) -> tuple[int, str]:
+    with Ports() as ports:
+        plan = build_plan(base, ClusterRequest(model="/m", port=port), tmp_path, ports, {}, named)
+    return int(plan.url.rsplit(":", 1)[1]), " ".join(plan.notes)
+
+
+def test_an_api_port_that_nobody_named_moves_aside_and_says_so(tmp_path: Path, listener: int) -> None:
+    base = ClusterConfig(router=RouterConfig(port=listener))
+    found, said = api_port(tmp_path, base, frozenset())
+    assert listener < found < listener + 100
+    assert f"port {listener} on 127.0.0.1 is in use by" in said
+    assert said.endswith(f"the API is on {found}")
+    with pytest.raises(ConfigError, match=f"port {listener} .*: choose another router.port"):
+        api_port(tmp_path, base, frozenset({"router.port"}))
+
+
+def test_flag_over_environment_over_file_over_default(tmp_path: Path) -> None:
+    with Ports() as ports:
+        by_file, by_env, by_flag = (ports.take("127.0.0.1", 0) for _ in range(3))
+    file = tmp_path / "c.yaml"
+    file.write_text(f"router: {{port: {by_file}, host: localhost}}\n")
+    base, named = load_named(str(file), {})
+    assert named == {"router.port", "router.host"}
+    assert api_port(tmp_path, base, named) == (by_file, "")
+    base, named = load_named(str(file), {"NANODEPLOY_ROUTER__PORT": str(by_env)})
+    assert api_port(tmp_path, base, named) == (by_env, "")
+    assert api_port(tmp_path, base, named, by_flag) == (by_flag, "")
 
 
 def test_internal_ports_move_aside(tmp_path: Path, listener: int) -> None:

@@ -2,13 +2,23 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from common.errors import ConfigError, UnavailableError
+from services.cli.hint import hint
 from services.cli.options import check_model_folder, engine_fields, running_cluster
-from services.cli.state import ClusterState, ProcessId, ServiceState, StateFolder, cache_root, state_root
+from services.cli.state import (
+    ClusterState,
+    ProcessId,
+    ServiceState,
+    StateFolder,
+    cache_root,
+    service_of,
+    state_root,
+)
 
 
 def state(phase: str = "ready", pid: int | None = None) -> ClusterState:
@@ -68,8 +78,50 @@ def test_one_launcher_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(UnavailableError, match=r"'t' is up already at http://127\.0\.0\.1:1 \(launcher pid \d+\)"):
             with StateFolder(tmp_path, "t").hold():
                 pass
+        folder.write(state("stopping"))
+        with pytest.raises(UnavailableError, match="'t' is still stopping"), StateFolder(tmp_path, "t").hold():
+            pass
+    dead = subprocess.Popen(["true"])
+    folder.write(state(pid=dead.pid))
+    dead.wait()
+    with folder.hold():  # the state is that of a launcher which is gone: its pid is nobody's business
+        with pytest.raises(UnavailableError, match="'t' is just being started by another command"):
+            with StateFolder(tmp_path, "t").hold():
+                pass
+
+
+def test_the_lock_goes_on_to_a_process_that_inherits_it(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, "t")
+    with folder.hold() as lock:
+        launcher = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    with pytest.raises(UnavailableError), folder.hold():
+        pass
+    launcher.communicate()
     with folder.hold():
         pass
+
+
+def test_a_service_is_known_by_its_pid(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, "t")
+    with folder.hold():
+        folder.write(state())
+    assert service_of(tmp_path, os.getpid()) == "the router of cluster 't'"
+    assert service_of(tmp_path, 1) == ""
+
+
+def test_commands_in_messages_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "bin" / "nanodeploy"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bin/nanodeploy"])
+    assert hint("down", "two") == "bin/nanodeploy down --name two"
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert hint("down", "default") == "bin/nanodeploy down"
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    assert hint("down", "default") == "nanodeploy down"
+    assert hint("down", "default", "x/nanodeploy") == "x/nanodeploy down"
 
 
 def test_logs_of_the_run_before_are_kept(tmp_path: Path) -> None:

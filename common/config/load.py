@@ -46,6 +46,11 @@ def load(path: str | None, environ: Mapping[str, str]) -> ClusterConfig:
     Variables that start with `NANODEPLOY_` and hold no `__` belong to somebody else and are ignored.
     A tuple is written `a,b` or as a JSON list. Raises `ConfigError`.
     """
+    return load_named(path, environ)[0]
+
+
+def load_named(path: str | None, environ: Mapping[str, str]) -> tuple[ClusterConfig, frozenset[str]]:
+    """As `load`, with the dotted keys that the file or the environment named."""
     sources: dict[str, str] = {}  # dotted key -> where its value came from
     tree = ClusterConfig().model_dump()
     if path is not None:
@@ -54,7 +59,7 @@ def load(path: str | None, environ: Mapping[str, str]) -> ClusterConfig:
         if variable.startswith(ENV_PREFIX) and "__" in variable:
             _override(tree, variable, environ[variable], sources)
     try:
-        return ClusterConfig.model_validate(tree)
+        return ClusterConfig.model_validate(tree), frozenset(sources)
     except ValidationError as error:
         raise _explain(error, sources) from None
 

@@ -31,6 +31,7 @@ from services.cli.state import ClusterState, Phase, ProcessId, StateFolder
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 300.0
 PROOFS = 5
+INTERRUPTED = 130
 PROOF_TIMEOUT_S = 120.0
 _STOP_ORDER = (("router",), ("prefill", "decode"), ("controller",), ("storage",))
 
@@ -52,14 +53,19 @@ class Launcher:
         options: LaunchOptions,
         report: Report,
         check_path: Callable[[Answer], str],
+        announce: Callable[[], Coroutine[None, None, None]],
         on_ready: Callable[[], Coroutine[None, None, None]],
     ) -> None:
-        """`check_path` says which way the proving completion took or raises; `on_ready` runs until cancelled."""
+        """`check_path` says which way the proving completion took or raises.
+
+        `announce` has ended before the state says ready; `on_ready` then runs until it is cancelled.
+        """
         self._folder = folder
         self._plan = plan
         self._options = options
         self._report = report
         self._check_path = check_path
+        self._announce = announce
         self._on_ready = on_ready
         self._running: dict[str, ServiceProcess] = {}
         self._stopping = asyncio.Event()
@@ -70,28 +76,36 @@ class Launcher:
         (self._hurry if self._stopping.is_set() else self._stopping).set()
 
     async def run(self) -> int:
-        """The exit code: 0 after an orderly stop, 1 when the cluster could not start or go on."""
+        """The exit code: 0 after an orderly stop, 1 when the cluster could not start or go on, 130 when it was
+        stopped before it was ready.
+        """
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         for number in signals:
             loop.add_signal_handler(number, self.stop)
-        failure = ""
+        failure, was_ready = "", False
         try:
             self._folder.prepare()
             for path, text in self._plan.files.items():
                 path.write_text(text, encoding="utf-8")
             await self._until_stopped(self._start())
             if not self._stopping.is_set():
+                await self._until_stopped(self._announce())
+            if not self._stopping.is_set():
+                was_ready = True
                 self._save("ready")
                 await self._until_stopped(self._serve())
         except NanoDeployError as error:
             failure = error.message
-            self._report.note(escape(failure))
         finally:
             await self._stop_all(failure)
+            if failure:  # last, where it is looked for
+                self._report.note(f"[red]error[/red]: {escape(failure)}")
             for number in signals:
                 loop.remove_signal_handler(number)
-        return 1 if failure else 0
+        if failure:
+            return 1
+        return 0 if was_ready else INTERRUPTED
 
     async def _until_stopped(self, work: Coroutine[None, None, None]) -> None:
         """Run `work` to its end, or cancel it when a stop is asked for."""

@@ -31,19 +31,24 @@ def check_path(answer: Answer, num_prefill: int) -> str:
     return answer.path
 
 
-def print_banner(plan: ClusterPlan, console: Console) -> None:
-    """The address, a line to copy, and what to type next."""
+def print_banner(plan: ClusterPlan, chat: str, console: Console) -> None:
+    """The address, a line to copy, and what to type next (`chat`)."""
     body = json.dumps({"model": plan.model, "messages": [{"role": "user", "content": "Why is the sky blue?"}]})
     curl = f"curl {plan.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
     console.print(f"\n[bold green]Ready[/bold green]: {plan.url}/v1 (documented at {plan.url}/docs)", highlight=False)
-    console.out(f'Try:\n  {curl}\n  nanodeploy chat "Why is the sky blue?"\n', highlight=False)
+    console.out(f"Try:\n  {curl}\n  {chat}\n", highlight=False)
+
+
+async def print_workers(controller: str, console: Console) -> None:
+    """The workers, once; that they cannot be asked just now is no reason to end a cluster."""
+    try:
+        console.print(worker_table(await view_cluster(controller)))
+    except NanoDeployError as error:
+        console.print(f"controller: {error.message}", markup=False, highlight=False)
 
 
 async def live_table(controller: str, console: Console) -> None:
-    """The workers: once when there is no terminal, else until cancelled, drawn anew when something changed."""
-    if not console.is_terminal:
-        console.print(worker_table(await view_cluster(controller)))
-        return
+    """The workers, until cancelled, drawn anew when something changed."""
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             shown = None

@@ -51,8 +51,8 @@ def up(
     model: opt.ModelFolder = "",
     prefill: opt.Prefill = 1,
     decode: opt.Decode = 1,
-    host: opt.Host = "127.0.0.1",
-    port: opt.Port = 8000,
+    host: opt.Host = "",
+    port: opt.Port = None,
     detach: opt.Detach = False,
     name: opt.Name = "default",
     config: opt.ConfigFile = None,
@@ -104,8 +104,8 @@ def serve(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
     prefill: opt.Prefill = 0,
     decode: opt.Decode = 1,
-    host: opt.Host = "127.0.0.1",
-    port: opt.Port = 8000,
+    host: opt.Host = "",
+    port: opt.Port = None,
     detach: opt.Detach = False,
     name: opt.Name = "default",
     config: opt.ConfigFile = None,
@@ -275,11 +275,11 @@ def doctor(
 
 
 @app.command(hidden=True)
-def launch(file: Path) -> None:
-    """The launcher of a detached cluster."""
+def launch(file: Path, lock: int) -> None:
+    """The launcher of a detached cluster; `lock` is the descriptor by which it owns the cluster."""
     from services.cli.up import launch_detached
 
-    raise typer.Exit(launch_detached(file, make_console()))
+    raise typer.Exit(launch_detached(file, lock, make_console()))
 
 
 def main() -> None:

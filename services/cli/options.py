@@ -27,8 +27,10 @@ ModelFolder = Annotated[str, typer.Option(help="Folder of a Hugging Face checkpo
 Name = Annotated[str, typer.Option(help="Name of the cluster on this machine.", envvar="NANODEPLOY_CLUSTER")]
 Url = Annotated[str, typer.Option(help="URL of the API, with or without /v1; by default the running cluster's.")]
 
-Host = Annotated[str, _cluster("Address the API listens on.")]
-Port = Annotated[int, _cluster("Port of the API; 0 takes a free one.", min=0, max=65535)]
+Host = Annotated[str, _cluster("Address the API listens on; by default 127.0.0.1.")]
+Port = Annotated[
+    int | None, _cluster("Port of the API, 0: any; by default 8000 or the next free one.", min=0, max=65535)
+]
 Prefill = Annotated[int, _cluster("Prefill workers; 0: decode workers prefill themselves.", min=0)]
 Decode = Annotated[int, _cluster("Decode workers.", min=1)]
 Detach = Annotated[bool, _cluster("Return when the cluster is ready; `down` stops it.", "--detach", "-d")]

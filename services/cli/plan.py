@@ -41,8 +41,8 @@ class ClusterRequest:
     model: str
     num_prefill: int = 1
     num_decode: int = 1
-    host: str = "127.0.0.1"
-    port: int = 8000  # of the API; 0 takes a free one
+    host: str = ""  # of the API; empty: the config's
+    port: int | None = None  # of the API; 0 takes a free one, None the config's
     redis_url: str = ""  # empty: a storage server of our own
     engine: Mapping[str, Any] = field(default_factory=dict)
     log_level: str = ""
@@ -56,6 +56,7 @@ class ClusterPlan:
     controller: str
     model: str
     files: Mapping[Path, str]  # generated config files, by path
+    notes: tuple[str, ...] = ()  # what became otherwise than by default
 
 
 def num_cores() -> int:
@@ -86,15 +87,22 @@ def has_gpu() -> bool:
 
 
 def build_plan(
-    base: ClusterConfig, request: ClusterRequest, folder: Path, ports: Ports, environ: Mapping[str, str]
+    base: ClusterConfig,
+    request: ClusterRequest,
+    folder: Path,
+    ports: Ports,
+    environ: Mapping[str, str],
+    named: frozenset[str] = frozenset(),
 ) -> ClusterPlan:
     """All processes of the cluster. `folder` has `config/` and `logs/`. Raises `ConfigError`.
 
-    A port of `base` that is 0, or taken, becomes a free one.
+    A port of `base` that is 0, or taken, becomes a free one; the API's only if neither the request nor `named`,
+    the keys that the user's file and environment gave, asks for it.
     """
     if request.num_decode < 1:
         raise ConfigError("a cluster needs at least one decode worker", param="decode")
-    url_port = ports.take_exactly(request.host, request.port, "--port")
+    host = request.host or base.router.host
+    url_port, notes = _api_port(base, request, host, ports, named)
     storage_port = STORAGE_PORT if base.controller.port else 0
     redis_url = request.redis_url or f"redis://127.0.0.1:{ports.take('127.0.0.1', storage_port)}/0"
     controller = _section(
@@ -105,7 +113,7 @@ def build_plan(
     )
     peers = (f"{controller.host}:{controller.port}",)
     router = _section(
-        base.router, host=request.host, port=url_port, controllers=peers, model_path=_absolute(base.router.model_path)
+        base.router, host=host, port=url_port, controllers=peers, model_path=_absolute(base.router.model_path)
     )
     common = _section(base, log=_log(base.log, request.log_level), controller=controller, router=router)
     workers = _workers(base, request, peers, ports)
@@ -134,7 +142,21 @@ def build_plan(
         controller=f"{_reachable(controller.host)}:{controller.port}",
         model=engine.served_model_name or Path(engine.model).name,
         files=build.files,
+        notes=notes,
     )
+
+
+def _api_port(
+    base: ClusterConfig, request: ClusterRequest, host: str, ports: Ports, named: frozenset[str]
+) -> tuple[int, tuple[str, ...]]:
+    """The API's port, and what to say about it."""
+    wanted = base.router.port if request.port is None else request.port
+    if request.port is not None:
+        return ports.take_exactly(host, wanted, "--port"), ()
+    if "router.port" in named or not wanted:
+        return ports.take_exactly(host, wanted, "router.port"), ()
+    found = ports.take_next(host, wanted)
+    return found, () if found == wanted else (f"{ports.in_use(host, wanted)}: the API is on {found}",)
 
 
 class _Builder:

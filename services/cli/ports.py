@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Callable
 
 import psutil
 
 from common.errors import ConfigError
 
 _LOCK = "\0nanodeploy-port-{}"
+_NEXT = 100  # ports tried after a wanted one
 
 
 class Ports:
     """Hands out ports that are free: the wanted one, else any. Never the same twice. Use as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, whose: Callable[[int], str] = lambda pid: "") -> None:
+        """`whose` names the process of a pid when it is one of ours, for messages."""
+        self._whose = whose
         self._held: dict[int, tuple[socket.socket, socket.socket]] = {}
 
     def __enter__(self) -> Ports:
@@ -41,12 +45,26 @@ class Ports:
                 return found
         raise ConfigError(f"no free TCP port on {host}")
 
+    def take_next(self, host: str, wanted: int) -> int:
+        """The wanted port, else the next free one above it."""
+        for port in range(wanted, min(wanted + _NEXT, 65536)):
+            if found := self._hold(host, port):
+                return found
+        return self.take(host, 0)
+
     def take_exactly(self, host: str, port: int, flag: str) -> int:
         """Raises `ConfigError` that names who holds the port."""
         found = self._hold(host, port)
         if not found:
-            raise ConfigError(f"port {port} on {host} is in use{_holder(port)}: choose another {flag}", param="port")
+            raise ConfigError(f"{self.in_use(host, port)}: choose another {flag}", param="port")
         return found
+
+    def in_use(self, host: str, port: int) -> str:
+        """That the port is taken, and by whom as far as this user may see it."""
+        holder = _holder(port)
+        if holder is None:
+            return f"port {port} on {host} is in use"
+        return f"port {port} on {host} is in use by {self._whose(holder.pid) or holder.name()} (pid {holder.pid})"
 
     def _hold(self, host: str, port: int) -> int:
         """The port, held from now on; 0 if somebody has it."""
@@ -85,11 +103,11 @@ def _bind(host: str, port: int) -> socket.socket | None:
     return sock
 
 
-def _holder(port: int) -> str:
+def _holder(port: int) -> psutil.Process | None:
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and port in connection.laddr[1:2] and connection.pid:
-                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+                return psutil.Process(connection.pid)
     except psutil.Error:
         pass
-    return ""
+    return None

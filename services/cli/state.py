@@ -20,6 +20,7 @@ from typing import Literal
 import msgspec
 
 from common.errors import ConfigError, UnavailableError
+from services.cli.hint import hint
 
 Phase = Literal["starting", "ready", "stopping", "stopped", "failed"]
 
@@ -87,6 +88,16 @@ def cache_root(environ: Mapping[str, str]) -> Path:
     return Path(home) / "nanodeploy"
 
 
+def service_of(root: Path, pid: int) -> str:
+    """`router of cluster 'NAME'` for a process that a launcher of this user started; empty for any other."""
+    for file in root.glob("*/state.json"):
+        state = StateFolder(root, file.parent.name).running()
+        for service in state.services if state is not None else ():
+            if service.process.pid == pid:
+                return f"the {service.name} of cluster {file.parent.name!r}"
+    return ""
+
+
 class StateFolder:
     """One cluster's folder."""
 
@@ -107,19 +118,27 @@ class StateFolder:
             log.replace(log.with_suffix(".log.1"))
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Own the cluster. Raises `UnavailableError` when another launcher does."""
+    def hold(self) -> Iterator[int]:
+        """Own the cluster; a process that inherits the descriptor given owns it as well, until the last one ends.
+
+        Raises `UnavailableError` when another launcher owns it.
+        """
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(self.path / "lock", "a+", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                state = self.read()
-                where = f" at {state.url} (launcher pid {state.launcher.pid})" if state else ""
-                raise UnavailableError(
-                    f"cluster {self.name!r} is up already{where}: run `nanodeploy down` or choose another --name"
-                ) from None
-            yield
+                raise UnavailableError(self._held()) from None
+            yield lock.fileno()
+
+    def _held(self) -> str:
+        state = self.running()
+        if state is None or state.phase == "starting":
+            return f"cluster {self.name!r} is just being started by another command: wait, or choose another --name"
+        if state.phase != "ready":
+            return f"cluster {self.name!r} is still stopping (launcher pid {state.launcher.pid}): try again in a moment"
+        where = f"at {state.url} (launcher pid {state.launcher.pid})"
+        return f"cluster {self.name!r} is up already {where}: run `{hint('down', self.name)}` or choose another --name"
 
     def write(self, state: ClusterState) -> None:
         temporary = self._file.with_suffix(".tmp")

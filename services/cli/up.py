@@ -22,20 +22,20 @@ from rich.console import Console
 
 import nanodeploy
 import services
-from common.config.load import load
-from common.config.schema import ClusterConfig
+from common.config.load import load_named
 from common.errors import UnavailableError
 from common.models.spec import ModelSpec
 from services.cli.demo_model import ensure_demo_model
+from services.cli.hint import hint, program
 from services.cli.launcher import Launcher, LaunchOptions
-from services.cli.live import check_path, live_table, print_banner
+from services.cli.live import check_path, live_table, print_banner, print_workers
 from services.cli.options import check_model_folder
 from services.cli.plan import ClusterRequest, build_plan
 from services.cli.ports import Ports
 from services.cli.probe import Answer
-from services.cli.process import kill_service, tail
+from services.cli.process import kill_service
 from services.cli.report import Report
-from services.cli.state import ClusterState, StateFolder, cache_root, state_root
+from services.cli.state import StateFolder, cache_root, service_of, state_root
 
 POLL_S = 0.1
 STOP_S = 10.0  # what a service needs to end beside its grace
@@ -47,45 +47,60 @@ class UpOptions:
     name: str = "default"
     config: str | None = None
     ready_timeout_s: float = 300.0
+    program: str = ""  # what the user calls this command by, when another process speaks
 
 
 def run_up(request: ClusterRequest, options: UpOptions, detach: bool, console: Console) -> int:
-    """Run a cluster until it is stopped, or detached until it is ready. Returns the exit code."""
+    """Run a cluster until it is stopped, or detached until it is ready. Returns the exit code.
+
+    What is wrong with flags, ports or the model is a `ConfigError` before anything is started.
+    """
     folder = StateFolder(state_root(os.environ), options.name)
-    base = load(options.config, os.environ)
-    model = request.model or base.decode.engine.model
-    with folder.hold():  # refuse early: before a model is prepared
-        request = replace(request, model=resolve_model(model, console))
+    config = options.config and str(Path(options.config).absolute())
+    options = replace(options, config=config, program=program())
+    base, named = load_named(config, os.environ)
+    with folder.hold() as lock:
+        with _ports() as ports:  # flags and ports first: a model may take minutes to prepare
+            build_plan(base, request, folder.path, ports, os.environ, named)
+        request = replace(request, model=resolve_model(request.model or base.decode.engine.model, console))
         ModelSpec.from_folder(request.model, weights=False)  # an unknown family is said first
         if base.decode.engine.load_format != "dummy":
             ModelSpec.from_folder(request.model)
-    if detach:
-        return _detach(folder, request, options, console)
-    with folder.hold():
-        return asyncio.run(_run(folder, base, request, options, console))
+        if detach:
+            return _detach(folder, lock, request, options, console)
+        return asyncio.run(_run(folder, request, options, console))
 
 
-def launch_detached(path: Path, console: Console) -> int:
-    """What the hidden `launch` command runs: a launcher with the request in `path`."""
+def launch_detached(path: Path, lock: int, console: Console) -> int:
+    """What the hidden `launch` command runs: a launcher with the request in `path` that inherited `lock`."""
+    os.set_inheritable(lock, False)
     request, options = msgspec.json.decode(path.read_bytes(), type=tuple[ClusterRequest, UpOptions])
-    folder = StateFolder(state_root(os.environ), options.name)
-    with folder.hold():
-        return asyncio.run(_run(folder, load(options.config, os.environ), request, options, console))
+    return asyncio.run(_run(StateFolder(state_root(os.environ), options.name), request, options, console))
 
 
-async def _run(
-    folder: StateFolder, base: ClusterConfig, request: ClusterRequest, options: UpOptions, console: Console
-) -> int:
-    with Ports() as ports:
-        plan = build_plan(base, request, folder.path, ports, os.environ)
+def _ports() -> Ports:
+    return Ports(lambda pid: service_of(state_root(os.environ), pid))
+
+
+async def _run(folder: StateFolder, request: ClusterRequest, options: UpOptions, console: Console) -> int:
+    base, named = load_named(options.config, os.environ)
+    with _ports() as ports:
+        plan = build_plan(base, request, folder.path, ports, os.environ, named)
+        for note in plan.notes:
+            console.print(note, highlight=False, markup=False)
         console.print(f"Starting cluster [bold]{folder.name}[/bold] with {plan.model}", highlight=False)
 
         def path_taken(answer: Answer) -> str:
             return check_path(answer, request.num_prefill)
 
+        async def announce() -> None:
+            print_banner(plan, hint('chat "Why is the sky blue?"', folder.name, options.program), console)
+            if not console.is_terminal:
+                await print_workers(plan.controller, console)
+
         async def when_ready() -> None:
-            print_banner(plan, console)
-            await live_table(plan.controller, console)
+            if console.is_terminal:
+                await live_table(plan.controller, console)
 
         launcher = Launcher(
             folder,
@@ -98,6 +113,7 @@ async def _run(
             ),
             Report(console),
             path_taken,
+            announce,
             when_ready,
         )
         return await launcher.run()
@@ -115,49 +131,49 @@ def resolve_model(model: str, console: Console) -> str:
     return check_model_folder(str(path))
 
 
-def _detach(folder: StateFolder, request: ClusterRequest, options: UpOptions, console: Console) -> int:
+def _detach(folder: StateFolder, lock: int, request: ClusterRequest, options: UpOptions, console: Console) -> int:
     folder.prepare()
     launch_file, log = folder.path / "launch.json", folder.path / "launcher.log"
     launch_file.write_bytes(msgspec.json.encode((request, options)))
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.cli.main", "launch", str(launch_file)],
+            [sys.executable, "-m", "services.cli.main", "launch", str(launch_file), str(lock)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             cwd=Path(services.__file__).parent.parent,
             start_new_session=True,
+            pass_fds=(lock,),
         )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        state = _follow(folder, process, log, console.out)
+        code = _follow(folder, process, log, console.out)
     except KeyboardInterrupt:
         process.terminate()
         process.wait()
         raise
-    if state is not None and state.phase == "ready":
-        console.print("The cluster runs on; `nanodeploy down` stops it.", highlight=False)
-        return 0
-    if state is None:
-        console.print(tail(log), highlight=False, markup=False)
-    return 1
+    if code is None:
+        console.print(f"The cluster runs on; `{hint('down', folder.name)}` stops it.", highlight=False)
+    return code or 0
 
 
 def _follow(
     folder: StateFolder, process: subprocess.Popen[bytes], log: Path, show: Callable[[str], None]
-) -> ClusterState | None:
-    """Show the launcher's log until it is ready or has ended; its last state, None if it wrote none."""
+) -> int | None:
+    """Show the launcher's log until its cluster is ready (None) or it has ended (its exit code).
+
+    A launcher announces its cluster before it says in its state that it is ready, so nothing of that is missed.
+    """
     with log.open(encoding="utf-8") as lines:
         while True:
-            ended = process.poll() is not None
+            code = process.poll()
             state = folder.read()
-            if state is not None and state.launcher.pid != process.pid:
-                state = None
+            ready = state is not None and state.launcher.pid == process.pid and state.phase == "ready"
             text = lines.read()
             if text:
                 show(text.rstrip("\n"))
-            if ended or (state is not None and state.phase == "ready"):
-                return state
+            if ready or code is not None:
+                return code
             time.sleep(POLL_S)
 
 
