@@ -91,10 +91,30 @@ async def test_a_restarted_worker_takes_its_requests_back(tmp_path: Path) -> Non
         assert made.worker.requests[0].sent[0]
 
 
+async def test_an_answer_waits_for_its_only_worker_to_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease runs out and a model takes its time to load: the answer goes on where it was."""
+    monkeypatch.setattr("services.router.link.PATIENCE_S", 0.2)
+    async with cluster(tmp_path, say(LONG, delay_s=0.01), connect_timeout_s=0.5, resume_wait_s=15.0) as made:
+        task = asyncio.create_task(streamed(made))
+        await working(made)
+        await made.worker.kill()
+        made.members.remove("d0")
+        refused = await made.post("/v1/chat/completions", **CHAT)
+        assert refused.status_code == 503
+        assert "No model is served at the moment" in refused.json()["error"]["message"]
+        await asyncio.sleep(4.0)
+        assert not task.done()
+        await made.worker.restart()
+        made.members.put(made.worker.info(WorkerState.STARTING))
+        await asyncio.sleep(0.1)
+        made.members.put(made.worker.info())
+        assert (await asyncio.wait_for(task, 10))[0] == LONG
+        assert made.worker.requests[0].sent[0]
+
+
 async def test_a_worker_that_stays_away_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.router.link.PATIENCE_S", 0.5)
-    monkeypatch.setattr("services.router.relay.REPLACEMENT_WAIT_S", 0.3)
-    async with cluster(tmp_path, say(LONG, delay_s=0.01), connect_timeout_s=0.5) as made:
+    async with cluster(tmp_path, say(LONG, delay_s=0.01), connect_timeout_s=0.5, resume_wait_s=0.3) as made:
         task = asyncio.create_task(streamed(made))
         await working(made)
         await made.worker.kill()

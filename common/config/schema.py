@@ -34,7 +34,7 @@ class EngineConfig(_Section):
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens computed in one step")
     max_waiting_seqs: int = Field(1024, ge=1, description="sequences queued before requests are refused")
     block_size: int = Field(16, ge=16, multiple_of=16, description="tokens in a KV block")
-    kv_cache_memory_bytes: int = Field(0, ge=0, description="KV pool; 0 sizes it from memory_utilization")
+    kv_cache_memory_bytes: int = Field(0, ge=0, description="KV pool; 0 sizes it from gpu_memory_utilization")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of device memory to use")
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = Field(1, ge=1)
@@ -103,6 +103,9 @@ class RouterConfig(_Section):
     chat_template: str = Field("", description="file with a Jinja template that replaces the checkpoint's")
     request_timeout_s: float = Field(600.0, gt=0)
     connect_timeout_s: float = Field(5.0, gt=0)
+    resume_wait_s: float = Field(
+        30.0, ge=0, description="an answer whose decode worker is lost, and no other there, waits this long for one"
+    )
     drain_grace_s: float = Field(10.0, ge=0, description="asked to stop, running requests get this long")
     max_body_bytes: int = Field(16 * 2**20, gt=0)
     max_concurrent_requests: int = Field(4096, ge=1, description="more are refused with 429")

@@ -91,10 +91,10 @@ class Gateway:
         return found
 
     def resolve(self, name: str | None) -> tuple[str, ModelInfo]:
-        """The model asked for, or the only one. `UnavailableError` before any is known, then `NotFoundError`."""
+        """The model asked for, or the only one. `UnavailableError` while none is known, else `NotFoundError`."""
         decode = self.decode_workers()
         if not decode:
-            raise UnavailableError("No model is served yet: no decode worker has registered.")
+            raise UnavailableError("No model is served at the moment: no decode worker is there.")
         if name is None:
             names = {worker.model.name for worker in decode}
             if len(names) > 1:

@@ -32,7 +32,6 @@ from services.router.generation import Courier, Generation, Mailbox
 from services.router.link import DecodePeer, WorkerLink
 from services.router.policy import Features, LocalLoad, Pair, choose
 
-REPLACEMENT_WAIT_S: Final = 3.0  # for a restarted worker to register
 MAX_PLACEMENTS: Final = 8  # workers that one request is sent to, before it is given up
 _MOVABLE = (UnavailableError, OverloadedError, CancelledByCallerError, KVTransferError, InternalError)
 
@@ -59,12 +58,14 @@ class Relay:
         clock: Clock,
         rng: random.Random,
         connect_timeout_s: float,
+        resume_wait_s: float,
     ) -> None:
         self._members = members
         self._connect = connect
         self._clock = clock
         self._rng = rng
         self._connect_timeout_s = connect_timeout_s
+        self._resume_wait_s = resume_wait_s
         self._links: dict[WorkerRef, WorkerLink] = {}
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,6 +101,7 @@ class Relay:
                 pair = self._choose(generation, tried)
             except NanoDeployError as error:
                 if await self._changed_before(until_s):
+                    tried &= self._ready_refs()  # one that refused while it started may be tried when it is ready
                     continue
                 generation.fail(last or error)
                 return
@@ -136,6 +138,9 @@ class Relay:
         except UnavailableError:
             return choose(workers, local, features, self._rng, avoid=tried | gone)
 
+    def _ready_refs(self) -> set[WorkerRef]:
+        return {worker.ref for worker in self._members.workers.values() if worker.state is WorkerState.READY}
+
     async def _changed_before(self, until_s: float) -> bool:
         """Wait for a change of members; False when the time is over."""
         left = until_s - self._clock.now()
@@ -156,7 +161,7 @@ class Relay:
     def _on_lost(self, generation: Generation, error: NanoDeployError, worker_gone: bool) -> None:
         """A link gave a request up: move it, or tell the client if moving cannot help.
 
-        A worker that is gone may be on its way back under another epoch: that is waited for a little.
+        A worker that is gone may be on its way back under another epoch: if there is no other, that is waited for.
         """
         if generation.done:
             return
@@ -174,7 +179,7 @@ class Relay:
             why=error.message,
             sent_tokens=sum(map(len, generation.sent)),
         )
-        wait_s = REPLACEMENT_WAIT_S if worker_gone else 0.0
+        wait_s = self._resume_wait_s if worker_gone else 0.0
         self._spawn(self._place(generation, {lost} if lost else set(), error, wait_s))
 
     # -- workers --

@@ -200,6 +200,7 @@ class Router:
             clock=self._clock,
             rng=self._rng,
             connect_timeout_s=self._config.connect_timeout_s,
+            resume_wait_s=self._config.resume_wait_s,
         )
         self.gateway = Gateway(
             self._config,
