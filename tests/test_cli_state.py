@@ -148,7 +148,7 @@ def test_folders_follow_xdg() -> None:
 
 def test_running_cluster_says_what_to_do(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path, "t")
-    with pytest.raises(UnavailableError, match="start one with `nanodeploy up`"):
+    with pytest.raises(UnavailableError, match="start one with `nanodeploy up --name t`"):
         running_cluster(folder)
     with folder.hold():
         folder.write(state("starting"))

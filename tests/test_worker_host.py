@@ -50,7 +50,7 @@ async def test_healthy_is_what_makes_progress() -> None:
     clock.advance(START_LIMIT_S - 1)
     engine.say(EngineProgress("loading weights", 1, 2))
     clock.advance(START_LIMIT_S - 1)
-    assert made.health() == (True, "loading weights: 1 of 2")
+    assert made.health() == (True, "loading weights: 50 %")
     clock.advance(2)
     assert made.health()[0] is False
     engine.say(engine_ready())

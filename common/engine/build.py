@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from common.attention.capability import Needs
 from common.attention.select import choose
-from common.config import EngineConfig, WorkerConfig
+from common.config import WorkerConfig
 from common.engine.demand import Demand
 from common.engine.engine import Engine, EngineParts
 from common.engine.load import LoadMeter
@@ -21,8 +20,9 @@ from common.engine.requests import ModelLimits, Requests
 from common.engine.runner import ModelRunner
 from common.engine.sampler import Sampler
 from common.engine.scheduler import Scheduler, SchedulerLimits
-from common.engine.selftest import MIN_MODEL_LEN, self_test
+from common.engine.selftest import self_test
 from common.engine.sequence import Sequence
+from common.engine.sizing import check_device, size_engine
 from common.engine.supply import Supply, SupplyParts
 from common.errors import ConfigError
 from common.kvcache.layout import KVLayout
@@ -35,7 +35,6 @@ from common.kvtransfer.publish import Publisher
 from common.kvtransfer.session import HandoffReader
 from common.kvtransfer.transport import Transport
 from common.kvtransfer.ucx import UcxTransport
-from common.models.kv import kv_layout, size_num_blocks
 from common.models.spec import ModelSpec
 from common.models.weights import load_model
 from common.telemetry import get_logger
@@ -44,10 +43,6 @@ from common.types import Clock, Role
 log = get_logger(__name__)
 
 Progress = Callable[[str, int, int], None]
-
-# CPU memory is shared with everything else, so `gpu_memory_utilization` of what is available is an upper bound.
-CPU_KV_BYTES = 2 << 30
-LEASED_TAILS = 8  # tail rows of published prompts outlive their sequences on a prefill worker
 
 
 @dataclass(frozen=True)
@@ -86,16 +81,17 @@ def build_engine(
     engine = config.engine
     if engine.num_threads:
         torch.set_num_threads(engine.num_threads)
-    device = _device(engine)
+    check_device(engine)
+    device = torch.device("cpu")  # the transfer layer and the kernels address the cache
     spec = ModelSpec.from_folder(engine.model, weights=engine.load_format != "dummy")
-    dtype = spec.dtype if engine.dtype == "auto" else engine.dtype
-    kv_dtype = dtype if engine.kv_dtype == "auto" else engine.kv_dtype
-    max_model_len = _max_model_len(engine, spec)
-    layout = _layout(engine, spec, role, dtype, kv_dtype, max_model_len)
+    sizing = size_engine(engine, spec, role)
+    dtype, layout, max_model_len = sizing.dtype, sizing.layout, sizing.max_model_len
+    blocks = {g.name: g.num_blocks for g in layout.groups}
+    log.info("kv cache sized", budget_bytes=sizing.budget_nbytes, blocks=blocks, dtype=sizing.kv_dtype)
     needs = Needs(
         device=device.type,
         dtype=dtype,
-        kv_dtype=kv_dtype,
+        kv_dtype=sizing.kv_dtype,
         head_dim=spec.head_dim,
         group_size=spec.num_heads // spec.num_kv_heads,
         block_size=engine.block_size,
@@ -200,54 +196,3 @@ def assemble(
         clock=clock,
         check_ledger=engine.check_ledger,
     )
-
-
-def _device(config: EngineConfig) -> torch.device:
-    """The CPU, also for auto where there is a GPU: the transfer layer and the kernels address the cache."""
-    if config.device == "cuda":
-        raise ConfigError("device is cuda; this version computes on the CPU: say cpu or auto", param="device")
-    if config.tensor_parallel_size > 1:
-        raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}; one rank is possible on CPU",
-            param="tensor_parallel_size",
-        )
-    return torch.device("cpu")
-
-
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    longest = spec.max_position_embeddings
-    if config.max_model_len > longest:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}; the checkpoint allows {longest}", param="max_model_len"
-        )
-    if 0 < config.max_model_len < MIN_MODEL_LEN:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}; the least is {MIN_MODEL_LEN}, a prompt token and two of output",
-            param="max_model_len",
-        )
-    return config.max_model_len or longest
-
-
-def _layout(
-    config: EngineConfig, spec: ModelSpec, role: Role, dtype: str, kv_dtype: str, max_model_len: int
-) -> KVLayout:
-    budget = config.kv_cache_memory_bytes
-    if not budget:
-        available = psutil.virtual_memory().available
-        budget = int(min(CPU_KV_BYTES, config.gpu_memory_utilization * available / 2))
-    tails = config.max_num_seqs * (LEASED_TAILS if role is Role.PREFILL else 2)
-    # Orders reserve their whole prompt, in window groups too.
-    step_tokens = max_model_len if role is Role.PREFILL else config.max_num_batched_tokens
-    num_blocks = size_num_blocks(
-        spec,
-        budget,
-        kv_dtype=kv_dtype,
-        dtype=dtype,
-        block_size=config.block_size,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        num_tails=tails,
-        max_num_batched_tokens=step_tokens,
-    )
-    log.info("kv cache sized", budget_bytes=budget, blocks=num_blocks, block_size=config.block_size, dtype=kv_dtype)
-    return kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=config.block_size, num_blocks=num_blocks)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from common.engine.engine import Engine, EngineParts
 from common.engine.messages import Deltas, FromEngine, ReaderEvent, ReaderGone, Submit
+from common.engine.sizing import MIN_MODEL_LEN
 from common.errors import InternalError
 from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, PlaceOrder
 from common.kvtransfer.plan import plan_extent
@@ -19,8 +20,7 @@ from common.kvtransfer.transport import PeerDown, ReadStatus, Transport
 from common.types import GenerationRequest, SamplingParams
 
 TIMEOUT_S = 60.0
-OUTPUT_TOKENS = 2
-MIN_MODEL_LEN = 1 + OUTPUT_TOKENS
+OUTPUT_TOKENS = MIN_MODEL_LEN - 1
 _READER = 0  # the servicer numbers its readers from 1
 _SLOT = 0  # and requests
 _SEQ = -1

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import typer
 
 from common.errors import ConfigError, UnavailableError
+from services.cli.hint import hint
 from services.cli.state import ClusterState, StateFolder
 
 ENGINE_PANEL = "Engine"
@@ -97,7 +98,8 @@ def running_cluster(folder: StateFolder) -> ClusterState:
     """The cluster that is up. Raises `UnavailableError` that says how to start one."""
     state = folder.running()
     if state is None:
-        raise UnavailableError(f"no cluster {folder.name!r} is up: start one with `nanodeploy up`, or give --url")
+        start = hint("up", folder.name)
+        raise UnavailableError(f"no cluster {folder.name!r} is up: start one with `{start}`, or give --url")
     if state.phase != "ready":
-        raise UnavailableError(f"cluster {folder.name!r} is {state.phase}: see `nanodeploy status`")
+        raise UnavailableError(f"cluster {folder.name!r} is {state.phase}: see `{hint('status', folder.name)}`")
     return state

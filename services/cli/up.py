@@ -23,14 +23,17 @@ from rich.console import Console
 import nanodeploy
 import services
 from common.config.load import load_named
+from common.config.schema import EngineConfig
+from common.engine.sizing import check_device, size_engine
 from common.errors import UnavailableError
 from common.models.spec import ModelSpec
+from common.types import Role
 from services.cli.demo_model import ensure_demo_model
 from services.cli.hint import hint, program
 from services.cli.launcher import Launcher, LaunchOptions
 from services.cli.live import check_path, live_table, print_banner, print_workers
 from services.cli.options import check_model_folder
-from services.cli.plan import ClusterRequest, build_plan
+from services.cli.plan import ClusterPlan, ClusterRequest, build_plan
 from services.cli.ports import Ports
 from services.cli.probe import Answer
 from services.cli.process import kill_service
@@ -61,9 +64,14 @@ def run_up(request: ClusterRequest, options: UpOptions, detach: bool, console: C
     base, named = load_named(config, os.environ)
     with folder.hold() as lock:
         with _ports() as ports:  # flags and ports first: a model may take minutes to prepare
-            build_plan(base, request, folder.path, ports, os.environ, named)
+            plan = build_plan(base, request, folder.path, ports, os.environ, named)
+        engines = _engines(plan, request)
+        for engine, _ in engines:
+            check_device(engine)
         request = replace(request, model=resolve_model(request.model or base.decode.engine.model, console))
-        ModelSpec.from_folder(request.model, weights=False)  # an unknown family is said first
+        spec = ModelSpec.from_folder(request.model, weights=False)  # an unknown family is said first
+        for engine, role in engines:
+            size_engine(engine, spec, role)
         if base.decode.engine.load_format != "dummy":
             ModelSpec.from_folder(request.model)
         if detach:
@@ -76,6 +84,12 @@ def launch_detached(path: Path, lock: int, console: Console) -> int:
     os.set_inheritable(lock, False)
     request, options = msgspec.json.decode(path.read_bytes(), type=tuple[ClusterRequest, UpOptions])
     return asyncio.run(_run(StateFolder(state_root(os.environ), options.name), request, options, console))
+
+
+def _engines(plan: ClusterPlan, request: ClusterRequest) -> list[tuple[EngineConfig, Role]]:
+    """One engine's config of each role that the cluster has."""
+    engines = [(plan.config.decode.engine, Role.DECODE)]
+    return [(plan.config.prefill.engine, Role.PREFILL), *engines] if request.num_prefill else engines
 
 
 def _ports() -> Ports:

@@ -203,7 +203,8 @@ class EngineHost:
                 self._owner.on_engine(message)
             case EngineProgress():
                 if self.state is not HostState.READY:
-                    self.reason = f"{message.stage}: {message.done} of {message.total}"
+                    share = f": {100 * message.done // message.total} %" if message.total > 1 else ""
+                    self.reason = message.stage + share
                 self._progressed()
             case EngineFatal():
                 log.error("engine cannot start", error=message.failure.message)

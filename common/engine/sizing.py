@@ -1,0 +1,82 @@
+"""What a config and a checkpoint's shape alone decide about an engine: refused settings, lengths, the KV pool.
+
+No torch and no weights: `nanodeploy up` asks here before it starts anything, the engine when it is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from common.config import EngineConfig
+from common.errors import ConfigError
+from common.kvcache.layout import KVLayout
+from common.models.kv import kv_layout, size_num_blocks
+from common.models.spec import ModelSpec
+from common.types import Role
+
+# CPU memory is shared with everything else, so `gpu_memory_utilization` of what is available is an upper bound.
+CPU_KV_BYTES = 2 << 30
+LEASED_TAILS = 8  # tail rows of published prompts outlive their sequences on a prefill worker
+MIN_MODEL_LEN = 3  # a prompt token and two of output, which the self-test takes
+
+
+@dataclass(frozen=True)
+class EngineSizing:
+    dtype: str
+    kv_dtype: str
+    max_model_len: int
+    layout: KVLayout
+    budget_nbytes: int  # what the layout was cut from
+
+
+def check_device(config: EngineConfig) -> None:
+    """The CPU, also for auto where there is a GPU. Raises `ConfigError` for what this version cannot do."""
+    if config.device == "cuda":
+        raise ConfigError("device is cuda; this version computes on the CPU: say cpu or auto", param="device")
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}; one rank is possible on CPU",
+            param="tensor_parallel_size",
+        )
+
+
+def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizing:
+    """The engine of a worker of `role`. Raises `ConfigError` when settings and checkpoint do not fit."""
+    check_device(config)
+    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    kv_dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
+    max_model_len = _max_model_len(config, spec)
+    budget = config.kv_cache_memory_bytes
+    if not budget:
+        available = psutil.virtual_memory().available
+        budget = int(min(CPU_KV_BYTES, config.gpu_memory_utilization * available / 2))
+    num_blocks = size_num_blocks(
+        spec,
+        budget,
+        kv_dtype=kv_dtype,
+        dtype=dtype,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        num_tails=config.max_num_seqs * (LEASED_TAILS if role is Role.PREFILL else 2),
+        # Orders reserve their whole prompt, in window groups too.
+        max_num_batched_tokens=max_model_len if role is Role.PREFILL else config.max_num_batched_tokens,
+    )
+    layout = kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=config.block_size, num_blocks=num_blocks)
+    return EngineSizing(dtype, kv_dtype, max_model_len, layout, budget)
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    longest = spec.max_position_embeddings
+    if config.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the checkpoint allows {longest}", param="max_model_len"
+        )
+    if 0 < config.max_model_len < MIN_MODEL_LEN:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the least is {MIN_MODEL_LEN}, a prompt token and two of output",
+            param="max_model_len",
+        )
+    return config.max_model_len or longest
