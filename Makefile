@@ -82,9 +82,9 @@ $(STAMPS)/env: pyproject.toml setup.py $(STAMPS)/venv
 	@deploy/find-compiler.sh
 	@$(SAY) "Installing $(TORCH)"
 	@$(PIP) install "$(TORCH)" $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)")
-	@$(SAY) "Installing NanoDeploy and its tools, building csrc/"
-	@$(PIP) install $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'])")
-	@$(PIP) install "$(TORCH)" --no-build-isolation -e '.[dev]'
+	@$(SAY) "Installing NanoDeploy and its tools, building csrc/: a few minutes"
+	@$(PIP) install -q $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'])")
+	@$(PIP) install -q "$(TORCH)" --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(STAMPS)/stubs: $(PROTOS) $(STAMPS)/env

@@ -7,6 +7,7 @@ print(out.outputs[0].text)
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import secrets
 import sys
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from pydantic import ValidationError
 
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
 from common.engine.build import build_engine
 from common.engine.messages import Cancel, Deltas, Submit
-from common.errors import NanoDeployError
+from common.errors import ConfigError, NanoDeployError
 from common.text.chat_template import ChatTemplate
 from common.text.detokenizer import Detokenizer
 from common.text.stop import StopAutomaton, StopMatcher
@@ -101,7 +103,7 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        engine = EngineConfig(model=str(model), **({"max_waiting_seqs": sys.maxsize} | options))
+        engine = _engine_config(model, {"max_waiting_seqs": sys.maxsize} | options)
         config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
         self._clock = MonotonicClock()
         self._built = build_engine(config, Role.DECODE, self._clock, lambda stage, done, total: None)
@@ -277,6 +279,26 @@ def _many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if len(ids) != len(prompts):
         raise ValueError("prompts mixes token ids with prompts")
     return [ids]
+
+
+def _engine_config(model: str | Path, options: Mapping[str, Any]) -> EngineConfig:
+    """Raises `ConfigError` that names the option or the folder."""
+    known = list(EngineConfig.model_fields)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"unknown option {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"),
+                param=name,
+            )
+    try:
+        config = EngineConfig(model=str(model), **options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if not (Path(model) / "config.json").is_file():
+        raise ConfigError(f"{model}: not a folder of a Hugging Face checkpoint: it has no config.json", param="model")
+    return config
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from engine_support import greedy, prompts, reference_tokens
 from tiny_models import make_llama
 
-from common.errors import InvalidRequestError
+from common.errors import ConfigError, InvalidRequestError
 from nanodeploy import LLM
 
 OPTIONS = {"dtype": "float32", "num_threads": 1, "kv_cache_memory_bytes": 8 << 20, "check_ledger": True}
@@ -47,3 +47,18 @@ def test_a_call_that_fails_leaves_nothing_for_the_next_one(llm: LLM) -> None:
     (output,) = llm.generate([prompt], greedy(5))
     assert len(output.outputs[0].token_ids) == 5
     assert output.prompt_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("/nope", {}, "/nope: not a folder of a Hugging Face checkpoint: it has no config.json"),
+        ("/nope", {"max_model_lem": 5}, "unknown option 'max_model_lem'; did you mean 'max_model_len'?"),
+        ("/nope", {"max_model_len": -5}, "max_model_len: Input should be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_call_is_one_clear_line(model: str, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLM(model, **options)
+    assert caught.value.message == message
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None

@@ -15,6 +15,7 @@ import pytest
 import surfaces
 import typer.main
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
 from common.config.load import load
 from common.config.schema import ClusterConfig
@@ -51,6 +52,12 @@ def test_flags() -> None:
     assert {name: sorted(flags) for name, flags in found.items()} == {
         name: sorted(flags) for name, flags in surfaces.FLAGS.items()
     }
+
+
+@pytest.mark.parametrize("words", [[], ["chat"], ["bench"], ["up"]])
+def test_help_has_a_short_name(words: list[str]) -> None:
+    short, full = (CliRunner().invoke(app, [*words, flag]) for flag in ("-h", "--help"))
+    assert (short.exit_code, short.output) == (0, full.output)
 
 
 def leaves(section: type[BaseModel]) -> Iterator[str]:

@@ -22,6 +22,7 @@ app = typer.Typer(
     name="nanodeploy",
     help="Serve large language models on a cluster: prefill and decode apart, KV cache over RDMA.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
