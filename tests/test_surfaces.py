@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,17 @@ def test_links_in_the_documentation_lead_somewhere() -> None:
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.relative_to(ROOT)} -> {target}")
     assert broken == []
+
+
+def test_a_folder_named_like_a_package_does_not_shadow_it(tmp_path: Path) -> None:
+    """A script beside a clone of that name imports the package, as the editable installation has it on its path."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["package-dir"] == {"": "."}, "makes setuptools write a .pth file"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/nanodeploy.pth").write_text(f"{ROOT}\n")
+    (tmp_path / "nanodeploy/docs").mkdir(parents=True)
+    script = tmp_path / "script.py"
+    add_site = f"import site; site.addsitedir({str(tmp_path / 'site')!r})"
+    script.write_text(f"{add_site}\nimport nanodeploy as n; print(n.__all__)")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(importlib.import_module("nanodeploy").__all__)
