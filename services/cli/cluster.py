@@ -9,7 +9,6 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from rich.table import Table
 
 from common.errors import NanoDeployError, UnavailableError
 from common.rpc.admin import WorkerChannels, WorkerStatus, fetch_snapshot, fetch_status
@@ -101,51 +100,6 @@ def prefill_pairs(views: Sequence[WorkerView]) -> dict[tuple[str, str], int]:
             if pair in pairs:
                 pairs[pair] += peer.reads
     return pairs
-
-
-def transports_in_use(view: WorkerView) -> list[str]:
-    """`transport peer` of a decode worker's sessions; what a prefill worker offers."""
-    if view.info.role is not Role.DECODE or view.status is None:
-        return [f"offers {transport}" for transport in view.info.transports]
-    return [
-        f"{peer.transport or peer.state} <- {peer.ref.worker_id}" + (f" ({peer.detail})" if peer.detail else "")
-        for peer in view.status.peers
-    ]
-
-
-def worker_table(views: Sequence[WorkerView]) -> Table:
-    """For people. KV is blocks of the first group: live/cached/leased/in flight of total."""
-    table = Table(title="Workers", title_justify="left", show_edge=False, pad_edge=False)
-    for name in (
-        "worker",
-        "role",
-        "state",
-        "address",
-        "pid",
-        "run",
-        "wait",
-        "tok/s",
-        "KV live/cached/leased/moving",
-        "KV moved by",
-    ):
-        table.add_column(name, justify="right" if name in ("pid", "run", "wait", "tok/s") else "left")
-    for view in views:
-        info = current(view)
-        load = info.load
-        kv = "; ".join(f"{s.live}/{s.cached}/{s.leased}/{s.in_flight} of {s.total}" for s in load.kv_states)
-        table.add_row(
-            info.ref.worker_id,
-            info.role.value,
-            f"{info.state.value}{f' ({view.error})' if view.error else ''}",
-            info.ref.address,
-            str(info.pid or "-"),
-            str(load.running),
-            str(load.waiting),
-            f"{load.tokens_per_s:.0f}",
-            kv,
-            "\n".join(transports_in_use(view)),
-        )
-    return table
 
 
 def worker_json(view: WorkerView) -> dict[str, Any]:

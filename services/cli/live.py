@@ -11,9 +11,10 @@ from rich.live import Live
 from rich.text import Text
 
 from common.errors import NanoDeployError, UnavailableError
-from services.cli.cluster import follow_cluster, view_cluster, worker_table
+from services.cli.cluster import follow_cluster, view_cluster
 from services.cli.plan import ClusterPlan
 from services.cli.probe import Answer
+from services.cli.tables import worker_table
 
 REFRESH_S = 2.0
 
@@ -42,7 +43,7 @@ def print_banner(plan: ClusterPlan, chat: str, console: Console) -> None:
 async def print_workers(controller: str, console: Console) -> None:
     """The workers, once; that they cannot be asked just now is no reason to end a cluster."""
     try:
-        console.print(worker_table(await view_cluster(controller)))
+        console.print(worker_table(await view_cluster(controller), console.width))
     except NanoDeployError as error:
         console.print(f"controller: {error.message}", markup=False, highlight=False)
 
@@ -56,10 +57,10 @@ async def live_table(controller: str, console: Console) -> None:
                 async with aclosing(follow_cluster(controller, REFRESH_S)) as looks:
                     async for views in looks:
                         if views != shown:
-                            table = worker_table(views)
+                            table = worker_table(views, console.width)
                             table.caption = "Ctrl-C drains and stops everything"
                             live.update(table, refresh=True)
                             shown = views
             except NanoDeployError as error:
-                live.update(Text(f"controller: {error.message}"), refresh=True)
+                live.update(Text(f"controller: {error.message}", no_wrap=True, overflow="ellipsis"), refresh=True)
             await asyncio.sleep(REFRESH_S)

@@ -5,6 +5,7 @@ On a terminal the running steps are a live list with spinners; elsewhere each st
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from rich.console import Console, Group
@@ -14,6 +15,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 QUIET_S = 3.0  # between lines about one step, off a terminal
+FRAME_S = 0.125
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -23,7 +25,11 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 class Report:
-    """Use as a context manager around the steps; `note` works outside as well."""
+    """Use as a context manager around the steps; `note` works outside as well.
+
+    In an event loop frames are drawn by the loop: a thread that draws beside lines being printed loses count of
+    the lines on the screen and leaves some behind.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -31,18 +37,39 @@ class Report:
         self._said: dict[str, float] = {}
         self._spinner = Spinner("dots")
         self._live: Live | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._frame: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Report:
         if self.console.is_terminal:
-            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=8, transient=True)
+            try:
+                self._loop = asyncio.get_running_loop()
+            except RuntimeError:
+                self._loop = None
+            self._live = Live(
+                get_renderable=self._render,
+                console=self.console,
+                auto_refresh=self._loop is None,
+                refresh_per_second=1 / FRAME_S,
+                transient=True,
+            )
             self._live.start()
+            self._draw()
         return self
 
+    def _draw(self) -> None:
+        if self._live is not None and self._loop is not None:
+            self._live.refresh()
+            self._frame = self._loop.call_later(FRAME_S, self._draw)
+
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._running.clear()
+        if self._frame is not None:
+            self._frame.cancel()
+            self._frame = None
         if self._live is not None:
             self._live.stop()
             self._live = None
+        self._running.clear()
 
     def start(self, name: str, text: str = "") -> None:
         self._running[name] = (time.monotonic(), text)
@@ -72,6 +99,8 @@ class Report:
         started, _ = self._running.pop(name, (time.monotonic(), ""))
         took = time.monotonic() - started
         self.console.print(f"  {mark} {escape(name)}: {escape(text)} [dim]({took:.1f} s)[/dim]", highlight=False)
+        if self._live is not None:
+            self._live.refresh()  # without the row of what has ended
 
     def _render(self) -> Group:
         now = time.monotonic()

@@ -7,34 +7,35 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 from common.errors import NanoDeployError
 from common.types import WorkerState
-from services.cli.cluster import WorkerView, current, view_cluster, worker_json, worker_table
+from services.cli.cluster import WorkerView, current, view_cluster, worker_json
 from services.cli.state import ClusterState, ServiceState, StateFolder, state_root
+from services.cli.tables import DEAD, Column, make_table, worker_table
 
 NO_CLUSTER = 3
 
 
 async def show_status(name: str, controller: str, as_json: bool, console: Console) -> int:
     """Show it; `controller` (host:port) asks a cluster that `up` did not start. Returns the exit code."""
-    state = None if controller else StateFolder(state_root(os.environ), name).running()
+    folder = StateFolder(state_root(os.environ), name)
+    state = None if controller else folder.running()
     if state is None and not controller:
-        if as_json:
-            print(json.dumps({"name": name, "phase": "stopped", "services": [], "workers": []}))
-        else:
-            console.print(f"No cluster {name!r} is up.", highlight=False)
-        return NO_CLUSTER
+        return _not_up(name, "stopped", as_json, console)
     views: list[WorkerView] = []
     error = ""
     try:
         views = await view_cluster(controller or (state.controller if state else ""))
     except NanoDeployError as failure:
+        now = folder.running()
+        if state is not None and (now is None or now.phase == "stopping"):  # it ended meanwhile
+            return _not_up(name, "stopped" if now is None else "stopping", as_json, console)
         error = f"controller: {failure.message}"
     if as_json:
         print(json.dumps(_as_json(state, views, error), indent=2))
@@ -42,6 +43,16 @@ async def show_status(name: str, controller: str, as_json: bool, console: Consol
         _show(state, views, error, console)
     good = not error and all(not view.error and current(view).state is WorkerState.READY for view in views)
     return 0 if good and (state is None or state.phase == "ready") else 1
+
+
+def _not_up(name: str, phase: str, as_json: bool, console: Console) -> int:
+    if as_json:
+        print(json.dumps({"name": name, "phase": phase, "services": [], "workers": []}))
+    elif phase == "stopping":
+        console.print(f"Cluster {name!r} is stopping.", highlight=False)
+    else:
+        console.print(f"No cluster {name!r} is up.", highlight=False)
+    return NO_CLUSTER
 
 
 def _as_json(state: ClusterState | None, views: list[WorkerView], error: str) -> dict[str, Any]:
@@ -92,22 +103,19 @@ def _show(state: ClusterState | None, views: list[WorkerView], error: str, conso
         console.print(
             f"Cluster [bold]{state.name}[/bold] is {state.phase}: {state.url}, model {state.model}", highlight=False
         )
-        table = Table(title="Services", title_justify="left", show_edge=False, pad_edge=False)
-        for column in ("service", "pid", "address", "memory", "restarts", "log"):
-            table.add_column(column, justify="right" if column in ("pid", "memory", "restarts") else "left")
-        for service in state.services:
-            alive = service.process.alive
-            table.add_row(
-                service.name,
-                str(service.process.pid) if alive else "[red]dead[/red]",
-                service.address,
-                f"{memory_of(service) / 2**20:.0f} MiB" if alive else "-",
-                str(service.restarts),
-                service.log,
-            )
-        console.print(table)
+        services = state.services
+        columns = (
+            Column("service", tuple(s.name for s in services)),
+            Column("pid", tuple(str(s.process.pid) if s.process.alive else DEAD for s in services)),
+            Column("address", tuple(s.address for s in services), leave=1),
+            Column("memory", tuple(f"{memory_of(s) / 2**20:.0f} MiB" if s.process.alive else "-" for s in services)),
+            Column("restarts", tuple(str(s.restarts) for s in services)),
+        )
+        console.print(make_table("Services", columns, console.width))
+        for folder in sorted({str(Path(s.log).parent) for s in services}):
+            console.print(f"Logs are in {folder}", highlight=False, markup=False, soft_wrap=True)
         console.print()
     if error:
-        console.print(f"[red]{error}[/red]", highlight=False)
+        console.print(error, style="red", highlight=False, markup=False)
     else:
-        console.print(worker_table(views))
+        console.print(worker_table(views, console.width))

@@ -39,6 +39,7 @@ from services.cli.probe import Answer
 from services.cli.process import kill_service
 from services.cli.report import Report
 from services.cli.state import StateFolder, cache_root, service_of, state_root
+from services.cli.terminal import quiet_keys
 
 POLL_S = 0.1
 STOP_S = 10.0  # what a service needs to end beside its grace
@@ -98,7 +99,7 @@ def _ports() -> Ports:
 
 async def _run(folder: StateFolder, request: ClusterRequest, options: UpOptions, console: Console) -> int:
     base, named = load_named(options.config, os.environ)
-    with _ports() as ports:
+    with _ports() as ports, quiet_keys(console):
         plan = build_plan(base, request, folder.path, ports, os.environ, named)
         for note in plan.notes:
             console.print(note, highlight=False, markup=False)
