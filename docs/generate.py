@@ -45,9 +45,9 @@ This page is generated from the schema by `make docs`.
 CLI = """\
 # Command line
 
-`nanodeploy` is installed into `.venv/bin`. Exit codes: 0 well, 1 failed, 2 wrong use or configuration; `status` also
-answers 3 for no cluster. `NANODEPLOY_STATE_DIR` and `NANODEPLOY_CACHE_DIR` move the folders for state (default
-`~/.local/state/nanodeploy`) and prepared models (`~/.cache/nanodeploy`).
+`nanodeploy` is installed into `.venv/bin`. Exit codes: 0 well, 1 failed, 2 wrong use or configuration, 130 stopped
+before it was done; `status` also answers 3 for no cluster. `NANODEPLOY_STATE_DIR` and `NANODEPLOY_CACHE_DIR` move
+the folders for state (default `~/.local/state/nanodeploy`) and prepared models (`~/.cache/nanodeploy`).
 
 This page is generated from the command itself by `make docs`.
 """

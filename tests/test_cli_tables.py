@@ -126,11 +126,14 @@ def test_ctrl_c_is_not_written_into_a_table() -> None:
         pass
 
 
+@pytest.mark.parametrize("answers", [True, False])
 @pytest.mark.parametrize(("phase", "said", "code"), [("stopping", "is stopping", 3), ("ready", "gone", 1)])
 async def test_status_of_a_cluster_that_just_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: Phase, said: str, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool, phase: Phase, said: str, code: int
 ) -> None:
     async def unreachable(_: str) -> list[WorkerView]:
+        if answers and phase == "stopping":  # the workers have left already
+            return []
         raise UnavailableError("gone")
 
     monkeypatch.setattr(status_module, "view_cluster", unreachable)

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 from rich.console import Console
+from rich.text import Text
 
 from common.errors import NanoDeployError
 from common.types import WorkerState
@@ -33,10 +34,11 @@ async def show_status(name: str, controller: str, as_json: bool, console: Consol
     try:
         views = await view_cluster(controller or (state.controller if state else ""))
     except NanoDeployError as failure:
-        now = folder.running()
-        if state is not None and (now is None or now.phase == "stopping"):  # it ended meanwhile
-            return _not_up(name, "stopped" if now is None else "stopping", as_json, console)
         error = f"controller: {failure.message}"
+    if state is not None and not views:
+        now = folder.running()
+        if now is None or now.phase == "stopping":  # it ended meanwhile
+            return _not_up(name, "stopped" if now is None else "stopping", as_json, console)
     if as_json:
         print(json.dumps(_as_json(state, views, error), indent=2))
     else:
@@ -116,6 +118,6 @@ def _show(state: ClusterState | None, views: list[WorkerView], error: str, conso
             console.print(f"Logs are in {folder}", highlight=False, markup=False, soft_wrap=True)
         console.print()
     if error:
-        console.print(error, style="red", highlight=False, markup=False)
+        console.print(Text(error, style="red", no_wrap=True, overflow="ellipsis"))
     else:
         console.print(worker_table(views, console.width))
