@@ -106,7 +106,7 @@ async def test_a_silent_engine_is_not_chosen_until_it_speaks() -> None:
     assert made.look() == 0.5
     assert made.serving
     clock.advance(0.5)
-    assert made.look() == made.look() > 50
+    assert made.look() == PROGRESS_LIMIT_S  # it may speak and fall silent again meanwhile
     assert not made.serving
     engine.say(EngineProgress("step", 0, 0))
     assert (made.serving, made.state, made.reason) == (True, HostState.READY, "ready")
@@ -152,6 +152,19 @@ async def test_a_start_without_a_word_ends_too() -> None:
     made.look()
     await eventually(lambda: made.serving)
     assert "no progress for 600 s" in owner.lost[0]
+
+
+async def test_silence_is_noticed_in_time_after_a_long_start() -> None:
+    engine = ScriptedEngine(None)
+    made, owner, clock = host(engine)
+    await made.start(owner)
+    clock.advance(PROGRESS_LIMIT_S + 1)  # importing and loading says nothing for long
+    assert made.look() <= PROGRESS_LIMIT_S
+    engine.say(engine_ready())
+    clock.advance(PROGRESS_LIMIT_S)
+    made.look()
+    assert not made.serving
+    assert owner.lost == []
 
 
 async def test_a_later_engine_that_cannot_start_is_tried_again() -> None:

@@ -125,7 +125,10 @@ class EngineHost:
         return True, self.reason
 
     def look(self) -> float:
-        """Take note of a silent engine, end a hung one; seconds until the next look is due."""
+        """Take note of a silent engine, end a hung one; seconds until the next look is due.
+
+        Never longer than `PROGRESS_LIMIT_S`: meanwhile the engine may start, speak and fall silent again.
+        """
         silent_s = self._clock.now() - self._progress_at
         limit_s = self._hang_s if self.state is HostState.READY else START_LIMIT_S
         if silent_s >= limit_s and self._engine is not None and not self._killed:
@@ -137,8 +140,8 @@ class EngineHost:
             self._silent = True
             log.warning("engine is silent", pid=self.engine_pid, silent_s=round(silent_s, 1))
             self.on_change()
-        limits = (PROGRESS_LIMIT_S, limit_s)
-        return min((limit - silent_s for limit in limits if limit > silent_s), default=PROGRESS_LIMIT_S)
+        ahead = (limit - silent_s for limit in (PROGRESS_LIMIT_S, limit_s) if limit > silent_s)
+        return min([PROGRESS_LIMIT_S, *ahead])
 
     async def ledger(self, *, with_blocks: bool) -> Ledger:
         """Ask the engine for its KV ledger."""

@@ -18,10 +18,13 @@ _STATS_FIELDS = RequestStats.__struct_fields__
 
 
 def remaining_ms(seconds: float) -> int:
-    """Seconds left as wire milliseconds. 0 s means no limit and stays 0; time that ran out becomes 1."""
+    """Seconds left as wire milliseconds, rounded up from a microsecond on: whole milliseconds stay what they are.
+
+    0 s means no limit and stays 0; time that ran out becomes 1.
+    """
     if seconds == 0:
         return 0
-    return min(max(1, math.ceil(seconds * 1000)), 2**32 - 1)
+    return min(max(1, math.ceil(round(seconds * 1000, 3))), 2**32 - 1)
 
 
 def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
