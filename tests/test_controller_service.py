@@ -299,7 +299,7 @@ async def test_slow_watcher_is_cut_off_and_others_are_not(shared_server, monkeyp
 
 
 async def test_controller_killed_and_another_takes_over(shared_server, tmp_path):
-    async with rig(shared_server) as r:
+    async with rig(shared_server, lease_ttl_s=5.0) as r:  # a controller that starts takes both cores for seconds
         kept = await r.controller()
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
@@ -307,7 +307,7 @@ async def test_controller_killed_and_another_takes_over(shared_server, tmp_path)
         try:
             await serving(port)
             changes: list[MembershipChange] = []
-            following = Membership([f"127.0.0.1:{port}", f"127.0.0.1:{kept.port}"], watcher_id="t", ping_interval_s=0.5)
+            following = Membership([f"127.0.0.1:{port}", f"127.0.0.1:{kept.port}"], watcher_id="t", ping_interval_s=1.0)
             following.subscribe(changes.append)
             following.start()
             r._closers.append(following.stop)
@@ -316,7 +316,7 @@ async def test_controller_killed_and_another_takes_over(shared_server, tmp_path)
             process.kill()
             process.wait()
             await eventually(lambda: following.connected and client.registered and kept.hub.num_watchers == 1)
-            await asyncio.sleep(2.1)  # a lease that nobody renewed would be over
+            await asyncio.sleep(5.1)  # a lease that nobody renewed would be over
             assert set(following.workers) == {"a"}
             process = start_process(r, tmp_path, port)
             await serving(port)
