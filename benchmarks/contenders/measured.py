@@ -152,7 +152,8 @@ class Served:
         with cluster.running(self._flags, limit_s=START_LIMIT_S) as running:
             self._cluster = running
             self.run(Work([[5] * 64, [7] * 80], 8, 2))
-            yield {"processes": len(running.processes()), "flags": " ".join(self._flags)}
+            flags = [Path(word).name if word.startswith("/") else word for word in self._flags]
+            yield {"processes": len(running.processes()), "flags": " ".join(flags)}
 
     def run(self, work: Work) -> Measurement:
         assert self._cluster is not None
