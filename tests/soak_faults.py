@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from cluster_support import RunningCluster
 
-from common.errors import NanoDeployError
+from common.errors import NanoDeployError, UnavailableError
 from common.rpc.admin import fetch_snapshot
 from common.types import WorkerInfo, WorkerState
 
@@ -65,7 +65,7 @@ def _related(one: str, other: str) -> bool:
 
 async def kill(cluster: RunningCluster, targets: Targets) -> Fault:
     """Kill and wait until the cluster is whole again; fails when it is not within `BACK_S`."""
-    epochs = _epochs((await fetch_snapshot(cluster.state.controller, 5.0)).workers)
+    epochs = _epochs(await _members(cluster))
     pids = [cluster.engine_pid(t.partition("/")[0]) if "/" in t else cluster.pid(t) for t in targets]
     at = time.time()
     for pid in pids:
@@ -75,6 +75,18 @@ async def kill(cluster: RunningCluster, targets: Targets) -> Fault:
         assert time.time() - at < BACK_S, f"{' and '.join(targets)} not back within {BACK_S} s"
         await asyncio.sleep(0.1)
     return Fault(targets, at, time.time())
+
+
+async def _members(cluster: RunningCluster) -> tuple[WorkerInfo, ...]:
+    """The controller may be starved for a second by the load: asked again for a while."""
+    last = time.time() + BACK_S
+    while True:
+        try:
+            return (await fetch_snapshot(cluster.state.controller, 5.0)).workers
+        except UnavailableError:
+            if time.time() > last:
+                raise
+            await asyncio.sleep(0.2)
 
 
 def _epochs(workers: Iterable[WorkerInfo]) -> dict[str, int]:
