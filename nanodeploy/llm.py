@@ -7,7 +7,6 @@ print(out.outputs[0].text)
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import secrets
 import sys
@@ -20,6 +19,7 @@ import msgspec
 from pydantic import ValidationError
 
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
+from common.config.load import suggest
 from common.engine.build import build_engine
 from common.engine.messages import Cancel, Deltas, Submit
 from common.errors import ConfigError, NanoDeployError
@@ -283,14 +283,9 @@ def _many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _engine_config(model: str | Path, options: Mapping[str, Any]) -> EngineConfig:
     """Raises `ConfigError` that names the option or the folder."""
-    known = list(EngineConfig.model_fields)
     for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"unknown option {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"),
-                param=name,
-            )
+        if name not in EngineConfig.model_fields:
+            raise ConfigError(f"unknown option {name!r}; {suggest(name, EngineConfig)}", param=name)
     try:
         config = EngineConfig(model=str(model), **options)
     except ValidationError as error:

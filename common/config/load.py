@@ -93,9 +93,13 @@ def _section(model: type[BaseModel], field: str) -> type[BaseModel] | None:
 
 
 def _unknown(source: str, key: str, field: str, model: type[BaseModel]) -> ConfigError:
+    return ConfigError(f"{source}: {key}: unknown key; {suggest(field, model)}", param=key)
+
+
+def suggest(field: str, model: type[BaseModel]) -> str:
+    """What to write instead of `field`, which `model` does not have."""
     near = difflib.get_close_matches(field, model.model_fields, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(model.model_fields)}"
-    return ConfigError(f"{source}: {key}: unknown key; {hint}", param=key)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(model.model_fields)}"
 
 
 def _merge(into: _Tree, new: _Tree, source: str, prefix: str, model: type[BaseModel], sources: dict[str, str]) -> None:

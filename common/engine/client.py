@@ -105,7 +105,7 @@ class ProcessEngine:
         if self._writer.transport.get_write_buffer_size() > self._max_backlog and self._process is not None:
             log.error("the engine takes no messages and is ended", pid=self._process.pid)
             self._gave_up = True
-            self._process.kill()
+            self.kill()
 
     def kill(self) -> None:
         if self._process is not None:
@@ -140,8 +140,7 @@ class ProcessEngine:
             pass
         except Exception as error:  # what was lost cannot be told: all that runs there has failed
             log.error("a message of the engine could not be taken", exc_info=error)
-            assert self._process is not None
-            self._process.kill()
+            self.kill()
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()

@@ -43,8 +43,7 @@ def check_device(config: EngineConfig) -> None:
 
 
 def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizing:
-    """The engine of a worker of `role`. Raises `ConfigError` when settings and checkpoint do not fit."""
-    check_device(config)
+    """The engine of a worker of `role`; its device was checked. `ConfigError` if settings and checkpoint do not fit."""
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     kv_dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
     max_model_len = _max_model_len(config, spec)

@@ -10,7 +10,7 @@ import ctypes
 import enum
 import functools
 
-from common.kernels.native import LIBRARY_PATH, load_library
+from common.kernels.native import LIBRARY_PATH, Signatures, load_library
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
@@ -35,13 +35,13 @@ def library() -> ctypes.CDLL | None:
     if not LIBRARY_PATH.exists():
         return None
     rows = [_INT, _INT, _POINTER, _LONG, _LONG, _LONG]  # instruction set, threads, logits, stride, rows, vocabulary
-    signatures = {
-        "nd_draw_rows": [*rows, _POINTER, _POINTER, _POINTER],
-        "nd_top_rows": [*rows, _LONG, _POINTER, _POINTER, _POINTER],
-        **{name: [_INT, _INT, _POINTER] for name in _BY_STRUCT},
+    signatures: Signatures = {
+        "nd_has_kernels": (ctypes.c_bool, [_INT]),
+        "nd_draw_rows": (None, [*rows, _POINTER, _POINTER, _POINTER]),
+        "nd_top_rows": (None, [*rows, _LONG, _POINTER, _POINTER, _POINTER]),
+        **{name: (None, [_INT, _INT, _POINTER]) for name in _BY_STRUCT},
     }
-    declared: dict[str, tuple[object, list[object]]] = {name: (None, list(args)) for name, args in signatures.items()}
-    return load_library(LIBRARY_PATH, {"nd_has_kernels": (ctypes.c_bool, [_INT]), **declared})
+    return load_library(LIBRARY_PATH, signatures)
 
 
 def available() -> list[Isa]:

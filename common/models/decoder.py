@@ -8,6 +8,7 @@ Shape letters: T new tokens, R rows, D hidden size.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -42,7 +43,7 @@ class DecoderBody(Layer):
         self.norm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps)
 
 
-class DecoderModel(Layer):
+class DecoderModel(Layer, ABC):
     """`max_positions`: tokens in the longest sequence it will see (rows of the rotary table)."""
 
     ignored: ClassVar[tuple[str, ...]] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
@@ -57,9 +58,9 @@ class DecoderModel(Layer):
         self._places = kv_places(spec)
         self._regions = sorted({p.region for p in self._places})
 
+    @abstractmethod
     def make_layer(self, spec: ModelSpec, build: Build) -> DecoderLayer:
         """One layer of the family, with empty tensors."""
-        raise NotImplementedError
 
     def forward(
         self,

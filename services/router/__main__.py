@@ -47,8 +47,8 @@ async def serve(config: RouterConfig) -> None:
 def _relax_collector() -> None:
     """What was imported stays: the garbage collector looks at what came since, and not at every few requests.
 
-    A stream that a client cuts leaves some eighty objects in cycles. Those that had outlived a collection wait for one
-    of the next generation, which must not be too far off: with (20, 50) cut streams cost 4 MB for every 200 of them.
+    What is left in a cycle and has outlived a collection waits for one of the next generation, which must not be too
+    far off: with (20, 50), when a cut stream still left some eighty objects in cycles, 200 of them cost 4 MB.
     """
     gc.collect()
     gc.freeze()

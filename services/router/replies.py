@@ -5,6 +5,7 @@ Stream chunks are templates made once per request: only the text is escaped per 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -139,7 +140,7 @@ class CompletionLogprobs:
 # -- streams -----------------------------------------------------------------------------------------
 
 
-class Chunks:
+class Chunks(ABC):
     """The chunks of one stream. `usage` is what each of them says about usage, None if it says nothing."""
 
     kind = ""
@@ -188,8 +189,9 @@ class Chunks:
     def _chunk(self, index: int, rest: dict[str, Any]) -> bytes:
         return b"%b%d,%b}]%b" % (self._start, index, dumps(rest)[1:-1], self._tail)
 
+    @abstractmethod
     def _body(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a chunk says of a text beside its choice's number."""
 
 
 class ChatChunks(Chunks):
