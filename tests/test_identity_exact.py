@@ -24,18 +24,19 @@ from typing import Any
 
 import pytest
 from identity_prompts import make_prompts, spread
-from identity_support import WAYS, Got, Prompt, Way, demo_model, open_way
+from identity_support import BLOCK_NBYTES, WAYS, Got, Prompt, Way, model, open_way, oracle
 from teacher_forced import EQUAL, LIMIT, Greedy, Oracle
 
 from benchmarks.report import RESULTS, environment, write_json
 from common.text.tokenizer import Tokenizer
+
+__all__ = ["model", "oracle"]
 
 pytestmark = [pytest.mark.exact, pytest.mark.timeout(4 * 3600)]
 
 NUM_PROMPTS, LONGEST, COUNT = 50, 2000, 24
 NUM_WAVES = 5  # prompts of every length in each; sent at once
 REORDERING = 1e-4  # logits
-BLOCK_NBYTES = 16 * 30 * 2 * 3 * 64 * 4  # 16 tokens, 30 layers, K and V, 3 heads of 64, fp32
 FITS, TIGHT = 512 * BLOCK_NBYTES, 130 * BLOCK_NBYTES  # a wave, or little more than the longest prompt
 ENGINE: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 16}
 CONFIGS = tuple(itertools.product((False, True), repeat=2))
@@ -135,17 +136,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
     words = {True: "on", False: "off"}
     body = [f"| {' | '.join(words[v] if isinstance(v, bool) else str(v) for v in row.values())} |" for row in shown]
     return [head, "|---" * len(shown[0]) + "|", *body]
-
-
-@pytest.fixture(scope="module")
-def model() -> Path:
-    return demo_model()
-
-
-@pytest.fixture(scope="module")
-def oracle(model: Path, pytestconfig: pytest.Config) -> Oracle:
-    assert pytestconfig.cache is not None
-    return Oracle(model, pytestconfig.cache.mkdir("identity"))
 
 
 @pytest.fixture(scope="module")
