@@ -11,9 +11,10 @@ from models_support import CPU
 from tiny_models import make_llama, make_qwen3
 
 from common.errors import ConfigError
-from common.kvcache.layout import TAIL_GROUP, KVLayout, Retention, Sharding
+from common.kvcache.layout import TAIL_GROUP, KVLayout, KVPlace, Retention, Sharding
 from common.kvcache.pool import KVPool
-from common.models.kv import KVPlace, kv_layout, kv_places, nbytes_per_token, size_num_blocks
+from common.models.cache_spec import attention_cache
+from common.models.kv import kv_layout, nbytes_per_token, size_num_blocks
 from common.models.spec import ModelSpec
 
 BLOCKS = {"full": 5, "window": 7, TAIL_GROUP: 3}
@@ -60,9 +61,9 @@ def test_window_layers_have_their_own_group(hybrid: ModelSpec) -> None:
     layout = layout_of(hybrid)
     assert [(g.name, g.window) for g in layout.groups] == [("full", 0), ("window", 24), (TAIL_GROUP, 0)]
     assert [(r.name, r.num_layers) for r in layout.regions] == [("kv", 1), ("kv_window", 3), ("last_hidden", 1)]
-    assert kv_places(hybrid)[0] == KVPlace("kv", "full", 0)
-    assert kv_places(hybrid)[3] == KVPlace("kv_window", "window", 2)
-    only = replace(hybrid, windows=(8,) * 4)
+    assert hybrid.cache.places(0) == {"kv": KVPlace("kv", "full", 0)}
+    assert hybrid.cache.places(3) == {"kv_window": KVPlace("kv_window", "window", 2)}
+    only = replace(hybrid, cache=attention_cache((8,) * 4, 2, 16))
     assert [g.name for g in layout_of(only).groups] == ["window", TAIL_GROUP]
 
 
@@ -78,8 +79,8 @@ def test_ranks(llama: ModelSpec) -> None:
 
 
 def test_rows_are_whole_words(llama: ModelSpec) -> None:
-    with pytest.raises(ConfigError, match="head_dim 6 in bfloat16 is not a multiple of 8 bytes"):
-        layout_of(replace(llama, head_dim=6))
+    with pytest.raises(ConfigError, match="rows of kv: 6 in bfloat16 is not a multiple of 8 bytes"):
+        layout_of(replace(llama, cache=attention_cache((0,), 2, 6)))
 
 
 def sized(spec: ModelSpec, budget: int, max_model_len: int = 512, max_num_seqs: int = 4) -> dict[str, int]:

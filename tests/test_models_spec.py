@@ -13,6 +13,7 @@ from tiny_models import make_llama, make_qwen3
 
 from common.errors import ConfigError
 from common.layers.rope_spec import RopeSpec
+from common.models.cache_spec import attention_cache
 from common.models.registry import family, model_class, supported
 from common.models.spec import ModelSpec
 
@@ -42,7 +43,7 @@ def test_llama(tmp_path: Path) -> None:
     assert (spec.model_type, spec.architecture) == ("llama", "LlamaForCausalLM")
     assert (spec.head_dim, spec.num_kv_heads, spec.num_layers) == (16, 2, 2)
     assert spec.rope == RopeSpec(theta=10000.0)
-    assert spec.windows == (0, 0)
+    assert spec.cache == attention_cache((0, 0), 2, 16)
     assert (spec.eos_token_ids, spec.bos_token_id, spec.dtype) == ((2,), None, "float32")
     assert not spec.tie_word_embeddings
     assert len(spec.model_hash) == 16
@@ -78,11 +79,12 @@ def test_eos_is_the_union_with_generation_config(tmp_path: Path) -> None:
     ],
 )
 def test_windows(tmp_path: Path, fields: dict[str, Any], windows: tuple[int, ...]) -> None:
-    assert read(tmp_path, QWEN3 | fields).windows == windows
+    assert read(tmp_path, QWEN3 | fields).cache == attention_cache(windows, 2, 32)
 
 
 def test_llama_has_no_windows(tmp_path: Path) -> None:
-    assert read(tmp_path, LLAMA | {"sliding_window": 8, "use_sliding_window": True}).windows == (0, 0)
+    spec = read(tmp_path, LLAMA | {"sliding_window": 8, "use_sliding_window": True})
+    assert not spec.cache.has_windows
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

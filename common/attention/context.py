@@ -45,8 +45,9 @@ class AttentionContext:
     """`query_starts_S1` and `seq_lens_S` are int32 on the device; seq_lens count the new tokens too.
 
     Token t of sequence s sits at position seq_lens[s] - (query_starts[s+1] - t) and attends to all positions up
-    to its own. `kv` gives the pool views, `backend` does the work. `scratch` holds what the backend worked out
-    for this step in the first layer and needs in the others.
+    to its own. `kv` gives the pool views, `backend` does the work. `states`: by snapshot group, int64 [S], the block
+    with each sequence's state. `scratch` holds what the backend worked out for this step in the first layer and needs
+    in the others.
     """
 
     query_starts_S1: Tensor
@@ -56,6 +57,7 @@ class AttentionContext:
     groups: Mapping[str, GroupTables]
     kv: KVViews
     backend: AttentionBackend
+    states: Mapping[str, Tensor] = field(default_factory=dict)
     scratch: dict[object, Any] = field(default_factory=dict)
 
 

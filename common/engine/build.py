@@ -95,7 +95,7 @@ def build_engine(
         head_dim=spec.head_dim,
         group_size=spec.num_heads // spec.num_kv_heads,
         block_size=engine.block_size,
-        has_windows=any(spec.windows),
+        has_windows=spec.cache.has_windows,
     )
     backend = choose(engine.attention_backend, needs).backend
     model = load_model(

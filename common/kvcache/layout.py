@@ -78,6 +78,14 @@ class RegionPlace(msgspec.Struct, frozen=True):
     layer_stride: int
 
 
+class KVPlace(msgspec.Struct, frozen=True):
+    """Where a layer of a model keeps one kind of state: `index` counts the layers of its region."""
+
+    region: str
+    group: str
+    index: int
+
+
 class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     """Regions and groups of one rank. Equal fingerprints mean equal bytes at equal places."""
 

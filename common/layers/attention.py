@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from common.attention.context import AttentionContext, GroupTables
+from common.kvcache.layout import KVPlace
 from common.layers.base import Build, Layer
 from common.layers.linear import ColumnLinear, RowLinear
 from common.layers.rms_norm import QKNorm
 from common.layers.rope import apply_rope
+from common.layers.step import MAIN_ROPE, Step
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class AttentionShape:
 
 
 class Attention(Layer):
-    def __init__(self, build: Build, shape: AttentionShape) -> None:
+    """`place`: where keys and values lie, two parts of a region of a full or a window group."""
+
+    def __init__(self, build: Build, shape: AttentionShape, place: KVPlace) -> None:
+        self._place = place
         heads, kv_heads, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self._heads = build.tp.share(heads)[1]
         self._kv_heads = build.tp.share(kv_heads)[1]
@@ -43,22 +47,15 @@ class Attention(Layer):
         self.qk_norm = QKNorm(build, self._heads, self._kv_heads, width, eps) if eps else None
         self.o_proj = RowLinear(build, heads, width, shape.hidden_size, bias=shape.bias)
 
-    def __call__(
-        self,
-        x_TD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: Tensor,
-        tables: GroupTables,
-        ctx: AttentionContext,
-    ) -> Tensor:
-        """`rope`: (cos, sin) rows of the tokens; `cache`: this layer's [num_blocks, 2, U, block_size, D]."""
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        ctx, cache, tables = step.ctx, step.cache(self._place), step.tables(self._place)
         num_tokens, num_heads = x_TD.shape[0], self._heads
         num_qk = num_heads + self._kv_heads
         qkv_THD = self.qkv_proj(x_TD).view(num_tokens, -1, self._width)
         qk_THD = qkv_THD[:, :num_qk]
         if self.qk_norm is not None:
             qk_THD = self.qk_norm(qk_THD)
-        qk_THD = apply_rope(qk_THD, *rope)
+        qk_THD = apply_rope(qk_THD, *step.rope[MAIN_ROPE])
         ctx.backend.write(qk_THD[:, num_heads:], qkv_THD[:, num_qk:], cache, tables)
         out_THD = ctx.backend.attend(qk_THD[:, :num_heads], cache, tables, ctx, self._scale)
         return self.o_proj(out_THD.reshape(num_tokens, -1))

@@ -9,28 +9,22 @@ Shape letters: T new tokens, R rows, D hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from common.attention.context import AttentionContext, GroupTables
+from common.attention.context import AttentionContext
 from common.layers.base import Build, Layer
 from common.layers.embedding import Embedding, Head
 from common.layers.rms_norm import RMSNorm
 from common.layers.rope import Rope
-from common.models.kv import kv_places
+from common.layers.step import MAIN_ROPE, Rotation, Step
 from common.models.spec import ModelSpec
 
 
 class DecoderLayer(Protocol):
-    def __call__(
-        self,
-        hidden_TD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: Tensor,
-        tables: GroupTables,
-        ctx: AttentionContext,
-    ) -> None:
+    def __call__(self, hidden_TD: Tensor, step: Step, /) -> None:
         """Add this layer's output to `hidden_TD` in place."""
 
 
@@ -47,20 +41,34 @@ class DecoderModel(Layer, ABC):
     """`max_positions`: tokens in the longest sequence it will see (rows of the rotary table)."""
 
     ignored: ClassVar[tuple[str, ...]] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-    """Tensors (regular expressions) that old checkpoints hold and nobody reads."""
+    """Tensors (regular expressions) that checkpoints hold and nobody reads."""
 
     def __init__(self, spec: ModelSpec, build: Build, max_positions: int) -> None:
-        self.model = DecoderBody(spec, build, [self.make_layer(spec, build) for _ in range(spec.num_layers)])
+        self.model = DecoderBody(spec, build, [self.make_layer(spec, build, i) for i in range(spec.num_layers)])
         self.lm_head = Head(
             build, spec.vocab_size, spec.hidden_size, self.model.embed_tokens if spec.tie_word_embeddings else None
         )
-        self._rope = Rope(build, spec.rope, spec.head_dim, max_positions)
-        self._places = kv_places(spec)
-        self._regions = sorted({p.region for p in self._places})
+        self._ropes = self.make_ropes(spec, build, max_positions)
 
     @abstractmethod
-    def make_layer(self, spec: ModelSpec, build: Build) -> DecoderLayer:
-        """One layer of the family, with empty tensors."""
+    def make_layer(self, spec: ModelSpec, build: Build, layer_idx: int) -> DecoderLayer:
+        """One layer of the family, with empty tensors. `spec.cache.places(layer_idx)` is where it keeps its cache."""
+
+    def make_ropes(self, spec: ModelSpec, build: Build, max_positions: int) -> Mapping[str, Rope]:
+        """The rotations that layers find in `Step.rope`."""
+        return {MAIN_ROPE: Rope(build, spec.rope, spec.head_dim, max_positions)}
+
+    def rotations(self, positions_T: Tensor) -> Mapping[str, Rotation]:
+        """Every rotation's rows for the tokens of a step."""
+        return {name: rope(positions_T) for name, rope in self._ropes.items()}
+
+    def enter(self, embeds_TD: Tensor) -> Tensor:
+        """What the layers work on; a family with several residual streams makes them here."""
+        return embeds_TD
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """Hidden rows [T, D] of what the layers worked on."""
+        return hidden
 
     def forward(
         self,
@@ -69,19 +77,19 @@ class DecoderModel(Layer, ABC):
         ctx: AttentionContext,
         inputs_embeds_TD: Tensor | None = None,
     ) -> Tensor:
-        """Write the new tokens' keys and values; return their hidden rows [T, D] before the final norm.
+        """Write the new tokens' cache; return their hidden rows [T, D] before the final norm.
 
         `input_ids_T` and `positions_T` are int64. `inputs_embeds_TD` takes the place of the embedding's rows.
         """
         if inputs_embeds_TD is None:
-            hidden_TD = self.model.embed_tokens(input_ids_T)
+            embeds_TD = self.model.embed_tokens(input_ids_T)
         else:
-            hidden_TD = inputs_embeds_TD.to(self.model.embed_tokens.weight.dtype, copy=True)
-        rope = self._rope(positions_T)
-        caches = {region: ctx.kv.region(region).unbind(1) for region in self._regions}
-        for layer, place in zip(self.model.layers, self._places, strict=True):
-            layer(hidden_TD, rope, caches[place.region][place.index], ctx.groups[place.group], ctx)
-        return hidden_TD
+            embeds_TD = inputs_embeds_TD.to(self.model.embed_tokens.weight.dtype, copy=True)
+        step = Step(input_ids_T, positions_T, ctx, self.rotations(positions_T))
+        hidden = self.enter(embeds_TD)
+        for layer in self.model.layers:
+            layer(hidden, step)
+        return self.leave(hidden)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Final norm and head over rows of `forward`: float32 [R, vocab]."""

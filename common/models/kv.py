@@ -1,7 +1,7 @@
-"""The KV cache that a model needs: its layout, and how many blocks a budget buys. No torch.
+"""The bytes of a model's declared cache: its layout, and how many blocks a budget buys. No torch.
 
-Layers that see everything share region `kv` of the full group, sliding layers share region `kv_window` of the
-window group, and the last hidden row of a prompt is region `last_hidden` of the tail group.
+Beside what the model declares (`common.models.cache_spec`) there is the last hidden row of a prompt: region
+`last_hidden` of the tail group.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from common.errors import ConfigError
 from common.kvcache.layout import (
     DTYPE_NBYTES,
-    FULL_GROUP,
     TAIL_GROUP,
     GroupSpec,
     KVLayout,
@@ -21,30 +20,22 @@ from common.kvcache.layout import (
     Retention,
     Sharding,
 )
+from common.models.cache_spec import CacheGroup, CacheRegion
 from common.models.spec import ModelSpec
 
-WINDOW_GROUP = "window"
-KV_REGION = "kv"
-WINDOW_REGION = "kv_window"
 TAIL_REGION = "last_hidden"
+MAX_STATE_SHARE = 0.5  # of the budget, for the states of sequences and their snapshots
 
 
 @dataclass(frozen=True)
-class KVPlace:
-    """Where a layer keeps its keys and values: `index` counts the layers of its region."""
+class KVTypes:
+    """`kv_dtype`: of regions that leave it open. `dtype`: what the model computes in, hidden rows included."""
 
-    region: str
-    group: str
-    index: int
+    kv_dtype: str
+    dtype: str
 
-
-def kv_places(spec: ModelSpec) -> tuple[KVPlace, ...]:
-    """One place per layer."""
-    out: list[KVPlace] = []
-    for window in spec.windows:
-        region, group = (WINDOW_REGION, WINDOW_GROUP) if window else (KV_REGION, FULL_GROUP)
-        out.append(KVPlace(region, group, sum(p.region == region for p in out)))
-    return tuple(out)
+    def of(self, region: CacheRegion) -> str:
+        return {"kv": self.kv_dtype, "model": self.dtype}.get(region.dtype, region.dtype)
 
 
 def kv_layout(
@@ -62,34 +53,16 @@ def kv_layout(
 
     ConfigError where a row is not a whole number of 8-byte words (digests need that) or heads do not divide.
     """
-    for name, width, kind in (("head_dim", spec.head_dim, kv_dtype), ("hidden_size", spec.hidden_size, dtype)):
-        if width * DTYPE_NBYTES[kind] % 8:
-            raise ConfigError(f"{name} {width} in {kind} is not a multiple of 8 bytes", param=name)
-    sharding = Sharding.GROUPED if tp_size > spec.num_kv_heads else Sharding.SPLIT
-    groups: list[GroupSpec] = []
-    regions: list[RegionSpec] = []
-    for region, group, window in _positional(spec):
-        retention = Retention.WINDOW if window else Retention.FULL
-        groups.append(
-            GroupSpec(
-                name=group, retention=retention, block_size=block_size, num_blocks=num_blocks[group], window=window
-            )
+    types = KVTypes(kv_dtype, dtype)
+    if spec.hidden_size * DTYPE_NBYTES[dtype] % 8:
+        raise ConfigError(
+            f"hidden_size {spec.hidden_size} in {dtype} is not a multiple of 8 bytes", param="hidden_size"
         )
-        regions.append(
-            RegionSpec(
-                name=region,
-                group=group,
-                dtype=kv_dtype,
-                num_layers=sum(p.region == region for p in kv_places(spec)),
-                num_parts=2,
-                num_units=spec.num_kv_heads,
-                width=spec.head_dim,
-                sharding=sharding,
-            )
-        )
+    groups = [_group(g, block_size, num_blocks[g.name]) for g in spec.cache.groups]
     groups.append(
         GroupSpec(name=TAIL_GROUP, retention=Retention.SNAPSHOT, block_size=1, num_blocks=num_blocks[TAIL_GROUP])
     )
+    regions = [_region(r, types.of(r), tp_size) for r in spec.cache.regions]
     regions.append(
         RegionSpec(
             name=TAIL_REGION,
@@ -139,30 +112,36 @@ def size_num_blocks(
 ) -> dict[str, int]:
     """Blocks per group that fit into `budget_nbytes` on one rank.
 
-    `num_tails`: blocks of the tail group, each one hidden row. Full and window groups get the same
-    number of blocks, since short sequences use both alike, but the window group no more than twice what
-    `max_num_seqs` sequences can hold live; the full group takes the rest. ConfigError, with both numbers, if
-    not even one sequence of `max_model_len` tokens fits.
+    `num_tails`: blocks of the tail group, each one hidden row; snapshot groups of the model get as many if that is
+    at most `MAX_STATE_SHARE` of the budget, and two at least. Full and window groups cover the same number of tokens,
+    since short sequences use both alike, but a window group no more than twice what `max_num_seqs` sequences can
+    hold live; the full groups take the rest. ConfigError, with both numbers, if not even one sequence of
+    `max_model_len` tokens fits.
     """
-    one = dict.fromkeys((FULL_GROUP, WINDOW_GROUP, TAIL_GROUP), 1)
+    one = {TAIL_GROUP: 1} | {g.name: 1 for g in spec.cache.groups}
     layout = kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=block_size, num_blocks=one, tp_size=tp_size)
     block = {g.name: layout.block_nbytes(g.name) for g in layout.groups}
     out = {TAIL_GROUP: num_tails}
-    rest = budget_nbytes - out[TAIL_GROUP] * block[TAIL_GROUP]
-    whole = math.ceil(max_model_len / block_size)
-    need = {group: whole for _, group, _ in _positional(spec)}
-    for _, group, window in _positional(spec):
-        if window:
-            need[group] = min(whole, math.ceil((window + max_num_batched_tokens) / block_size) + 1)
-    even = max(rest, 0) // sum(block[g] for g in need)
-    if WINDOW_GROUP in need:
-        useful = 2 * max_num_seqs * need[WINDOW_GROUP] if FULL_GROUP in need else even
-        out[WINDOW_GROUP] = min(even, useful)
-        rest -= out[WINDOW_GROUP] * block[WINDOW_GROUP]
-    if FULL_GROUP in need:
-        out[FULL_GROUP] = max(rest, 0) // block[FULL_GROUP]
+    rest = budget_nbytes - num_tails * block[TAIL_GROUP]
+    states = [g.name for g in spec.cache.groups if g.retention is Retention.SNAPSHOT]
+    for name in states:
+        share = int(MAX_STATE_SHARE / len(states) * budget_nbytes)
+        out[name] = max(2, min(num_tails, share // block[name]))
+        rest -= out[name] * block[name]
+    windows = [g for g in layout.groups if g.retention is Retention.WINDOW]
+    full = [g for g in layout.groups if g.retention is Retention.FULL]
+    need = {g.name: math.ceil(max_model_len / g.block_size) for g in full}
+    for g in windows:
+        whole = math.ceil(max_model_len / g.block_size)
+        need[g.name] = min(whole, math.ceil((g.window + max_num_batched_tokens) / g.block_size) + 1)
+    even = _even(rest, [*full, *windows], block)
+    for g in windows:
+        useful = 2 * max_num_seqs * need[g.name] if full else even[g.name]
+        out[g.name] = min(even[g.name], useful)
+        rest -= out[g.name] * block[g.name]
+    out |= _even(rest, full, block)
     if any(out[g] < need[g] for g in need):
-        wanted = sum(need[g] * block[g] for g in need) + out[TAIL_GROUP] * block[TAIL_GROUP]
+        wanted = sum(need[g] * block[g] for g in need) + sum(out[g] * block[g] for g in (TAIL_GROUP, *states))
         raise ConfigError(
             f"a KV cache of {budget_nbytes} bytes cannot hold one sequence of {max_model_len} tokens, which takes "
             f"{wanted}: give it more memory or lower max_model_len",
@@ -171,9 +150,35 @@ def size_num_blocks(
     return out
 
 
-def _positional(spec: ModelSpec) -> tuple[tuple[str, str, int], ...]:
-    """(region, group, window) of the groups that hold keys and values."""
-    windows = {w for w in spec.windows if w}
-    assert len(windows) <= 1, f"sliding layers of one model share a window, got {windows}"
-    out = ((KV_REGION, FULL_GROUP, 0),) if 0 in spec.windows else ()
-    return out + tuple((WINDOW_REGION, WINDOW_GROUP, w) for w in windows)
+def _even(budget_nbytes: int, groups: list[GroupSpec], block_nbytes: Mapping[str, int]) -> dict[str, int]:
+    """Blocks of each group, all covering the same number of tokens."""
+    unit = math.lcm(1, *(g.block_size for g in groups))  # tokens
+    unit_nbytes = sum(block_nbytes[g.name] * (unit // g.block_size) for g in groups)
+    num_units = max(budget_nbytes, 0) // unit_nbytes if groups else 0
+    return {g.name: num_units * (unit // g.block_size) for g in groups}
+
+
+def _group(group: CacheGroup, block_size: int, num_blocks: int) -> GroupSpec:
+    size = 1 if group.retention is Retention.SNAPSHOT else math.lcm(block_size, group.block_multiple)
+    return GroupSpec(
+        name=group.name, retention=group.retention, block_size=size, num_blocks=num_blocks, window=group.window
+    )
+
+
+def _region(region: CacheRegion, dtype: str, tp_size: int) -> RegionSpec:
+    if region.width * DTYPE_NBYTES[dtype] % 8:
+        raise ConfigError(f"rows of {region.name}: {region.width} in {dtype} is not a multiple of 8 bytes")
+    sharding = Sharding.REPLICATED
+    if region.per_head:
+        sharding = Sharding.GROUPED if tp_size > region.num_units else Sharding.SPLIT
+    return RegionSpec(
+        name=region.name,
+        group=region.group,
+        dtype=dtype,
+        num_layers=len(region.layers),
+        num_parts=region.num_parts,
+        num_units=region.num_units,
+        width=region.width,
+        sharding=sharding,
+        required=region.required,
+    )

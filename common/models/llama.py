@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from common.attention.context import AttentionContext, GroupTables
 from common.layers.attention import Attention, AttentionShape
 from common.layers.base import Build, Layer
 from common.layers.mlp import SwiGLU
 from common.layers.rms_norm import RMSNorm
+from common.layers.step import Step
+from common.models.cache_spec import KV_REGION, WINDOW_REGION
 from common.models.decoder import DecoderModel
 from common.models.spec import ModelSpec
 
@@ -19,27 +20,21 @@ from common.models.spec import ModelSpec
 class LlamaLayer(Layer):
     """Checkpoint names under `model.layers.N.`."""
 
-    def __init__(self, spec: ModelSpec, build: Build) -> None:
+    def __init__(self, spec: ModelSpec, build: Build, layer_idx: int) -> None:
         self.input_layernorm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = Attention(build, attention_shape(spec))
+        self.self_attn = make_attention(spec, build, layer_idx)
         self.post_attention_layernorm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps)
         self.mlp = SwiGLU(build, spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
 
-    def __call__(
-        self,
-        hidden_TD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: Tensor,
-        tables: GroupTables,
-        ctx: AttentionContext,
-    ) -> None:
-        hidden_TD += self.self_attn(self.input_layernorm(hidden_TD), rope, cache, tables, ctx)
+    def __call__(self, hidden_TD: Tensor, step: Step) -> None:
+        hidden_TD += self.self_attn(self.input_layernorm(hidden_TD), step)
         hidden_TD += self.mlp(self.post_attention_layernorm(hidden_TD))
 
 
-def attention_shape(spec: ModelSpec, *, qk_norm: bool = False) -> AttentionShape:
-    """The attention that a spec asks for."""
-    return AttentionShape(
+def make_attention(spec: ModelSpec, build: Build, layer_idx: int, *, qk_norm: bool = False) -> Attention:
+    """The grouped-query attention that a spec asks for, over the region that its layer has."""
+    places = spec.cache.places(layer_idx)
+    shape = AttentionShape(
         hidden_size=spec.hidden_size,
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
@@ -47,8 +42,9 @@ def attention_shape(spec: ModelSpec, *, qk_norm: bool = False) -> AttentionShape
         bias=spec.attention_bias,
         qk_norm_eps=spec.rms_norm_eps if qk_norm else 0.0,
     )
+    return Attention(build, shape, places.get(KV_REGION) or places[WINDOW_REGION])
 
 
 class LlamaForCausalLM(DecoderModel):
-    def make_layer(self, spec: ModelSpec, build: Build) -> LlamaLayer:
-        return LlamaLayer(spec, build)
+    def make_layer(self, spec: ModelSpec, build: Build, layer_idx: int) -> LlamaLayer:
+        return LlamaLayer(spec, build, layer_idx)

@@ -11,30 +11,35 @@ from common.errors import ConfigError
 if TYPE_CHECKING:
     from common.layers.base import Build
     from common.models.decoder import DecoderModel
-    from common.models.spec import ModelSpec
+    from common.models.spec import ModelSpec, SpecSource
 
 
 @dataclass(frozen=True)
 class Family:
-    """`has_windows`: the family's config may make layers look at a sliding window only."""
+    """`reader` is the function of `common.models.specs.<spec_module>` that reads its config.json."""
 
     model_type: str
     module: str
     class_name: str
-    has_windows: bool = False
+    spec_module: str
+    reader: str
 
 
 _FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "common.models.llama", "LlamaForCausalLM"),
-        Family("qwen3", "common.models.qwen3", "Qwen3ForCausalLM", has_windows=True),
+        Family("llama", "llama", "LlamaForCausalLM", "dense", "read_llama"),
+        Family("qwen3", "qwen3", "Qwen3ForCausalLM", "dense", "read_qwen3"),
     )
 }
 
 
 class ModelClass(Protocol):
     def __call__(self, spec: ModelSpec, build: Build, max_positions: int) -> DecoderModel: ...
+
+
+class SpecReader(Protocol):
+    def __call__(self, source: SpecSource, /) -> ModelSpec: ...
 
 
 def supported() -> tuple[str, ...]:
@@ -53,4 +58,10 @@ def family(model_type: str) -> Family:
 def model_class(model_type: str) -> ModelClass:
     """The class that computes the family."""
     entry = family(model_type)
-    return cast(ModelClass, getattr(importlib.import_module(entry.module), entry.class_name))
+    return cast(ModelClass, getattr(importlib.import_module(f"common.models.{entry.module}"), entry.class_name))
+
+
+def spec_reader(model_type: str) -> SpecReader:
+    """The function that reads the family's config.json."""
+    entry = family(model_type)
+    return cast(SpecReader, getattr(importlib.import_module(f"common.models.specs.{entry.spec_module}"), entry.reader))

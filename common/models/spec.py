@@ -1,7 +1,9 @@
-"""A checkpoint's config.json, read once into one frozen dataclass; and the KV cache that follows from it.
+"""A checkpoint's config.json, read once into one frozen dataclass.
+
+    config.json -> registry: whose model_type is it -> the family's reader (`common.models.specs`) -> ModelSpec
 
 No torch. Anything in the config that this build would compute wrongly is a ConfigError here, before a byte of
-weights is read.
+weights is read. What all families share is read by `base_spec`; a family adds its parts and declares its cache.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.errors import ConfigError
-from common.layers.rope_spec import RopeSpec, yarn_mscale
+from common.layers.rope_spec import RopeSpec
+from common.models.cache_spec import CacheSpec
 from common.models.checkpoint import DTYPE_NAMES, TensorInfo, content_hash, read_index, read_json
-from common.models.registry import family
+from common.models.config_reader import ConfigReader
+from common.models.registry import spec_reader
+from common.models.rope_config import read_rope
 
 _NOT_HASHED = {"transformers_version", "_name_or_path", "use_cache", "torch_dtype", "dtype"}
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -23,9 +27,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """`windows[i]`: tokens that a query of layer i sees, itself included; 0 is all.
+    """`dtype`: the checkpoint's own. `model_hash`: 16 bytes, see `common.models.checkpoint.content_hash`.
 
-    `dtype`: the checkpoint's own. `model_hash`: 16 bytes, see `common.models.checkpoint.content_hash`.
+    `head_dim` is the width that rotates and that attention is scaled by; families with several widths say so in
+    their own part.
     """
 
     folder: Path
@@ -44,11 +49,11 @@ class ModelSpec:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    windows: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str
     model_hash: bytes
+    cache: CacheSpec
 
     @classmethod
     def from_folder(cls, path: str | Path, *, weights: bool = True) -> ModelSpec:
@@ -59,168 +64,75 @@ class ModelSpec:
         folder = Path(path)
         if not folder.is_dir():
             raise ConfigError(f"model folder {folder} does not exist", param="model")
-        config = _Config(folder / "config.json", read_json(folder / "config.json"))
+        config = ConfigReader(folder / "config.json", read_json(folder / "config.json"))
         tensors = read_index(folder) if weights else {}
-        return _spec(folder, config, tensors)
+        model_type = config.values.get("model_type")
+        if not isinstance(model_type, str):
+            raise config.error("model_type", "is missing")
+        return spec_reader(model_type)(SpecSource(folder, config, tensors))
 
 
-class _Config:
-    """config.json with errors that name the file and the field."""
+@dataclass(frozen=True)
+class SpecSource:
+    """What a family's reader reads: the whole config.json, and the headers of the weights (empty without them)."""
 
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self.path = path
-        self.values = values
-
-    def error(self, field: str, why: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {field} {why}", param=field)
-
-    def integer(self, field: str, default: int | None = None) -> int:
-        value = self.values.get(field)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(field, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(field, f"must be a positive integer, got {value!r}")
-        return value
-
-    def number(self, field: str, default: float) -> float:
-        value = self.values.get(field, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise self.error(field, f"must be a positive number, got {value!r}")
-        return float(value)
-
-    def flag(self, field: str) -> bool:
-        value = self.values.get(field, False)
-        if not isinstance(value, bool):
-            raise self.error(field, f"must be true or false, got {value!r}")
-        return value
+    folder: Path
+    config: ConfigReader
+    tensors: Mapping[str, TensorInfo]
 
 
-def _spec(folder: Path, config: _Config, tensors: Mapping[str, TensorInfo]) -> ModelSpec:
-    model_type = config.values.get("model_type")
-    if not isinstance(model_type, str):
-        raise config.error("model_type", "is missing")
-    has_windows = family(model_type).has_windows
+def base_spec(source: SpecSource, text: ConfigReader | None = None) -> ModelSpec:
+    """What all families share, with an empty cache. `text`: the nested config of a multimodal model's text tower."""
+    top, config = source.config, text or source.config
     _refuse_unknown(config)
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = config.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise config.error("num_key_value_heads", f"{num_kv_heads} does not divide {num_heads} attention heads")
     hidden_size = config.integer("hidden_size")
-    num_layers = config.integer("num_hidden_layers")
     head_dim = config.integer("head_dim", max(hidden_size // num_heads, 1))
     if head_dim % 2:
         raise config.error("head_dim", f"must be even, got {head_dim}")
-    hashed = {k: v for k, v in config.values.items() if k not in _NOT_HASHED}
+    hashed = {k: v for k, v in top.values.items() if k not in _NOT_HASHED}
+    model_type = str(top.values["model_type"])
     return ModelSpec(
-        folder=folder,
+        folder=source.folder,
         model_type=model_type,
-        architecture=next(iter(config.values.get("architectures") or ()), model_type),
+        architecture=next(iter(top.values.get("architectures") or ()), model_type),
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=config.integer("intermediate_size"),
-        num_layers=num_layers,
+        num_layers=config.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=config.integer("max_position_embeddings"),
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
-        rope=_rope(config),
-        tie_word_embeddings=config.flag("tie_word_embeddings"),
+        rope=read_rope(config),
+        tie_word_embeddings=(top if "tie_word_embeddings" in top.values else config).flag("tie_word_embeddings"),
         attention_bias=config.flag("attention_bias"),
         mlp_bias=config.flag("mlp_bias"),
-        windows=_windows(config, num_layers) if has_windows else (0,) * num_layers,
-        eos_token_ids=_eos(folder, config),
-        bos_token_id=config.values.get("bos_token_id"),
-        dtype=_dtype(config, tensors),
-        model_hash=content_hash(hashed, tensors),
+        eos_token_ids=_eos(source.folder, (top, config)),
+        bos_token_id=config.values.get("bos_token_id", top.values.get("bos_token_id")),
+        dtype=_dtype(top, config, source.tensors),
+        model_hash=content_hash(hashed, source.tensors),
+        cache=CacheSpec((), ()),
     )
 
 
-def _refuse_unknown(config: _Config) -> None:
+def _refuse_unknown(config: ConfigReader) -> None:
     """Features that change the numbers and that no family here has."""
-    act = config.values.get("hidden_act", "silu")
-    if act != "silu":
-        raise config.error("hidden_act", f"{act!r} is not supported; supported is: silu")
+    config.choice("hidden_act", "silu", ("silu",))
     if config.values.get("quantization_config"):
         raise config.error("quantization_config", "is set: quantized checkpoints are not supported")
-    if config.values.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise config.error("partial_rotary_factor", "other than 1 is not supported")
 
 
-def _windows(config: _Config, num_layers: int) -> tuple[int, ...]:
-    """Sliding windows by layer: an explicit `layer_types`, or the layers from `max_window_layers` on."""
-    window = config.integer("sliding_window", 4096) if config.flag("use_sliding_window") else 0
-    layer_types = config.values.get("layer_types")
-    if layer_types is None:
-        first = config.values.get("max_window_layers", 28)
-        return tuple(window if window and i >= first else 0 for i in range(num_layers))
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
-        raise config.error("layer_types", f"must list {num_layers} layers")
-    unknown = sorted({str(t) for t in layer_types} - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise config.error("layer_types", f"{unknown} is not supported; full_attention and sliding_attention are")
-    if "sliding_attention" in layer_types and not window:
-        raise config.error("layer_types", "has sliding layers, but use_sliding_window is not set")
-    return tuple(window if t == "sliding_attention" else 0 for t in layer_types)
-
-
-def _rope(config: _Config) -> RopeSpec:
-    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
-    values = config.values.get(field) or {}
-    if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
-        raise config.error(field, "must be one flat set of parameters for all layers")
-    rope = _Config(config.path, {"rope_theta": config.values.get("rope_theta", 10000.0), **values})
-    rope_type = values.get("rope_type", values.get("type", "default"))
-    positions = config.integer("max_position_embeddings")
-    original = rope.integer("original_max_position_embeddings", positions)
-    theta = rope.number("rope_theta", 10000.0)
-    if rope.values.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise config.error(f"{field}.partial_rotary_factor", "other than 1 is not supported")
-    if rope_type == "default":
-        return RopeSpec(theta=theta)
-    if rope_type == "yarn" and values.get("factor") is None:
-        rope.values["factor"] = positions / original
-    if rope_type not in ("linear", "llama3", "yarn"):
-        raise config.error(field, f"rope type {rope_type!r} is not supported; default, linear, llama3 and yarn are")
-    for name in ("factor", *(("low_freq_factor", "high_freq_factor") if rope_type == "llama3" else ())):
-        if name not in rope.values:
-            raise config.error(f"{field}.{name}", "is missing")
-    factor = rope.number("factor", 1.0)
-    if rope_type == "linear":
-        return RopeSpec("linear", theta, factor)
-    if rope_type == "llama3":
-        low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
-        return RopeSpec("llama3", theta, factor, original, low, high)
-    return RopeSpec(
-        "yarn",
-        theta,
-        factor,
-        original,
-        beta_fast=float(values.get("beta_fast") or 32),
-        beta_slow=float(values.get("beta_slow") or 1),
-        attention_factor=_yarn_attention(values, factor),
-        truncate=bool(values.get("truncate", True)),
-    )
-
-
-def _yarn_attention(values: Mapping[str, Any], factor: float) -> float:
-    if values.get("attention_factor") is not None:
-        return float(values["attention_factor"])
-    mscale, mscale_all_dim = values.get("mscale"), values.get("mscale_all_dim")
-    if mscale and mscale_all_dim:
-        return yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
-    return yarn_mscale(factor)
-
-
-def _eos(folder: Path, config: _Config) -> tuple[int, ...]:
+def _eos(folder: Path, configs: tuple[ConfigReader, ...]) -> tuple[int, ...]:
     """Every id that ends a text, by config.json or generation_config.json."""
     path = folder / "generation_config.json"
     found: set[int] = set()
-    for values in (config.values, read_json(path) if path.is_file() else {}):
-        ids = values.get("eos_token_id")
+    for config in (*configs, ConfigReader(path, read_json(path) if path.is_file() else {})):
+        ids = config.values.get("eos_token_id")
         for token_id in ids if isinstance(ids, list) else [ids]:
             if token_id is None:
                 continue
@@ -230,9 +142,9 @@ def _eos(folder: Path, config: _Config) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _dtype(config: _Config, tensors: Mapping[str, TensorInfo]) -> str:
+def _dtype(top: ConfigReader, config: ConfigReader, tensors: Mapping[str, TensorInfo]) -> str:
     """The config's word, else the type that most of the weights have."""
-    named = config.values.get("dtype") or config.values.get("torch_dtype")
+    named = next((c.values[k] for c in (top, config) for k in ("dtype", "torch_dtype") if c.values.get(k)), None)
     if named is None:
         count: Counter[str] = Counter()
         for t in tensors.values():

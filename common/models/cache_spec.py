@@ -1,0 +1,97 @@
+"""What a model keeps of the tokens it has seen, declared by layer and by name. No torch, no bytes.
+
+`common.models.kv` turns it into a layout. A region belongs to some layers and to one group; a group has one
+retention rule. Three shapes of state fit:
+
+    rows per token         a full or a window group: keys and values, latents, indexer keys
+    an entry per r tokens  a region of width / r per token: the rows of r tokens in a row, [r, width / r], are one
+                           entry, and a block's rows are [block_size / r, width]. Its group's blocks are whole
+                           multiples of r tokens (`block_multiple`), so no entry changes once its block is sealed
+    a state per sequence   a snapshot group: updated in place at each token, and copied where others may go on
+
+Names: `kv` (full) and `kv_window` (window) for keys and values; `draft_` before the name of what a
+multi-token-prediction layer keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from common.kvcache.layout import FULL_GROUP, KVPlace, Retention
+from common.types.prefix import UNIT
+
+WINDOW_GROUP = "window"
+STATE_GROUP = "state"
+KV_REGION = "kv"
+WINDOW_REGION = "kv_window"
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """`window` in tokens, a query's own included, for a window group. `block_multiple` in tokens."""
+
+    name: str
+    retention: Retention = Retention.FULL
+    window: int = 0
+    block_multiple: int = UNIT
+
+
+@dataclass(frozen=True)
+class CacheRegion:
+    """`width` elements per token (per snapshot), layer, part and unit.
+
+    `layers`: the model's layers that have it; a layer's place among them is its index. `dtype`: "kv" is the cache's
+    (--kv-dtype), "model" what the model computes in, else a name of `common.kvcache.layout.DTYPE_NBYTES`.
+    `per_head`: units are heads, dealt to the ranks; without it every rank holds all.
+    """
+
+    name: str
+    group: str
+    layers: tuple[int, ...]
+    width: int
+    num_parts: int = 1
+    num_units: int = 1
+    dtype: str = "kv"
+    per_head: bool = False
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    groups: tuple[CacheGroup, ...]
+    regions: tuple[CacheRegion, ...]
+
+    @cached_property
+    def has_windows(self) -> bool:
+        return any(g.retention is Retention.WINDOW for g in self.groups)
+
+    @cached_property
+    def has_states(self) -> bool:
+        """Is there something that cannot be cut back to an earlier position?"""
+        return any(g.retention is Retention.SNAPSHOT for g in self.groups)
+
+    def places(self, layer_idx: int) -> dict[str, KVPlace]:
+        """By region, where a layer keeps what it keeps."""
+        return {
+            r.name: KVPlace(r.name, r.group, r.layers.index(layer_idx)) for r in self.regions if layer_idx in r.layers
+        }
+
+
+def attention_cache(windows: tuple[int, ...], num_kv_heads: int, head_dim: int) -> CacheSpec:
+    """Keys and values of grouped-query attention. `windows[i]`: tokens that layer i sees; 0 is all.
+
+    ValueError for two different windows: sliding layers share one group.
+    """
+    lengths = {w for w in windows if w}
+    if len(lengths) > 1:
+        raise ValueError(f"sliding layers of one model share a window, got {sorted(lengths)}")
+    groups: list[CacheGroup] = []
+    regions: list[CacheRegion] = []
+    for window in sorted(set(windows)):
+        group = CacheGroup(WINDOW_GROUP, Retention.WINDOW, window) if window else CacheGroup(FULL_GROUP, Retention.FULL)
+        groups.append(group)
+        layers = tuple(i for i, w in enumerate(windows) if w == window)
+        name = WINDOW_REGION if window else KV_REGION
+        regions.append(CacheRegion(name, group.name, layers, head_dim, 2, num_kv_heads, per_head=True))
+    return CacheSpec(tuple(groups), tuple(regions))

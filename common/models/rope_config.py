@@ -1,0 +1,76 @@
+"""Rotary parameters from a config.json. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.layers.rope_spec import RopeSpec, yarn_mscale
+from common.models.config_reader import ConfigReader
+
+TYPES = ("linear", "llama3", "yarn")
+
+
+def read_rope(config: ConfigReader) -> RopeSpec:
+    """`rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before), alike for all layers.
+
+    `partial_rotary_factor`, `mrope_section` and what else a family reads of them is its own business.
+    """
+    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
+    values = config.values.get(field) or {}
+    if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
+        raise config.error(field, "must be one flat set of parameters for all layers")
+    return rope_of(config, field, values)
+
+
+def rope_of(config: ConfigReader, field: str, values: Mapping[str, Any]) -> RopeSpec:
+    """The embedding that one set of parameters, `config`'s `field`, describes."""
+    rope = ConfigReader(config.path, {"rope_theta": config.values.get("rope_theta", 10000.0), **values})
+    rope_type = values.get("rope_type", values.get("type", "default"))
+    positions = config.integer("max_position_embeddings")
+    original = rope.integer("original_max_position_embeddings", positions)
+    theta = rope.number("rope_theta", 10000.0)
+    if rope_type in ("default", "mrope"):
+        return RopeSpec(theta=theta)
+    if rope_type == "yarn" and values.get("factor") is None:
+        rope.values["factor"] = positions / original
+    if rope_type not in TYPES:
+        raise config.error(field, f"rope type {rope_type!r} is not supported; default, linear, llama3 and yarn are")
+    for name in ("factor", *(("low_freq_factor", "high_freq_factor") if rope_type == "llama3" else ())):
+        if name not in rope.values:
+            raise config.error(f"{field}.{name}", "is missing")
+    factor = rope.number("factor", 1.0)
+    if rope_type == "linear":
+        return RopeSpec("linear", theta, factor)
+    if rope_type == "llama3":
+        low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
+        return RopeSpec("llama3", theta, factor, original, low, high)
+    return RopeSpec(
+        "yarn",
+        theta,
+        factor,
+        original,
+        beta_fast=float(values.get("beta_fast") or 32),
+        beta_slow=float(values.get("beta_slow") or 1),
+        attention_factor=_yarn_attention(values, factor),
+        truncate=bool(values.get("truncate", True)),
+    )
+
+
+def refuse_partial(config: ConfigReader) -> None:
+    """For families whose heads turn whole."""
+    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
+    nested = config.values.get(field) or {}
+    if config.values.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
+        raise config.error("partial_rotary_factor", "other than 1 is not supported")
+    if nested.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
+        raise config.error(f"{field}.partial_rotary_factor", "other than 1 is not supported")
+
+
+def _yarn_attention(values: Mapping[str, Any], factor: float) -> float:
+    if values.get("attention_factor") is not None:
+        return float(values["attention_factor"])
+    mscale, mscale_all_dim = values.get("mscale"), values.get("mscale_all_dim")
+    if mscale and mscale_all_dim:
+        return yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
+    return yarn_mscale(factor)
