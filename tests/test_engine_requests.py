@@ -366,3 +366,11 @@ def test_a_fresh_engine_has_counted_nothing(llama: Path) -> None:
     parts = Solo(llama).decode.parts
     assert (parts.supply.finished, parts.requests.tokens_out, parts.requests.finished) == (0, 0, {})
     assert parts.meter._step_tokens == []
+
+
+def test_a_step_tells_that_it_is_under_way_at_each_layer(solo: Solo, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[None] = []
+    monkeypatch.setattr(solo.decode.parts.runner, "on_progress", lambda: told.append(None))
+    solo.submit(PROMPT, greedy(3))
+    solo.run()
+    assert len(told) == 3 * 3  # layers of the model, steps

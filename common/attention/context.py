@@ -6,7 +6,7 @@ Shape letters: T new tokens of the step, S sequences, B blocks in a table row, H
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -47,7 +47,7 @@ class AttentionContext:
     Token t of sequence s sits at position seq_lens[s] - (query_starts[s+1] - t) and attends to all positions up
     to its own. `kv` gives the pool views, `backend` does the work. `states`: by snapshot group, int64 [S], the block
     with each sequence's state. `scratch` holds what the backend worked out for this step in the first layer and needs
-    in the others.
+    in the others. `on_layer` is called before each layer: a long step is not a hung one.
     """
 
     query_starts_S1: Tensor
@@ -59,6 +59,7 @@ class AttentionContext:
     backend: AttentionBackend
     states: Mapping[str, Tensor] = field(default_factory=dict)
     scratch: dict[object, Any] = field(default_factory=dict)
+    on_layer: Callable[[], None] = lambda: None
 
 
 class KVViews(Protocol):

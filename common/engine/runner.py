@@ -59,20 +59,6 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]]
 
 
-class _Watched:
-    """A backend that tells of every layer it is asked for."""
-
-    def __init__(self, backend: AttentionBackend, on_layer: Callable[[], None]) -> None:
-        self.name = backend.name
-        self.attend = backend.attend
-        self._write = backend.write
-        self._on_layer = on_layer
-
-    def write(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables) -> None:
-        self._on_layer()
-        self._write(k_TUD, v_TUD, cache, tables)
-
-
 class ModelRunner:
     def __init__(
         self, model: CausalModel, pool: KVPool, backend: AttentionBackend, sampler: Sampler, device: torch.device
@@ -132,7 +118,8 @@ class ModelRunner:
             max_seq_len=batch.max_seq_len,
             groups=groups,
             kv=self._pool,
-            backend=_Watched(self._backend, self.on_progress),
+            backend=self._backend,
+            on_layer=self.on_progress,
         )
         input_ids = torch.from_numpy(batch.input_ids_T).to(dev)
         return self._model.forward(input_ids, torch.from_numpy(batch.positions_T).to(dev), ctx)

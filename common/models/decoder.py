@@ -88,6 +88,7 @@ class DecoderModel(Layer, ABC):
         step = Step(input_ids_T, positions_T, ctx, self.rotations(positions_T))
         hidden = self.enter(embeds_TD)
         for layer in self.model.layers:
+            ctx.on_layer()
             layer(hidden, step)
         return self.leave(hidden)
 
