@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 VOCAB_SIZE = 512
 EOS, BOS, PAD = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
@@ -47,6 +55,18 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_VISION_SIZES: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+    "initializer_range": 0.2,
+}
+_MEDIA_IDS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
 
 
 def make_llama(folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", **overrides: Any) -> Path:
@@ -59,6 +79,20 @@ def make_qwen3(folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", **ov
     if "sliding_window" in overrides:
         overrides = {"use_sliding_window": True, "max_window_layers": 1} | overrides
     return _save(folder, seed, Qwen3ForCausalLM, Qwen3Config(**(_SIZES | overrides)), max_shard_size)
+
+
+def make_qwen3_vl(
+    folder: Path, seed: int = 0, *, vision: dict[str, Any] | None = None, tied: bool = False, **overrides: Any
+) -> Path:
+    """A Qwen3-VL checkpoint in fp32, vision tower included; `overrides` go into its text config."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config=_SIZES | {"rope_parameters": rope} | overrides,
+        vision_config=_VISION_SIZES | (vision or {}),
+        tie_word_embeddings=tied,
+        **_MEDIA_IDS,
+    )
+    return _save(folder, seed, Qwen3VLForConditionalGeneration, config, "5GB")
 
 
 def _save(folder: Path, seed: int, model_class: type[PreTrainedModel], config: Any, max_shard_size: str) -> Path:
@@ -81,7 +115,7 @@ def _save(folder: Path, seed: int, model_class: type[PreTrainedModel], config: A
                 "pad_token": PAD,
                 "add_bos_token": False,
                 "clean_up_tokenization_spaces": False,
-                "model_max_length": config.max_position_embeddings,
+                "model_max_length": config.get_text_config().max_position_embeddings,
                 "chat_template": CHAT_TEMPLATE,
             },
             indent=2,
