@@ -14,7 +14,16 @@ from common.kernels.native import LIBRARY_PATH, Signatures, load_library
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
-_BY_STRUCT = ("nd_linear", "nd_attend", "nd_write_rows", "nd_rms_norm", "nd_rope", "nd_silu_mul")
+_BY_STRUCT = (
+    "nd_linear",
+    "nd_linear_batch",
+    "nd_attend",
+    "nd_select",
+    "nd_write_rows",
+    "nd_rms_norm",
+    "nd_rope",
+    "nd_silu_mul",
+)
 """Take (instruction set, threads, address of a struct of csrc/cpu/kernels.h)."""
 
 

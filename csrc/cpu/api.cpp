@@ -62,6 +62,12 @@ ND_EXPORT void nd_top_rows(int isa, int threads, const float* logits, int64_t ro
 
 ND_EXPORT void nd_linear(int isa, int threads, const nd::LinearCall* call) { nd::kernels(isa)->linear(*call, threads); }
 
+ND_EXPORT void nd_linear_batch(int isa, int threads, const nd::LinearBatchCall* call) {
+  nd::kernels(isa)->linear_batch(*call, threads);
+}
+
+ND_EXPORT void nd_select(int isa, int threads, const nd::SelectCall* call) { nd::kernels(isa)->select(*call, threads); }
+
 ND_EXPORT void nd_attend(int isa, int threads, const nd::AttendCall* call) { nd::kernels(isa)->attend(*call, threads); }
 
 ND_EXPORT void nd_write_rows(int isa, int threads, const nd::WriteCall* call) {

@@ -182,4 +182,16 @@ void linear(const LinearCall& call, int threads) {
   linear_of<Half>(call, threads);
 }
 
+void linear_batch(const LinearBatchCall& batch, int threads) {
+  const auto size = [](Dtype dtype) { return dtype == kFloat32 ? 4 : 2; };
+  const auto task = [&](int64_t i) {
+    LinearCall call = batch.first;
+    call.x = static_cast<const char*>(call.x) + i * batch.x_step * size(call.x_dtype);
+    call.weight = static_cast<const char*>(call.weight) + i * batch.weight_step * size(call.weight_dtype);
+    call.out = static_cast<char*>(call.out) + i * batch.out_step * size(call.out_dtype);
+    linear(call, 1);
+  };
+  parallel(threads, batch.count, task);
+}
+
 }  // namespace

@@ -35,17 +35,19 @@ void rms_norm(const NormCall& call, int threads) {
 
 void rope(const RopeCall& call, int threads) {
   const int64_t padded = whole_pairs(call.width), half = call.width / 2;
-  each_row(threads, call.tokens, call.heads * call.width, 4 * padded, [&](int64_t token, float* cos) {
-    float *sin = cos + padded, *x = sin + padded, *out = x + padded;
+  each_row(threads, call.tokens, call.heads * call.width, 5 * padded, [&](int64_t token, float* cos) {
+    float *sin = cos + padded, *out = sin + padded, *raw = out + padded;
+    float* x = call.interleaved ? raw + padded : raw;
     load_row(call.cos, token * call.table_stride, call.table_dtype, call.width, cos);
     load_row(call.sin, token * call.table_stride, call.table_dtype, call.width, sin);
     for (int64_t head = 0; head < call.heads; ++head) {
-      load_row(call.x, token * call.x_token_stride + head * call.x_head_stride, call.x_dtype, call.width, x);
+      load_row(call.x, token * call.x_token_stride + head * call.x_head_stride, call.x_dtype, call.width, raw);
+      for (int64_t i = 0; call.interleaved && i < half; ++i) x[i] = raw[2 * i], x[i + half] = raw[2 * i + 1];
       for (int64_t i = 0; i < half; ++i) {
         out[i] = x[i] * cos[i] + x[i + half] * sin[i];
         out[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
       }
-      store_row(call.out, (token * call.heads + head) * call.width, call.x_dtype, call.width, out);
+      store_row(call.out, token * call.out_token_stride + head * call.out_head_stride, call.x_dtype, call.width, out);
     }
   });
 }
@@ -70,7 +72,7 @@ void write_rows(const WriteCall& call, int threads) {
   const auto row = [&](int64_t t) {
     const int64_t block = call.slots[t] / call.block_size, offset = call.slots[t] % call.block_size;
     const size_t nbytes = call.width * (call.dtype == kFloat32 ? 4 : 2);
-    for (int part = 0; part < 2; ++part) {
+    for (int part = 0; part < call.parts; ++part) {
       const void* from = part == 0 ? call.k : call.v;
       const int64_t token_stride = part == 0 ? call.k_token_stride : call.v_token_stride;
       const int64_t head_stride = part == 0 ? call.k_head_stride : call.v_head_stride;
