@@ -30,7 +30,8 @@ SPANS = [
 
 
 @pytest.fixture(
-    params=BACKENDS, ids=lambda b: b.name if b.name == "reference" else b._isa.name.lower()  # type: ignore[attr-defined]
+    params=BACKENDS,
+    ids=lambda b: b.name if b.name == "reference" else b._isa.name.lower(),  # type: ignore[attr-defined]
 )
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
     found: AttentionBackend = request.param
@@ -224,7 +225,7 @@ def test_select_takes_the_best(backend: AttentionBackend, spans: list[tuple[int,
         taken = found.positions_TK[t, :count].long()
         assert (found.positions_TK[t, count:] == -1).all()
         assert (taken.diff() > 0).all()
-        assert 0 <= taken[0]
+        assert taken[0] >= 0
         assert taken[-1] <= own
         scores = index_scores(case, weights_TH, t)
         left = torch.ones(own + 1, dtype=torch.bool).index_fill_(0, taken, False)

@@ -11,6 +11,7 @@ many queries share it.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -68,7 +69,7 @@ def split(tables: GroupTables, ctx: AttentionContext, max_absorbed: int, top_k: 
     found: Parts | None = ctx.scratch.get(key)
     if found is None:
         starts, lens = ctx.query_starts_S1.tolist(), ctx.seq_lens_S.tolist()
-        counts = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        counts = [b - a for a, b in itertools.pairwise(starts)]
         sparse = [s for s, n in enumerate(lens) if top_k and n > top_k and counts[s]]
         dense = [s for s, n in enumerate(lens) if not (top_k and n > top_k) and counts[s]]
         absorbed = [s for s in dense if counts[s] <= max_absorbed]
@@ -92,9 +93,7 @@ def _part(tables: GroupTables, ctx: AttentionContext, starts: list[int], rows: l
     for s in rows:
         new_starts.append(new_starts[-1] + starts[s + 1] - starts[s])
     lens_S = ctx.seq_lens_S[rows_S]
-    part_tables = replace(
-        tables, block_tables_SB=tables.block_tables_SB[rows_S], slots_T=tables.slots_T[tokens]
-    )
+    part_tables = replace(tables, block_tables_SB=tables.block_tables_SB[rows_S], slots_T=tables.slots_T[tokens])
     part_ctx = replace(
         ctx,
         query_starts_S1=torch.tensor(new_starts, dtype=torch.int32, device=device),
