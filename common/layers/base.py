@@ -1,7 +1,8 @@
 """What every layer of a model shares: how its tensors are made, and which checkpoint tensors fill them.
 
     Build -> layers allocate their packed tensors -> `slots()` lists the checkpoint tensor behind each part
-    -> `common.models.weights` copies (or draws) them -> calls, under inference mode
+    -> `common.models.weights` copies (or draws) them -> `derive()` makes what follows from them -> calls, under
+    inference mode
 
 The path of attributes is the checkpoint name: `model.layers.3.mlp.down_proj.weight` fills
 `root.model.layers[3].mlp.down_proj`. Layers are plain objects, not `nn.Module`s: a decode step of a small
@@ -94,6 +95,18 @@ class Layer:
     def own_slots(self) -> Iterable[Slot]:
         """Checkpoint tensors of this layer itself, names relative to it."""
         return ()
+
+    def derive_own(self) -> None:
+        """Make this layer's tensors that follow from loaded ones; called once, when all are in place."""
+
+    def derive(self) -> None:
+        """`derive_own` of all layers from here on."""
+        self.derive_own()
+        for name, child in vars(self).items():
+            if not name.startswith("_"):
+                for layer in child if isinstance(child, list) else (child,):
+                    if isinstance(layer, Layer):
+                        layer.derive()
 
     def slots(self, prefix: str = "") -> Iterator[Slot]:
         """All checkpoint tensors under this layer, with full names."""

@@ -41,7 +41,8 @@ class IndexerSpec:
     """The lightning indexer of sparse attention (DeepSeek-V3.2, section 2.1): a query sees its `top_k` positions.
 
     Its first `rope_dim` elements turn, `interleaved` or in halves. `owners[i]`: layer i has an indexer of its own; the
-    others take the choice of the last one before them that has (GLM-5), so layer 0 is an owner.
+    others take the choice of the last one before them that has (GLM-5), so layer 0 is an owner. Sequences of up to
+    `top_k` tokens see everything; so do all if `dense`, and then there are no indexers at all.
     """
 
     num_heads: int
@@ -50,6 +51,7 @@ class IndexerSpec:
     rope_dim: int
     interleaved: bool
     owners: tuple[bool, ...]
+    dense: bool = False
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:

@@ -43,6 +43,14 @@ def apply_rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     return rope(x_THD, cos_T1D, sin_T1D)
 
 
+def apply_rope_(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, *, interleaved: bool) -> None:
+    """Turn each head in place. `interleaved`: element 2i turns with 2i + 1, and they are left as i and i + D/2.
+
+    That order is as good as any, as long as queries and keys share it.
+    """
+    rope(x_THD, cos_T1D, sin_T1D, interleaved=interleaved, out_THD=x_THD)
+
+
 def rope_table(spec: RopeSpec, head_dim: int, max_positions: int) -> Tensor:
     """fp32 [P, 2, D]: cos, and sin with its sign for the half it is applied to."""
     positions = torch.arange(max_positions, dtype=torch.float32)

@@ -58,6 +58,8 @@ def load_model(
         draw_weights(model, seed)
     else:
         load_weights(model, read_index(spec.folder), progress)
+    with torch.inference_mode():
+        model.derive()
     return model
 
 
