@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,3 +165,21 @@ class PagedModel:
     def _spoil(self, group: str, block_ids: Sequence[int]) -> None:
         for r in self.layout.regions_of(group):
             self.pool.region(r.name)[list(block_ids)] = float("nan")
+
+
+class Sum:
+    """All-reduce between threads."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=30)
+        self._parts: list[Tensor | None] = [None] * size
+
+    def of(self, rank: int) -> TensorParallel:
+        def reduce(x: Tensor) -> Tensor:
+            self._parts[rank] = x.clone()
+            self._barrier.wait()
+            x.copy_(torch.stack([p for p in self._parts if p is not None]).sum(0))
+            self._barrier.wait()
+            return x
+
+        return TensorParallel(rank, len(self._parts), reduce)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models_support import PagedModel
-from tiny_models import VOCAB_SIZE, make_llama, make_qwen3
+from tiny_models import VOCAB_SIZE, make_llama, make_qwen3, make_qwen3_moe
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -37,6 +37,13 @@ CONFIGS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "qwen3-yarn": (make_qwen3, {"rope_parameters": YARN, "attention_bias": True}),
     "qwen3-window": (make_qwen3, {"sliding_window": 24, "num_hidden_layers": 4}),
     "qwen3-window-only": (make_qwen3, {"sliding_window": 5, "max_window_layers": 0}),
+    "qwen3-moe": (make_qwen3_moe, {"attention_bias": True}),
+    "qwen3-moe-not-normalized": (make_qwen3_moe, {"norm_topk_prob": False, "num_experts_per_tok": 1}),
+    "qwen3-moe-every-other": (make_qwen3_moe, {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    "qwen3-moe-dense-layers": (
+        make_qwen3_moe,
+        {"mlp_only_layers": [0, 2], "num_experts": 40, "num_experts_per_tok": 6, "tie_word_embeddings": True},
+    ),
     "qwen3-layer-types": (
         make_qwen3,
         {

@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -95,6 +97,12 @@ def make_qwen3_vl(
     return _save(folder, seed, Qwen3VLForConditionalGeneration, config, "5GB")
 
 
+def make_qwen3_moe(folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", **overrides: Any) -> Path:
+    """A Qwen3-MoE checkpoint in fp32, all layers mixtures of 8 experts, 3 per token."""
+    sizes = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    return _save(folder, seed, Qwen3MoeForCausalLM, Qwen3MoeConfig(**(_SIZES | sizes | overrides)), max_shard_size)
+
+
 def _save(folder: Path, seed: int, model_class: type[PreTrainedModel], config: Any, max_shard_size: str) -> Path:
     torch.manual_seed(seed)
     model = model_class(config).float()
@@ -104,6 +112,12 @@ def _save(folder: Path, seed: int, model_class: type[PreTrainedModel], config: A
                 tensor.normal_(0, 0.1)
             elif "norm" in name:
                 tensor.add_(torch.randn_like(tensor) * 0.1)
+        for name, tensor in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                tensor.normal_(0, 0.1)
+            elif name.endswith("tid2eid"):
+                num_experts = config.n_routed_experts
+                tensor.copy_(torch.rand(tensor.shape[0], num_experts).argsort(-1)[:, : tensor.shape[1]])
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     (folder / "tokenizer.json").write_text(_tokenizer_json())
     (folder / "tokenizer_config.json").write_text(
@@ -141,14 +155,16 @@ def _tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
+MAKERS = {"llama": make_llama, "qwen3": make_qwen3, "qwen3_moe": make_qwen3_moe, "qwen3_vl": make_qwen3_vl}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="make a tiny random checkpoint")
-    parser.add_argument("family", choices=("llama", "qwen3"))
+    parser.add_argument("family", choices=MAKERS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    make = make_llama if args.family == "llama" else make_qwen3
-    print(make(args.folder, args.seed))
+    print(MAKERS[args.family](args.folder, args.seed))
 
 
 if __name__ == "__main__":

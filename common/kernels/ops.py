@@ -20,7 +20,8 @@ _LINEAR = struct.Struct("@10q3i4x")  # nd::LinearCall
 _NORM = struct.Struct("@10qf2i4x")  # nd::NormCall
 _LINEAR_BATCH = struct.Struct("@10q3i4x4q")  # nd::LinearBatchCall
 _ROPE = struct.Struct("@12q3i4x")  # nd::RopeCall
-_GATE = struct.Struct("@5qi4x")  # nd::GateCall
+_GATE = struct.Struct("@5qif")  # nd::GateCall
+_SIGMOID = struct.Struct("@8q2i")  # nd::SigmoidCall
 
 
 def linear(
@@ -177,17 +178,44 @@ def rope(
     return out_THD
 
 
-def silu_mul(gate_up_TI: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
-    """silu(gate) * up of packed rows [gate | up]: a new contiguous [T, I / 2]."""
+def silu_mul(gate_up_TI: Tensor, limit: float = 0.0, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
+    """silu(gate) * up of packed rows [gate | up]: a new contiguous [T, I / 2].
+
+    With a `limit` above 0 the gate is cut off above it, and up beyond plus and minus it, before anything else.
+    """
     lib = cpu.library()
     if lib is None or gate_up_TI.device.type != "cpu" or gate_up_TI.stride(1) != 1:
         gate, up = gate_up_TI.chunk(2, dim=-1)
+        if limit > 0:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return functional.silu(gate).mul_(up)
     tokens, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
     out = torch.empty(tokens, width, dtype=gate_up_TI.dtype)
     dtype = DTYPES[gate_up_TI.dtype]
-    call = _GATE.pack(gate_up_TI.data_ptr(), out.data_ptr(), tokens, width, gate_up_TI.stride(0), dtype)
+    call = _GATE.pack(gate_up_TI.data_ptr(), out.data_ptr(), tokens, width, gate_up_TI.stride(0), dtype, limit)
     lib.nd_silu_mul(isa, torch.get_num_threads(), call)
+    return out
+
+
+def sigmoid_mul(x_TD: Tensor, gate_TG: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
+    """Rows times sigmoid(gate): a new contiguous [T, D] of x's type. The gate is [T, D], or [T, 1] for whole rows."""
+    lib = cpu.library()
+    is_cpu = x_TD.device.type == "cpu" and gate_TG.device.type == "cpu"
+    if lib is None or not is_cpu or x_TD.stride(1) != 1 or gate_TG.stride(1) != 1:
+        return x_TD * gate_TG.sigmoid().to(x_TD.dtype)
+    out = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    call = _SIGMOID.pack(
+        x_TD.data_ptr(),
+        gate_TG.data_ptr(),
+        out.data_ptr(),
+        *x_TD.shape,
+        gate_TG.shape[1],
+        x_TD.stride(0),
+        gate_TG.stride(0),
+        DTYPES[x_TD.dtype],
+        DTYPES[gate_TG.dtype],
+    )
+    lib.nd_sigmoid_mul(isa, torch.get_num_threads(), call)
     return out
 
 

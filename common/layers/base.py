@@ -67,6 +67,7 @@ class Init(enum.Enum):
     NORMAL = "normal"
     ONES = "ones"
     ZEROS = "zeros"
+    INDEX = "index"  # whole numbers below the slot's `num_values`
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Slot:
     The checkpoint holds `shape`; `target` (a view into a layer's tensor) takes `target.shape[dim]` entries of
     dimension `dim` from `start` on, and all of the other dimensions. A `twin` is a redundant copy of what another
     slot has filled: it may be absent, and if it is there it must be equal.
+
+    A layer may offer its tensors in several `form`s; a checkpoint holds one of them, whole, for each layer (`owner`,
+    filled in by `Layer.slots`). Slots of one form may share a name: each takes its part. `num_values` above 0: whole
+    numbers from 0 to below it.
     """
 
     name: str
@@ -85,6 +90,9 @@ class Slot:
     start: int = 0
     init: Init = Init.NORMAL
     twin: bool = False
+    form: str = ""
+    owner: str = ""
+    num_values: int = 0
 
 
 class Layer:
@@ -111,7 +119,7 @@ class Layer:
     def slots(self, prefix: str = "") -> Iterator[Slot]:
         """All checkpoint tensors under this layer, with full names."""
         for slot in self.own_slots():
-            yield replace(slot, name=prefix + slot.name)
+            yield replace(slot, name=prefix + slot.name, owner=prefix + slot.owner if slot.form else "")
         for name, child in vars(self).items():
             if name.startswith("_"):
                 continue

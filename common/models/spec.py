@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.layers.media_spec import MediaSpec
+from common.layers.moe_spec import MoESpec
 from common.layers.rope_spec import RopeSpec
 from common.models.cache_spec import CacheSpec
 from common.models.checkpoint import DTYPE_NAMES, TensorInfo, content_hash, read_index, read_json
@@ -58,6 +59,7 @@ class ModelSpec:
     model_hash: bytes
     cache: CacheSpec
     media: MediaSpec | None = None
+    moe: MoESpec | None = None
 
     @classmethod
     def from_folder(cls, path: str | Path, *, weights: bool = True) -> ModelSpec:

@@ -118,22 +118,72 @@ struct RopeCall {
   int32_t interleaved;
 };
 
-// out[tokens, width] = silu(x[:, :width]) * x[:, width:].
+// out[tokens, width] = silu(min(gate, limit)) * clamp(up, -limit, limit), of rows [gate | up]. Limit 0: none.
 struct GateCall {
   const void* x;
   void* out;
   int64_t tokens, width, x_stride;
   Dtype dtype;
+  float limit;
+};
+
+// out[tokens, width] = x * sigmoid(gate); the gate has 1 or `width` columns.
+struct SigmoidCall {
+  const void* x;
+  const void* gate;
+  void* out;
+  int64_t tokens, width, gate_width, x_stride, gate_stride;
+  Dtype x_dtype, gate_dtype;
+};
+
+// `experts` matrices [N, K], each over its own rows of x: out[r] = x[r] * weight[e]^T for starts[e] <= r < starts[e +
+// 1].
+struct ExpertsCall {
+  const void* x;
+  const void* weight;
+  const int64_t* starts;
+  void* out;
+  int64_t x_stride, expert_stride, weight_stride, out_stride;
+  int64_t experts, n, k;
+  Dtype x_dtype, weight_dtype, out_dtype;
+};
+
+// out[t] = sum over j of weights[t, j] * y[places[t, j]], added in the order of j in fp32; out is contiguous.
+struct CombineCall {
+  const void* y;
+  const int64_t* places;
+  const float* weights;
+  void* out;
+  int64_t tokens, top_k, width, y_stride;
+  Dtype dtype;
+};
+
+enum Scoring : int32_t { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
+
+// The experts of each token and their weights, see `common.moe.routing`. ids and weights are [tokens, top_k],
+// contiguous; `given`: ids are read and not chosen.
+struct RouteCall {
+  const float* logits;
+  const float* bias;
+  int64_t* ids;
+  float* weights;
+  int64_t tokens, experts, top_k, groups, topk_groups, stride;
+  Scoring scoring;
+  int32_t normalized, given;
+  float scale;
 };
 
 struct Kernels {
   void (*rms_norm)(const NormCall& call, int threads);
   void (*rope)(const RopeCall& call, int threads);
   void (*silu_mul)(const GateCall& call, int threads);
+  void (*sigmoid_mul)(const SigmoidCall& call, int threads);
+  void (*combine)(const CombineCall& call, int threads);
   void (*attend)(const AttendCall& call, int threads);
   void (*write_rows)(const WriteCall& call, int threads);
   void (*linear)(const LinearCall& call, int threads);
   void (*linear_batch)(const LinearBatchCall& call, int threads);
+  void (*linear_experts)(const ExpertsCall& call, int threads);
   void (*select)(const SelectCall& call, int threads);
   int (*draw_row)(const float* logits, int64_t vocab, const DrawSpec& spec, int64_t* token);
   void (*top_row)(const float* logits, int64_t vocab, int64_t top_n, double* log_sum, int64_t* ids, float* values);
@@ -158,6 +208,11 @@ enum Isa : int { kBest = -1, kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // Null if this processor (or this build) lacks the instructions.
 const Kernels* kernels(int isa);
+
+// The same on every instruction set (route.cpp).
+void route(const RouteCall& call, int threads);
+void sort_by_expert(const int64_t* ids, int64_t pairs, int64_t experts, int64_t* starts, int64_t* order,
+                    int64_t* places);
 
 extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;

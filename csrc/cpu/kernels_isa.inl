@@ -27,7 +27,7 @@ namespace nd {
 #include "cpu/pointwise.inl"
 #include "cpu/sampling.inl"
 
-extern const Kernels ND_TABLE = {rms_norm, rope,         silu_mul,         attend,   write_rows,
-                                 linear,   linear_batch, select_positions, draw_row, top_row};
+extern const Kernels ND_TABLE = {rms_norm, rope,         silu_mul,       sigmoid_mul,      combine,  attend, write_rows,
+                                 linear,   linear_batch, linear_experts, select_positions, draw_row, top_row};
 
 }  // namespace nd
