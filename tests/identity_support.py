@@ -51,11 +51,15 @@ def oracle(model: Path, pytestconfig: pytest.Config) -> Oracle:
 
 @dataclass(frozen=True)
 class Got:
-    """An answer: its tokens, their text, and where its prompt's tokens came from (fields of `RequestStats`)."""
+    """An answer: its tokens, their text, and where its prompt's tokens came from (fields of `RequestStats`).
+
+    `logprobs`: of the tokens, where the way tells them.
+    """
 
     tokens: list[int]
     text: str
     stats: dict[str, Any]
+    logprobs: tuple[float, ...] = ()
 
 
 class Way(Protocol):
@@ -116,7 +120,15 @@ class Served:
             **_defaults(sampling),
         )
         pairs = zip(answer["choices"], answer["nanodeploy"]["requests"], strict=True)
-        return [Got([self._ids[n] for n in c["logprobs"]["tokens"]], c["text"], stats) for c, stats in pairs]
+        return [
+            Got(
+                [self._ids[name] for name in choice["logprobs"]["tokens"]],
+                choice["text"],
+                stats,
+                tuple(choice["logprobs"]["token_logprobs"]),
+            )
+            for choice, stats in pairs
+        ]
 
 
 def _defaults(sampling: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ EXPORTS = {
         "HandoffConfig",
         "LogConfig",
         "RouterConfig",
-        "SpeculativeConfig",
         "UcxConfig",
         "WorkerConfig",
     ],
@@ -44,7 +43,6 @@ _ENGINE = [
     "--block-size",
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
-    "--speculative-config",
 ]
 _CLUSTER = [
     "--prefill",

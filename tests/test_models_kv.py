@@ -120,14 +120,19 @@ def test_short_budgets_share_evenly_long_ones_cap_the_window(hybrid: ModelSpec) 
     assert wide["full"] > 10 * wide["window"]
 
 
-def test_too_small_a_budget_names_both_numbers(llama: ModelSpec) -> None:
-    layout = layout_of(llama)
-    wanted = 32 * layout.block_nbytes("full") + 8 * layout.block_nbytes(TAIL_GROUP)
-    assert sized(llama, wanted)["full"] == 32
+@pytest.mark.parametrize("model", ["llama", "hybrid"])
+def test_too_small_a_budget_names_both_numbers(request: pytest.FixtureRequest, model: str) -> None:
+    spec = request.getfixturevalue(model)
+    layout = layout_of(spec)
+    need = {"full": 32, "window": -(-(24 + 64) // 16) + 1, TAIL_GROUP: 8}
+    wanted = sum(need[g.name] * layout.block_nbytes(g.name) for g in layout.groups)
     with pytest.raises(ConfigError) as raised:
-        sized(llama, wanted - 1)
+        sized(spec, wanted - 1)
     assert str(wanted) in raised.value.message
     assert str(wanted - 1) in raised.value.message
+    for more in range(0, 2 * wanted, 997):  # windows never take what the full group needs
+        blocks = sized(spec, wanted + more)
+        assert all(blocks[g.name] >= need[g.name] for g in layout.groups)
     assert "512 tokens" in raised.value.message
 
 

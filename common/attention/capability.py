@@ -16,7 +16,6 @@ class Needs:
     group_size: int  # query heads per key head
     block_size: int
     has_windows: bool
-    latent: bool = False  # one row per token that all query heads share; head_dim is its width, group_size 1
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class Capability:
     max_group_size: int = 0  # 0: any
     mixed_dtypes: bool = True  # kv_dtype may differ from dtype
     windows: bool = True
-    latent: bool = False  # rows of latent attention, with and without selected positions
     unavailable: str = ""
 
     def refusal(self, needs: Needs) -> str:
@@ -56,6 +54,4 @@ class Capability:
             return f"{needs.group_size} query heads per key head: it has up to {self.max_group_size}"
         if needs.has_windows and not self.windows:
             return "sliding windows"
-        if needs.latent and not self.latent:
-            return "latent attention"
         return ""

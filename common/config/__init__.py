@@ -7,7 +7,6 @@ from common.config.schema import (
     HandoffConfig,
     LogConfig,
     RouterConfig,
-    SpeculativeConfig,
     UcxConfig,
     WorkerConfig,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "HandoffConfig",
     "LogConfig",
     "RouterConfig",
-    "SpeculativeConfig",
     "UcxConfig",
     "WorkerConfig",
 ]

@@ -134,19 +134,20 @@ def size_num_blocks(
     for g in windows:
         whole = math.ceil(max_model_len / g.block_size)
         need[g.name] = min(whole, math.ceil((g.window + max_num_batched_tokens) / g.block_size) + 1)
-    even = _even(rest, [*full, *windows], block)
-    for g in windows:
-        useful = 2 * max_num_seqs * need[g.name] if full else even[g.name]
-        out[g.name] = min(even[g.name], useful)
-        rest -= out[g.name] * block[g.name]
-    out |= _even(rest, full, block)
-    if any(out[g] < need[g] for g in need):
-        wanted = sum(need[g] * block[g] for g in need) + sum(out[g] * block[g] for g in (TAIL_GROUP, *states))
+    least = sum(need[g] * block[g] for g in need)
+    if rest < least:
         raise ConfigError(
             f"a KV cache of {budget_nbytes} bytes cannot hold one sequence of {max_model_len} tokens, which takes "
-            f"{wanted}: give it more memory or lower max_model_len",
+            f"{least + budget_nbytes - rest}: give it more memory or lower max_model_len",
             param="kv_cache_memory_bytes",
         )
+    even = _even(rest, [*full, *windows], block)
+    spare = _even(rest - least, windows, block)
+    for g in windows:
+        useful = 2 * max_num_seqs * need[g.name] if full else even[g.name]
+        out[g.name] = min(even[g.name], useful, need[g.name] + spare[g.name])
+        rest -= out[g.name] * block[g.name]
+    out |= _even(rest, full, block)
     return out
 
 

@@ -71,7 +71,6 @@ def up(
     device: opt.Device = None,
     block_size: opt.BlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = None,
-    speculative_config: opt.SpeculativeConfig = None,
 ) -> None:
     """Start a cluster on this machine: storage, controller, router, prefill and decode workers."""
     from services.cli.up import UpOptions, run_up
@@ -96,7 +95,6 @@ def up(
             device=device,
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
-            speculative_config=speculative_config,
         ),
     )
     raise typer.Exit(run_up(request, UpOptions(name, config, ready_timeout), detach, make_console()))
@@ -126,7 +124,6 @@ def serve(
     device: opt.Device = None,
     block_size: opt.BlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = None,
-    speculative_config: opt.SpeculativeConfig = None,
 ) -> None:
     """Serve one model, with vLLM's flags; `--prefill N` separates prefill from decode."""
     up(**{**locals(), "model": opt.check_model_folder(model)})
@@ -190,7 +187,6 @@ def generate(
     device: opt.Device = None,
     block_size: opt.BlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = None,
-    speculative_config: opt.SpeculativeConfig = None,
 ) -> None:
     """Answer prompts offline: prompts to JSONL, no services."""
     from services.cli.generate import run_generate
@@ -205,7 +201,6 @@ def generate(
         device=device,
         block_size=block_size,
         enable_prefix_caching=enable_prefix_caching,
-        speculative_config=speculative_config,
     )
     flags: dict[str, Any] = {
         "max_tokens": max_tokens,

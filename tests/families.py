@@ -1,0 +1,101 @@
+"""Every family of models that the tests know: how to make tiny checkpoints of it, and who judges them.
+
+A new family is one `Family` here. Its configurations go through `test_models_logits.py` (our model against
+transformers, no engine), `test_families.py` (engine modes, a part of them) and `test_families_exact.py` (all modes,
+which writes the table in docs/models.md). The first configuration is the plain one: it goes through every mode.
+
+Checkpoints allow 1024 positions, so that prompts of 700 tokens and their answers fit. Where the best two logits of
+a reference's answer are nearly equal, the tests say so: give that configuration another `seed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import make_llama, make_qwen3
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+Maker = Callable[[Path], Path]
+"""Writes a random fp32 checkpoint into a folder, the same one each time, and returns the folder."""
+
+
+def load_causal_lm(folder: Path) -> PreTrainedModel:
+    """The reference: transformers in fp32."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Family:
+    """`name`: a row of the table. `reference`: how transformers reads a checkpoint of it.
+
+    `quick`: configurations that `make test` runs; empty is all. `engine`: fields of `EngineConfig` that every engine
+    of the family gets in these tests, where a default does not do.
+    """
+
+    name: str
+    configurations: Mapping[str, Maker]
+    quick: tuple[str, ...] = ()
+    reference: Callable[[Path], PreTrainedModel] = load_causal_lm
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def quick_configurations(self) -> tuple[str, ...]:
+        return self.quick or tuple(self.configurations)
+
+
+def all_configurations() -> Iterator[tuple[Family, str]]:
+    for family in FAMILIES:
+        for configuration in family.configurations:
+            yield family, configuration
+
+
+_llama = partial(make_llama, max_position_embeddings=1024)
+_qwen3 = partial(make_qwen3, max_position_embeddings=1024)
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 128}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+_NINE_HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8, "hidden_size": 72}
+_ALTERNATING = {
+    "sliding_window": 32,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "llama",
+        {
+            "plain": _llama,
+            "tied, 9 heads of 8": partial(_llama, tie_word_embeddings=True, **_NINE_HEADS),
+            "bias": partial(_llama, attention_bias=True, mlp_bias=True),
+            "llama3 rope, a key head a query head": partial(_llama, num_key_value_heads=4, rope_parameters=LLAMA3),
+            "linear rope, one key head": partial(_llama, num_key_value_heads=1, rope_parameters=LINEAR),
+        },
+    ),
+    Family(
+        "qwen3",
+        {
+            "tied": partial(_qwen3, tie_word_embeddings=True),
+            "YaRN, bias": partial(_qwen3, rope_parameters=YARN, attention_bias=True),
+            "window of 24, 8 heads": partial(
+                _qwen3, sliding_window=24, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2
+            ),
+            "window of 5 in every layer": partial(_qwen3, sliding_window=5, max_window_layers=0),
+            "alternating windows of 32": partial(_qwen3, **_ALTERNATING),
+        },
+    ),
+)
