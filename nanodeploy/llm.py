@@ -44,7 +44,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class CompletionOutput:
-    """One choice. `text` ends before a stop string unless it was asked for; `token_ids` may run past it."""
+    """One choice. `text` ends before a stop string unless it was asked for; `token_ids` with the token that made it.
+
+    `logprobs` has an entry for each token.
+    """
 
     index: int
     text: str = ""
@@ -72,27 +75,33 @@ class _Choice:
     stops: StopMatcher | None
 
     def push(self, delta: ChoiceDelta) -> bool:
-        """Take new tokens; True if a stop string ended the choice."""
-        output = self.output
-        output.token_ids += delta.token_ids
-        if delta.logprobs is not None:
-            output.logprobs.append(delta.logprobs)
-        stop_id = delta.stop_token_id
-        shown = delta.token_ids if stop_id is None else delta.token_ids[:-1]
-        text = self.detokenizer.push(shown) if shown else ""
-        if delta.finish is not None:
-            text += self.detokenizer.finish()
-        if self.stops is not None:
-            text = self.stops.push(text)
-            if self.stops.matched is None and delta.finish is not None:
-                text += self.stops.flush()
-        output.text += text
-        if self.stops is not None and self.stops.matched is not None:
-            output.finish_reason, output.stop_reason = FinishReason.STOP.value, self.stops.matched
+        """Take new tokens; True if a stop string ended the choice, whose tokens end there."""
+        output, logprobs = self.output, delta.logprobs
+        hidden = -1 if delta.stop_token_id is None else len(delta.token_ids) - 1  # not text
+        for i, token_id in enumerate(delta.token_ids):
+            output.token_ids.append(token_id)
+            if logprobs is not None:
+                output.logprobs.append(logprobs.part(i, i + 1))
+            if i != hidden and self._show(self.detokenizer.push((token_id,))):
+                return True
+        if delta.finish is None:
+            return False
+        if self._show(self.detokenizer.finish()):
             return True
-        if delta.finish is not None:
-            output.finish_reason, output.stop_reason = delta.finish.value, stop_id
+        if self.stops is not None:
+            output.text += self.stops.flush()
+        output.finish_reason, output.stop_reason = delta.finish.value, delta.stop_token_id
         return False
+
+    def _show(self, text: str) -> bool:
+        if self.stops is None:
+            self.output.text += text
+            return False
+        self.output.text += self.stops.push(text)
+        if self.stops.matched is None:
+            return False
+        self.output.finish_reason, self.output.stop_reason = FinishReason.STOP.value, self.stops.matched
+        return True
 
 
 class LLM:

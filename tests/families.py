@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import make_llama, make_qwen3
+from tiny_models import make_llama, make_qwen3, make_qwen3_moe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 Maker = Callable[[Path], Path]
@@ -57,6 +57,7 @@ def all_configurations() -> Iterator[tuple[Family, str]]:
 
 _llama = partial(make_llama, max_position_embeddings=1024)
 _qwen3 = partial(make_qwen3, max_position_embeddings=1024)
+_qwen3_moe = partial(make_qwen3_moe, max_position_embeddings=1024)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -96,6 +97,17 @@ FAMILIES: tuple[Family, ...] = (
             ),
             "window of 5 in every layer": partial(_qwen3, sliding_window=5, max_window_layers=0),
             "alternating windows of 32": partial(_qwen3, **_ALTERNATING),
+        },
+    ),
+    Family(
+        "qwen3_moe",
+        {
+            "bias": partial(_qwen3_moe, attention_bias=True),
+            "one expert, not normalized": partial(_qwen3_moe, norm_topk_prob=False, num_experts_per_tok=1),
+            "experts in every other layer": partial(_qwen3_moe, decoder_sparse_step=2, num_hidden_layers=4),
+            "40 experts, dense layers, tied": partial(
+                _qwen3_moe, mlp_only_layers=[0, 2], num_experts=40, num_experts_per_tok=6, tie_word_embeddings=True
+            ),
         },
     ),
 )

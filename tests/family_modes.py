@@ -73,7 +73,7 @@ class Watch:
 
     def _on_forward(self, batch: Any) -> Any:
         pending = self._forward(batch)
-        drawn = [item for item, row in zip(self._plan.items, batch.rows, strict=True) if row.sample is not None]
+        drawn = [item for item, row in zip(self._plan.items, batch.rows, strict=True) if row.samples]
         for index, item in enumerate(drawn):
             assert pending.logits_RV is not None
             self.samples[item.seq.label].append((item.seq.num_tokens - 1, pending.logits_RV[index].clone()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,12 +16,27 @@ from common.attention.reference import ReferenceBackend
 from common.kvcache.layout import TAIL_GROUP, Retention
 from common.kvcache.pool import KVPool
 from common.layers.base import TensorParallel
+from common.layers.media_positions import rope_positions
+from common.layers.step import StepMedia
 from common.models.decoder import DecoderModel
 from common.models.kv import kv_layout
 from common.models.spec import ModelSpec
 from common.models.weights import load_model
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image in a sequence, from token `position` on. `rows_NLD`: embeddings and deepstack features."""
+
+    position: int
+    grid: tuple[int, int, int]
+    rows_NLD: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows_NLD)
 
 
 class PagedModel:
@@ -66,8 +83,13 @@ class PagedModel:
             self._spoil(g.name, ids)
 
     @torch.inference_mode()
-    def step(self, work: Sequence[tuple[int, Sequence[int]]], embeds: Tensor | None = None) -> list[Tensor]:
-        """Compute new tokens of some sequences in one batch; their logits, each [new tokens, vocab]."""
+    def step(
+        self, work: Sequence[tuple[int, Sequence[int]]], pictures: Mapping[int, Sequence[Picture]] | None = None
+    ) -> list[Tensor]:
+        """Compute new tokens of some sequences in one batch; their logits, each [new tokens, vocab].
+
+        `pictures`: all of a sequence's, whichever the step is in.
+        """
         ids = [t for _, tokens in work for t in tokens]
         counts = [len(tokens) for _, tokens in work]
         starts = [self._lens.get(s, 0) for s, _ in work]
@@ -84,11 +106,34 @@ class PagedModel:
             kv=self.pool,
             backend=self.backend,
         )
-        hidden_TD = self.model.forward(torch.tensor(ids), torch.tensor(positions), ctx, embeds)
+        spans = [(s, start, start + n) for (s, _), start, n in zip(work, starts, counts, strict=True)]
+        media = self._media(spans, pictures) if pictures else None
+        if media is not None:
+            ids = torch.tensor(ids).index_fill(0, media.rows_N, 0).tolist()  # placeholders mean nothing
+        hidden_TD = self.model.forward(torch.tensor(ids), torch.tensor(positions), ctx, media)
         assert hidden_TD.shape == (len(ids), self.spec.hidden_size)
         for g in self.groups:
             self._forget(g.name, g.block_size, g.window, [s for s, _ in work])
         return list(self.model.logits(hidden_TD).split(counts))
+
+    def _media(
+        self, spans: Sequence[tuple[int, int, int]], pictures: Mapping[int, Sequence[Picture]]
+    ) -> StepMedia | None:
+        """What of the pictures lies in positions [start, end) of each (sequence, start, end)."""
+        assert self.spec.media is not None
+        rows: list[int] = []
+        parts = [torch.empty(0, 1 + self.spec.media.num_deepstack, self.spec.hidden_size)]
+        places = []
+        first = 0
+        for s, start, end in spans:
+            places.append(torch.from_numpy(rope_positions(pictures.get(s, ()), start, end)))
+            for p in pictures.get(s, ()):
+                begin, stop = max(p.position, start), min(p.position + p.num_tokens, end)
+                rows += range(first + begin - start, first + stop - start)
+                parts.append(p.rows_NLD[begin - p.position : max(stop, begin) - p.position])
+            first += end - start
+        positions_3T = torch.cat(places, 1) if self.spec.media.takes_grid else None
+        return StepMedia(torch.tensor(rows, dtype=torch.int64), torch.cat(parts), positions_3T)
 
     def _group_tables(
         self, group: str, size: int, window: int, work: Sequence[tuple[int, Sequence[int]]], starts: Sequence[int]
@@ -120,3 +165,21 @@ class PagedModel:
     def _spoil(self, group: str, block_ids: Sequence[int]) -> None:
         for r in self.layout.regions_of(group):
             self.pool.region(r.name)[list(block_ids)] = float("nan")
+
+
+class Sum:
+    """All-reduce between threads."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=30)
+        self._parts: list[Tensor | None] = [None] * size
+
+    def of(self, rank: int) -> TensorParallel:
+        def reduce(x: Tensor) -> Tensor:
+            self._parts[rank] = x.clone()
+            self._barrier.wait()
+            x.copy_(torch.stack([p for p in self._parts if p is not None]).sum(0))
+            self._barrier.wait()
+            return x
+
+        return TensorParallel(rank, len(self._parts), reduce)

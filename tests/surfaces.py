@@ -11,6 +11,7 @@ EXPORTS = {
         "HandoffConfig",
         "LogConfig",
         "RouterConfig",
+        "SpeculativeConfig",
         "UcxConfig",
         "WorkerConfig",
     ],
@@ -43,6 +44,7 @@ _ENGINE = [
     "--block-size",
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
+    "--speculative-config",
 ]
 _CLUSTER = [
     "--prefill",

@@ -59,6 +59,12 @@ def test_what_one_cannot_do_leads_to_the_next(change: dict[str, object], word: s
     assert word in raised.value.message
 
 
+def test_latent_rows_are_asked_of_those_that_have_them() -> None:
+    needs = replace(NEEDS, latent=True)
+    assert choose("auto", needs, registered(replace(FAST, head_dims=()))).refusals["fast"] == "latent attention"
+    assert choose("auto", needs, registered(replace(FAST, latent=True))).backend.name == "fast"
+
+
 def test_mixed_types_can_be_refused() -> None:
     able = replace(FAST, mixed_dtypes=False)
     assert not able.refusal(NEEDS)

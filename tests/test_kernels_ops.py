@@ -102,6 +102,23 @@ def test_linear_that_the_kernel_cannot_do_goes_to_torch() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_of_heads_is_linear_of_each(isa: cpu.Isa, dtype: torch.dtype) -> None:
+    wide, weights = torch.randn(7, 5, 60).to(dtype), torch.randn(5, 50, 48).to(dtype)
+    x, weight = wide[..., 10:58], weights[:, 3:43]
+    out = torch.full((7, 5, 100), float("nan"), dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    got = ops.linear_heads(x, weight, out[..., 20:60], isa=isa)
+    torch.set_num_threads(before)
+    assert got.data_ptr() == out[..., 20:].data_ptr()
+    assert out[..., :20].isnan().all()
+    assert out[..., 60:].isnan().all()
+    assert torch.equal(got, ops.linear_heads(x, weight, isa=isa))
+    for h in range(5):
+        assert torch.equal(got[:, h], ops.linear(x[:, h].contiguous(), weight[h].contiguous(), isa=isa))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 576), (3, 7), (130, 576), (5, 2049)])
 def test_rms_norm(isa: cpu.Isa, dtype: torch.dtype, tokens: int, width: int) -> None:
     x, weight = (torch.randn(tokens, width + 3) * 4).to(dtype)[:, :width], torch.randn(width).to(dtype)
@@ -141,6 +158,21 @@ def test_rope(isa: cpu.Isa, dtype: torch.dtype, tokens: int, heads: int, width: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_of_neighbours_in_place(isa: cpu.Isa, dtype: torch.dtype) -> None:
+    wide, table = torch.randn(9, 3, 40).to(dtype), torch.randn(9, 2, 12).to(dtype)
+    cos, sin = table[:, :1], table[:, 1:]
+    x = wide[..., 20:32]
+    halves = torch.cat((x[..., 0::2], x[..., 1::2]), -1)
+    want = ops.rope(halves, cos, sin, isa=isa)
+    rest = wide.clone()
+    got = ops.rope(x, cos, sin, interleaved=True, out_THD=x, isa=isa)
+    assert got is x
+    assert torch.equal(wide[..., 20:32], want)
+    assert torch.equal(wide[..., :20], rest[..., :20])
+    assert torch.equal(wide[..., 32:], rest[..., 32:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1536), (3, 5), (100, 1536)])
 def test_silu_mul(isa: cpu.Isa, dtype: torch.dtype, tokens: int, width: int) -> None:
     x = (torch.randn(tokens, 2 * width) * 30).to(dtype)
@@ -161,6 +193,10 @@ def test_the_fallbacks_are_the_same_functions(monkeypatch: pytest.MonkeyPatch) -
             ops.rms_norm(x[:, 0], weight, 1e-5),
             ops.rms_norm(x, weights, 1e-5, split=4),
             ops.rope(x, table[:, :1], table[:, 1:]),
+            ops.rope(x, table[:, :1], table[:, 1:], interleaved=True),
+            ops.rope(x, table[:, :1], table[:, 1:], out_THD=x.clone()),
+            ops.linear_heads(x, torch.ones(6, 3, 8)),
+            ops.linear(wide.bfloat16(), torch.ones(3, 24), out_dtype=torch.float32),
             ops.silu_mul(wide),
         ]
 

@@ -81,14 +81,3 @@ def test_mixed_batches(checkpoint: Checkpoint) -> None:
         turn += 1
     for s, p in prompts.items():
         check(torch.cat(got[s]), oracle(checkpoint, p))
-
-
-def test_embeddings_take_the_place_of_ids(checkpoint: Checkpoint) -> None:
-    tokens = fresh_prompt(20)
-    paged = PagedModel(checkpoint.folder)
-    embeds = paged.model.model.embed_tokens.weight[torch.tensor(tokens)]
-    before = embeds.clone()
-    (expected,) = paged.step([(0, tokens)])
-    (logits,) = paged.step([(1, [0] * len(tokens))], embeds)
-    assert torch.equal(logits, expected)
-    assert torch.equal(embeds, before)

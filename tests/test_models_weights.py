@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_support import CPU, PagedModel
+from models_support import CPU, PagedModel, Sum
 from safetensors.torch import load_file, save_file
 from tiny_models import make_llama, make_qwen3
 from torch import Tensor
@@ -178,24 +178,6 @@ def test_peak_memory_is_one_model(tmp_path: Path) -> None:
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     assert slots_of(model)
     assert grown < nbytes / 2 + 1.3 * nbytes, f"{grown} bytes more for a model of {nbytes // 2}"
-
-
-class Sum:
-    """All-reduce between threads."""
-
-    def __init__(self, size: int) -> None:
-        self._barrier = threading.Barrier(size, timeout=30)
-        self._parts: list[Tensor | None] = [None] * size
-
-    def of(self, rank: int) -> TensorParallel:
-        def reduce(x: Tensor) -> Tensor:
-            self._parts[rank] = x.clone()
-            self._barrier.wait()
-            x.copy_(torch.stack([p for p in self._parts if p is not None]).sum(0))
-            self._barrier.wait()
-            return x
-
-        return TensorParallel(rank, len(self._parts), reduce)
 
 
 @pytest.mark.parametrize(("size", "kv_heads"), [(2, 2), (4, 2), (2, 4)])

@@ -16,7 +16,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 VOCAB_SIZE = 512
 EOS, BOS, PAD = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
@@ -47,6 +57,18 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_VISION_SIZES: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+    "initializer_range": 0.2,
+}
+_MEDIA_IDS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
 
 
 def make_llama(folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", **overrides: Any) -> Path:
@@ -61,6 +83,26 @@ def make_qwen3(folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", **ov
     return _save(folder, seed, Qwen3ForCausalLM, Qwen3Config(**(_SIZES | overrides)), max_shard_size)
 
 
+def make_qwen3_vl(
+    folder: Path, seed: int = 0, *, vision: dict[str, Any] | None = None, tied: bool = False, **overrides: Any
+) -> Path:
+    """A Qwen3-VL checkpoint in fp32, vision tower included; `overrides` go into its text config."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config=_SIZES | {"rope_parameters": rope} | overrides,
+        vision_config=_VISION_SIZES | (vision or {}),
+        tie_word_embeddings=tied,
+        **_MEDIA_IDS,
+    )
+    return _save(folder, seed, Qwen3VLForConditionalGeneration, config, "5GB")
+
+
+def make_qwen3_moe(folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", **overrides: Any) -> Path:
+    """A Qwen3-MoE checkpoint in fp32, all layers mixtures of 8 experts, 3 per token."""
+    sizes = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    return _save(folder, seed, Qwen3MoeForCausalLM, Qwen3MoeConfig(**(_SIZES | sizes | overrides)), max_shard_size)
+
+
 def _save(folder: Path, seed: int, model_class: type[PreTrainedModel], config: Any, max_shard_size: str) -> Path:
     torch.manual_seed(seed)
     model = model_class(config).float()
@@ -70,6 +112,12 @@ def _save(folder: Path, seed: int, model_class: type[PreTrainedModel], config: A
                 tensor.normal_(0, 0.1)
             elif "norm" in name:
                 tensor.add_(torch.randn_like(tensor) * 0.1)
+        for name, tensor in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                tensor.normal_(0, 0.1)
+            elif name.endswith("tid2eid"):
+                num_experts = config.n_routed_experts
+                tensor.copy_(torch.rand(tensor.shape[0], num_experts).argsort(-1)[:, : tensor.shape[1]])
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     (folder / "tokenizer.json").write_text(_tokenizer_json())
     (folder / "tokenizer_config.json").write_text(
@@ -81,7 +129,7 @@ def _save(folder: Path, seed: int, model_class: type[PreTrainedModel], config: A
                 "pad_token": PAD,
                 "add_bos_token": False,
                 "clean_up_tokenization_spaces": False,
-                "model_max_length": config.max_position_embeddings,
+                "model_max_length": config.get_text_config().max_position_embeddings,
                 "chat_template": CHAT_TEMPLATE,
             },
             indent=2,
@@ -107,14 +155,16 @@ def _tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
+MAKERS = {"llama": make_llama, "qwen3": make_qwen3, "qwen3_moe": make_qwen3_moe, "qwen3_vl": make_qwen3_vl}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="make a tiny random checkpoint")
-    parser.add_argument("family", choices=("llama", "qwen3"))
+    parser.add_argument("family", choices=MAKERS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    make = make_llama if args.family == "llama" else make_qwen3
-    print(make(args.folder, args.seed))
+    print(MAKERS[args.family](args.folder, args.seed))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ class Needs:
     group_size: int  # query heads per key head
     block_size: int
     has_windows: bool
+    latent: bool = False  # one row per token that all query heads share; head_dim is its width, group_size 1
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Capability:
     max_group_size: int = 0  # 0: any
     mixed_dtypes: bool = True  # kv_dtype may differ from dtype
     windows: bool = True
+    latent: bool = False  # rows of latent attention, with and without selected positions
     unavailable: str = ""
 
     def refusal(self, needs: Needs) -> str:
@@ -54,4 +56,6 @@ class Capability:
             return f"{needs.group_size} query heads per key head: it has up to {self.max_group_size}"
         if needs.has_windows and not self.windows:
             return "sliding windows"
+        if needs.latent and not self.latent:
+            return "latent attention"
         return ""

@@ -62,6 +62,17 @@ class AttentionContext:
     on_layer: Callable[[], None] = lambda: None
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The positions that each token of a step sees, where it does not see all up to its own.
+
+    `positions_TK`: int32, ascending, contiguous rows; the first `counts_T` (int32) of a row are meant, at least one.
+    """
+
+    positions_TK: Tensor
+    counts_T: Tensor
+
+
 class KVViews(Protocol):
     """Pool memory by region."""
 
@@ -70,6 +81,8 @@ class KVViews(Protocol):
 
 
 class AttentionBackend(Protocol):
+    """`write_rows`, `attend_rows` and `select` are asked of backends whose capability says `latent`."""
+
     name: str
 
     def write(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables) -> None:
@@ -77,6 +90,41 @@ class AttentionBackend(Protocol):
 
     def attend(self, q_THD: Tensor, cache: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float) -> Tensor:
         """Causal attention of new tokens over the cache (their own keys included): [T, H, D]."""
+
+    def write_rows(self, rows_TW: Tensor, cache: Tensor, tables: GroupTables) -> None:
+        """Store one row per new token. `cache`: [num_blocks, 1, 1, block_size, W]."""
+
+    def attend_rows(
+        self,
+        q_THD: Tensor,
+        rows: Tensor,
+        values: slice,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        selected: Selection | None = None,
+    ) -> Tensor:
+        """Causal attention over rows that hold key and value: [T, H, width of `values`].
+
+        `rows` is [num_blocks, U, block_size, W]. A key is its row's first D columns, a value the columns `values`;
+        they may overlap, as in multi-head latent attention. `selected` restricts each token to some positions.
+        """
+
+    def select(
+        self,
+        q_THD: Tensor,
+        weights_TH: Tensor,
+        keys: Tensor,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        top_k: int,
+    ) -> Selection:
+        """The `top_k` positions up to each token's own with the highest sum_h weights[h] * max(0, q[h] . key * scale).
+
+        `keys`: [num_blocks, block_size, D]; `weights_TH`: float32. All positions where there are no more than
+        `top_k`; of equal scores the lower positions. Scores are fp32.
+        """
 
 
 DTYPES: dict[str, torch.dtype] = {

@@ -15,14 +15,18 @@ import torch
 from torch import Tensor
 
 from common.attention.capability import Capability
-from common.attention.context import AttentionContext, GroupTables
+from common.attention.context import AttentionContext, GroupTables, Selection
 from common.kernels import cpu
 from common.kernels.ops import DTYPES
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_ATTEND = struct.Struct("@19qf2i4x")  # nd::AttendCall
-_WRITE = struct.Struct("@16q2i")  # nd::WriteCall
-_ADDRESSES = struct.Struct("@3q")  # q, out, cache or k, v, cache
+_ATTEND = struct.Struct("@23qf2i4x")  # nd::AttendCall
+_SELECT = struct.Struct("@19qf2i4x")  # nd::SelectCall
+_WRITE = struct.Struct("@17q2i")  # nd::WriteCall
+_ADDRESSES = struct.Struct("@3q")  # q, out, cache; k, v, cache; or q, weights, cache
+_SELECTED = struct.Struct("@2q")  # positions and counts, behind six addresses
+_SELECTED_AT = 6 * 8
+_MAX_GROUP = 48  # query heads of a task
 
 Signature = tuple[object, ...]
 
@@ -30,7 +34,13 @@ Signature = tuple[object, ...]
 def capability() -> Capability:
     missing = "" if cpu.library() is not None else "libnd_cpu.so was not built"
     return Capability(
-        "cpu", devices=("cpu",), dtypes=_FLOATS, kv_dtypes=_FLOATS, max_group_size=48, unavailable=missing
+        "cpu",
+        devices=("cpu",),
+        dtypes=_FLOATS,
+        kv_dtypes=_FLOATS,
+        max_group_size=_MAX_GROUP,
+        latent=True,
+        unavailable=missing,
     )
 
 
@@ -50,6 +60,19 @@ class _Call:
         return cls(signature, memory, ctypes.addressof(view), view)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """How keys and values lie: strides in elements. `units` share nothing, or, with a stride of 0, everything."""
+
+    units: int
+    width: int
+    value_width: int
+    block_stride: int
+    part_stride: int
+    unit_stride: int
+    token_stride: int
+
+
 class CpuBackend:
     name = "cpu"
 
@@ -57,14 +80,23 @@ class CpuBackend:
         lib = cpu.library()
         assert lib is not None, "the capability says that the library is missing"
         self._attend = lib.nd_attend
+        self._select = lib.nd_select
         self._write = lib.nd_write_rows
         self._isa = isa
         self._writes: dict[Signature, _Call] = {}
 
     def write(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables) -> None:
         """Store new keys and values, cast to the cache's type. `cache`: [num_blocks, 2, U, block_size, D]."""
+        self._store(k_TUD, v_TUD, cache, tables, 2)
+
+    def write_rows(self, rows_TW: Tensor, cache: Tensor, tables: GroupTables) -> None:
+        """Store a row per new token, cast to the cache's type. `cache`: [num_blocks, 1, 1, block_size, W]."""
+        rows_T1W = rows_TW.unsqueeze(1)
+        self._store(rows_T1W, rows_T1W, cache, tables, 1)
+
+    def _store(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, parts: int) -> None:
         k_stride, v_stride, stride, slots_T = k_TUD.stride(), v_TUD.stride(), cache.stride(), tables.slots_T
-        signature = (k_stride, v_stride, stride, k_TUD.dtype, cache.dtype, k_TUD.shape, slots_T.data_ptr())
+        signature = (k_stride, v_stride, stride, k_TUD.dtype, cache.dtype, k_TUD.shape, slots_T.data_ptr(), parts)
         call = self._writes.get(signature)
         if call is None:
             _check(k_TUD, cache)
@@ -72,13 +104,14 @@ class CpuBackend:
             num_tokens, units, width = k_TUD.shape
             assert slots_T.dtype == torch.int64
             assert slots_T.is_contiguous()
-            assert cache.shape[1:] == (2, units, tables.block_size, width)
+            assert cache.shape[1:] == (parts, units, tables.block_size, width)
             packed = _WRITE.pack(
                 0,
                 0,
                 0,
                 slots_T.data_ptr(),
                 num_tokens,
+                parts,
                 units,
                 width,
                 tables.block_size,
@@ -100,43 +133,162 @@ class CpuBackend:
         key = (CpuBackend, id(tables))
         call: _Call | None = ctx.scratch.get(key)
         if call is None or call.signature != signature:
-            packed = self._pack(q_THD, cache, tables, ctx, scale)
-            call = ctx.scratch[key] = _Call.of(signature, packed)
+            width = cache.shape[4]
+            rows = _Rows(cache.shape[2], width, width, *cache.stride()[:4])
+            call = ctx.scratch[key] = _Call.of(signature, _pack_attend(q_THD, cache, rows, tables, ctx, scale, 0))
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
         _ADDRESSES.pack_into(call.memory, 0, q_THD.data_ptr(), out_THD.data_ptr(), cache.data_ptr())
         self._attend(self._isa, torch.get_num_threads(), call.address)
         return out_THD
 
-    def _pack(self, q_THD: Tensor, cache: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float) -> bytes:
-        _check(q_THD, cache)
-        heads, units, width = q_THD.shape[1], cache.shape[2], cache.shape[4]
-        assert heads % units == 0
-        for table in (tables.block_tables_SB, ctx.query_starts_S1, ctx.seq_lens_S):
-            assert table.dtype == torch.int32
-            assert table.stride(-1) == 1
-        return _ATTEND.pack(
-            0,
-            0,
-            0,
-            tables.block_tables_SB.data_ptr(),
-            ctx.query_starts_S1.data_ptr(),
-            ctx.seq_lens_S.data_ptr(),
-            ctx.seq_lens_S.shape[0],
-            heads,
-            units,
-            width,
-            tables.block_size,
-            tables.window,
-            *q_THD.stride()[:2],
-            tables.block_tables_SB.stride(0),
-            *cache.stride()[:4],
-            scale,
-            DTYPES[q_THD.dtype],
-            DTYPES[cache.dtype],
-        )
+    def attend_rows(
+        self,
+        q_THD: Tensor,
+        rows: Tensor,
+        values: slice,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        selected: Selection | None = None,
+    ) -> Tensor:
+        """Causal attention over [num_blocks, U, block_size, W] rows of key and value: a new [T, H, width of values]."""
+        num_selected = 0 if selected is None else selected.positions_TK.shape[1]
+        num_tokens, heads, width = q_THD.shape
+        value_width = values.stop - values.start
+        strides = (q_THD.stride(), rows.stride(), num_selected)
+        signature = (*strides, q_THD.dtype, rows.dtype, q_THD.shape, rows.shape[1], values.start, value_width, scale)
+        key = (CpuBackend, id(tables), "rows", selected is None)
+        call: _Call | None = ctx.scratch.get(key)
+        if call is None or call.signature != signature:
+            units, unit_stride = rows.shape[1], rows.stride(1)
+            if units == 1:  # a task takes so many heads at a time
+                units, unit_stride = heads // _largest_divisor(heads, _MAX_GROUP), 0
+            how = _Rows(units, width, value_width, rows.stride(0), values.start, unit_stride, rows.stride(2))
+            packed = _pack_attend(q_THD, rows, how, tables, ctx, scale, num_selected)
+            call = ctx.scratch[key] = _Call.of(signature, packed)
+        if selected is not None:
+            positions_TK, counts_T = selected.positions_TK, selected.counts_T
+            _check_selection(selected, num_tokens)
+            _SELECTED.pack_into(call.memory, _SELECTED_AT, positions_TK.data_ptr(), counts_T.data_ptr())
+        out_THV = torch.empty(num_tokens, heads, value_width, dtype=q_THD.dtype)
+        _ADDRESSES.pack_into(call.memory, 0, q_THD.data_ptr(), out_THV.data_ptr(), rows.data_ptr())
+        self._attend(self._isa, torch.get_num_threads(), call.address)
+        return out_THV
+
+    def select(
+        self,
+        q_THD: Tensor,
+        weights_TH: Tensor,
+        keys: Tensor,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        top_k: int,
+    ) -> Selection:
+        """The best `top_k` positions of each token, see the protocol. `keys`: [num_blocks, block_size, D]."""
+        num_tokens, heads, width = q_THD.shape
+        strides = (q_THD.stride(), weights_TH.stride(), keys.stride())
+        signature = (*strides, q_THD.dtype, keys.dtype, q_THD.shape, scale, top_k)
+        key = (CpuBackend, id(tables), "select")
+        call: _Call | None = ctx.scratch.get(key)
+        if call is None or call.signature != signature:
+            _check(q_THD, keys)
+            _check_tables(tables, ctx)
+            assert weights_TH.shape == (num_tokens, heads)
+            assert weights_TH.dtype == torch.float32
+            assert weights_TH.stride(1) == 1
+            packed = _SELECT.pack(
+                *(0, 0, 0),
+                tables.block_tables_SB.data_ptr(),
+                ctx.query_starts_S1.data_ptr(),
+                ctx.seq_lens_S.data_ptr(),
+                *(0, 0),
+                ctx.seq_lens_S.shape[0],
+                heads,
+                width,
+                tables.block_size,
+                top_k,
+                *q_THD.stride()[:2],
+                weights_TH.stride(0),
+                tables.block_tables_SB.stride(0),
+                *keys.stride()[:2],
+                scale,
+                DTYPES[q_THD.dtype],
+                DTYPES[keys.dtype],
+            )
+            call = ctx.scratch[key] = _Call.of(signature, packed)
+        positions_TK = torch.empty(num_tokens, top_k, dtype=torch.int32)
+        counts_T = torch.empty(num_tokens, dtype=torch.int32)
+        _ADDRESSES.pack_into(call.memory, 0, q_THD.data_ptr(), weights_TH.data_ptr(), keys.data_ptr())
+        _SELECTED.pack_into(call.memory, _SELECTED_AT, positions_TK.data_ptr(), counts_T.data_ptr())
+        self._select(self._isa, torch.get_num_threads(), call.address)
+        return Selection(positions_TK, counts_T)
+
+
+def _pack_attend(
+    q_THD: Tensor,
+    cache: Tensor,
+    rows: _Rows,
+    tables: GroupTables,
+    ctx: AttentionContext,
+    scale: float,
+    num_selected: int,
+) -> bytes:
+    _check_types(q_THD, cache)
+    _check_tables(tables, ctx)
+    heads = q_THD.shape[1]
+    assert q_THD.shape[2] == rows.width
+    assert heads % rows.units == 0
+    assert heads // rows.units <= _MAX_GROUP
+    assert not (num_selected and tables.window), "selected positions and a window"
+    return _ATTEND.pack(
+        *(0, 0, 0),
+        tables.block_tables_SB.data_ptr(),
+        ctx.query_starts_S1.data_ptr(),
+        ctx.seq_lens_S.data_ptr(),
+        *(0, 0),
+        ctx.seq_lens_S.shape[0],
+        heads,
+        rows.units,
+        rows.width,
+        rows.value_width,
+        tables.block_size,
+        tables.window,
+        *q_THD.stride()[:2],
+        tables.block_tables_SB.stride(0),
+        num_selected,
+        rows.block_stride,
+        rows.part_stride,
+        rows.unit_stride,
+        rows.token_stride,
+        scale,
+        DTYPES[q_THD.dtype],
+        DTYPES[cache.dtype],
+    )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
+def _check_types(x_THD: Tensor, cache: Tensor) -> None:
+    assert x_THD.device.type == cache.device.type == "cpu"
+    assert x_THD.stride(2) == cache.stride(-1) == 1
+
+
+def _check_tables(tables: GroupTables, ctx: AttentionContext) -> None:
+    for table in (tables.block_tables_SB, ctx.query_starts_S1, ctx.seq_lens_S):
+        assert table.dtype == torch.int32
+        assert table.stride(-1) == 1
+
+
+def _check_selection(selected: Selection, num_tokens: int) -> None:
+    for table in (selected.positions_TK, selected.counts_T):
+        assert table.dtype == torch.int32
+        assert table.is_contiguous()
+        assert table.shape[0] == num_tokens
 
 
 def _check(x_THD: Tensor, cache: Tensor) -> None:
-    assert x_THD.device.type == cache.device.type == "cpu"
-    assert x_THD.shape[2] == cache.shape[4]
-    assert x_THD.stride(2) == cache.stride(4) == 1
+    _check_types(x_THD, cache)
+    assert x_THD.shape[2] == cache.shape[-1]

@@ -5,8 +5,11 @@ one long sequence does not pad all the others; longer chunks are computed one se
 a query must not see are zeroed after the gather and masked as well: stale bytes of a block, whatever they are,
 reach no result.
 
+Keys and values are addressed apart, as [num_blocks, U, block_size, width] views, so that rows which hold both (latent
+attention) take the same way. Selected positions are gathered for each token.
+
 Shape letters as in `common.attention.context`; also R decode rows, W blocks of a row, L positions (W * block
-size), G query heads per key head, N tokens of a chunk.
+size), G query heads per key head, N tokens of a chunk, V value width, K selected positions.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.attention.capability import Capability
-from common.attention.context import AttentionContext, GroupTables
+from common.attention.context import AttentionContext, GroupTables, Selection
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
 def capability() -> Capability:
-    return Capability("reference", devices=("cpu", "cuda"), dtypes=_FLOATS, kv_dtypes=_FLOATS)
+    return Capability("reference", devices=("cpu", "cuda"), dtypes=_FLOATS, kv_dtypes=_FLOATS, latent=True)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class _Chunk:
 
 _Plan = tuple[list[_Decode], list[_Chunk]]
 
+_TOKENS_AT_ONCE = 64  # with selected positions
+
 
 class ReferenceBackend:
     name = "reference"
@@ -64,51 +69,150 @@ class ReferenceBackend:
 
     def attend(self, q_THD: Tensor, cache: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float) -> Tensor:
         """Causal attention of the new tokens over the cache: a new [T, H, D]."""
-        key = (ReferenceBackend, id(tables))
-        plan: _Plan | None = ctx.scratch.get(key)
-        if plan is None:
-            plan = ctx.scratch[key] = _plan(tables, ctx)
-        decodes, chunks = plan
-        if len(decodes) == 1 and decodes[0].tokens_R is None:
-            return _attend_decode(q_THD, cache, decodes[0], scale)
-        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-        for decode in decodes:
-            assert decode.tokens_R is not None
-            out_THD[decode.tokens_R] = _attend_decode(q_THD[decode.tokens_R], cache, decode, scale)
-        for chunk in chunks:
-            tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
-            out_THD[tokens] = _attend_chunk(q_THD[tokens], cache, chunk, scale)
-        return out_THD
+        return _attend(q_THD, cache[:, 0], cache[:, 1], tables, ctx, scale)
+
+    def write_rows(self, rows_TW: Tensor, cache: Tensor, tables: GroupTables) -> None:
+        """Store a row per new token, cast to the cache's type. `cache`: [num_blocks, 1, 1, block_size, W]."""
+        cache[:, 0, 0].index_put_((tables.new_block_ids, tables.new_offsets), rows_TW.to(cache.dtype))
+
+    def attend_rows(
+        self,
+        q_THD: Tensor,
+        rows: Tensor,
+        values: slice,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        selected: Selection | None = None,
+    ) -> Tensor:
+        """Causal attention over [num_blocks, U, block_size, W] rows of key and value: a new [T, H, V]."""
+        keys, vals = rows[..., : q_THD.shape[2]], rows[..., values]
+        if selected is None:
+            return _attend(q_THD, keys, vals, tables, ctx, scale)
+        sequence_T = _sequence_of_tokens(ctx)
+        out = []
+        for first in range(0, q_THD.shape[0], _TOKENS_AT_ONCE):
+            part = slice(first, first + _TOKENS_AT_ONCE)
+            chosen = _Chosen.of(selected.positions_TK[part], selected.counts_T[part], sequence_T[part], tables)
+            out.append(_attend_chosen(q_THD[part], keys, vals, chosen, scale))
+        return torch.cat(out)
+
+    def select(
+        self,
+        q_THD: Tensor,
+        weights_TH: Tensor,
+        keys: Tensor,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        top_k: int,
+    ) -> Selection:
+        """The best `top_k` positions of each token, see the protocol. `keys`: [num_blocks, block_size, D]."""
+        device = q_THD.device
+        positions_TK = torch.full((q_THD.shape[0], top_k), -1, dtype=torch.int32, device=device)
+        counts_T = torch.empty(q_THD.shape[0], dtype=torch.int32, device=device)
+        starts, seq_lens = ctx.query_starts_S1.tolist(), ctx.seq_lens_S.tolist()
+        for s, seq_len in enumerate(seq_lens):
+            blocks_W = tables.block_tables_SB[s, : -(-seq_len // tables.block_size)].long()
+            keys_LD = keys[blocks_W].flatten(0, 1)[:seq_len].float()
+            for t in range(starts[s], starts[s + 1]):
+                seen = seq_len - (starts[s + 1] - t) + 1
+                scores_HL = (q_THD[t].float() @ keys_LD[:seen].T * scale).relu_()
+                order_L = (weights_TH[t] @ scores_HL).sort(descending=True, stable=True).indices
+                best_K = order_L[:top_k].sort().values
+                positions_TK[t, : best_K.shape[0]] = best_K
+                counts_T[t] = best_K.shape[0]
+        return Selection(positions_TK, counts_T)
 
 
-def _attend_decode(q_RHD: Tensor, cache: Tensor, plan: _Decode, scale: float) -> Tensor:
-    num_heads, width, kv_heads = q_RHD.shape[1], q_RHD.shape[2], cache.shape[2]
+def _attend(
+    q_THD: Tensor, keys: Tensor, values: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float
+) -> Tensor:
+    key = (ReferenceBackend, id(tables))
+    plan: _Plan | None = ctx.scratch.get(key)
+    if plan is None:
+        plan = ctx.scratch[key] = _plan(tables, ctx)
+    decodes, chunks = plan
+    if len(decodes) == 1 and decodes[0].tokens_R is None:
+        return _attend_decode(q_THD, keys, values, decodes[0], scale)
+    out_THV = q_THD.new_empty(*q_THD.shape[:2], values.shape[3])
+    for decode in decodes:
+        assert decode.tokens_R is not None
+        out_THV[decode.tokens_R] = _attend_decode(q_THD[decode.tokens_R], keys, values, decode, scale)
+    for chunk in chunks:
+        tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
+        out_THV[tokens] = _attend_chunk(q_THD[tokens], keys, values, chunk, scale)
+    return out_THV
+
+
+def _attend_decode(q_RHD: Tensor, keys: Tensor, values: Tensor, plan: _Decode, scale: float) -> Tensor:
+    num_heads, width, kv_heads = q_RHD.shape[1], q_RHD.shape[2], keys.shape[1]
     rows, positions = plan.seen_RL.shape
-    kv = _gather(cache, plan.block_ids_RW.flatten()).index_fill_(2, plan.unseen, 0.0).to(q_RHD.dtype)
-    k_RULD, v_RULD = kv.view(2, kv_heads, rows, positions, width).transpose(1, 2)
+
+    def gather(part: Tensor) -> Tensor:
+        seen = _gather(part, plan.block_ids_RW.flatten()).index_fill_(1, plan.unseen, 0.0).to(q_RHD.dtype)
+        return seen.view(kv_heads, rows, positions, part.shape[3]).transpose(0, 1)
+
     q_RUGD = q_RHD.reshape(rows, kv_heads, num_heads // kv_heads, width)
     mask = plan.seen_RL[:, None, None]
-    out = functional.scaled_dot_product_attention(q_RUGD, k_RULD, v_RULD, attn_mask=mask, scale=scale)
-    return out.reshape(rows, num_heads, width)
+    out = functional.scaled_dot_product_attention(q_RUGD, gather(keys), gather(values), attn_mask=mask, scale=scale)
+    return out.reshape(rows, num_heads, values.shape[3])
 
 
-def _attend_chunk(q_NHD: Tensor, cache: Tensor, plan: _Chunk, scale: float) -> Tensor:
+def _attend_chunk(q_NHD: Tensor, keys: Tensor, values: Tensor, plan: _Chunk, scale: float) -> Tensor:
     num_tokens, num_heads, width = q_NHD.shape
-    kv_heads = cache.shape[2]
+    kv_heads = keys.shape[1]
     group = num_heads // kv_heads
-    kv = _gather(cache, plan.block_ids_W)[:, :, : plan.num_positions].to(q_NHD.dtype)
-    k_UGLD, v_UGLD = kv.unsqueeze(2).expand(-1, -1, group, -1, -1)
+
+    def gather(part: Tensor) -> Tensor:
+        seen = _gather(part, plan.block_ids_W)[:, : plan.num_positions].to(q_NHD.dtype)
+        return seen.unsqueeze(1).expand(-1, group, -1, -1)
+
     q_UGND = q_NHD.transpose(0, 1).reshape(kv_heads, group, num_tokens, width)
     causal = plan.mask_NL is None
     out = functional.scaled_dot_product_attention(
-        q_UGND, k_UGLD, v_UGLD, attn_mask=plan.mask_NL, is_causal=causal, scale=scale
+        q_UGND, gather(keys), gather(values), attn_mask=plan.mask_NL, is_causal=causal, scale=scale
     )
-    return out.reshape(num_heads, num_tokens, width).transpose(0, 1)
+    return out.reshape(num_heads, num_tokens, values.shape[3]).transpose(0, 1)
 
 
-def _gather(cache: Tensor, block_ids: Tensor) -> Tensor:
-    """[2, U, all positions of the blocks in order, D], contiguous."""
-    return cache.permute(1, 2, 0, 3, 4).index_select(2, block_ids).flatten(2, 3)
+@dataclass(frozen=True)
+class _Chosen:
+    """Where the selected positions of some tokens lie. `seen_TK`: which entries are meant."""
+
+    block_ids_TK: Tensor
+    offsets_TK: Tensor
+    seen_TK: Tensor
+
+    @classmethod
+    def of(cls, positions_TK: Tensor, counts_T: Tensor, sequence_T: Tensor, tables: GroupTables) -> _Chosen:
+        seen_TK = torch.arange(positions_TK.shape[1], device=positions_TK.device) < counts_T[:, None]
+        safe_TK = torch.where(seen_TK, positions_TK, positions_TK[:, :1]).long()
+        block_ids_TK = tables.block_tables_SB[sequence_T[:, None], safe_TK // tables.block_size].long()
+        return cls(block_ids_TK, safe_TK % tables.block_size, seen_TK)
+
+
+def _attend_chosen(q_THD: Tensor, keys: Tensor, values: Tensor, chosen: _Chosen, scale: float) -> Tensor:
+    num_tokens, num_heads, width = q_THD.shape
+    kv_heads = keys.shape[1]
+
+    def gather(part: Tensor) -> Tensor:
+        return part.transpose(1, 2)[chosen.block_ids_TK, chosen.offsets_TK].to(q_THD.dtype).transpose(1, 2)
+
+    q_TUGD = q_THD.reshape(num_tokens, kv_heads, num_heads // kv_heads, width)
+    mask = chosen.seen_TK[:, None, None]
+    out = functional.scaled_dot_product_attention(q_TUGD, gather(keys), gather(values), attn_mask=mask, scale=scale)
+    return out.reshape(num_tokens, num_heads, values.shape[3])
+
+
+def _sequence_of_tokens(ctx: AttentionContext) -> Tensor:
+    counts_S = ctx.query_starts_S1.diff()
+    return torch.repeat_interleave(torch.arange(counts_S.shape[0], device=counts_S.device), counts_S)
+
+
+def _gather(part: Tensor, block_ids: Tensor) -> Tensor:
+    """[U, all positions of the blocks in order, width], contiguous."""
+    return part.transpose(0, 1).index_select(1, block_ids).flatten(1, 2)
 
 
 def _plan(tables: GroupTables, ctx: AttentionContext) -> _Plan:

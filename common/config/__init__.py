@@ -7,6 +7,7 @@ from common.config.schema import (
     HandoffConfig,
     LogConfig,
     RouterConfig,
+    SpeculativeConfig,
     UcxConfig,
     WorkerConfig,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "HandoffConfig",
     "LogConfig",
     "RouterConfig",
+    "SpeculativeConfig",
     "UcxConfig",
     "WorkerConfig",
 ]

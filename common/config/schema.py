@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Section(BaseModel):
@@ -18,6 +18,23 @@ class _Section(BaseModel):
 class LogConfig(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
+
+
+class SpeculativeConfig(_Section):
+    """Drafts of decode workers. Names follow vLLM's `--speculative-config`."""
+
+    method: Literal["none", "ngram", "mtp"] = Field("none", description="ngram: what followed the same words before")
+    num_speculative_tokens: int = Field(3, ge=1, le=4, description="most drafts in a step; a sequence adapts below it")
+    prompt_lookup_max: int = Field(0, ge=0, description="ngram: longest end of the text looked for; 0 as min, or 5")
+    prompt_lookup_min: int = Field(0, ge=0, description="ngram: shortest end of the text looked for; 0 as max, or 2")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SpeculativeConfig:
+        if self.prompt_lookup_max and self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min {self.prompt_lookup_min} is greater than prompt_lookup_max {self.prompt_lookup_max}"
+            )
+        return self
 
 
 class EngineConfig(_Section):
@@ -37,6 +54,7 @@ class EngineConfig(_Section):
     kv_cache_memory_bytes: int = Field(0, ge=0, description="KV pool; 0 sizes it from gpu_memory_utilization")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of device memory to use")
     enable_prefix_caching: bool = True
+    speculative_config: SpeculativeConfig = SpeculativeConfig()
     tensor_parallel_size: int = Field(1, ge=1)
     attention_backend: Literal["auto", "reference", "cpu"] = "auto"
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 is all cores")

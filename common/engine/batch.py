@@ -30,12 +30,15 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class BatchRow:
-    """Compute `token_ids` from position `start`. `tables`: block ids by group, at least up to the last position."""
+    """Compute `token_ids` from position `start`. `tables`: block ids by group, at least up to the last position.
+
+    `samples`: draws from the last rows, one for each: from the last row alone, or also from those of drafts.
+    """
 
     token_ids: Sequence[int]
     start: int
     tables: Mapping[str, Sequence[int]]
-    sample: SampleRow | None = None
+    samples: Sequence[SampleRow] = ()
     tail_read: int = -1  # tail block that holds this row's last hidden row
     tail_write: int = -1  # tail block that takes it
     prompt_logprobs: int = -1  # alternatives per prompt token; -1 is none

@@ -23,6 +23,7 @@ from common.engine.scheduler import Scheduler, SchedulerLimits
 from common.engine.selftest import self_test
 from common.engine.sequence import Sequence
 from common.engine.sizing import check_device, size_engine
+from common.engine.speculative import make_speculator
 from common.engine.supply import Supply, SupplyParts
 from common.errors import ConfigError
 from common.kvcache.layout import KVLayout
@@ -117,7 +118,7 @@ def build_engine(
         max_waiting_seqs=engine.max_waiting_seqs,
         max_num_seqs=engine.max_num_seqs,
     )
-    parts = assemble(config, layout, bases, limits, runner, transport, clock)
+    parts = assemble(config, layout, bases, limits, runner, transport, clock, role)
     progress("self-test", 0, 1)
     built = Engine(parts)
     self_test(built, parts, transport, bases, max_model_len)
@@ -143,6 +144,7 @@ def assemble(
     runner: ModelRunner,
     transport: Transport,
     clock: Clock,
+    role: Role,
 ) -> EngineParts:
     """Join the parts around a runner and a transport."""
     engine = config.engine
@@ -181,7 +183,15 @@ def assemble(
     def started(seq: Sequence, hit: PrefixHit) -> None:
         (requests if seq.order is None else supply).started(seq, hit)
 
-    scheduler.connect(demand.try_remote, demand.cancel, started)
+    speculator = None
+    if role is Role.DECODE:
+        speculator = make_speculator(
+            engine.speculative_config,
+            layout,
+            vocab_size=limits.vocab_size,
+            max_model_len=limits.max_model_len,
+        )
+    scheduler.connect(demand.try_remote, demand.cancel, started, speculator.propose if speculator else None)
     return EngineParts(
         layout=layout,
         cache=cache,
@@ -194,5 +204,6 @@ def assemble(
         outbox=outbox,
         meter=meter,
         clock=clock,
+        speculator=speculator,
         check_ledger=engine.check_ledger,
     )

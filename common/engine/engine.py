@@ -8,6 +8,7 @@ requests that were in it; the engine gives up after several in a row.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,9 +31,10 @@ from common.engine.messages import (
 )
 from common.engine.outbox import Outbox
 from common.engine.requests import Requests
-from common.engine.runner import ModelRunner, StepResult
+from common.engine.runner import Drawn, ModelRunner, StepResult
 from common.engine.scheduler import Scheduler, StepItem, StepPlan
 from common.engine.sequence import Phase
+from common.engine.speculative import Speculator
 from common.engine.supply import Supply
 from common.errors import InternalError
 from common.kvcache.layout import KVLayout, Retention
@@ -40,7 +42,7 @@ from common.kvcache.manager import KVCacheManager
 from common.kvtransfer.orders import DropOrder, PlaceOrder, ReleaseLease
 from common.kvtransfer.session import HandoffReader
 from common.telemetry import get_logger
-from common.types import Clock
+from common.types import Clock, TokenLogprobs
 
 log = get_logger(__name__)
 
@@ -64,6 +66,7 @@ class EngineParts:
     outbox: Outbox
     meter: LoadMeter
     clock: Clock
+    speculator: Speculator | None = None
     check_ledger: bool = False
 
 
@@ -172,10 +175,10 @@ class Engine:
         tail_id = -1 if tail is None else tail
         wants_logprobs = seq.wants_prompt_logprobs and seq.num_computed < seq.num_prompt - 1
         return BatchRow(
-            token_ids=seq.token_ids[seq.num_computed : end],
+            token_ids=seq.token_ids[seq.num_computed : end] + list(item.drafts),
             start=seq.num_computed,
             tables={g: cache.block_table(seq.seq_id, g) for g in self._groups},
-            sample=_sample_row(item) if ends and seq.order is None else None,
+            samples=_sample_rows(item) if ends and seq.order is None else (),
             tail_read=tail_id if seq.tail_ready else -1,
             tail_write=tail_id if ends and seq.order is not None else -1,
             prompt_logprobs=(seq.sampling.prompt_logprobs or 0) if wants_logprobs else -1,
@@ -188,10 +191,8 @@ class Engine:
             seq = item.seq
             if seq.phase is not Phase.RUNNING:
                 continue  # a failure of another choice ended it
-            if item.num_new:
-                seq.num_computed += item.num_new
-                seq.grow_chain()
-                p.cache.advance(seq.seq_id, seq.chain, seq.num_computed)
+            drawn = result.drawn[index]
+            num_tokens = self._advance(item, drawn)
             if seq.order is not None:
                 p.supply.advanced(seq)
                 continue
@@ -200,11 +201,28 @@ class Engine:
                 p.cache.free_tail(seq.seq_id)
             if index in result.prompt_logprobs:
                 p.requests.take_prompt_logprobs(seq, result.prompt_logprobs[index])
-            failure, token_id = result.failures[index], result.token_ids[index]
-            if failure is not None:
-                p.requests.fail(seq.slot, InternalError(failure))
-            elif token_id is not None:
-                p.requests.token(seq, token_id, result.logprobs[index])
+            if drawn.failure is not None:
+                p.requests.fail(seq.slot, InternalError(drawn.failure))
+            elif num_tokens:
+                logprobs = TokenLogprobs.join(drawn.logprobs[:num_tokens]) if drawn.logprobs else None
+                p.requests.tokens(seq, num_tokens, logprobs)
+
+    def _advance(self, item: StepItem, drawn: Drawn) -> int:
+        """Append the tokens that stand, and make final what was computed of those before the last; their number."""
+        p, seq = self._p, item.seq
+        num_tokens = p.requests.num_standing(seq, drawn.token_ids, item.drafts)
+        seq.token_ids += drawn.token_ids[:num_tokens]
+        if item.num_new:
+            seq.num_computed += item.num_new + max(num_tokens - 1, 0)
+            seq.grow_chain()
+            p.cache.advance(seq.seq_id, seq.chain, seq.num_computed)
+        if item.drafts:
+            assert p.speculator is not None
+            num_right = sum(map(operator.eq, item.drafts, drawn.token_ids[:num_tokens]))
+            p.speculator.observe(seq, len(item.drafts), num_right)
+            if num_tokens <= len(item.drafts):
+                p.cache.truncate(seq.seq_id, seq.num_tokens)
+        return num_tokens
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         self._failed_steps += 1
@@ -228,17 +246,24 @@ class Engine:
         return Ledger(message.call_id, cache.ledger(), blocks)
 
 
-def _sample_row(item: StepItem) -> SampleRow:
-    seq = item.seq
-    return SampleRow(
-        seed=(seq.sampling.seed or 0) % 2**64,
-        choice=seq.choice,
-        output_index=seq.num_output,
-        params=seq.sampling,
-        prompt_ids=seq.token_ids[: seq.num_prompt] if _needs_history(item) else (),
-        output_ids=seq.token_ids[seq.num_prompt :] if _needs_history(item) else (),
-        stop_ids=seq.stop_ids,
-    )
+def _sample_rows(item: StepItem) -> list[SampleRow]:
+    """The draw behind the last token, and behind each draft as if it and those before it were right."""
+    seq, drafts = item.seq, item.drafts
+    needs_history = _needs_history(item)
+    prompt_ids = seq.token_ids[: seq.num_prompt] if needs_history else ()
+    output_ids = seq.token_ids[seq.num_prompt :] + list(drafts) if needs_history else ()
+    return [
+        SampleRow(
+            seed=(seq.sampling.seed or 0) % 2**64,
+            choice=seq.choice,
+            output_index=seq.num_output + i,
+            params=seq.sampling,
+            prompt_ids=prompt_ids,
+            output_ids=output_ids[: seq.num_output + i],
+            stop_ids=seq.stop_ids,
+        )
+        for i in range(len(drafts) + 1)
+    ]
 
 
 def _needs_history(item: StepItem) -> bool:

@@ -12,6 +12,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
 import msgspec
@@ -142,21 +143,32 @@ class Requests:
             computed_tokens=seq.num_prompt - found,
         )
 
-    def token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """A token was drawn: append it, tell the router, and end the sequence if it is the last."""
-        seq.token_ids.append(token_id)
-        self.tokens_out += 1
+    def num_standing(self, seq: Sequence, token_ids: Tokens[int], drafts: Tokens[int]) -> int:
+        """How many of the tokens drawn for `seq` stand: the i-th if all drafts before it were right.
+
+        `token_ids[i]` was drawn behind `drafts[:i]`. None stands behind the one that ends the sequence.
+        """
+        for i, token_id in enumerate(token_ids):
+            right = i < len(drafts) and drafts[i] == token_id
+            if not right or self._finish_reason(seq, token_id, seq.num_output + i + 1) is not None:
+                return i + 1
+        return len(token_ids)
+
+    def tokens(self, seq: Sequence, count: int, logprobs: TokenLogprobs | None) -> None:
+        """`count` tokens were appended: tell the router, and end the sequence if the last one ends it."""
+        token_ids = tuple(seq.token_ids[-count:])
+        self.tokens_out += count
         first = not seq.times.first_token
         if first:
             self._first_token(seq)
-        reason = self._finish_reason(seq, token_id)
+        reason = self._finish_reason(seq, token_ids[-1], seq.num_output)
         if reason is None:
             delta = ChoiceDelta(
-                choice=seq.choice, position=seq.num_output - 1, token_ids=(token_id,), logprobs=logprobs
+                choice=seq.choice, position=seq.num_output - count, token_ids=token_ids, logprobs=logprobs
             )
             self._outbox.delta(seq.slot, delta)
         else:
-            self._end(seq, reason, (token_id,), logprobs)
+            self._end(seq, reason, token_ids, logprobs)
 
     def take_prompt_logprobs(self, seq: Sequence, parts: Iterable[TokenLogprobs]) -> None:
         """Collect prompt logprobs chunk by chunk; they are sent once, complete."""
@@ -196,20 +208,15 @@ class Requests:
         self._scheduler.add(heir)
 
     def _send_prompt_logprobs(self, seq: Sequence) -> None:
-        parts = seq.prompt_logprobs
-        whole = TokenLogprobs(
-            tuple(v for p in parts for v in p.token_logprobs),
-            parts[0].top_n,
-            tuple(v for p in parts for v in p.top_ids),
-            tuple(v for p in parts for v in p.top_logprobs),
-        )
+        whole = TokenLogprobs.join(seq.prompt_logprobs)
         self._outbox.prompt_logprobs(PromptLogprobsOf(seq.slot, whole))
-        parts.clear()
+        seq.prompt_logprobs.clear()
 
-    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+    def _finish_reason(self, seq: Sequence, token_id: int, num_output: int) -> FinishReason | None:
+        """Why the sequence ends with `token_id` as its output token number `num_output`; None if it goes on."""
         if token_id in seq.stop_ids:
             return FinishReason.STOP
-        if seq.num_output >= seq.sampling.max_tokens or seq.num_tokens >= self._limits.max_model_len:
+        if num_output >= seq.sampling.max_tokens or seq.num_prompt + num_output >= self._limits.max_model_len:
             return FinishReason.LENGTH
         return None
 

@@ -37,7 +37,7 @@ class CausalModel(Protocol):
 
 @dataclass
 class Pending:
-    """A step on the device. Sampled rows are those of the batch with a `sample`, in order."""
+    """A step on the device. Sampled rows are the `samples` of the batch's rows, in order."""
 
     batch: Batch
     logits_RV: Tensor | None
@@ -47,16 +47,23 @@ class Pending:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What one row's samples gave, up to the first that failed. `failure`: why not even the first gave a token."""
+
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()  # one for each token, or none at all
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """`token_ids[i]`: drawn for batch row i, None where nothing was drawn; `failures[i]`: why a draw failed.
+    """`drawn[i]`: of batch row i. `prompt_logprobs[i]`: of row i's prompt tokens, in parts."""
 
-    `prompt_logprobs[i]`: of row i's prompt tokens, in parts.
-    """
-
-    token_ids: Sequence[int | None]
-    logprobs: Sequence[TokenLogprobs | None]
-    failures: Sequence[str | None]
+    drawn: Sequence[Drawn]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+
+
+_NOTHING = Drawn()
 
 
 class ModelRunner:
@@ -76,9 +83,8 @@ class ModelRunner:
         """Compute new KV and the logits of the rows that are sampled."""
         hidden_TD = self._run_model(batch) if len(batch.input_ids_T) else None
         self._write_tails(batch, hidden_TD)
-        sampled = [i for i, r in enumerate(batch.rows) if r.sample is not None]
-        logits = self._model.logits(self._gather(batch, hidden_TD, sampled)) if sampled else None
-        rows = [r.sample for r in batch.rows if r.sample is not None]
+        rows = [sample for r in batch.rows for sample in r.samples]
+        logits = self._model.logits(self._gather(batch, hidden_TD)) if rows else None
         return Pending(batch, logits, rows, self._prompt_logprobs(batch, hidden_TD))
 
     @torch.inference_mode()
@@ -89,19 +95,18 @@ class ModelRunner:
 
     def collect(self, pending: Pending) -> StepResult:
         """Wait for the step and bring its results to the host."""
-        count = len(pending.batch.rows)
-        tokens: list[int | None] = [None] * count
-        logprobs: list[TokenLogprobs | None] = [None] * count
-        failures: list[str | None] = [None] * count
-        if pending.result is not None:
-            drawn = pending.result.token_ids_R.tolist()
-            sampled = (i for i, r in enumerate(pending.batch.rows) if r.sample is not None)
-            for j, i in enumerate(sampled):
-                failures[i] = pending.result.failures.get(j)
-                if failures[i] is None:
-                    tokens[i] = drawn[j]
-                    logprobs[i] = pending.result.logprobs[j]
-        return StepResult(tokens, logprobs, failures, pending.prompt_logprobs)
+        rows, result = pending.batch.rows, pending.result
+        if result is None:
+            return StepResult([_NOTHING] * len(rows), pending.prompt_logprobs)
+        tokens, failures, logprobs = result.token_ids_R.tolist(), result.failures, result.logprobs
+        drawn, first = [], 0
+        for row in rows:
+            end = first + len(row.samples)
+            good = next((j for j in range(first, end) if j in failures), end) if failures else end
+            found = [entry for entry in logprobs[first:good] if entry is not None]
+            drawn.append(Drawn(tokens[first:good], found, failures.get(first) if good == first else None))
+            first = end
+        return StepResult(drawn, pending.prompt_logprobs)
 
     def _run_model(self, batch: Batch) -> Tensor:
         dev = self._device
@@ -124,16 +129,17 @@ class ModelRunner:
         input_ids = torch.from_numpy(batch.input_ids_T).to(dev)
         return self._model.forward(input_ids, torch.from_numpy(batch.positions_T).to(dev), ctx)
 
-    def _gather(self, batch: Batch, hidden_TD: Tensor | None, rows: Sequence[int]) -> Tensor:
-        """Last hidden rows of `rows`, from this step's forward or from the tail pool."""
-        computed = [batch.last_rows[i] for i in rows if batch.rows[i].tail_read < 0]
-        if len(computed) == len(rows):
+    def _gather(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor:
+        """Hidden rows of all samples, from this step's forward or, one a sequence, from the tail pool."""
+        sampled = [(r, last) for r, last in zip(batch.rows, batch.last_rows, strict=True) if r.samples]
+        tails = [r.tail_read for r, _ in sampled if r.tail_read >= 0]
+        computed = [i for r, last in sampled if r.tail_read < 0 for i in range(last + 1 - len(r.samples), last + 1)]
+        if not tails:
             assert hidden_TD is not None
             return hidden_TD[torch.tensor(computed, device=self._device)]
-        tails = [batch.rows[i].tail_read for i in rows if batch.rows[i].tail_read >= 0]
         tail_RD = self._pool.read_tail(tails)
-        out = tail_RD.new_empty(len(rows), tail_RD.shape[1])
-        is_tail = torch.tensor([batch.rows[i].tail_read >= 0 for i in rows], device=self._device)
+        out = tail_RD.new_empty(len(tails) + len(computed), tail_RD.shape[1])
+        is_tail = torch.tensor([r.tail_read >= 0 for r, _ in sampled for _ in r.samples], device=self._device)
         out[is_tail] = tail_RD
         if computed:
             assert hidden_TD is not None

@@ -6,6 +6,9 @@ Running sequences come first, then waiting ones by priority and arrival, all wit
 Blocks are reserved before a sequence is planned. When a running sequence cannot grow, the running
 sequence that comes last by (priority, arrival) gives its blocks back and waits again: recompute is the same
 rule from the start. Orders reserve their whole prompt when they start and are never preempted.
+
+A running sequence that lacks one token only may carry drafts behind it, from what the running ones leave of the
+budget and of the free blocks: nobody is preempted for a guess.
 """
 
 from __future__ import annotations
@@ -27,10 +30,14 @@ class SchedulerLimits:
 
 @dataclass(frozen=True)
 class StepItem:
-    """Compute `num_new` tokens of `seq` from its `num_computed`; 0 means only the head on its tail row."""
+    """Compute `num_new` tokens of `seq` from its `num_computed`; 0 means only the head on its tail row.
+
+    `drafts` follow its last token and are verified; only where `num_new` reaches that.
+    """
 
     seq: Sequence
     num_new: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def reaches_end(self) -> bool:
@@ -44,12 +51,13 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(i.num_new for i in self.items)
+        return sum(i.num_new + len(i.drafts) for i in self.items)
 
 
 TryRemote = Callable[[Sequence, PrefixHit], bool]
 Abandon = Callable[[Sequence], None]
 OnStarted = Callable[[Sequence, PrefixHit], None]
+Propose = Callable[[Sequence, int], tuple[int, ...]]
 
 
 def _rank(seq: Sequence) -> tuple[int, int, int]:
@@ -63,6 +71,7 @@ class Scheduler:
     `seq.remote_peer` cleared to run it here, False with it kept when there is no room yet.
     `abandon(seq)` is told of one that ends while its hand-off is under way, before its blocks are given back.
     `on_started(seq, hit)` is told of each admission, after `num_computed` was set.
+    `propose(seq, room)` gives drafts for a sequence that generates: `room` at most. None: there is no speculation.
     """
 
     def __init__(self, cache: KVCacheManager, limits: SchedulerLimits, clock: Clock) -> None:
@@ -72,15 +81,19 @@ class Scheduler:
         self._try_remote: TryRemote = lambda seq, hit: False
         self._abandon: Abandon = lambda seq: None
         self._on_started: OnStarted = lambda seq, hit: None
+        self._propose: Propose | None = None
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.remote: dict[int, Sequence] = {}
 
-    def connect(self, try_remote: TryRemote, abandon: Abandon, on_started: OnStarted) -> None:
+    def connect(
+        self, try_remote: TryRemote, abandon: Abandon, on_started: OnStarted, propose: Propose | None = None
+    ) -> None:
         """Name those who hear of sequences; see the class."""
         self._try_remote = try_remote
         self._abandon = abandon
         self._on_started = on_started
+        self._propose = propose
 
     @property
     def has_work(self) -> bool:
@@ -133,8 +146,24 @@ class Scheduler:
             budget -= max(num_new, 1)
             index += 1
         if not preempted:
+            if self._propose is not None:
+                budget = self._add_drafts(self._propose, items, budget)
             self._admit(items, budget)
         return StepPlan(tuple(items), tuple(preempted))
+
+    def _add_drafts(self, propose: Propose, items: list[StepItem], budget: int) -> int:
+        """Drafts for those of `items` that generate; returns the budget that is left."""
+        for index, item in enumerate(items):
+            seq = item.seq
+            if budget <= 0:
+                break
+            if item.num_new != 1 or not item.reaches_end or not seq.num_output:
+                continue
+            drafts = propose(seq, budget)
+            if drafts and self._cache.reserve(seq.seq_id, seq.num_tokens + len(drafts)):
+                items[index] = StepItem(seq, 1, drafts)
+                budget -= len(drafts)
+        return budget
 
     def _make_room(self, seq: Sequence, num_new: int, preempted: list[Sequence]) -> bool:
         """Reserve for `seq`, preempting those that come last. False when it was preempted itself."""

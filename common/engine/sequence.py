@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from common.engine.pace import Pace
 from common.types import GenerationRequest, RequestStats, SamplingParams, TokenLogprobs
 from common.types.prefix import extend_chain, hash_at
 
@@ -75,6 +76,7 @@ class Sequence:
     num_sent: int = 0  # output tokens the client already had (resume)
     tail_ready: bool = False  # the last hidden row lies in the tail block: only the head is missing
     preemptions: int = 0
+    pace: Pace | None = None  # of its drafts, once it has had a chance of some
     times: Times = field(default_factory=Times)
     stats: RequestStats = field(default_factory=RequestStats)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from common.config import EngineConfig
+from common.config import EngineConfig, SpeculativeConfig
 from common.errors import ConfigError
 from common.kvcache.layout import KVLayout
 from common.models.kv import kv_layout, size_num_blocks
@@ -47,6 +47,7 @@ def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizi
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     kv_dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
     max_model_len = _max_model_len(config, spec)
+    _check_drafter(config.speculative_config)
     budget = config.kv_cache_memory_bytes
     if not budget:
         available = psutil.virtual_memory().available
@@ -65,6 +66,11 @@ def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizi
     )
     layout = kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=config.block_size, num_blocks=num_blocks)
     return EngineSizing(dtype, kv_dtype, max_model_len, layout, budget)
+
+
+def _check_drafter(config: SpeculativeConfig) -> None:
+    if config.method == "mtp":
+        raise ConfigError("speculative_config.method is mtp; this version drafts by ngram alone", param="method")
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

@@ -14,7 +14,20 @@ from common.kernels.native import LIBRARY_PATH, Signatures, load_library
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
-_BY_STRUCT = ("nd_linear", "nd_attend", "nd_write_rows", "nd_rms_norm", "nd_rope", "nd_silu_mul")
+_BY_STRUCT = (
+    "nd_linear",
+    "nd_linear_batch",
+    "nd_attend",
+    "nd_select",
+    "nd_linear_experts",
+    "nd_write_rows",
+    "nd_rms_norm",
+    "nd_rope",
+    "nd_silu_mul",
+    "nd_sigmoid_mul",
+    "nd_combine",
+    "nd_route",
+)
 """Take (instruction set, threads, address of a struct of csrc/cpu/kernels.h)."""
 
 
@@ -39,6 +52,7 @@ def library() -> ctypes.CDLL | None:
         "nd_has_kernels": (ctypes.c_bool, [_INT]),
         "nd_draw_rows": (None, [*rows, _POINTER, _POINTER, _POINTER]),
         "nd_top_rows": (None, [*rows, _LONG, _POINTER, _POINTER, _POINTER]),
+        "nd_sort_by_expert": (None, [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER]),
         **{name: (None, [_INT, _INT, _POINTER]) for name in _BY_STRUCT},
     }
     return load_library(LIBRARY_PATH, signatures)

@@ -18,8 +18,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # nd::Dtype
 
 _LINEAR = struct.Struct("@10q3i4x")  # nd::LinearCall
 _NORM = struct.Struct("@10qf2i4x")  # nd::NormCall
-_ROPE = struct.Struct("@10q2i")  # nd::RopeCall
-_GATE = struct.Struct("@5qi4x")  # nd::GateCall
+_LINEAR_BATCH = struct.Struct("@10q3i4x4q")  # nd::LinearBatchCall
+_ROPE = struct.Struct("@12q3i4x")  # nd::RopeCall
+_GATE = struct.Struct("@5qif")  # nd::GateCall
+_SIGMOID = struct.Struct("@8q2i")  # nd::SigmoidCall
 
 
 def linear(
@@ -37,7 +39,7 @@ def linear(
     lib = cpu.library()
     out_dtype = out_dtype or x_TK.dtype
     if lib is None or not _fits(x_TK, weight_NK, bias_N):
-        return functional.linear(x_TK, weight_NK, bias_N).to(out_dtype)
+        return functional.linear(x_TK.to(weight_NK.dtype), weight_NK, bias_N).to(out_dtype)
     m, k = x_TK.shape
     n = weight_NK.shape[0]
     out_TN = torch.empty(m, n, dtype=out_dtype)
@@ -58,6 +60,45 @@ def linear(
     )
     lib.nd_linear(isa, torch.get_num_threads(), call)
     return out_TN
+
+
+def linear_heads(
+    x_THK: Tensor, weight_HNK: Tensor, out_THN: Tensor | None = None, *, isa: cpu.Isa = cpu.Isa.BEST
+) -> Tensor:
+    """For each head a product of its own, x[:, h] @ weight[h]^T, as `linear` computes it: [T, H, N] of x's type.
+
+    Only last dimensions need to be contiguous. `out_THN`, if given, takes the result and is returned.
+    """
+    tokens, heads, k = x_THK.shape
+    n = weight_HNK.shape[1]
+    if out_THN is None:
+        out_THN = x_THK.new_empty(tokens, heads, n)
+    lib = cpu.library()
+    rows = (x_THK.stride(2), weight_HNK.stride(2), out_THN.stride(2))
+    if lib is None or x_THK.device.type != "cpu" or rows != (1, 1, 1):
+        out_THN.copy_(torch.matmul(x_THK.transpose(0, 1), weight_HNK.transpose(1, 2)).transpose(0, 1))
+        return out_THN
+    call = _LINEAR_BATCH.pack(
+        x_THK.data_ptr(),
+        weight_HNK.data_ptr(),
+        0,
+        out_THN.data_ptr(),
+        x_THK.stride(0),
+        weight_HNK.stride(1),
+        out_THN.stride(0),
+        tokens,
+        n,
+        k,
+        DTYPES[x_THK.dtype],
+        DTYPES[weight_HNK.dtype],
+        DTYPES[out_THN.dtype],
+        heads,
+        x_THK.stride(1),
+        weight_HNK.stride(0),
+        out_THN.stride(1),
+    )
+    lib.nd_linear_batch(isa, torch.get_num_threads(), call)
+    return out_THN
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, split: int = 0, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
@@ -93,18 +134,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, split: int = 0, isa: cpu.
     return out
 
 
-def rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
+def rope(
+    x_THD: Tensor,
+    cos_T1D: Tensor,
+    sin_T1D: Tensor,
+    *,
+    interleaved: bool = False,
+    out_THD: Tensor | None = None,
+    isa: cpu.Isa = cpu.Isa.BEST,
+) -> Tensor:
     """Turn element i of each head with element i + D / 2: x * cos + (x, halves exchanged) * sin.
 
-    A new contiguous [T, H, D]. `sin_T1D` holds the sign for the half that it is applied to.
+    `sin_T1D` holds the sign for the half that it is applied to. `interleaved`: element 2i of `x_THD` turns with
+    2i + 1, and they come out as elements i and i + D / 2. The result is a new contiguous [T, H, D], or `out_THD`,
+    which may be `x_THD` itself.
     """
     lib = cpu.library()
     tokens, heads, width = x_THD.shape
+    if out_THD is None:
+        out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
     fits = cos_T1D.shape == sin_T1D.shape == (tokens, 1, width) and cos_T1D.stride() == sin_T1D.stride()
-    if lib is None or not fits or x_THD.device.type != "cpu" or x_THD.stride(2) != 1:
-        low, high = x_THD.chunk(2, dim=-1)
-        return torch.mul(x_THD, cos_T1D).addcmul_(torch.cat((high, low), dim=-1), sin_T1D)
-    out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype)
+    rows = (x_THD.stride(2), out_THD.stride(2))
+    if lib is None or not fits or x_THD.device.type != "cpu" or rows != (1, 1):
+        low, high = (x_THD[..., 0::2], x_THD[..., 1::2]) if interleaved else x_THD.chunk(2, dim=-1)
+        straight, exchanged = torch.cat((low, high), dim=-1), torch.cat((high, low), dim=-1)
+        return out_THD.copy_(straight.mul_(cos_T1D).addcmul_(exchanged, sin_T1D))
     call = _ROPE.pack(
         x_THD.data_ptr(),
         cos_T1D.data_ptr(),
@@ -113,27 +167,55 @@ def rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, *, isa: cpu.Isa = cpu.
         tokens,
         heads,
         width,
-        x_THD.stride(0),
-        x_THD.stride(1),
+        *x_THD.stride()[:2],
+        *out_THD.stride()[:2],
         cos_T1D.stride(0),
         DTYPES[x_THD.dtype],
         DTYPES[cos_T1D.dtype],
+        interleaved,
     )
     lib.nd_rope(isa, torch.get_num_threads(), call)
     return out_THD
 
 
-def silu_mul(gate_up_TI: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
-    """silu(gate) * up of packed rows [gate | up]: a new contiguous [T, I / 2]."""
+def silu_mul(gate_up_TI: Tensor, limit: float = 0.0, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
+    """silu(gate) * up of packed rows [gate | up]: a new contiguous [T, I / 2].
+
+    With a `limit` above 0 the gate is cut off above it, and up beyond plus and minus it, before anything else.
+    """
     lib = cpu.library()
     if lib is None or gate_up_TI.device.type != "cpu" or gate_up_TI.stride(1) != 1:
         gate, up = gate_up_TI.chunk(2, dim=-1)
+        if limit > 0:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return functional.silu(gate).mul_(up)
     tokens, width = gate_up_TI.shape[0], gate_up_TI.shape[1] // 2
     out = torch.empty(tokens, width, dtype=gate_up_TI.dtype)
     dtype = DTYPES[gate_up_TI.dtype]
-    call = _GATE.pack(gate_up_TI.data_ptr(), out.data_ptr(), tokens, width, gate_up_TI.stride(0), dtype)
+    call = _GATE.pack(gate_up_TI.data_ptr(), out.data_ptr(), tokens, width, gate_up_TI.stride(0), dtype, limit)
     lib.nd_silu_mul(isa, torch.get_num_threads(), call)
+    return out
+
+
+def sigmoid_mul(x_TD: Tensor, gate_TG: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
+    """Rows times sigmoid(gate): a new contiguous [T, D] of x's type. The gate is [T, D], or [T, 1] for whole rows."""
+    lib = cpu.library()
+    is_cpu = x_TD.device.type == "cpu" and gate_TG.device.type == "cpu"
+    if lib is None or not is_cpu or x_TD.stride(1) != 1 or gate_TG.stride(1) != 1:
+        return x_TD * gate_TG.sigmoid().to(x_TD.dtype)
+    out = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    call = _SIGMOID.pack(
+        x_TD.data_ptr(),
+        gate_TG.data_ptr(),
+        out.data_ptr(),
+        *x_TD.shape,
+        gate_TG.shape[1],
+        x_TD.stride(0),
+        gate_TG.stride(0),
+        DTYPES[x_TD.dtype],
+        DTYPES[gate_TG.dtype],
+    )
+    lib.nd_sigmoid_mul(isa, torch.get_num_threads(), call)
     return out
 
 

@@ -1,7 +1,8 @@
 """What every layer of a model shares: how its tensors are made, and which checkpoint tensors fill them.
 
     Build -> layers allocate their packed tensors -> `slots()` lists the checkpoint tensor behind each part
-    -> `common.models.weights` copies (or draws) them -> calls, under inference mode
+    -> `common.models.weights` copies (or draws) them -> `derive()` makes what follows from them -> calls, under
+    inference mode
 
 The path of attributes is the checkpoint name: `model.layers.3.mlp.down_proj.weight` fills
 `root.model.layers[3].mlp.down_proj`. Layers are plain objects, not `nn.Module`s: a decode step of a small
@@ -66,6 +67,7 @@ class Init(enum.Enum):
     NORMAL = "normal"
     ONES = "ones"
     ZEROS = "zeros"
+    INDEX = "index"  # whole numbers below the slot's `num_values`
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class Slot:
     The checkpoint holds `shape`; `target` (a view into a layer's tensor) takes `target.shape[dim]` entries of
     dimension `dim` from `start` on, and all of the other dimensions. A `twin` is a redundant copy of what another
     slot has filled: it may be absent, and if it is there it must be equal.
+
+    A layer may offer its tensors in several `form`s; a checkpoint holds one of them, whole, for each layer (`owner`,
+    filled in by `Layer.slots`). Slots of one form may share a name: each takes its part. `num_values` above 0: whole
+    numbers from 0 to below it.
     """
 
     name: str
@@ -84,6 +90,9 @@ class Slot:
     start: int = 0
     init: Init = Init.NORMAL
     twin: bool = False
+    form: str = ""
+    owner: str = ""
+    num_values: int = 0
 
 
 class Layer:
@@ -95,10 +104,22 @@ class Layer:
         """Checkpoint tensors of this layer itself, names relative to it."""
         return ()
 
+    def derive_own(self) -> None:
+        """Make this layer's tensors that follow from loaded ones; called once, when all are in place."""
+
+    def derive(self) -> None:
+        """`derive_own` of all layers from here on."""
+        self.derive_own()
+        for name, child in vars(self).items():
+            if not name.startswith("_"):
+                for layer in child if isinstance(child, list) else (child,):
+                    if isinstance(layer, Layer):
+                        layer.derive()
+
     def slots(self, prefix: str = "") -> Iterator[Slot]:
         """All checkpoint tensors under this layer, with full names."""
         for slot in self.own_slots():
-            yield replace(slot, name=prefix + slot.name)
+            yield replace(slot, name=prefix + slot.name, owner=prefix + slot.owner if slot.form else "")
         for name, child in vars(self).items():
             if name.startswith("_"):
                 continue

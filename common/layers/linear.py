@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from common.kernels.ops import linear
-from common.layers.base import Build, Init, Layer, Slot
+from common.layers.base import Build, Init, Layer, Slot, TensorParallel
 
 
 class ColumnLinear(Layer):
@@ -45,11 +45,18 @@ class ColumnLinear(Layer):
 
 
 class RowLinear(Layer):
-    """Inputs are `units` x `width`; each rank reads its units, `out_features` are whole on every rank."""
+    """Inputs are `units` x `width`; each rank reads its units, `out_features` are whole on every rank.
 
-    def __init__(self, build: Build, units: int, width: int, out_features: int, *, bias: bool) -> None:
+    `reduce=False` leaves the partial sums to the caller, who adds others to them before they are added up over
+    ranks; it goes with no bias.
+    """
+
+    def __init__(
+        self, build: Build, units: int, width: int, out_features: int, *, bias: bool, reduce: bool = True
+    ) -> None:
+        assert reduce or not bias
         first, count = build.tp.share(units)
-        self._tp = build.tp
+        self._tp = build.tp if reduce else TensorParallel()
         self._shape = (out_features, units * width)
         self._start = first * width
         self.weight = build.empty(out_features, count * width)

@@ -4,7 +4,11 @@ The table is made once in fp32, [positions, 2, D] of cos and signed sin; a step 
 layers use them. Looking rows up, and not computing them, also makes a token's rotation independent of the
 batch that it is in.
 
-Shape letters: P positions, T tokens, H heads, D head width.
+Multimodal (Qwen3-VL, interleaved): a token has a position in time, height and width, and each pair of elements turns
+by one of the three. Pairs 1, 4, 7 ... take the height and 2, 5, 8 ... the width, as many as their sections say; all
+others take the time. With three equal positions that is the plain rotation, bit for bit.
+
+Shape letters: P positions, T tokens, H heads, D width that turns.
 """
 
 from __future__ import annotations
@@ -22,16 +26,29 @@ from common.layers.rope_spec import RopeSpec
 class Rope(Layer):
     def __init__(self, build: Build, spec: RopeSpec, head_dim: int, max_positions: int) -> None:
         self._table_P2D = rope_table(spec, head_dim, max_positions).to(build.device, build.dtype)
+        self._axes_D = rope_axes(spec.sections, head_dim).to(build.device) if spec.sections else None
 
-    def __call__(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, signed sin) of the tokens, each [T, 1, D]."""
-        rows_T2D = self._table_P2D.index_select(0, positions_T)
-        return rows_T2D[:, :1], rows_T2D[:, 1:]
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, signed sin) of the tokens, each [T, 1, D], for int64 positions [T], or [3, T] with sections."""
+        rows = self._table_P2D.index_select(0, positions.reshape(-1))
+        if positions.dim() == 2:
+            assert self._axes_D is not None, "this rotation takes one position per token"
+            rows_3T2D = rows.view(3, -1, *rows.shape[1:])
+            rows = rows_3T2D.gather(0, self._axes_D.expand(1, *rows_3T2D.shape[1:]))[0]
+        return rows[:, :1], rows[:, 1:]
 
 
 def apply_rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     """Turn each head; a new contiguous [T, H, D]."""
     return rope(x_THD, cos_T1D, sin_T1D)
+
+
+def apply_rope_(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, *, interleaved: bool) -> None:
+    """Turn each head in place. `interleaved`: element 2i turns with 2i + 1, and they are left as i and i + D/2.
+
+    That order is as good as any, as long as queries and keys share it.
+    """
+    rope(x_THD, cos_T1D, sin_T1D, interleaved=interleaved, out_THD=x_THD)
 
 
 def rope_table(spec: RopeSpec, head_dim: int, max_positions: int) -> Tensor:
@@ -41,6 +58,14 @@ def rope_table(spec: RopeSpec, head_dim: int, max_positions: int) -> Tensor:
     cos = angles.cos() * spec.attention_factor
     sin = angles.sin() * spec.attention_factor
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1)
+
+
+def rope_axes(sections: tuple[int, ...], head_dim: int) -> Tensor:
+    """int64 [D]: the axis (0 time, 1 height, 2 width) that each element turns by."""
+    axes_D2 = torch.zeros(head_dim // 2, dtype=torch.int64)
+    for axis in (1, 2):
+        axes_D2[axis : 3 * sections[axis] : 3] = axis
+    return torch.cat((axes_D2, axes_D2))
 
 
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> Tensor:

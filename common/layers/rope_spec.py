@@ -15,6 +15,8 @@ class RopeSpec:
 
     llama3 reads the frequency factors; yarn (Peng et al. 2023) reads the betas (rotations over the original
     context between which it blends) and scales cos and sin by `attention_factor`.
+    `sections`: rotary pairs by axis of multimodal rotation (time, height, width), see `common.layers.rope`; empty
+    where a token has one position.
     """
 
     rope_type: RopeType = "default"
@@ -27,6 +29,7 @@ class RopeSpec:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    sections: tuple[int, ...] = ()
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:

@@ -1,6 +1,6 @@
 """What the layers of one forward share: an argument of each, never a global.
 
-Shape letters: T new tokens, S sequences.
+Shape letters: T new tokens, S sequences, N tokens of images, D hidden size.
 """
 
 from __future__ import annotations
@@ -21,16 +21,41 @@ MAIN_ROPE = "main"
 
 
 @dataclass(frozen=True)
+class StepMedia:
+    """Images in a step: tokens `rows_N` (int64, indices in T) have `embeds_NLD`, in the model's dtype, as embeddings.
+
+    L: the embedding, then the features that are added after layers 0, 1 ... (`MediaSpec`). `rope_positions_3T`:
+    int64 (time, height, width) of every token; None where tokens turn by their index. N may be 0: an image in an
+    earlier step moves the text behind it.
+    """
+
+    rows_N: Tensor
+    embeds_NLD: Tensor
+    rope_positions_3T: Tensor | None = None
+
+    def embed(self, hidden_TD: Tensor) -> None:
+        """Put the embeddings in."""
+        hidden_TD.index_copy_(0, self.rows_N, self.embeds_NLD[:, 0])
+
+    def add_features(self, hidden_TD: Tensor, layer_idx: int) -> None:
+        """Add the features that layer `layer_idx` is followed by, if there are any."""
+        if layer_idx + 1 < self.embeds_NLD.shape[1]:
+            hidden_TD.index_add_(0, self.rows_N, self.embeds_NLD[:, layer_idx + 1])
+
+
+@dataclass(frozen=True)
 class Step:
     """`input_ids_T` and `positions_T` are int64. `rope`: the model's rotations by name, `MAIN_ROPE` at least.
 
-    `shared`: what one layer leaves for later ones of the same forward.
+    `media` is None in a step that no image is in or before. `shared`: what one layer leaves for later ones of
+    the same forward.
     """
 
     input_ids_T: Tensor
     positions_T: Tensor
     ctx: AttentionContext
     rope: Mapping[str, Rotation]
+    media: StepMedia | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     _views: dict[str, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 

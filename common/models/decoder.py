@@ -9,17 +9,18 @@ Shape letters: T new tokens, R rows, D hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from common.attention.context import AttentionContext
-from common.layers.base import Build, Layer
+from common.layers.base import Build, Layer, Slot
 from common.layers.embedding import Embedding, Head
 from common.layers.rms_norm import RMSNorm
 from common.layers.rope import Rope
-from common.layers.step import MAIN_ROPE, Rotation, Step
+from common.layers.step import MAIN_ROPE, Rotation, Step, StepMedia
 from common.models.spec import ModelSpec
 
 
@@ -43,12 +44,20 @@ class DecoderModel(Layer, ABC):
     ignored: ClassVar[tuple[str, ...]] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
     """Tensors (regular expressions) that checkpoints hold and nobody reads."""
 
+    prefixes: ClassVar[Mapping[str, str]] = {}
+    """By what a tensor's name starts with here, what it starts with in checkpoints: a text tower is a part of one."""
+
     def __init__(self, spec: ModelSpec, build: Build, max_positions: int) -> None:
         self.model = DecoderBody(spec, build, [self.make_layer(spec, build, i) for i in range(spec.num_layers)])
         self.lm_head = Head(
             build, spec.vocab_size, spec.hidden_size, self.model.embed_tokens if spec.tie_word_embeddings else None
         )
         self._ropes = self.make_ropes(spec, build, max_positions)
+
+    def slots(self, prefix: str = "") -> Iterator[Slot]:
+        for slot in super().slots(prefix):
+            ours = next((p for p in self.prefixes if slot.name.startswith(p)), "")
+            yield replace(slot, name=self.prefixes[ours] + slot.name[len(ours) :]) if ours else slot
 
     @abstractmethod
     def make_layer(self, spec: ModelSpec, build: Build, layer_idx: int) -> DecoderLayer:
@@ -58,9 +67,9 @@ class DecoderModel(Layer, ABC):
         """The rotations that layers find in `Step.rope`."""
         return {MAIN_ROPE: Rope(build, spec.rope, spec.head_dim, max_positions)}
 
-    def rotations(self, positions_T: Tensor) -> Mapping[str, Rotation]:
-        """Every rotation's rows for the tokens of a step."""
-        return {name: rope(positions_T) for name, rope in self._ropes.items()}
+    def rotations(self, positions: Tensor) -> Mapping[str, Rotation]:
+        """Every rotation's rows for the tokens of a step: positions [T], or [3, T] with images (`StepMedia`)."""
+        return {name: rope(positions) for name, rope in self._ropes.items()}
 
     def enter(self, embeds_TD: Tensor) -> Tensor:
         """What the layers work on; a family with several residual streams makes them here."""
@@ -71,21 +80,19 @@ class DecoderModel(Layer, ABC):
         return hidden
 
     def forward(
-        self,
-        input_ids_T: Tensor,
-        positions_T: Tensor,
-        ctx: AttentionContext,
-        inputs_embeds_TD: Tensor | None = None,
+        self, input_ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext, media: StepMedia | None = None
     ) -> Tensor:
         """Write the new tokens' cache; return their hidden rows [T, D] before the final norm.
 
-        `input_ids_T` and `positions_T` are int64. `inputs_embeds_TD` takes the place of the embedding's rows.
+        `input_ids_T` and `positions_T` are int64; the ids of tokens that `media` embeds are any of the vocabulary.
         """
-        if inputs_embeds_TD is None:
-            embeds_TD = self.model.embed_tokens(input_ids_T)
-        else:
-            embeds_TD = inputs_embeds_TD.to(self.model.embed_tokens.weight.dtype, copy=True)
-        step = Step(input_ids_T, positions_T, ctx, self.rotations(positions_T))
+        embeds_TD = self.model.embed_tokens(input_ids_T)
+        rope_positions = positions_T
+        if media is not None:
+            media.embed(embeds_TD)
+            if media.rope_positions_3T is not None:
+                rope_positions = media.rope_positions_3T
+        step = Step(input_ids_T, positions_T, ctx, self.rotations(rope_positions), media)
         hidden = self.enter(embeds_TD)
         for layer in self.model.layers:
             ctx.on_layer()

@@ -5,6 +5,8 @@ SmolLM2 is this with tied embeddings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from common.layers.attention import Attention, AttentionShape
@@ -24,7 +26,9 @@ class LlamaLayer(Layer):
         self.input_layernorm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps)
         self.self_attn = make_attention(spec, build, layer_idx)
         self.post_attention_layernorm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = SwiGLU(build, spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
+        self.mlp: Callable[[Tensor], Tensor] = SwiGLU(
+            build, spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias
+        )
 
     def __call__(self, hidden_TD: Tensor, step: Step) -> None:
         hidden_TD += self.self_attn(self.input_layernorm(hidden_TD), step)

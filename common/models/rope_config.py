@@ -57,6 +57,22 @@ def rope_of(config: ConfigReader, field: str, values: Mapping[str, Any]) -> Rope
     )
 
 
+def read_sections(config: ConfigReader, width: int, default: tuple[int, int, int]) -> tuple[int, ...]:
+    """`mrope_section`: how many of the width / 2 pairs turn by time, height and width, interleaved."""
+    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
+    values = config.values.get(field) or {}
+    if values.get("mrope_interleaved", True) is not True:
+        raise config.error(f"{field}.mrope_interleaved", "must be true: sections in a row are not supported")
+    sections, pairs = values.get("mrope_section", default), width // 2
+    if not (
+        isinstance(sections, list | tuple) and len(sections) == 3 and all(type(n) is int and n >= 0 for n in sections)
+    ):
+        raise config.error(f"{field}.mrope_section", f"must be three numbers of pairs, got {sections!r}")
+    if sum(sections) != pairs or 3 * sections[1] - 2 >= pairs or 3 * sections[2] - 1 >= pairs:
+        raise config.error(f"{field}.mrope_section", f"{list(sections)} does not divide {pairs} pairs in turn")
+    return tuple(sections)
+
+
 def refuse_partial(config: ConfigReader) -> None:
     """For families whose heads turn whole."""
     field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"

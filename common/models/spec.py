@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ConfigError
+from common.layers.media_spec import MediaSpec
+from common.layers.moe_spec import MoESpec
 from common.layers.rope_spec import RopeSpec
 from common.models.cache_spec import CacheSpec
 from common.models.checkpoint import DTYPE_NAMES, TensorInfo, content_hash, read_index, read_json
@@ -28,6 +30,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 @dataclass(frozen=True)
 class ModelSpec:
     """`dtype`: the checkpoint's own. `model_hash`: 16 bytes, see `common.models.checkpoint.content_hash`.
+
+    `media`: None for a model that takes no images.
 
     `head_dim` is the width that rotates and that attention is scaled by; families with several widths say so in
     their own part.
@@ -54,6 +58,8 @@ class ModelSpec:
     dtype: str
     model_hash: bytes
     cache: CacheSpec
+    media: MediaSpec | None = None
+    moe: MoESpec | None = None
 
     @classmethod
     def from_folder(cls, path: str | Path, *, weights: bool = True) -> ModelSpec:

@@ -1,6 +1,7 @@
 """Fill a model's tensors: all of them, with nothing left over, or not at all.
 
-    names and shapes checked against the headers -> copied tensor by tensor, straight into the packed place
+    forms chosen by what is there -> names and shapes checked against the headers
+    -> copied tensor by tensor, straight into the packed place
 
 A wrong checkpoint is one ConfigError that lists everything wrong with it, raised before any weight is read.
 Files are mapped and read in their own order; beside the model itself only pages of the one tensor in hand
@@ -9,9 +10,10 @@ are touched.
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from safetensors import safe_open
 from common.attention.context import DTYPES
 from common.errors import ConfigError
 from common.layers.base import Build, Init, Slot, TensorParallel
-from common.models.checkpoint import DTYPE_NAMES, TensorInfo, read_index
+from common.models.checkpoint import DTYPE_NAMES, INDEX_DTYPES, TensorInfo, read_index
 from common.models.decoder import DecoderModel
 from common.models.registry import model_class
 from common.models.spec import ModelSpec
@@ -58,40 +60,71 @@ def load_model(
         draw_weights(model, seed)
     else:
         load_weights(model, read_index(spec.folder), progress)
+    with torch.inference_mode():
+        model.derive()
     return model
 
 
 @torch.inference_mode()
 def load_weights(model: DecoderModel, tensors: Mapping[str, TensorInfo], progress: Progress | None = None) -> None:
     """Copy every tensor of `tensors` into its slots. ConfigError if names, shapes or dtypes do not match exactly."""
-    slots = list(model.slots())
-    _check(slots, tensors, model.ignored)
+    slots, mixed = choose_forms(model.slots(), tensors)
+    _check(slots, tensors, model.ignored, mixed)
     todo = sorted((s for s in slots if s.name in tensors), key=lambda s: _place(tensors[s.name], s))
-    total = sum(tensors[s.name].nbytes for s in todo)
+    total = sum(tensors[name].nbytes for name in {s.name for s in todo})
     done = 0
     files: dict[Path, Any] = {}
-    for slot in todo:
-        info = tensors[slot.name]
+    for name, parts in itertools.groupby(todo, key=lambda s: s.name):
+        info = tensors[name]
         if info.file not in files:
             files.clear()
             files[info.file] = safe_open(info.file, framework="pt", device="cpu")
-        _fill(slot, files[info.file])
+        for slot in parts:
+            _fill(slot, files[info.file])
         done += info.nbytes
         if progress is not None:
-            progress(slot.name, done, total)
+            progress(name, done, total)
+
+
+def choose_forms(slots: Iterable[Slot], tensors: Mapping[str, TensorInfo]) -> tuple[list[Slot], list[str]]:
+    """Of each layer that offers its tensors in several forms the slots of one; and what is wrong with the choice.
+
+    The form that fits best: most tensors there and of the right shape; of equal ones the first that is offered.
+    """
+    chosen: list[Slot] = []
+    owners: dict[str, dict[str, list[Slot]]] = {}
+    for slot in slots:
+        if slot.form:
+            owners.setdefault(slot.owner, {}).setdefault(slot.form, []).append(slot)
+        else:
+            chosen.append(slot)
+    mixed: list[str] = []
+    for owner, forms in owners.items():
+        here = {form: [s for s in found if s.name in tensors] for form, found in forms.items()}
+        fits = {form: sum(tensors[s.name].shape == s.shape for s in found) for form, found in here.items()}
+        best = max(forms, key=lambda form: (fits[form] / len(forms[form]), len(here[form])))
+        chosen += forms[best]
+        names = {s.name for s in forms[best]}
+        others = [form for form, found in here.items() if any(s.name not in names for s in found)]
+        if here[best] and others:
+            mixed.append(f"mixed: {owner}* is both {best} and {others[0]}")
+    return chosen, mixed
 
 
 @torch.inference_mode()
 def draw_weights(model: DecoderModel, seed: int) -> None:
     """Random weights that depend on seed, tensor name and shape alone: ranks draw the same and keep their part."""
-    for slot in model.slots():
+    for slot in choose_forms(model.slots(), {})[0]:
         if slot.twin:
             continue
-        if slot.init is not Init.NORMAL:
+        if slot.init in (Init.ONES, Init.ZEROS):
             slot.target.fill_(1.0 if slot.init is Init.ONES else 0.0)
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {slot.name}".encode()))
-        whole = torch.empty(slot.shape, dtype=torch.float32).normal_(0.0, _DUMMY_STD, generator=generator)
+        if slot.init is Init.INDEX:
+            whole = torch.randint(slot.num_values, slot.shape, generator=generator)
+        else:
+            whole = torch.empty(slot.shape, dtype=torch.float32).normal_(0.0, _DUMMY_STD, generator=generator)
         slot.target.copy_(whole.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
 
 
@@ -107,24 +140,28 @@ def _fill(slot: Slot, file: Any) -> None:
     else:
         rows = slice(slot.start, slot.start + length)
         part = file.get_slice(slot.name)[(slice(None),) * slot.dim + (rows,)]
+    if slot.num_values and part.numel() and not 0 <= int(part.min()) <= int(part.max()) < slot.num_values:
+        raise ConfigError(f"{slot.name} holds numbers that are not in 0..{slot.num_values - 1}")
     if not slot.twin:
         slot.target.copy_(part)
     elif not torch.equal(slot.target, part.to(slot.target.device, slot.target.dtype)):
         raise ConfigError(f"{slot.name} differs from the embedding that config.json says it is tied to")
 
 
-def _check(slots: list[Slot], tensors: Mapping[str, TensorInfo], ignored: tuple[str, ...]) -> None:
-    wrong: list[str] = []
+def _check(
+    slots: list[Slot], tensors: Mapping[str, TensorInfo], ignored: tuple[str, ...], mixed: Iterable[str]
+) -> None:
+    wrong = list(mixed)
     wanted = {s.name: s for s in slots}
-    assert len(wanted) == len(slots), "two slots of one name"
-    for slot in slots:
+    assert all(s.form for s in slots if wanted[s.name] is not s), "two slots of one name"
+    for slot in wanted.values():
         info = tensors.get(slot.name)
         if info is None:
             if not slot.twin:
                 wrong.append(f"missing: {slot.name} {list(slot.shape)}")
         elif info.shape != slot.shape:
             wrong.append(f"misshapen: {slot.name} is {list(info.shape)}, the config wants {list(slot.shape)}")
-        elif info.dtype not in DTYPE_NAMES:
+        elif info.dtype not in (INDEX_DTYPES if slot.num_values else DTYPE_NAMES):
             wrong.append(f"of the wrong type: {slot.name} is {info.dtype}")
     skip = re.compile("|".join(ignored)) if ignored else None
     for name in tensors:

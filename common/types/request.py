@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import msgspec
 
@@ -133,6 +134,25 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top_n: int = 0
     top_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
+
+    @classmethod
+    def join(cls, parts: Sequence[TokenLogprobs]) -> TokenLogprobs:
+        """The runs one after the other; at least one, all with the same `top_n`."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            tuple(v for p in parts for v in p.token_logprobs),
+            parts[0].top_n,
+            tuple(v for p in parts for v in p.top_ids),
+            tuple(v for p in parts for v in p.top_logprobs),
+        )
+
+    def part(self, start: int, end: int) -> TokenLogprobs:
+        """Those of tokens [start, end)."""
+        n = self.top_n
+        return TokenLogprobs(
+            self.token_logprobs[start:end], n, self.top_ids[start * n : end * n], self.top_logprobs[start * n : end * n]
+        )
 
 
 class ChoiceDelta(msgspec.Struct, frozen=True, kw_only=True):

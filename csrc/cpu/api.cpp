@@ -62,6 +62,12 @@ ND_EXPORT void nd_top_rows(int isa, int threads, const float* logits, int64_t ro
 
 ND_EXPORT void nd_linear(int isa, int threads, const nd::LinearCall* call) { nd::kernels(isa)->linear(*call, threads); }
 
+ND_EXPORT void nd_linear_batch(int isa, int threads, const nd::LinearBatchCall* call) {
+  nd::kernels(isa)->linear_batch(*call, threads);
+}
+
+ND_EXPORT void nd_select(int isa, int threads, const nd::SelectCall* call) { nd::kernels(isa)->select(*call, threads); }
+
 ND_EXPORT void nd_attend(int isa, int threads, const nd::AttendCall* call) { nd::kernels(isa)->attend(*call, threads); }
 
 ND_EXPORT void nd_write_rows(int isa, int threads, const nd::WriteCall* call) {
@@ -76,4 +82,24 @@ ND_EXPORT void nd_rope(int isa, int threads, const nd::RopeCall* call) { nd::ker
 
 ND_EXPORT void nd_silu_mul(int isa, int threads, const nd::GateCall* call) {
   nd::kernels(isa)->silu_mul(*call, threads);
+}
+
+ND_EXPORT void nd_sigmoid_mul(int isa, int threads, const nd::SigmoidCall* call) {
+  nd::kernels(isa)->sigmoid_mul(*call, threads);
+}
+
+ND_EXPORT void nd_linear_experts(int isa, int threads, const nd::ExpertsCall* call) {
+  nd::kernels(isa)->linear_experts(*call, threads);
+}
+
+ND_EXPORT void nd_combine(int isa, int threads, const nd::CombineCall* call) {
+  nd::kernels(isa)->combine(*call, threads);
+}
+
+ND_EXPORT void nd_route(int, int threads, const nd::RouteCall* call) { nd::route(*call, threads); }
+
+// order[row]: the pair in that row of the sorted ones; places[pair]: its row; starts[experts + 1].
+ND_EXPORT void nd_sort_by_expert(const int64_t* ids, int64_t pairs, int64_t experts, int64_t* starts, int64_t* order,
+                                 int64_t* places) {
+  nd::sort_by_expert(ids, pairs, experts, starts, order, places);
 }

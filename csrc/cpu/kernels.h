@@ -34,8 +34,17 @@ struct LinearCall {
   Dtype x_dtype, weight_dtype, out_dtype;
 };
 
+// `count` products of one shape without bias; each next one's tensors begin so many elements later.
+struct LinearBatchCall {
+  LinearCall first;
+  int64_t count, x_step, weight_step, out_step;
+};
+
 // Attention of new tokens over the paged cache, as `AttentionBackend.attend` has it. `out` is [T, heads, width],
 // contiguous, of q's type. The cache is [blocks, 2, units, block_size, width] with strides in elements, the last 1.
+// Keys are `width` wide, values (and `out`) `value_width`; a stride of 0 between the two parts makes a value the first
+// columns of its key, one of 0 between units shares keys among them. `selected`: the positions each new token sees,
+// [T, selected_stride], ascending, the first selected_counts[t] of a row; null is all up to its own.
 struct AttendCall {
   const void* q;
   void* out;
@@ -43,20 +52,42 @@ struct AttendCall {
   const int32_t* block_tables;
   const int32_t* query_starts;
   const int32_t* seq_lens;
-  int64_t num_seqs, heads, units, width, block_size, window;
-  int64_t q_token_stride, q_head_stride, table_stride;
+  const int32_t* selected;
+  const int32_t* selected_counts;
+  int64_t num_seqs, heads, units, width, value_width, block_size, window;
+  int64_t q_token_stride, q_head_stride, table_stride, selected_stride;
   int64_t block_stride, part_stride, unit_stride, token_stride;
   float scale;
   Dtype q_dtype, cache_dtype;
 };
 
-// New keys and values of `num_tokens` tokens go to their slots (block * block_size + offset).
+// The `top_k` best positions of each new token by a lightning indexer (DeepSeek-V3.2, section 2.1): those with the
+// highest sum over heads of weights[h] * max(0, q[h] . key * scale) among the positions up to its own; of equal ones
+// the lower positions. Ascending in `positions` [T, top_k], the rest -1; their number in `counts` [T]. The cache is
+// [blocks, block_size, width].
+struct SelectCall {
+  const void* q;
+  const float* weights;
+  const void* cache;
+  const int32_t* block_tables;
+  const int32_t* query_starts;
+  const int32_t* seq_lens;
+  int32_t* positions;
+  int32_t* counts;
+  int64_t num_seqs, heads, width, block_size, top_k;
+  int64_t q_token_stride, q_head_stride, weights_stride, table_stride;
+  int64_t block_stride, token_stride;
+  float scale;
+  Dtype q_dtype, cache_dtype;
+};
+
+// New keys and values of `num_tokens` tokens go to their slots (block * block_size + offset). `parts`: 1 is keys alone.
 struct WriteCall {
   const void* k;
   const void* v;
   void* cache;
   const int64_t* slots;
-  int64_t num_tokens, units, width, block_size;
+  int64_t num_tokens, parts, units, width, block_size;
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   int64_t block_stride, part_stride, unit_stride, token_stride;
   Dtype dtype, cache_dtype;
@@ -74,32 +105,86 @@ struct NormCall {
   Dtype x_dtype, weight_dtype;
 };
 
-// out[i] = x[i] * cos[i] + x[(i + width / 2) % width] * sin[i], with tables [tokens, width]; out as in NormCall.
+// out[i] = x[i] * cos[i] + x[(i + width / 2) % width] * sin[i], with tables [tokens, width]; of x's type.
+// `interleaved`: even elements of x make the first half and odd ones the second before they turn. `out` may be `x`.
 struct RopeCall {
   const void* x;
   const void* cos;
   const void* sin;
   void* out;
   int64_t tokens, heads, width;
-  int64_t x_token_stride, x_head_stride, table_stride;
+  int64_t x_token_stride, x_head_stride, out_token_stride, out_head_stride, table_stride;
   Dtype x_dtype, table_dtype;
+  int32_t interleaved;
 };
 
-// out[tokens, width] = silu(x[:, :width]) * x[:, width:].
+// out[tokens, width] = silu(min(gate, limit)) * clamp(up, -limit, limit), of rows [gate | up]. Limit 0: none.
 struct GateCall {
   const void* x;
   void* out;
   int64_t tokens, width, x_stride;
   Dtype dtype;
+  float limit;
+};
+
+// out[tokens, width] = x * sigmoid(gate); the gate has 1 or `width` columns.
+struct SigmoidCall {
+  const void* x;
+  const void* gate;
+  void* out;
+  int64_t tokens, width, gate_width, x_stride, gate_stride;
+  Dtype x_dtype, gate_dtype;
+};
+
+// `experts` matrices [N, K], each over its own rows of x: out[r] = x[r] * weight[e]^T for starts[e] <= r < starts[e +
+// 1].
+struct ExpertsCall {
+  const void* x;
+  const void* weight;
+  const int64_t* starts;
+  void* out;
+  int64_t x_stride, expert_stride, weight_stride, out_stride;
+  int64_t experts, n, k;
+  Dtype x_dtype, weight_dtype, out_dtype;
+};
+
+// out[t] = sum over j of weights[t, j] * y[places[t, j]], added in the order of j in fp32; out is contiguous.
+struct CombineCall {
+  const void* y;
+  const int64_t* places;
+  const float* weights;
+  void* out;
+  int64_t tokens, top_k, width, y_stride;
+  Dtype dtype;
+};
+
+enum Scoring : int32_t { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
+
+// The experts of each token and their weights, see `common.moe.routing`. ids and weights are [tokens, top_k],
+// contiguous; `given`: ids are read and not chosen.
+struct RouteCall {
+  const float* logits;
+  const float* bias;
+  int64_t* ids;
+  float* weights;
+  int64_t tokens, experts, top_k, groups, topk_groups, stride;
+  Scoring scoring;
+  int32_t normalized, given;
+  float scale;
 };
 
 struct Kernels {
   void (*rms_norm)(const NormCall& call, int threads);
   void (*rope)(const RopeCall& call, int threads);
   void (*silu_mul)(const GateCall& call, int threads);
+  void (*sigmoid_mul)(const SigmoidCall& call, int threads);
+  void (*combine)(const CombineCall& call, int threads);
   void (*attend)(const AttendCall& call, int threads);
   void (*write_rows)(const WriteCall& call, int threads);
   void (*linear)(const LinearCall& call, int threads);
+  void (*linear_batch)(const LinearBatchCall& call, int threads);
+  void (*linear_experts)(const ExpertsCall& call, int threads);
+  void (*select)(const SelectCall& call, int threads);
   int (*draw_row)(const float* logits, int64_t vocab, const DrawSpec& spec, int64_t* token);
   void (*top_row)(const float* logits, int64_t vocab, int64_t top_n, double* log_sum, int64_t* ids, float* values);
 };
@@ -123,6 +208,11 @@ enum Isa : int { kBest = -1, kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // Null if this processor (or this build) lacks the instructions.
 const Kernels* kernels(int isa);
+
+// The same on every instruction set (route.cpp).
+void route(const RouteCall& call, int threads);
+void sort_by_expert(const int64_t* ids, int64_t pairs, int64_t experts, int64_t* starts, int64_t* order,
+                    int64_t* places);
 
 extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;

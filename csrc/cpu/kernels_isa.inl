@@ -20,10 +20,14 @@ namespace nd {
 
 #include "cpu/linear.inl"
 
+#include "cpu/attention_tiles.inl"
+
 #include "cpu/attention.inl"
+#include "cpu/indexer.inl"
 #include "cpu/pointwise.inl"
 #include "cpu/sampling.inl"
 
-extern const Kernels ND_TABLE = {rms_norm, rope, silu_mul, attend, write_rows, linear, draw_row, top_row};
+extern const Kernels ND_TABLE = {rms_norm, rope,         silu_mul,       sigmoid_mul,      combine,  attend, write_rows,
+                                 linear,   linear_batch, linear_experts, select_positions, draw_row, top_row};
 
 }  // namespace nd

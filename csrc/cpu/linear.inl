@@ -182,4 +182,47 @@ void linear(const LinearCall& call, int threads) {
   linear_of<Half>(call, threads);
 }
 
+void linear_batch(const LinearBatchCall& batch, int threads) {
+  const auto size = [](Dtype dtype) { return dtype == kFloat32 ? 4 : 2; };
+  const auto task = [&](int64_t i) {
+    LinearCall call = batch.first;
+    call.x = static_cast<const char*>(call.x) + i * batch.x_step * size(call.x_dtype);
+    call.weight = static_cast<const char*>(call.weight) + i * batch.weight_step * size(call.weight_dtype);
+    call.out = static_cast<char*>(call.out) + i * batch.out_step * size(call.out_dtype);
+    linear(call, 1);
+  };
+  parallel(threads, batch.count, task);
+}
+
+// Tasks are pieces of the experts that have rows. A piece is whole groups of kPiece rows of the weight, so that it
+// is computed by the same instructions as the whole.
+void linear_experts(const ExpertsCall& call, int threads) {
+  constexpr int64_t kPiece = 64;
+  int64_t* touched = static_cast<int64_t*>(thread_arena(kBetweenTasks)->get(call.experts * sizeof(int64_t)));
+  int64_t count = 0;
+  for (int64_t e = 0; e < call.experts; ++e) {
+    if (call.starts[e] < call.starts[e + 1]) touched[count++] = e;
+  }
+  const int64_t fair = call.n * count / (8 * threads) / kPiece * kPiece;
+  const int64_t width = threads == 1 ? call.n : std::max(kPiece, fair);
+  const int64_t pieces = std::max<int64_t>(1, call.n / width);  // the last one takes the rest
+  const auto size_of = [](Dtype dtype) { return dtype == kFloat32 ? 4 : 2; };
+  const auto work = [&](int64_t task) {
+    const int64_t e = touched[task / pieces], piece = task % pieces, first = piece * width;
+    LinearCall part;
+    part.x = static_cast<const char*>(call.x) + call.starts[e] * call.x_stride * size_of(call.x_dtype);
+    part.weight = static_cast<const char*>(call.weight) +
+                  (e * call.expert_stride + first * call.weight_stride) * size_of(call.weight_dtype);
+    part.bias = nullptr;
+    part.out = static_cast<char*>(call.out) + (call.starts[e] * call.out_stride + first) * size_of(call.out_dtype);
+    part.x_stride = call.x_stride, part.weight_stride = call.weight_stride, part.out_stride = call.out_stride;
+    part.m = call.starts[e + 1] - call.starts[e];
+    part.n = piece + 1 < pieces ? width : call.n - first;
+    part.k = call.k;
+    part.x_dtype = call.x_dtype, part.weight_dtype = call.weight_dtype, part.out_dtype = call.out_dtype;
+    linear(part, 1);
+  };
+  parallel(threads, count * pieces, work);
+}
+
 }  // namespace

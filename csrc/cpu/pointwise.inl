@@ -35,20 +35,27 @@ void rms_norm(const NormCall& call, int threads) {
 
 void rope(const RopeCall& call, int threads) {
   const int64_t padded = whole_pairs(call.width), half = call.width / 2;
-  each_row(threads, call.tokens, call.heads * call.width, 4 * padded, [&](int64_t token, float* cos) {
-    float *sin = cos + padded, *x = sin + padded, *out = x + padded;
+  each_row(threads, call.tokens, call.heads * call.width, 5 * padded, [&](int64_t token, float* cos) {
+    float *sin = cos + padded, *out = sin + padded, *raw = out + padded;
+    float* x = call.interleaved ? raw + padded : raw;
     load_row(call.cos, token * call.table_stride, call.table_dtype, call.width, cos);
     load_row(call.sin, token * call.table_stride, call.table_dtype, call.width, sin);
     for (int64_t head = 0; head < call.heads; ++head) {
-      load_row(call.x, token * call.x_token_stride + head * call.x_head_stride, call.x_dtype, call.width, x);
+      load_row(call.x, token * call.x_token_stride + head * call.x_head_stride, call.x_dtype, call.width, raw);
+      for (int64_t i = 0; call.interleaved && i < half; ++i) x[i] = raw[2 * i], x[i + half] = raw[2 * i + 1];
       for (int64_t i = 0; i < half; ++i) {
         out[i] = x[i] * cos[i] + x[i + half] * sin[i];
         out[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
       }
-      store_row(call.out, (token * call.heads + head) * call.width, call.x_dtype, call.width, out);
+      store_row(call.out, token * call.out_token_stride + head * call.out_head_stride, call.x_dtype, call.width, out);
     }
   });
 }
+
+V one_and_exp_of_minus(V x) { return F::add(exp_v(F::min(F::mul(x, F::set1(-1.0f)), F::set1(88.0f))), F::set1(1.0f)); }
+
+// NaN stays what it is: these instructions give their second operand for it.
+V at_most(V x, float limit) { return F::min(F::set1(limit), x); }
 
 void silu_mul(const GateCall& call, int threads) {
   const int64_t padded = whole_pairs(call.width);
@@ -58,11 +65,45 @@ void silu_mul(const GateCall& call, int threads) {
     load_row(call.x, token * call.x_stride + call.width, call.dtype, call.width, up);
     for (int64_t i = call.width; i < padded; ++i) gate[i] = up[i] = 0.0f;
     for (int64_t i = 0; i < padded; i += F::W) {
-      const V g = F::load(gate + i);
-      const V e = exp_v(F::min(F::mul(g, F::set1(-1.0f)), F::set1(88.0f)));
-      F::store(gate + i, F::mul(F::div(g, F::add(e, F::set1(1.0f))), F::load(up + i)));
+      V g = F::load(gate + i), u = F::load(up + i);
+      if (call.limit > 0) {
+        g = at_most(g, call.limit);
+        u = F::mul(at_most(F::mul(at_most(u, call.limit), F::set1(-1.0f)), call.limit), F::set1(-1.0f));
+      }
+      F::store(gate + i, F::mul(F::div(g, one_and_exp_of_minus(g)), u));
     }
     store_row(call.out, token * call.width, call.dtype, call.width, gate);
+  });
+}
+
+void sigmoid_mul(const SigmoidCall& call, int threads) {
+  const int64_t padded = whole_pairs(call.width);
+  each_row(threads, call.tokens, call.width, 2 * padded, [&](int64_t token, float* x) {
+    float* gate = x + padded;
+    load_row(call.x, token * call.x_stride, call.x_dtype, call.width, x);
+    load_row(call.gate, token * call.gate_stride, call.gate_dtype, call.gate_width, gate);
+    if (call.gate_width == 1) std::fill(gate + 1, gate + call.width, gate[0]);
+    for (int64_t i = call.width; i < padded; ++i) x[i] = gate[i] = 0.0f;
+    for (int64_t i = 0; i < padded; i += F::W) {
+      F::store(x + i, F::div(F::load(x + i), one_and_exp_of_minus(F::load(gate + i))));
+    }
+    store_row(call.out, token * call.width, call.x_dtype, call.width, x);
+  });
+}
+
+void combine(const CombineCall& call, int threads) {
+  const int64_t padded = whole_pairs(call.width);
+  each_row(threads, call.tokens, call.width * call.top_k, 2 * padded, [&](int64_t token, float* sum) {
+    float* y = sum + padded;
+    for (int64_t i = 0; i < padded; ++i) sum[i] = y[i] = 0.0f;
+    for (int64_t j = token * call.top_k; j < (token + 1) * call.top_k; ++j) {
+      load_row(call.y, call.places[j] * call.y_stride, call.dtype, call.width, y);
+      const V weight = F::set1(call.weights[j]);
+      for (int64_t i = 0; i < padded; i += F::W) {
+        F::store(sum + i, F::fma(F::load(y + i), weight, F::load(sum + i)));
+      }
+    }
+    store_row(call.out, token * call.width, call.dtype, call.width, sum);
   });
 }
 
@@ -70,7 +111,7 @@ void write_rows(const WriteCall& call, int threads) {
   const auto row = [&](int64_t t) {
     const int64_t block = call.slots[t] / call.block_size, offset = call.slots[t] % call.block_size;
     const size_t nbytes = call.width * (call.dtype == kFloat32 ? 4 : 2);
-    for (int part = 0; part < 2; ++part) {
+    for (int part = 0; part < call.parts; ++part) {
       const void* from = part == 0 ? call.k : call.v;
       const int64_t token_stride = part == 0 ? call.k_token_stride : call.v_token_stride;
       const int64_t head_stride = part == 0 ? call.k_head_stride : call.v_head_stride;

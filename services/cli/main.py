@@ -71,6 +71,7 @@ def up(
     device: opt.Device = None,
     block_size: opt.BlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = None,
+    speculative_config: opt.SpeculativeConfig = None,
 ) -> None:
     """Start a cluster on this machine: storage, controller, router, prefill and decode workers."""
     from services.cli.up import UpOptions, run_up
@@ -95,6 +96,7 @@ def up(
             device=device,
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
+            speculative_config=speculative_config,
         ),
     )
     raise typer.Exit(run_up(request, UpOptions(name, config, ready_timeout), detach, make_console()))
@@ -124,6 +126,7 @@ def serve(
     device: opt.Device = None,
     block_size: opt.BlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = None,
+    speculative_config: opt.SpeculativeConfig = None,
 ) -> None:
     """Serve one model, with vLLM's flags; `--prefill N` separates prefill from decode."""
     up(**{**locals(), "model": opt.check_model_folder(model)})
@@ -187,6 +190,7 @@ def generate(
     device: opt.Device = None,
     block_size: opt.BlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = None,
+    speculative_config: opt.SpeculativeConfig = None,
 ) -> None:
     """Answer prompts offline: prompts to JSONL, no services."""
     from services.cli.generate import run_generate
@@ -201,6 +205,7 @@ def generate(
         device=device,
         block_size=block_size,
         enable_prefix_caching=enable_prefix_caching,
+        speculative_config=speculative_config,
     )
     flags: dict[str, Any] = {
         "max_tokens": max_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -20,8 +21,8 @@ def _cluster(help: str, *names: str, **rules: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=CLUSTER_PANEL, **rules)
 
 
-def _engine(help: str, *names: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=ENGINE_PANEL)
+def _engine(help: str, *names: str, **rules: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=ENGINE_PANEL, **rules)
 
 
 ModelFolder = Annotated[str, typer.Option(help="Folder of a Hugging Face checkpoint; by default the demo model.")]
@@ -53,6 +54,9 @@ BlockSize = Annotated[int | None, _engine("Tokens in a KV block, a multiple of 1
 EnablePrefixCaching = Annotated[
     bool | None, _engine("Reuse KV of equal prefixes.", "--enable-prefix-caching/--no-enable-prefix-caching")
 ]
+SpeculativeConfig = Annotated[
+    str | None, _engine('Drafts, as JSON: {"method": "ngram", "num_speculative_tokens": 3}.', metavar="JSON")
+]
 
 _DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other names
 
@@ -62,7 +66,19 @@ def engine_fields(**flags: Any) -> dict[str, Any]:
     fields = {name: value for name, value in flags.items() if value is not None}
     if "dtype" in fields:
         fields["dtype"] = _DTYPES.get(fields["dtype"], fields["dtype"])
+    if "speculative_config" in fields:
+        fields["speculative_config"] = _json_object("--speculative-config", fields["speculative_config"])
     return fields
+
+
+def _json_object(flag: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{flag}: not valid JSON: {error.msg} at column {error.colno}, got {text!r}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{flag}: must be a JSON object, got {text!r}")
+    return value
 
 
 def api_root(url: str) -> str:

@@ -1,0 +1,145 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1): what is cached of a token is one narrow row.
+
+    q = q_b_proj(norm(q_a_proj(x)))                 per head [nope | rope]; or q_proj(x)
+    row = [norm(latent) | rope key], of kv_a_proj_with_mqa(x), the same for all heads
+    k, v of a head = [kv_b_proj_k(latent) | rope key], kv_b_proj_v(latent)
+
+Few new tokens of a sequence are *absorbed*: kv_b_proj_k moves to the query's side, q . (W latent) = (W^T q) . latent,
+and kv_b_proj_v behind the sum over positions, so that rows are read as they are. Many are *expanded*: keys and values
+of the whole sequence are made from its rows, some heads at a time, and attention is ordinary. The two differ in
+rounding only. See `common.attention.latent` for who goes which way.
+
+Shape letters: T new tokens, N those of a part, H heads of this rank, D width of a query, R latent width, V value width,
+P positions gathered, G heads expanded at once, E width of what is expanded for a head.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from common.attention.context import Selection
+from common.attention.latent import Part, split
+from common.kernels.ops import linear, linear_heads
+from common.kvcache.layout import KVPlace
+from common.layers.base import Build, Layer
+from common.layers.indexer import SELECTION, Indexer
+from common.layers.linear import ColumnLinear, RowLinear
+from common.layers.mla_spec import MLASpec
+from common.layers.rms_norm import RMSNorm
+from common.layers.rope import apply_rope_
+from common.layers.step import MAIN_ROPE, Step
+
+MAX_ABSORBED = 16  # new tokens of a sequence
+_MAX_EXPANDED = 1 << 23  # elements of keys and values at once
+
+
+class MLA(Layer):
+    """`place`: where rows lie, one part and unit of width R + rope. `top_k`: positions a query sees, 0 for all; they
+    are chosen by `indexer`, or, without one, by that of an earlier layer.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        hidden_size: int,
+        num_heads: int,
+        spec: MLASpec,
+        place: KVPlace,
+        *,
+        indexer: Indexer | None = None,
+        top_k: int = 0,
+    ) -> None:
+        self._spec = spec
+        self._place = place
+        self._top_k = top_k
+        heads = self._heads = build.tp.share(num_heads)[1]
+        row, rank, qk = {"kv_a_proj_with_mqa": (1, spec.row_dim)}, spec.q_lora_rank, spec.qk_dim
+        if rank:
+            self.a_proj = ColumnLinear(build, hidden_size, {"q_a_proj": (1, rank)} | row, bias=spec.bias)
+            self.q_a_layernorm = RMSNorm(build, rank, spec.norm_eps)
+            self.q_b_proj = ColumnLinear(build, rank, {"q_b_proj": (num_heads, qk)}, bias=False)
+        else:
+            self.a_proj = ColumnLinear(build, hidden_size, row, bias=spec.bias)
+            self.q_proj = ColumnLinear(build, hidden_size, {"q_proj": (num_heads, qk)}, bias=False)
+        self.kv_a_layernorm = RMSNorm(build, spec.kv_lora_rank, spec.norm_eps)
+        parts = {"kv_b_proj": (num_heads, spec.nope_dim + spec.v_dim)}
+        self.kv_b_proj = ColumnLinear(build, spec.kv_lora_rank, parts, bias=False)
+        self._kv_b_HER = self.kv_b_proj.weight.view(heads, -1, spec.kv_lora_rank)  # rows of keys, then of values
+        self._to_latent_HRD = build.empty(heads, spec.kv_lora_rank, spec.nope_dim)
+        self.o_proj = RowLinear(build, num_heads, spec.v_dim, hidden_size, bias=spec.bias)
+        self.indexer = indexer
+
+    def derive_own(self) -> None:
+        """Absorbed queries need kv_b_proj's key part the other way round."""
+        self._to_latent_HRD.copy_(self._kv_b_HER[:, : self._spec.nope_dim].transpose(1, 2))
+
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        spec, ctx, tables = self._spec, step.ctx, step.tables(self._place)
+        rows = step.cache(self._place)
+        q_TR, q_THD, row_TW = self._project(x_TD, step)
+        ctx.backend.write_rows(row_TW, rows, tables)
+        parts = split(tables, ctx, MAX_ABSORBED, self._top_k)
+        if self.indexer is not None:
+            self.indexer(x_TD, q_TR, step, parts.sparse)
+        done: list[tuple[Part, Tensor]] = []
+        if parts.absorbed is not None:
+            done.append((parts.absorbed, self._absorbed(q_THD, rows, parts.absorbed)))
+        if parts.expanded is not None:
+            done.append((parts.expanded, self._expanded(q_THD, rows, parts.expanded)))
+        if parts.sparse is not None:
+            done.append((parts.sparse, self._absorbed(q_THD, rows, parts.sparse, step.shared[SELECTION])))
+        if len(done) == 1:
+            out_THV = done[0][1]
+        else:
+            out_THV = q_THD.new_empty(x_TD.shape[0], self._heads, spec.v_dim)
+            for part, out_NHV in done:
+                out_THV[part.tokens] = out_NHV
+        return self.o_proj(out_THV.reshape(x_TD.shape[0], -1))
+
+    def _project(self, x_TD: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """(query latent, queries, rows to store), turned."""
+        spec, rank = self._spec, self._spec.q_lora_rank
+        a_T = self.a_proj(x_TD)
+        q_TR, row_TW = a_T[:, :rank], a_T[:, rank:]
+        if rank:
+            q_TR = self.q_a_layernorm(q_TR)
+            q_THD = self.q_b_proj(q_TR).view(-1, self._heads, spec.qk_dim)
+        else:
+            q_THD = self.q_proj(x_TD).view(-1, self._heads, spec.qk_dim)
+        cos, sin = step.rope[MAIN_ROPE]
+        apply_rope_(q_THD[..., spec.nope_dim :], cos, sin, interleaved=spec.interleaved)
+        row_TW[:, : spec.kv_lora_rank] = self.kv_a_layernorm(row_TW[:, : spec.kv_lora_rank])
+        apply_rope_(row_TW[:, None, spec.kv_lora_rank :], cos, sin, interleaved=spec.interleaved)
+        return q_TR, q_THD, row_TW
+
+    def _absorbed(self, q_THD: Tensor, rows: Tensor, part: Part, selected: Selection | None = None) -> Tensor:
+        spec, rank = self._spec, self._spec.kv_lora_rank
+        q_NHD = part.take(q_THD)
+        q_NHW = q_NHD.new_empty(*q_NHD.shape[:2], spec.row_dim)
+        linear_heads(q_NHD[..., : spec.nope_dim], self._to_latent_HRD, q_NHW[..., :rank])
+        q_NHW[..., rank:] = q_NHD[..., spec.nope_dim :]
+        latent_NHR = part.ctx.backend.attend_rows(
+            q_NHW, rows[:, 0], slice(0, rank), part.tables, part.ctx, spec.scale, selected
+        )
+        return linear_heads(latent_NHR, self._kv_b_HER[:, spec.nope_dim :])
+
+    def _expanded(self, q_THD: Tensor, rows: Tensor, part: Part) -> Tensor:
+        spec, rank, gathered = self._spec, self._spec.kv_lora_rank, part.gathered
+        q_NHD = part.take(q_THD)
+        out_NHV = q_NHD.new_empty(*q_NHD.shape[:2], spec.v_dim)
+        row_PW = rows[:, 0, 0].index_select(0, gathered.block_ids_N).flatten(0, 1).to(q_NHD.dtype)
+        num_positions, width = row_PW.shape[0], spec.qk_dim + spec.v_dim
+        at_once = max(1, min(self._heads, _MAX_EXPANDED // (num_positions * width)))
+        for first in range(0, self._heads, at_once):
+            heads = slice(first, min(first + at_once, self._heads))
+            weight_GR = self._kv_b_HER[heads].flatten(0, 1)
+            kv_PGE = linear(row_PW[:, :rank], weight_GR).view(num_positions, -1, spec.nope_dim + spec.v_dim)
+            both_PGE = kv_PGE.new_empty(num_positions, kv_PGE.shape[1], width)
+            both_PGE[..., : spec.nope_dim] = kv_PGE[..., : spec.nope_dim]
+            both_PGE[..., spec.nope_dim : spec.qk_dim] = row_PW[:, None, rank:]
+            both_PGE[..., spec.qk_dim :] = kv_PGE[..., spec.nope_dim :]
+            blocks = both_PGE.view(-1, part.tables.block_size, *both_PGE.shape[1:]).transpose(1, 2)
+            out_NHV[:, heads] = part.ctx.backend.attend_rows(
+                q_NHD[:, heads], blocks, slice(spec.qk_dim, width), gathered.tables, part.ctx, spec.scale
+            )
+        return out_NHV

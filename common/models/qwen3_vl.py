@@ -1,0 +1,37 @@
+"""Text tower of Qwen3-VL (Qwen Team 2025): Qwen3 whose heads turn by time, height and width, in interleaved sections
+(`common.layers.rope`), and whose first layers each add features of one more depth of the vision tower to the rows
+of image tokens (DeepStack, Meng et al. 2024).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from common.layers.base import Build
+from common.layers.step import Step
+from common.models.decoder import DecoderModel
+from common.models.qwen3 import Qwen3Layer
+from common.models.spec import ModelSpec
+
+
+class Qwen3VLLayer(Qwen3Layer):
+    """Checkpoint names under `model.language_model.layers.N.`."""
+
+    def __init__(self, spec: ModelSpec, build: Build, layer_idx: int) -> None:
+        super().__init__(spec, build, layer_idx)
+        self._layer_idx = layer_idx
+
+    def __call__(self, hidden_TD: Tensor, step: Step) -> None:
+        super().__call__(hidden_TD, step)
+        if step.media is not None:
+            step.media.add_features(hidden_TD, self._layer_idx)
+
+
+class Qwen3VLForConditionalGeneration(DecoderModel):
+    prefixes: ClassVar = {"model.": "model.language_model."}
+    ignored = (*DecoderModel.ignored, r"model\.visual\..+")
+
+    def make_layer(self, spec: ModelSpec, build: Build, layer_idx: int) -> Qwen3VLLayer:
+        return Qwen3VLLayer(spec, build, layer_idx)

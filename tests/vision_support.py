@@ -1,0 +1,106 @@
+"""Prompts with images for tests: what transformers makes of them, its own vision tower included."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from models_support import Picture
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+Grid = tuple[int, int, int]
+Layout = tuple[int | Grid, ...]
+"""A prompt's parts: that many text tokens, or an image of so many patches by time, height and width."""
+
+
+@dataclass(frozen=True)
+class Illustrated:
+    """A prompt with images. `pixels_PC` and `patches_G3` are what transformers takes, `kinds_T` its token types."""
+
+    tokens: list[int]
+    pictures: list[Picture]
+    pixels_PC: Tensor
+    patches_G3: Tensor
+    kinds_T: Tensor
+
+    def inputs(self) -> dict[str, Tensor]:
+        return {
+            "input_ids": torch.tensor([self.tokens]),
+            "pixel_values": self.pixels_PC,
+            "image_grid_thw": self.patches_G3,
+            "mm_token_type_ids": self.kinds_T[None],
+        }
+
+
+@functools.cache
+def oracle_model(folder: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def illustrated(folder: Path, layout: Layout, seed: int) -> Illustrated:
+    """Random text and random pixels; the embeddings are those of the checkpoint's own vision tower."""
+    model = oracle_model(folder)
+    config, vision = model.config, model.config.vision_config
+    generator = torch.Generator().manual_seed(seed)
+    merge = vision.spatial_merge_size
+    patches = [part for part in layout if not isinstance(part, int)]
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels_PC = torch.randn(sum(t * h * w for t, h, w in patches), width, generator=generator)
+    patches_G3 = torch.tensor(patches, dtype=torch.int64).view(-1, 3)
+    tokens: list[int] = []
+    places: list[tuple[int, Grid]] = []
+    for part in layout:
+        if isinstance(part, int):
+            tokens += torch.randint(3, 500, (part,), generator=generator).tolist()
+        else:
+            grid = (part[0], part[1] // merge, part[2] // merge)
+            places.append((len(tokens) + 1, grid))
+            count = grid[0] * grid[1] * grid[2]
+            tokens += [config.vision_start_token_id, *[config.image_token_id] * count, config.vision_end_token_id]
+    pictures = []
+    if patches:
+        seen = model.model.visual(pixels_PC, patches_G3)
+        rows_NLD = torch.stack((seen.pooler_output, *seen.deepstack_features), 1)
+        counts = [g[0] * g[1] * g[2] for _, g in places]
+        pictures = [Picture(p, g, rows) for (p, g), rows in zip(places, rows_NLD.split(counts), strict=True)]
+    kinds_T = (torch.tensor(tokens) == config.image_token_id).int()
+    return Illustrated(tokens, pictures, pixels_PC, patches_G3, kinds_T)
+
+
+@torch.inference_mode()
+def oracle_logits(folder: Path, prompt: Illustrated) -> Tensor:
+    """fp32 [T, V] at every position."""
+    model = oracle_model(folder)
+    model.model.rope_deltas = None
+    if not prompt.pictures:
+        return model(torch.tensor([prompt.tokens])).logits[0]
+    return model(**prompt.inputs()).logits[0]
+
+
+@torch.inference_mode()
+def oracle_tokens(folder: Path, prompt: Illustrated, count: int) -> list[int]:
+    """Greedy."""
+    model = oracle_model(folder)
+    model.model.rope_deltas = None
+    inputs = prompt.inputs() if prompt.pictures else {"input_ids": torch.tensor([prompt.tokens])}
+    out = model.generate(
+        **inputs,
+        attention_mask=torch.ones_like(inputs["input_ids"]),
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt.tokens) :].tolist()
+
+
+def pieces(length: int, size: int) -> list[tuple[int, int]]:
+    """[0, length) in pieces of `size`."""
+    return list(itertools.pairwise([*range(0, length, size), length]))
