@@ -122,6 +122,9 @@ _WORKER_METRICS = [
     "num_preemptions_total",
     "prefill_orders_failed_total",
     "prefill_orders_finished_total",
+    "spec_decode_num_accepted_tokens_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_drafts_total",
     "step_sequences",
     "step_tokens",
 ]

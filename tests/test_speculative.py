@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from speculative_support import NGRAM, Outcome, TestDrafter, use
 
+from common.engine.messages import EngineLoad, LabelledCounter
 from common.types import FinishReason, SamplingParams
 
 __all__ = ["llama", "windowed"]
@@ -140,6 +141,35 @@ def test_right_drafts_save_their_steps_and_wrong_ones_cost_none(llama: Path) -> 
         steps[share] = solo.decode.engine.steps - before
     assert steps[0.0] == 101
     assert steps[1.0] == 1 + 100 // 5
+
+
+def test_acceptance_is_told_per_request_and_in_the_load(llama: Path) -> None:
+    (prompt, other) = prompts(80, (20, 30))
+    params = sampled(n=2, max_tokens=11)
+    plain = Solo(llama)
+    wanted = plain.submit(prompt, params)
+    plain.run()
+    solo = Solo(llama, speculative_config=NGRAM | {"num_speculative_tokens": 2})
+    drafter = TestDrafter()
+    drafter.learn(prompt, params, Outcome.of(wanted))
+    use(solo, drafter)
+    answer, undrafted = solo.submit(prompt, params), solo.submit(other, greedy(5))
+    loads: list[EngineLoad] = []
+    take = solo.on_decode
+    solo.on_decode = lambda m: loads.append(m) if isinstance(m, EngineLoad) else take(m)  # type: ignore[method-assign]
+    solo.run()
+    solo.clock.advance(2.0)  # type: ignore[attr-defined]
+    solo.step()
+    # a token of the prompt's step, then 3 + 3 + 3, then the last one, which needs no draft: twice
+    assert (answer.stats.drafts, answer.stats.draft_tokens, answer.stats.accepted_draft_tokens) == (6, 12, 12)
+    assert (undrafted.stats.drafts, undrafted.stats.accepted_draft_tokens) == (0, 0)
+    counters = dict(loads[-1].counters)
+    assert counters["spec_decode_num_drafts_total"] == 6.0
+    assert counters["spec_decode_num_draft_tokens_total"] == counters["spec_decode_num_accepted_tokens_total"] == 12.0
+    (by_pos,) = loads[-1].labelled
+    assert by_pos == LabelledCounter(
+        "spec_decode_num_accepted_tokens_per_pos_total", "position", (("0", 6.0), ("1", 6.0))
+    )
 
 
 def test_a_drafter_that_always_fails_is_soon_left_alone(llama: Path) -> None:

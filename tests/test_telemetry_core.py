@@ -150,11 +150,14 @@ def test_engine_counts_are_taken_over() -> None:
     metrics.apply_engine(
         [("num_preemptions_total", 3.0), ("leases_active", 2.0)], [("request_queue_time_seconds", (0.01, 0.2))]
     )
-    metrics.apply_engine([("num_preemptions_total", 4.0)], [("request_queue_time_seconds", (0.3,))])
+    by_pos = ("accepted_per_pos_total", "position", (("0", 5.0), ("1", 2.0)))
+    metrics.apply_engine([("num_preemptions_total", 4.0)], [("request_queue_time_seconds", (0.3,))], [by_pos])
     text = metrics.render().decode()
     assert "# TYPE nanodeploy:num_preemptions_total counter\nnanodeploy:num_preemptions_total 4.0" in text
     assert "# TYPE nanodeploy:leases_active gauge\nnanodeploy:leases_active 2.0" in text
     assert "nanodeploy:request_queue_time_seconds_count 3.0" in text
+    assert "# TYPE nanodeploy:accepted_per_pos_total counter" in text
+    assert 'nanodeploy:accepted_per_pos_total{position="1"} 2.0' in text
 
 
 def test_registries_are_separate() -> None:

@@ -23,7 +23,7 @@ from common.engine.scheduler import Scheduler, SchedulerLimits
 from common.engine.selftest import self_test
 from common.engine.sequence import Sequence
 from common.engine.sizing import check_device, size_engine
-from common.engine.speculative import make_speculator
+from common.engine.speculative import Speculator, accepted_by_pos, draft_counters, make_speculator
 from common.engine.supply import Supply, SupplyParts
 from common.errors import ConfigError
 from common.kvcache.layout import KVLayout
@@ -157,6 +157,7 @@ def assemble(
     leases = Leases(cache, clock, engine.lease_ttl_s)
     publisher = Publisher(layout, bases, cache, digest)
     supply = Supply(SupplyParts(limits, scheduler, leases, publisher, outbox, clock), requests.next_id)
+    speculator = _speculator(config, layout, limits, role)
 
     def counters() -> dict[str, float]:
         c = reader.counters
@@ -172,25 +173,20 @@ def assemble(
             "handoff_fallbacks_total": sum(demand.fallbacks.values()),
             "prefill_orders_finished_total": supply.finished,
             "prefill_orders_failed_total": sum(supply.failed.values()),
+            **draft_counters(speculator),
         }
         return {k: float(v) for k, v in named.items()}
 
     def traffic() -> tuple[PeerTraffic, ...]:
         return tuple(PeerTraffic(t.peer, t.transport, t.nbytes, t.reads, t.mismatches) for t in reader.traffic())
 
-    meter = LoadMeter(scheduler, cache, layout.groups[0].name, outbox, clock, counters, traffic)
+    meter = LoadMeter(
+        scheduler, cache, layout.groups[0].name, outbox, clock, counters, traffic, lambda: accepted_by_pos(speculator)
+    )
 
     def started(seq: Sequence, hit: PrefixHit) -> None:
         (requests if seq.order is None else supply).started(seq, hit)
 
-    speculator = None
-    if role is Role.DECODE:
-        speculator = make_speculator(
-            engine.speculative_config,
-            layout,
-            vocab_size=limits.vocab_size,
-            max_model_len=limits.max_model_len,
-        )
     scheduler.connect(demand.try_remote, demand.cancel, started, speculator.propose if speculator else None)
     return EngineParts(
         layout=layout,
@@ -206,4 +202,15 @@ def assemble(
         clock=clock,
         speculator=speculator,
         check_ledger=engine.check_ledger,
+    )
+
+
+def _speculator(config: WorkerConfig, layout: KVLayout, limits: ModelLimits, role: Role) -> Speculator | None:
+    if role is not Role.DECODE:
+        return None
+    return make_speculator(
+        config.engine.speculative_config,
+        layout,
+        vocab_size=limits.vocab_size,
+        max_model_len=limits.max_model_len,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 
-from common.engine.messages import EngineLoad, PeerTraffic
+from common.engine.messages import EngineLoad, LabelledCounter, PeerTraffic
 from common.engine.outbox import Outbox
 from common.engine.scheduler import Scheduler, StepPlan
 from common.kvcache.manager import KVCacheManager
@@ -16,7 +16,7 @@ RATE_WINDOW_S = 5.0
 
 
 class LoadMeter:
-    """`sources` are read at each report: counters by name, and traffic per peer."""
+    """`counters` (by name), `labelled` ones and `traffic` (per peer) are read at each report."""
 
     def __init__(
         self,
@@ -27,6 +27,7 @@ class LoadMeter:
         clock: Clock,
         counters: Callable[[], dict[str, float]],
         traffic: Callable[[], tuple[PeerTraffic, ...]],
+        labelled: Callable[[], tuple[LabelledCounter, ...]] = tuple,
     ) -> None:
         self._scheduler = scheduler
         self._cache = cache
@@ -35,6 +36,7 @@ class LoadMeter:
         self._clock = clock
         self._counters = counters
         self._traffic = traffic
+        self._labelled = labelled
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
         self._step_tokens: list[float] = []
         self._step_seqs: list[float] = []
@@ -70,6 +72,7 @@ class LoadMeter:
                 self._traffic(),
                 tuple(counters.items()),
                 (("step_tokens", tuple(self._step_tokens)), ("step_sequences", tuple(self._step_seqs))),
+                self._labelled(),
             )
         )
         self._step_tokens, self._step_seqs = [], []

@@ -188,17 +188,26 @@ class PeerTraffic(msgspec.Struct, frozen=True, array_like=True):
     digest_mismatches: int
 
 
+class LabelledCounter(msgspec.Struct, frozen=True, array_like=True):
+    """A counter with one label: (value of the label, count since start) of each of its series."""
+
+    name: str
+    label: str
+    values: tuple[tuple[str, float], ...]
+
+
 class EngineLoad(Message, frozen=True):
     """Sent about once a second and whenever the engine turns idle: progress as well as load.
 
     `counters` and `histograms` feed Prometheus in the gRPC process: (name, value since start) and
-    (name, observations since the last message).
+    (name, observations since the last message); `labelled` are counters too.
     """
 
     load: WorkerLoad
     peers: tuple[PeerTraffic, ...]
     counters: tuple[tuple[str, float], ...] = ()
     histograms: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    labelled: tuple[LabelledCounter, ...] = ()
 
 
 class LedgerBlock(msgspec.Struct, frozen=True, array_like=True):

@@ -30,7 +30,7 @@ from common.errors import (
     UnsupportedError,
 )
 from common.kvcache.manager import PrefixHit
-from common.types import ChoiceDelta, Clock, FinishReason, GenerationRequest, TokenLogprobs
+from common.types import ChoiceDelta, Clock, FinishReason, GenerationRequest, RequestStats, TokenLogprobs
 from common.types.prefix import root_hash
 
 
@@ -242,9 +242,7 @@ class Requests:
         self._count(reason.value)
         request = self._by_slot[seq.slot]
         if not request.open_choices:
-            first = request.sequences[0]
-            preemptions = sum(s.preemptions for s in request.sequences)
-            self._outbox.stats(seq.slot, msgspec.structs.replace(first.stats, preemptions=preemptions))
+            self._outbox.stats(seq.slot, _final_stats(request))
             self._remove(seq.slot)
 
     def _remove(self, slot: int) -> None:
@@ -338,3 +336,15 @@ class Requests:
         for i in ids:
             if not 0 <= i < vocab:
                 raise InvalidRequestError(f"token id {i} is outside the vocabulary of {vocab}", param=field)
+
+
+def _final_stats(request: Request) -> RequestStats:
+    """The leader's waterfall with what all choices add up to."""
+    paces = [s.pace for s in request.sequences if s.pace is not None]
+    return msgspec.structs.replace(
+        request.sequences[0].stats,
+        preemptions=sum(s.preemptions for s in request.sequences),
+        drafts=sum(p.num_drafts for p in paces),
+        draft_tokens=sum(p.num_draft_tokens for p in paces),
+        accepted_draft_tokens=sum(p.num_accepted_tokens for p in paces),
+    )

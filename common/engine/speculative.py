@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import SpeculativeConfig
+from common.engine.messages import LabelledCounter
 from common.engine.pace import Pace
 from common.engine.sequence import Sequence
 from common.kvcache.layout import TAIL_GROUP, KVLayout, Retention
@@ -167,3 +168,20 @@ def make_speculator(
     drafter = NgramDrafter(*lookup_lengths(config))
     log.info("speculation is on", method=drafter.name, max_drafts=config.num_speculative_tokens)
     return Speculator(drafter, config.num_speculative_tokens, vocab_size=vocab_size, max_model_len=max_model_len)
+
+
+def draft_counters(speculator: Speculator | None) -> dict[str, int]:
+    """Counters as in vLLM; zero without speculation."""
+    return {
+        "spec_decode_num_drafts_total": speculator.num_drafts if speculator else 0,
+        "spec_decode_num_draft_tokens_total": speculator.num_draft_tokens if speculator else 0,
+        "spec_decode_num_accepted_tokens_total": speculator.num_accepted_tokens if speculator else 0,
+    }
+
+
+def accepted_by_pos(speculator: Speculator | None) -> tuple[LabelledCounter, ...]:
+    """The count of right ones, as in vLLM, by place in a step's drafts, the first being 0; none without speculation."""
+    if speculator is None:
+        return ()
+    values = tuple((str(i), float(count)) for i, count in enumerate(speculator.accepted_per_pos))
+    return (LabelledCounter("spec_decode_num_accepted_tokens_per_pos_total", "position", values),)

@@ -44,11 +44,17 @@ class _EngineValues(Collector):
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
+        self.labelled: dict[str, tuple[str, Sequence[tuple[str, float]]]] = {}
 
     def collect(self) -> Iterator[Metric]:
         for name, value in self.values.items():
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             yield family(name.removesuffix("_total"), f"Engine: {_words(name)}", value=value)
+        for name, (label, values) in self.labelled.items():
+            counter = CounterMetricFamily(name.removesuffix("_total"), f"Engine: {_words(name)}", labels=(label,))
+            for of_label, value in values:
+                counter.add_metric((of_label,), value)
+            yield counter
 
 
 class Metrics:
@@ -88,11 +94,19 @@ class Metrics:
         return made
 
     def apply_engine(
-        self, counters: Iterable[tuple[str, float]], histograms: Iterable[tuple[str, Sequence[float]]]
+        self,
+        counters: Iterable[tuple[str, float]],
+        histograms: Iterable[tuple[str, Sequence[float]]],
+        labelled: Iterable[tuple[str, str, Sequence[tuple[str, float]]]] = (),
     ) -> None:
-        """Take over an `EngineLoad`: `..._total` are values since the engine's start, histograms are new samples."""
+        """Take over an `EngineLoad`: `..._total` are values since the engine's start, histograms are new samples.
+
+        `labelled`: counters by (name, label, values by label's value).
+        """
         for name, value in counters:
             self._engine.values[PREFIX + name] = value
+        for name, label, values in labelled:
+            self._engine.labelled[PREFIX + name] = (label, values)
         for name, samples in histograms:
             histogram = self.histogram(name, f"Engine: {_words(name)}")
             for sample in samples:

@@ -107,7 +107,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Where time and prompt tokens went; cached + computed + transferred = prompt tokens."""
+    """Where time and prompt tokens went; cached + computed + transferred = prompt tokens.
+
+    `drafts` are steps that verified `draft_tokens` in all, of which `accepted_draft_tokens` were right.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -125,6 +128,9 @@ class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
     prefill_worker: str = ""
     fallback: str = ""
     transport: str = ""
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

@@ -151,7 +151,8 @@ class WorkerApp:
     def on_engine(self, message: FromEngine) -> None:
         if isinstance(message, EngineLoad):
             self._gauges.apply(message)
-            self.metrics.apply_engine(message.counters, message.histograms)
+            labelled = [(c.name, c.label, c.values) for c in message.labelled]
+            self.metrics.apply_engine(message.counters, message.histograms, labelled)
         self._part.on_engine(message)
         self._activity.set()
 
