@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from common.types import SamplingParams as SamplingParams
     from nanodeploy.llm import LLM as LLM
+    from nanodeploy.llm import MediaPrompt as MediaPrompt
+    from nanodeploy.llm import MediaRows as MediaRows
     from nanodeploy.llm import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "MediaPrompt", "MediaRows", "RequestOutput", "SamplingParams", "__version__"]
 
-_HOME = {"LLM": "nanodeploy.llm", "RequestOutput": "nanodeploy.llm", "SamplingParams": "common.types"}
+_HOME = {
+    "LLM": "nanodeploy.llm",
+    "MediaPrompt": "nanodeploy.llm",
+    "MediaRows": "nanodeploy.llm",
+    "RequestOutput": "nanodeploy.llm",
+    "SamplingParams": "common.types",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,10 +17,12 @@ from typing import Any
 
 import msgspec
 from pydantic import ValidationError
+from torch import Tensor
 
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
 from common.config.load import suggest
 from common.engine.build import build_engine
+from common.engine.media_local import LocalMedia
 from common.engine.messages import Cancel, Deltas, Submit
 from common.errors import ConfigError, NanoDeployError
 from common.text.chat_template import ChatTemplate
@@ -29,6 +31,7 @@ from common.text.stop import StopAutomaton, StopMatcher
 from common.text.tokenizer import Tokenizer
 from common.types import (
     ChoiceDelta,
+    EmbeddingHandle,
     FinishReason,
     GenerationRequest,
     MonotonicClock,
@@ -38,7 +41,29 @@ from common.types import (
     TokenLogprobs,
 )
 
-Prompt = str | Sequence[int]
+
+@dataclass(frozen=True)
+class MediaRows:
+    """An image's embeddings in place of the tokens from `position` on, one row per token.
+
+    `rows`: a floating tensor [num_tokens, width]; the width is the model's hidden size, and that again for each
+    feature that is added to its first layers. `grid`: rows by time, height and width.
+    """
+
+    position: int
+    rows: Tensor
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class MediaPrompt:
+    """Token ids, those of the model's placeholders where images are, and the images in their order."""
+
+    token_ids: Sequence[int]
+    media: Sequence[MediaRows]
+
+
+Prompt = str | Sequence[int] | MediaPrompt
 Progress = Callable[[int, int], None]
 
 
@@ -115,7 +140,8 @@ class LLM:
         engine = _engine_config(model, {"max_waiting_seqs": sys.maxsize} | options)
         config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
         self._clock = MonotonicClock()
-        self._built = build_engine(config, Role.DECODE, self._clock, lambda stage, done, total: None)
+        self._media = LocalMedia()
+        self._built = build_engine(config, Role.DECODE, self._clock, lambda stage, done, total: None, media=self._media)
         self._built.engine.drain()
         self._slots = itertools.count(1)
         self.tokenizer = Tokenizer.load(Path(model)) if _has_tokenizer(Path(model)) else None
@@ -132,7 +158,7 @@ class LLM:
         progress: Progress | None = None,
         keep_errors: bool = False,
     ) -> list[RequestOutput]:
-        """Answer all prompts (texts or token ids), batched, in their order.
+        """Answer all prompts (texts, token ids, or token ids with images), batched, in their order.
 
         `progress(done, total)` is called as requests end. Raises the error of the first request that fails; with
         `keep_errors` that becomes the `error` of its output, and the others go on.
@@ -183,6 +209,7 @@ class _Run:
         self._outputs: list[RequestOutput] = []
         self._choices: dict[int, list[_Choice]] = {}
         self._by_slot: dict[int, RequestOutput] = {}
+        self._handles: list[EmbeddingHandle] = []
 
     def all(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], progress: Progress | None
@@ -203,12 +230,18 @@ class _Run:
             if self._by_slot:
                 self._engine.handle(Cancel(tuple(self._by_slot)))
                 self._engine.drain()
+            for handle in self._handles:
+                self._llm._media.drop(handle)
         return self._outputs
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> None:
         llm = self._llm
         slot = next(llm._slots)
+        media = prompt.media if isinstance(prompt, MediaPrompt) else ()
+        prompt = prompt.token_ids if isinstance(prompt, MediaPrompt) else prompt
         ids = llm._need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        handles = tuple(llm._media.put(m.position, m.rows, m.grid) for m in media)
+        self._handles += handles
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(64))
         output = RequestOutput(
@@ -222,7 +255,7 @@ class _Run:
         self._by_slot[slot] = output
         self._outputs.append(output)
         request = GenerationRequest(
-            request_id=output.request_id, model="", prompt_token_ids=tuple(ids), sampling=params
+            request_id=output.request_id, model="", prompt_token_ids=tuple(ids), sampling=params, embeddings=handles
         )
         self._engine.handle(Submit(slot, request))
 
@@ -280,7 +313,7 @@ class _NoText:
 
 
 def _many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | MediaPrompt):
         return [prompts]
     ids = [p for p in prompts if isinstance(p, int)]
     if not ids:
@@ -309,4 +342,4 @@ def _has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file()
 
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "MediaPrompt", "MediaRows", "RequestOutput", "SamplingParams"]

@@ -23,6 +23,7 @@ from worker_support import ManualClock
 
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
 from common.engine.build import BuiltEngine, build_engine
+from common.engine.media import MediaSource
 from common.engine.messages import (
     Cancel,
     Deltas,
@@ -254,10 +255,12 @@ class Pair(Solo):
             self.prefill.parts.cache.check_idle()
 
 
-def make_engine(folder: Path, role: Role, network: MemoryNetwork, clock: Clock, **options: Any) -> BuiltEngine:
+def make_engine(
+    folder: Path, role: Role, network: MemoryNetwork, clock: Clock, media: MediaSource | None = None, **options: Any
+) -> BuiltEngine:
     handoff = {"transports": ("memory",), "min_remote_tokens": 1} | options.pop("handoff", {})
     engine = {"dtype": "float32", "check_ledger": True, "num_threads": 1, "kv_cache_memory_bytes": KV_BYTES} | options
     config = WorkerConfig(engine=EngineConfig(model=str(folder), **engine), handoff=HandoffConfig(**handoff))
-    built = build_engine(config, role, clock, lambda stage, done, total: None, MemoryTransport(network, digest))
+    built = build_engine(config, role, clock, lambda stage, done, total: None, MemoryTransport(network, digest), media)
     built.engine.drain()
     return built

@@ -28,15 +28,15 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Picture:
-    """An image in a sequence, from token `position` on. `rows_NLD`: embeddings and deepstack features."""
+    """An image in a sequence, from token `position` on. `rows_NW`: embeddings and deepstack features."""
 
     position: int
     grid: tuple[int, int, int]
-    rows_NLD: Tensor
+    rows_NW: Tensor
 
     @property
     def num_tokens(self) -> int:
-        return len(self.rows_NLD)
+        return len(self.rows_NW)
 
 
 class PagedModel:
@@ -122,7 +122,7 @@ class PagedModel:
         """What of the pictures lies in positions [start, end) of each (sequence, start, end)."""
         assert self.spec.media is not None
         rows: list[int] = []
-        parts = [torch.empty(0, 1 + self.spec.media.num_deepstack, self.spec.hidden_size)]
+        parts = [torch.empty(0, self.spec.media.row_width(self.spec.hidden_size))]
         places = []
         first = 0
         for s, start, end in spans:
@@ -130,7 +130,7 @@ class PagedModel:
             for p in pictures.get(s, ()):
                 begin, stop = max(p.position, start), min(p.position + p.num_tokens, end)
                 rows += range(first + begin - start, first + stop - start)
-                parts.append(p.rows_NLD[begin - p.position : max(stop, begin) - p.position])
+                parts.append(p.rows_NW[begin - p.position : max(stop, begin) - p.position])
             first += end - start
         positions_3T = torch.cat(places, 1) if self.spec.media.takes_grid else None
         return StepMedia(torch.tensor(rows, dtype=torch.int64), torch.cat(parts), positions_3T)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EXPORTS = {
-    "nanodeploy": ["LLM", "RequestOutput", "SamplingParams", "__version__"],
+    "nanodeploy": ["LLM", "MediaPrompt", "MediaRows", "RequestOutput", "SamplingParams", "__version__"],
     "common.config": [
         "ClusterConfig",
         "ControllerConfig",

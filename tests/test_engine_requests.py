@@ -141,6 +141,7 @@ HANDLE = EmbeddingHandle(
     media_hash=bytes(16),
     position=0,
     num_tokens=1,
+    grid=(1, 1, 1),
     hidden_size=64,
     dtype="float32",
     descriptor=b"",
@@ -180,7 +181,7 @@ def test_prompt_logprobs_that_no_message_can_hold_are_refused(solo: Solo) -> Non
     """20 tokens with 3 alternatives take 20 * (4 + 3 * 9) bytes at most."""
     parts, said = solo.decode.parts, Outbox()
     limits = ModelLimits(b"m", 128, 512, frozenset(), 20, 8, max_prompt_logprobs_nbytes=620)
-    requests = Requests(limits, parts.scheduler, said, parts.clock)
+    requests = Requests(limits, parts.scheduler, parts.media, said, parts.clock)
 
     def failures(num_tokens: int, top_n: int) -> list[str]:
         asked = GenerationRequest(

@@ -159,7 +159,7 @@ def test_cold_regions_are_named_and_not_waited_for(worlds: Worlds) -> None:
 def test_media_are_part_of_the_prefix(worlds: Worlds) -> None:
     handle = EmbeddingHandle(
         owner_id="e", owner_epoch=1, owner_address="", lease_id=1, media_hash=b"i" * 16, position=85, num_tokens=1,
-        hidden_size=8, dtype="float32", descriptor=b"", digest=0, transport="memory", remaining_ms=1,
+        grid=(1, 1, 1), hidden_size=8, dtype="float32", descriptor=b"", digest=0, transport="memory", remaining_ms=1,
     )  # fmt: skip
     world = worlds()
     world.ready()

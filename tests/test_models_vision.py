@@ -125,7 +125,7 @@ def test_positions_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 def test_frames_of_a_clip_share_their_grid_in_time() -> None:
-    clip = Picture(2, (2, 1, 3), torch.empty(6, 1, 4))
+    clip = Picture(2, (2, 1, 3), torch.empty(6, 4))
     assert rope_positions([clip], 0, 10).tolist() == [
         [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
         [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],

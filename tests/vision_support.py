@@ -66,9 +66,9 @@ def illustrated(folder: Path, layout: Layout, seed: int) -> Illustrated:
     pictures = []
     if patches:
         seen = model.model.visual(pixels_PC, patches_G3)
-        rows_NLD = torch.stack((seen.pooler_output, *seen.deepstack_features), 1)
+        rows_NW = torch.cat((seen.pooler_output, *seen.deepstack_features), 1)
         counts = [g[0] * g[1] * g[2] for _, g in places]
-        pictures = [Picture(p, g, rows) for (p, g), rows in zip(places, rows_NLD.split(counts), strict=True)]
+        pictures = [Picture(p, g, rows) for (p, g), rows in zip(places, rows_NW.split(counts), strict=True)]
     kinds_T = (torch.tensor(tokens) == config.image_token_id).int()
     return Illustrated(tokens, pictures, pixels_PC, patches_G3, kinds_T)
 

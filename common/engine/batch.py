@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from common.engine.media import MediaRows
 from common.types import SamplingParams
 
 
@@ -43,6 +44,8 @@ class BatchRow:
     tail_write: int = -1  # tail block that takes it
     prompt_logprobs: int = -1  # alternatives per prompt token; -1 is none
     prompt_targets: Sequence[int] = ()  # token after each new token, as far as the prompt goes
+    media: Sequence[MediaRows] = ()  # images among the new tokens
+    rope_positions_3T: NDArray[np.int64] | None = None  # of the new tokens, where they are not their indices
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,23 @@ class GroupArrays:
 
 
 @dataclass(frozen=True)
+class BatchMedia:
+    """`rows_N`: indices in T of tokens that images stand for; `parts`: what they take, one after the other.
+
+    `rope_positions_3T`: of all tokens; None where every one turns by its index.
+    """
+
+    rows_N: NDArray[np.int64]
+    parts: Sequence[MediaRows]
+    rope_positions_3T: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
 class Batch:
-    """`last_rows[i]`: index in T of row i's last token, -1 for rows without new tokens."""
+    """`last_rows[i]`: index in T of row i's last token, -1 for rows without new tokens.
+
+    `input_ids_T` is 0 for the tokens that images stand for. `media`: None where no image is in the step or before.
+    """
 
     rows: Sequence[BatchRow]
     input_ids_T: NDArray[np.int64]
@@ -66,6 +84,7 @@ class Batch:
     max_seq_len: int
     groups: Mapping[str, GroupArrays]
     last_rows: Sequence[int] = field(default_factory=list)
+    media: BatchMedia | None = None
 
 
 def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]]) -> Batch:
@@ -79,6 +98,9 @@ def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]])
     input_ids = np.fromiter((t for r in active for t in r.token_ids), np.int64, total)
     row_of_T = np.repeat(np.arange(len(active)), counts)
     positions = np.arange(total, dtype=np.int64) - query_starts[row_of_T] + starts[row_of_T]
+    media = _media(active, query_starts, positions)
+    if media is not None:
+        input_ids[media.rows_N] = 0  # a placeholder may lie past the vocabulary
     seq_lens = (starts + counts).astype(np.int32)
     max_seq_len = int(seq_lens.max(initial=0))
     arrays = {}
@@ -104,4 +126,25 @@ def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]])
         max_seq_len=max_seq_len,
         groups=arrays,
         last_rows=last_rows,
+        media=media,
     )
+
+
+def _media(
+    active: Sequence[BatchRow], query_starts_S1: NDArray[np.int32], positions_T: NDArray[np.int64]
+) -> BatchMedia | None:
+    """Put together what the rows say of images."""
+    if not any(r.media or r.rope_positions_3T is not None for r in active):
+        return None
+    rows: list[int] = []
+    parts: list[MediaRows] = []
+    turned = None
+    for first, row in zip(query_starts_S1.tolist(), active, strict=False):
+        for part in row.media:
+            rows += range(first + part.first, first + part.first + len(part.rows_NW))
+            parts.append(part)
+        if row.rope_positions_3T is not None:
+            if turned is None:
+                turned = np.tile(positions_T, (3, 1))
+            turned[:, first : first + len(row.token_ids)] = row.rope_positions_3T
+    return BatchMedia(np.array(rows, np.int64), parts, turned)

@@ -14,6 +14,7 @@ from common.config import WorkerConfig
 from common.engine.demand import Demand
 from common.engine.engine import Engine, EngineParts
 from common.engine.load import LoadMeter
+from common.engine.media import Media, MediaSource
 from common.engine.messages import EngineReady, PeerTraffic
 from common.engine.outbox import Outbox
 from common.engine.requests import ModelLimits, Requests
@@ -73,11 +74,17 @@ def make_transport(config: WorkerConfig, clock: Clock) -> Transport:
 
 
 def build_engine(
-    config: WorkerConfig, role: Role, clock: Clock, progress: Progress, transport: Transport | None = None
+    config: WorkerConfig,
+    role: Role,
+    clock: Clock,
+    progress: Progress,
+    transport: Transport | None = None,
+    media: MediaSource | None = None,
 ) -> BuiltEngine:
     """Load the model and put an engine together; it has passed its self-test on return.
 
-    Raises ConfigError for a bad checkpoint or setting. `transport` is given in tests that join engines.
+    Raises ConfigError for a bad checkpoint or setting. `transport` is given in tests that join engines. `media`: where
+    image embeddings come from; without it requests with images are refused.
     """
     engine = config.engine
     if engine.num_threads:
@@ -118,7 +125,8 @@ def build_engine(
         max_waiting_seqs=engine.max_waiting_seqs,
         max_num_seqs=engine.max_num_seqs,
     )
-    parts = assemble(config, layout, bases, limits, runner, transport, clock, role)
+    images = Media(spec.media, spec.hidden_size, media, clock)
+    parts = assemble(config, layout, bases, limits, runner, transport, images, clock, role)
     progress("self-test", 0, 1)
     built = Engine(parts)
     self_test(built, parts, transport, bases, max_model_len)
@@ -143,6 +151,7 @@ def assemble(
     limits: ModelLimits,
     runner: ModelRunner,
     transport: Transport,
+    media: Media,
     clock: Clock,
     role: Role,
 ) -> EngineParts:
@@ -151,12 +160,12 @@ def assemble(
     outbox = Outbox()
     cache = KVCacheManager(layout, clock, enable_prefix_caching=engine.enable_prefix_caching)
     scheduler = Scheduler(cache, SchedulerLimits(engine.max_num_seqs, engine.max_num_batched_tokens), clock)
-    requests = Requests(limits, scheduler, outbox, clock)
+    requests = Requests(limits, scheduler, media, outbox, clock)
     reader = HandoffReader(layout, bases, cache, transport, clock, config.handoff, outbox.send)
     demand = Demand(reader, cache, config.handoff, clock)
     leases = Leases(cache, clock, engine.lease_ttl_s)
     publisher = Publisher(layout, bases, cache, digest)
-    supply = Supply(SupplyParts(limits, scheduler, leases, publisher, outbox, clock), requests.next_id)
+    supply = Supply(SupplyParts(limits, scheduler, media, leases, publisher, outbox, clock), requests.next_id)
     speculator = _speculator(config, layout, limits, role)
 
     def counters() -> dict[str, float]:
@@ -193,6 +202,7 @@ def assemble(
         cache=cache,
         scheduler=scheduler,
         requests=requests,
+        media=media,
         demand=demand,
         reader=reader,
         supply=supply,

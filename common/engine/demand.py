@@ -76,6 +76,7 @@ class Demand:
                 start_position=start,
                 adapter_id=seq.adapter_id,
                 cache_salt=seq.cache_salt,
+                embeddings=seq.embeds.handles_at(now) if seq.embeds is not None else (),
                 traceparent=seq.traceparent,
                 priority=seq.priority,
                 remaining_s=remaining_s,

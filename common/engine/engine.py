@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from common.engine.batch import BatchRow, SampleRow, build_batch
 from common.engine.demand import Demand
 from common.engine.load import LoadMeter
+from common.engine.media import Media
 from common.engine.messages import (
     Cancel,
     Drain,
@@ -59,6 +60,7 @@ class EngineParts:
     cache: KVCacheManager
     scheduler: Scheduler
     requests: Requests
+    media: Media
     demand: Demand
     reader: HandoffReader
     supply: Supply
@@ -132,12 +134,14 @@ class Engine:
     def next_deadline(self) -> float:
         """Instant at which `step` must run even if nothing arrives."""
         p = self._p
-        return min(p.requests.next_deadline, p.reader.next_deadline(), p.supply.next_deadline, p.meter.next_report)
+        work = min(p.requests.next_deadline, p.reader.next_deadline(), p.supply.next_deadline, p.media.next_deadline)
+        return min(work, p.meter.next_report)
 
     def step(self) -> bool:
         """Do what can be done now; True if tokens were computed."""
         p = self._p
         p.demand.poll(p.scheduler)
+        p.media.poll()
         p.requests.expire()
         p.supply.expire()
         plan = p.scheduler.schedule()
@@ -173,6 +177,7 @@ class Engine:
         ends = end == seq.num_tokens
         tail = cache.tail_block(seq.seq_id)
         tail_id = -1 if tail is None else tail
+        embeds = seq.embeds
         wants_logprobs = seq.wants_prompt_logprobs and seq.num_computed < seq.num_prompt - 1
         return BatchRow(
             token_ids=seq.token_ids[seq.num_computed : end] + list(item.drafts),
@@ -183,6 +188,8 @@ class Engine:
             tail_write=tail_id if ends and seq.order is not None else -1,
             prompt_logprobs=(seq.sampling.prompt_logprobs or 0) if wants_logprobs else -1,
             prompt_targets=seq.token_ids[seq.num_computed + 1 : min(end + 1, seq.num_prompt)] if wants_logprobs else (),
+            media=embeds.rows_between(seq.num_computed, end) if embeds else (),
+            rope_positions_3T=embeds.rope_positions(seq.num_computed, end + len(item.drafts)) if embeds else None,
         )
 
     def _apply(self, plan: StepPlan, result: StepResult) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from common.engine.media import Media, media_hashes, outside
 from common.engine.messages import PromptLogprobsOf, Submit, prompt_logprobs_nbytes
 from common.engine.outbox import Outbox
 from common.engine.scheduler import Scheduler
@@ -50,9 +51,10 @@ class ModelLimits:
 class Requests:
     """Owns the requests of one engine, by slot."""
 
-    def __init__(self, limits: ModelLimits, scheduler: Scheduler, outbox: Outbox, clock: Clock) -> None:
+    def __init__(self, limits: ModelLimits, scheduler: Scheduler, media: Media, outbox: Outbox, clock: Clock) -> None:
         self._limits = limits
         self._scheduler = scheduler
+        self._media = media
         self._outbox = outbox
         self._clock = clock
         self._by_slot: dict[int, Request] = {}
@@ -87,6 +89,9 @@ class Requests:
         ended = frozenset(message.request.ended_choices)
         choices = [c for c in range(message.request.sampling.n) if c not in ended]
         request.sequences = [self._sequence(message, c, deadline, leads=c == choices[0]) for c in choices]
+        embeds = self._media.open(message.request.embeddings, lambda error: self.fail(message.slot, error))
+        for seq in request.sequences:
+            seq.embeds = embeds
         self._by_slot[message.slot] = request
         if deadline < math.inf:
             heapq.heappush(self._deadlines, (deadline, message.slot))
@@ -246,7 +251,8 @@ class Requests:
             self._remove(seq.slot)
 
     def _remove(self, slot: int) -> None:
-        del self._by_slot[slot]
+        request = self._by_slot.pop(slot)
+        self._media.close(request.sequences[0].embeds)
         kept = self._deadlines
         if len(kept) > 2 * len(self._by_slot) + 64:
             self._deadlines = kept = [d for d in kept if d[1] in self._by_slot]
@@ -282,6 +288,7 @@ class Requests:
             adapter_id=request.adapter_id,
             cache_salt=request.cache_salt,
             traceparent=request.traceparent,
+            media=media_hashes(request.embeddings),
         )
         seq.times.submitted = self._clock.now()
         return seq
@@ -303,16 +310,16 @@ class Requests:
                 param="prompt",
             )
         if params.prompt_logprobs is not None:
-            self._check_prompt_logprobs(len(prompt), params.prompt_logprobs)
+            self._check_prompt_logprobs(prompt, params.prompt_logprobs)
         if params.n > limits.max_num_seqs:
             raise InvalidRequestError(f"n is {params.n}; this worker runs {limits.max_num_seqs} at most", param="n")
         if params.seed is None:
             raise InvalidRequestError("seed must be set before a request reaches an engine", param="seed")
         if request.adapter_id:
             raise UnsupportedError(f"adapter {request.adapter_id!r} is not loaded here", param="adapter_id")
-        if request.embeddings:
-            raise UnsupportedError("this model takes no images", param="embeddings")
-        self._check_ids("prompt", (*prompt, *itertools.chain.from_iterable(request.sent)))
+        self._media.check(request.embeddings, prompt)
+        text = outside(prompt, request.embeddings)
+        self._check_ids("prompt", (*text, *itertools.chain.from_iterable(request.sent)))
         self._check_ids("logit_bias", (i for i, _ in params.logit_bias))
         if len({c for c in request.ended_choices if c < params.n}) >= params.n:
             raise InvalidRequestError("every choice has ended already", param="ended_choices")
@@ -322,7 +329,9 @@ class Requests:
             if choice >= params.n or len(sent) >= params.max_tokens or len(prompt) + len(sent) >= limits.max_model_len:
                 raise InvalidRequestError(f"choice {choice} has nothing left to generate", param="sent")
 
-    def _check_prompt_logprobs(self, num_tokens: int, top_n: int) -> None:
+    def _check_prompt_logprobs(self, prompt: tuple[int, ...], top_n: int) -> None:
+        num_tokens = len(prompt)
+        self._check_ids("prompt_logprobs", prompt)  # a placeholder past the vocabulary has none
         nbytes, limit = prompt_logprobs_nbytes(num_tokens, top_n), self._limits.max_prompt_logprobs_nbytes
         if nbytes > limit:
             raise InvalidRequestError(

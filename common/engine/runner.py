@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from common.attention.context import AttentionBackend, AttentionContext, GroupTables
-from common.engine.batch import Batch, SampleRow
+from common.engine.batch import Batch, BatchMedia, SampleRow
 from common.engine.logprobs import prompt_logprobs
 from common.engine.sampler import Sampler, SampleResult
 from common.kvcache.pool import KVPool
+from common.layers.step import StepMedia
 from common.types import TokenLogprobs
 
 PROMPT_LOGPROB_ROWS = 256  # logits of a whole chunk of prompt would take gigabytes
@@ -28,7 +29,9 @@ PROMPT_LOGPROB_ROWS = 256  # logits of a whole chunk of prompt would take gigaby
 class CausalModel(Protocol):
     """The face of every model family."""
 
-    def forward(self, input_ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor:
+    def forward(
+        self, input_ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext, media: StepMedia | None = None
+    ) -> Tensor:
         """Hidden rows [T, hidden] before the final norm."""
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
@@ -127,7 +130,17 @@ class ModelRunner:
             on_layer=self.on_progress,
         )
         input_ids = torch.from_numpy(batch.input_ids_T).to(dev)
-        return self._model.forward(input_ids, torch.from_numpy(batch.positions_T).to(dev), ctx)
+        media = self._media(batch.media) if batch.media is not None else None
+        return self._model.forward(input_ids, torch.from_numpy(batch.positions_T).to(dev), ctx, media)
+
+    def _media(self, media: BatchMedia) -> StepMedia:
+        dev, turned = self._device, media.rope_positions_3T
+        parts = [part.rows_NW.to(dev) for part in media.parts]
+        return StepMedia(
+            torch.from_numpy(media.rows_N).to(dev),
+            torch.cat(parts) if parts else torch.empty(0, 0, device=dev),
+            torch.from_numpy(turned).to(dev) if turned is not None else None,
+        )
 
     def _gather(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor:
         """Hidden rows of all samples, from this step's forward or, one a sequence, from the tail pool."""

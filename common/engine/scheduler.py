@@ -186,20 +186,27 @@ class Scheduler:
         bisect.insort(self.waiting, seq, key=_rank)
 
     def _admit(self, items: list[StepItem], budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) + len(self.remote) < self._limits.max_num_seqs:
-            seq = self.waiting[0]
+        index = 0
+        most = self._limits.max_num_seqs
+        while index < len(self.waiting) and budget > 0 and len(self.running) + len(self.remote) < most:
+            seq = self.waiting[index]
+            if seq.awaits_media and not seq.remote_peer:  # those behind it need not wait for its images
+                index += 1
+                continue
             hit = self._match(seq)
             if seq.remote_peer and self._try_remote(seq, hit):
-                self.waiting.pop(0)
+                self.waiting.pop(index)
                 seq.phase = Phase.REMOTE
                 self.remote[seq.seq_id] = seq
                 continue
             if seq.remote_peer:  # wants the hand-off and has no room yet: stays first in line
                 break
+            if seq.awaits_media:
+                continue
             num_new = min(seq.num_tokens - hit.num_tokens, budget)
             if not self._start(seq, hit, num_new):
                 break
-            self.waiting.pop(0)
+            self.waiting.pop(index)
             seq.phase = Phase.RUNNING
             seq.num_computed = hit.num_tokens
             bisect.insort(self.running, seq, key=_rank)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from common.engine.media import MediaEmbeds
 from common.engine.pace import Pace
 from common.types import GenerationRequest, RequestStats, SamplingParams, TokenLogprobs
 from common.types.prefix import extend_chain, hash_at
@@ -64,7 +65,8 @@ class Sequence:
     priority: int
     arrival: int
     deadline: float  # engine clock, inf for none
-    media: tuple[tuple[int, bytes], ...] = ()
+    media: tuple[tuple[int, bytes], ...] = ()  # (position, hash) of its images
+    embeds: MediaEmbeds | None = None  # the images themselves
     adapter_id: str = ""
     cache_salt: str = ""
     traceparent: str = ""
@@ -93,6 +95,11 @@ class Sequence:
     def gap(self) -> int:
         """Tokens whose KV is missing."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def awaits_media(self) -> bool:
+        """Are rows of its images still to come? It cannot be computed here before."""
+        return self.embeds is not None and not self.embeds.ready
 
     def grow_chain(self) -> None:
         """Hash the whole units of all tokens known so far."""

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from common.engine.media import Media, media_hashes, outside
 from common.engine.messages import ReaderEvent
 from common.engine.outbox import Outbox
 from common.engine.requests import ModelLimits
@@ -50,6 +51,7 @@ _NO_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1)
 class SupplyParts:
     limits: ModelLimits
     scheduler: Scheduler
+    media: Media
     leases: Leases
     publisher: Publisher
     outbox: Outbox
@@ -75,6 +77,7 @@ class Supply:
             self._answer_failed(message.peer, message.order_id, error)
             return
         seq = self._sequence(message)
+        seq.embeds = self._p.media.open(message.embeddings, lambda error: self.fail(seq, error))
         queue_tokens = sum(s.gap for s in (*self._p.scheduler.waiting, *self._p.scheduler.running))
         self._open[message.peer, message.order_id] = seq
         self._p.scheduler.add(seq)
@@ -186,6 +189,7 @@ class Supply:
     def _close(self, seq: Sequence) -> None:
         assert seq.order is not None
         self._p.scheduler.finish(seq)
+        self._p.media.close(seq.embeds)
         self._open.pop((seq.order.reader, seq.order.order_id), None)
 
     def _tell(self, seq: Sequence, event: OrderEvent) -> None:
@@ -214,6 +218,7 @@ class Supply:
             deadline=now + message.remaining_s if message.remaining_s > 0 else math.inf,
             order=OrderState(message.peer, message.order_id, message.start_position, now),
             phase=Phase.WAITING,
+            media=media_hashes(message.embeddings),
         )
 
     def _check(self, message: PlaceOrder) -> None:
@@ -229,7 +234,8 @@ class Supply:
             raise InvalidRequestError(f"the prompt has {n} tokens; 1 to {limits.max_model_len} are possible")
         if not 0 <= message.start_position < n:
             raise InvalidRequestError(f"start_position {message.start_position} is outside the prompt of {n} tokens")
-        if message.adapter_id or message.embeddings:
-            raise UnsupportedError("adapters and embeddings are not supported by this worker")
-        if not all(0 <= t < limits.vocab_size for t in message.token_ids):
+        if message.adapter_id:
+            raise UnsupportedError("adapters are not supported by this worker")
+        self._p.media.check(message.embeddings, message.token_ids)
+        if not all(0 <= t < limits.vocab_size for t in outside(message.token_ids, message.embeddings)):
             raise InvalidRequestError(f"a token id is outside the vocabulary of {limits.vocab_size}")

@@ -1,6 +1,7 @@
 """What the layers of one forward share: an argument of each, never a global.
 
-Shape letters: T new tokens, S sequences, N tokens of images, D hidden size.
+Shape letters: T new tokens, S sequences, N tokens of images, D hidden size, W elements of
+an image row.
 """
 
 from __future__ import annotations
@@ -22,25 +23,30 @@ MAIN_ROPE = "main"
 
 @dataclass(frozen=True)
 class StepMedia:
-    """Images in a step: tokens `rows_N` (int64, indices in T) have `embeds_NLD`, in the model's dtype, as embeddings.
+    """Images in a step: tokens `rows_N` (int64, indices in T) take `embeds_NW` in place of their embeddings.
 
-    L: the embedding, then the features that are added after layers 0, 1 ... (`MediaSpec`). `rope_positions_3T`:
-    int64 (time, height, width) of every token; None where tokens turn by their index. N may be 0: an image in an
-    earlier step moves the text behind it.
+    A row is [embedding | features added after layer 0 | after layer 1 ...], D wide each (`MediaSpec`), in any
+    floating type. `rope_positions_3T`: int64 (time, height, width) of every token; None where tokens turn by their
+    index. N may be 0: an image in an earlier step moves the text behind it.
     """
 
     rows_N: Tensor
-    embeds_NLD: Tensor
+    embeds_NW: Tensor
     rope_positions_3T: Tensor | None = None
 
     def embed(self, hidden_TD: Tensor) -> None:
         """Put the embeddings in."""
-        hidden_TD.index_copy_(0, self.rows_N, self.embeds_NLD[:, 0])
+        if len(self.rows_N):
+            hidden_TD.index_copy_(0, self.rows_N, self._part(hidden_TD, 0))
 
     def add_features(self, hidden_TD: Tensor, layer_idx: int) -> None:
         """Add the features that layer `layer_idx` is followed by, if there are any."""
-        if layer_idx + 1 < self.embeds_NLD.shape[1]:
-            hidden_TD.index_add_(0, self.rows_N, self.embeds_NLD[:, layer_idx + 1])
+        if (layer_idx + 1) * hidden_TD.shape[1] < self.embeds_NW.shape[1]:
+            hidden_TD.index_add_(0, self.rows_N, self._part(hidden_TD, layer_idx + 1))
+
+    def _part(self, hidden_TD: Tensor, index: int) -> Tensor:
+        width = hidden_TD.shape[1]
+        return self.embeds_NW[:, index * width : (index + 1) * width].to(hidden_TD.dtype)
 
 
 @dataclass(frozen=True)

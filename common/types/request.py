@@ -67,7 +67,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EmbeddingHandle(msgspec.Struct, frozen=True, kw_only=True):
-    """Rows [num_tokens, hidden_size] on an encoder worker that replace placeholder tokens' embeddings."""
+    """Rows [num_tokens, hidden_size] on an encoder worker that replace placeholder tokens' embeddings.
+
+    `hidden_size`: elements of a row, deepstack features included. `grid`: rows by time, height and width.
+    `media_hash` names the data and how it was prepared, so the grid as well.
+    """
 
     owner_id: str
     owner_epoch: int
@@ -76,6 +80,7 @@ class EmbeddingHandle(msgspec.Struct, frozen=True, kw_only=True):
     media_hash: bytes
     position: int
     num_tokens: int
+    grid: tuple[int, int, int]
     hidden_size: int
     dtype: str
     descriptor: bytes

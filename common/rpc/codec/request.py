@@ -94,6 +94,7 @@ def embedding_to_proto(handle: EmbeddingHandle) -> pb.EmbeddingHandle:
 
 def embedding_from_proto(handle: pb.EmbeddingHandle, field: str = "embedding") -> EmbeddingHandle:
     checks.identifier(handle.owner.worker_id, f"{field}.owner.worker_id")
+    num_tokens = checks.at_least(handle.num_tokens, 1, f"{field}.num_tokens")
     return EmbeddingHandle(
         owner_id=handle.owner.worker_id,
         owner_epoch=handle.owner.epoch,
@@ -101,7 +102,8 @@ def embedding_from_proto(handle: pb.EmbeddingHandle, field: str = "embedding") -
         lease_id=handle.lease_id,
         media_hash=checks.hash_bytes(handle.media_hash, f"{field}.media_hash"),
         position=handle.position,
-        num_tokens=checks.at_least(handle.num_tokens, 1, f"{field}.num_tokens"),
+        num_tokens=num_tokens,
+        grid=(1, 1, num_tokens),
         hidden_size=checks.at_least(handle.hidden_size, 1, f"{field}.hidden_size"),
         dtype=handle.dtype,
         descriptor=handle.descriptor,

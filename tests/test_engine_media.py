@@ -1,0 +1,387 @@
+"""Requests with images in an engine: the same tokens as transformers, however their prompt comes to be computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from engine_support import Answer, Pair, Solo, greedy
+from speculative_support import NGRAM, TestDrafter, use
+from tiny_models import make_qwen3_vl
+from vision_support import Illustrated, Layout, illustrated, oracle_logits, oracle_tokens
+
+from common.engine.media import Fetched, MediaEmbeds
+from common.engine.media_local import LocalMedia
+from common.errors import UnavailableError
+from common.types import EmbeddingHandle
+from nanodeploy import LLM, MediaPrompt, MediaRows
+
+COUNT = 12
+ONE: Layout = (21, (1, 10, 8), 14)
+THREE: Layout = (0, (1, 8, 4), 3, (1, 2, 10), 40, (1, 4, 4), 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_qwen3_vl(tmp_path_factory.mktemp("qwen3-vl"), seed=3)
+
+
+def handles(source: LocalMedia, prompt: Illustrated) -> tuple[EmbeddingHandle, ...]:
+    return tuple(source.put(p.position, p.rows_NW, p.grid) for p in prompt.pictures)
+
+
+def ask(engine: Solo, source: LocalMedia, prompt: Illustrated, **more: Any) -> Answer:
+    params = more.pop("params", greedy(COUNT))
+    return engine.submit(prompt.tokens, params, embeddings=handles(source, prompt), **more)
+
+
+def settle(engine: Solo, folder: Path, prompt: Illustrated, answer: Answer) -> None:
+    engine.run(answer)
+    assert answer.failure is None
+    assert answer.tokens[0] == oracle_tokens(folder, prompt, COUNT)
+
+
+@pytest.mark.parametrize("budget", [2048, 7])
+def test_whole_or_in_chunks_and_beside_strangers(folder: Path, budget: int) -> None:
+    """The first image is wider than a chunk, so chunks end inside of it."""
+    source = LocalMedia()
+    solo = Solo(folder, media=source, max_num_batched_tokens=budget)
+    prompts = [illustrated(folder, layout, 10 + i) for i, layout in enumerate((ONE, (33,), THREE))]
+    asked = [(p, ask(solo, source, p)) for p in prompts]
+    solo.step()
+    late = illustrated(folder, ONE, 20)
+    asked.append((late, ask(solo, source, late)))
+    for prompt, answer in asked:
+        settle(solo, folder, prompt, answer)
+    solo.check_idle()
+
+
+def test_a_prefix_is_shared_by_equal_images_alone(folder: Path) -> None:
+    source = LocalMedia()
+    solo = Solo(folder, media=source, block_size=16)
+    prompt = illustrated(folder, ONE, 30)
+    settle(solo, folder, prompt, ask(solo, source, prompt))
+    again = ask(solo, source, prompt)
+    settle(solo, folder, prompt, again)
+    assert again.stats.cached_tokens == len(prompt.tokens) // 16 * 16 > prompt.pictures[0].position + 16
+    other = illustrated(folder, ONE, 31)
+    swapped = Illustrated(prompt.tokens, other.pictures, other.pixels_PC, other.patches_G3, prompt.kinds_T)
+    changed = ask(solo, source, swapped)
+    settle(solo, folder, swapped, changed)
+    assert changed.stats.cached_tokens == prompt.pictures[0].position // 16 * 16
+    solo.check_idle()
+
+
+def test_a_hit_may_end_inside_an_image(folder: Path) -> None:
+    source = LocalMedia()
+    solo = Solo(folder, media=source)
+    long = illustrated(folder, (5, (1, 16, 12), 30), 32)
+    settle(solo, folder, long, ask(solo, source, long))
+    tokens = long.tokens[:]
+    tokens[60] = 77  # the image is tokens 6 to 53
+    changed = Illustrated(tokens, long.pictures, long.pixels_PC, long.patches_G3, long.kinds_T)
+    answer = ask(solo, source, changed)
+    settle(solo, folder, changed, answer)
+    assert answer.stats.cached_tokens == 48
+    solo.check_idle()
+
+
+def test_preempted_and_computed_again(folder: Path) -> None:
+    source = LocalMedia()
+    solo = Solo(folder, media=source, kv_cache_memory_bytes=120_000, max_model_len=128, max_num_seqs=4)
+    prompts = [illustrated(folder, ONE, 40 + i) for i in range(4)]
+    count = 40
+    answers = [ask(solo, source, p, params=greedy(count)) for p in prompts]
+    solo.run()
+    assert sum(a.stats.preemptions for a in answers) > 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.tokens[0] == oracle_tokens(folder, prompt, count)
+    solo.check_idle()
+
+
+def test_resumed_after_output(folder: Path) -> None:
+    source = LocalMedia()
+    solo = Solo(folder, media=source)
+    prompt = illustrated(folder, THREE, 50)
+    sent = tuple(oracle_tokens(folder, prompt, COUNT)[:5])
+    answer = ask(solo, source, prompt, sent=(sent,))
+    settle(solo, folder, prompt, answer)
+
+
+def test_choices_share_the_rows(folder: Path) -> None:
+    source = LocalMedia()
+    solo = Solo(folder, media=source)
+    prompt = illustrated(folder, ONE, 51)
+    answer = ask(solo, source, prompt, params=greedy(COUNT, n=3))
+    solo.run()
+    assert [answer.tokens[c] for c in range(3)] == [oracle_tokens(folder, prompt, COUNT)] * 3
+    solo.check_idle()
+
+
+def test_prompt_logprobs(folder: Path) -> None:
+    source = LocalMedia()
+    solo = Solo(folder, media=source, max_num_batched_tokens=11)
+    prompt = illustrated(folder, ONE, 52)
+    answer = ask(solo, source, prompt, params=greedy(1, prompt_logprobs=0))
+    solo.run()
+    assert answer.prompt_logprobs is not None
+    logprobs = oracle_logits(folder, prompt).log_softmax(-1)
+    expected = logprobs[:-1].gather(1, torch.tensor(prompt.tokens[1:])[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(answer.prompt_logprobs.token_logprobs), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_drafts_behind_an_image(folder: Path, share: float) -> None:
+    source = LocalMedia()
+    solo = Solo(folder, media=source, speculative_config=NGRAM)
+    prompt, params = illustrated(folder, THREE, 53), greedy(COUNT)
+    drafter = TestDrafter(share)
+    drafter.known[tuple(prompt.tokens), params, 0] = oracle_tokens(folder, prompt, COUNT)
+    use(solo, drafter)
+    settle(solo, folder, prompt, ask(solo, source, prompt))
+    speculator = solo.decode.parts.speculator
+    assert speculator is not None
+    assert speculator.num_accepted_tokens > 0
+    solo.check_idle()
+
+
+# -- hand-off --
+
+
+@pytest.mark.parametrize("budget", [2048, 32])
+def test_handed_over(folder: Path, budget: int) -> None:
+    source = LocalMedia()
+    pair = Pair(folder, prefill={"media": source, "max_num_batched_tokens": budget}, media=source)
+    for seed, layout in ((60, ONE), (61, THREE), (60, ONE)):
+        prompt = illustrated(folder, layout, seed)
+        answer = ask(pair, source, prompt)
+        settle(pair, folder, prompt, answer)
+        assert not answer.stats.fallback
+    assert answer.stats.cached_tokens > 0, "the third is the first again"
+    assert pair.decode.parts.reader.counters.done == 3
+    pair.check_idle()
+
+
+def test_a_prefill_worker_without_the_rows_is_done_without(folder: Path) -> None:
+    source = LocalMedia()
+    pair = Pair(folder, prefill={"media": LocalMedia()}, media=source)
+    prompt = illustrated(folder, ONE, 62)
+    answer = ask(pair, source, prompt)
+    settle(pair, folder, prompt, answer)
+    assert answer.stats.fallback == "rejected"
+    pair.check_idle()
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_a_prefill_worker_is_lost(folder: Path, after: int) -> None:
+    source = LocalMedia()
+    pair = Pair(folder, prefill={"media": source, "max_num_batched_tokens": 16}, media=source)
+    pair.network.held = True
+    prompt = illustrated(folder, THREE, 63)
+    answer = ask(pair, source, prompt)
+    for _ in range(after):
+        pair.step()
+        pair.network.step()
+    pair.kill_prefill()
+    settle(pair, folder, prompt, answer)
+    pair.check_idle()
+
+
+def test_a_different_image_is_never_handed_over(folder: Path) -> None:
+    """The two sides disagree about the image: what comes back is refused, and computed here."""
+    source = LocalMedia()
+    pair = Pair(folder, prefill={"media": source}, media=source)
+    place = pair.prefill.engine.handle
+
+    def bend(message: Any) -> None:
+        if getattr(message, "embeddings", ()):
+            wrong = [msgspec.structs.replace(h, media_hash=bytes(16)) for h in message.embeddings]
+            message = msgspec.structs.replace(message, embeddings=tuple(wrong))
+        place(message)
+
+    pair.prefill.engine.handle = bend  # type: ignore[method-assign]
+    prompt = illustrated(folder, ONE, 64)
+    answer = ask(pair, source, prompt)
+    settle(pair, folder, prompt, answer)
+    assert answer.stats.fallback == "prefix_hash"
+    pair.check_idle()
+
+
+# -- fetching --
+
+
+class SlowSource(LocalMedia):
+    """Gives what it has only when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = False
+        self.cancelled: list[int] = []
+
+    def poll(self) -> Sequence[Fetched]:
+        return super().poll() if self.open else ()
+
+    def next_deadline(self) -> float:
+        return math.inf
+
+    def cancel(self, ticket: int) -> None:
+        self.cancelled.append(ticket)
+        super().cancel(ticket)
+
+
+def test_nobody_waits_for_the_images_of_another(folder: Path) -> None:
+    source = SlowSource()
+    solo = Solo(folder, media=source, max_num_seqs=1)
+    prompt, text = illustrated(folder, ONE, 70), illustrated(folder, (20,), 71)
+    slow, quick = ask(solo, source, prompt), ask(solo, source, text)
+    settle(solo, folder, text, quick)
+    solo.step()
+    assert not slow.tokens
+    assert solo.decode.engine.stalled
+    source.open = True
+    settle(solo, folder, prompt, slow)
+    solo.check_idle()
+
+
+def test_an_order_is_placed_while_the_images_come(folder: Path) -> None:
+    here, there = SlowSource(), LocalMedia()
+    pair = Pair(folder, prefill={"media": there}, media=here)
+    prompt = illustrated(folder, ONE, 72)
+    handles(there, prompt)  # under the same numbers
+    answer = ask(pair, here, prompt)
+    settle(pair, folder, prompt, answer)
+    assert answer.stats.transferred_tokens == len(prompt.tokens)
+    pair.check_idle()
+
+
+def test_a_failed_hand_off_waits_for_the_images(folder: Path) -> None:
+    here = SlowSource()
+    pair = Pair(folder, prefill={"media": LocalMedia()}, media=here)
+    prompt = illustrated(folder, ONE, 73)
+    answer = ask(pair, here, prompt)
+    for _ in range(10):
+        pair.step()
+    assert not answer.tokens
+    here.open = True
+    settle(pair, folder, prompt, answer)
+
+
+@pytest.mark.parametrize("end", ["cancel", "deadline"])
+def test_a_request_may_end_while_its_images_come(folder: Path, end: str) -> None:
+    source = SlowSource()
+    solo = Solo(folder, media=source)
+    answer = ask(solo, source, illustrated(folder, THREE, 74), remaining_s=5.0)
+    solo.step()
+    assert solo.decode.parts.media.num_fetching == 3
+    if end == "cancel":
+        solo.cancel(answer)
+    else:
+        solo.clock.advance(6.0)  # type: ignore[attr-defined]
+    solo.run()
+    assert source.cancelled == [1, 2, 3]
+    assert solo.decode.parts.media.num_fetching == 0
+    source.open = True
+    solo.check_idle()
+
+
+def test_rows_that_cannot_be_had_are_one_failure(folder: Path) -> None:
+    source = LocalMedia()
+    solo = Solo(folder, media=source)
+    prompt = illustrated(folder, THREE, 75)
+    given = handles(source, prompt)
+    source.drop(given[1])
+    answer = solo.submit(prompt.tokens, greedy(COUNT, n=2), embeddings=given)
+    solo.run()
+    assert answer.failure is not None
+    assert (answer.failure.code, answer.failure.param) == ("not_found", "embeddings")
+    assert not answer.tokens
+    assert solo.decode.parts.media.num_fetching == 0
+    solo.check_idle()
+
+
+def test_the_source_says_why(folder: Path) -> None:
+    class Broken(LocalMedia):
+        def poll(self) -> Sequence[Fetched]:
+            return [Fetched(f.ticket, None, UnavailableError("the encoder is gone")) for f in super().poll()]
+
+    source = Broken()
+    solo = Solo(folder, media=source)
+    answer = ask(solo, source, illustrated(folder, ONE, 76))
+    solo.run()
+    assert answer.failure is not None
+    assert (answer.failure.code, answer.failure.message) == ("unavailable", "the encoder is gone")
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(20, 64), torch.zeros(20, 192, dtype=torch.int64), None])
+def test_rows_of_another_shape_are_refused(folder: Path, rows: torch.Tensor | None) -> None:
+    class Wrong(LocalMedia):
+        def poll(self) -> Sequence[Fetched]:
+            return [Fetched(f.ticket, rows) for f in super().poll()]
+
+    source = Wrong()
+    solo = Solo(folder, media=source)
+    answer = ask(solo, source, illustrated(folder, ONE, 77))
+    solo.run()
+    assert answer.failure is not None
+    assert "[20, 192]" in answer.failure.message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"position": 21}, "not all placeholders"),
+        ({"position": 300}, "is at tokens [300, 320)"),
+        ({"position": -1}, "is at tokens [-1, 19)"),
+        ({"hidden_size": 64}, "takes 192"),
+        ({"grid": (1, 4, 4)}, "has a grid of (1, 4, 4) and 20 rows"),
+        ({"grid": (1, -4, -5)}, "has a grid"),
+    ],
+)
+def test_handles_that_do_not_fit_are_refused(folder: Path, change: dict[str, Any], words: str) -> None:
+    source = LocalMedia()
+    solo = Solo(folder, media=source)
+    prompt = illustrated(folder, ONE, 78)
+    (handle,) = handles(source, prompt)
+    answer = solo.submit(prompt.tokens, greedy(1), embeddings=(msgspec.structs.replace(handle, **change),))
+    solo.step()
+    assert answer.failure is not None
+    assert (answer.failure.code, answer.failure.param) == ("invalid_request", "embeddings")
+    assert words in answer.failure.message
+
+
+def test_overlapping_handles_and_an_engine_without_a_source_are_refused(folder: Path) -> None:
+    source = LocalMedia()
+    prompt = illustrated(folder, ONE, 79)
+    (handle,) = handles(source, prompt)
+    for solo, given, words in (
+        (Solo(folder, media=source), (handle, handle), "begins before token 42"),
+        (Solo(folder), (handle,), "no source of image embeddings"),
+    ):
+        answer = solo.submit(prompt.tokens, greedy(1), embeddings=given)
+        solo.step()
+        assert answer.failure is not None
+        assert words in answer.failure.message
+
+
+def test_a_handle_passed_on_has_less_time_left() -> None:
+    handle = LocalMedia().put(0, torch.zeros(1, 4), (1, 1, 1))
+    leased = msgspec.structs.replace(handle, remaining_ms=1000)
+    embeds = MediaEmbeds((leased, handle), True, 10.0, lambda error: None, [None, None])
+    assert [h.remaining_ms for h in embeds.handles_at(10.25)] == [750, 0]
+    assert [h.remaining_ms for h in embeds.handles_at(99.0)] == [1, 0]
+
+
+def test_offline(folder: Path) -> None:
+    prompts = [illustrated(folder, layout, 90 + i) for i, layout in enumerate((ONE, (33,), THREE))]
+    given = [MediaPrompt(p.tokens, [MediaRows(i.position, i.rows_NW, i.grid) for i in p.pictures]) for p in prompts]
+    with LLM(folder, dtype="float32", kv_cache_memory_bytes=8 << 20) as llm:
+        outputs = llm.generate(given, greedy(COUNT))
+        assert [o.outputs[0].token_ids for o in outputs] == [oracle_tokens(folder, p, COUNT) for p in prompts]
+        (blind,) = llm.generate([prompts[0].tokens], greedy(COUNT))
+        assert blind.outputs[0].token_ids != outputs[0].outputs[0].token_ids
+        assert not llm._media._rows
