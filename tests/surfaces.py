@@ -125,6 +125,8 @@ _WORKER_METRICS = [
     "spec_decode_num_accepted_tokens_total",
     "spec_decode_num_draft_tokens_total",
     "spec_decode_num_drafts_total",
+    "state_snapshots_skipped_total",
+    "state_snapshots_total",
     "step_sequences",
     "step_tokens",
 ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from kvcache_support import HandClock, chain_of, full, layout, manager, run, snapshots, states, tail, window
 
-from common.kvcache.manager import NO_HIT, KVCacheManager
-from common.types.prefix import hash_at
+from common.kvcache.manager import NO_HIT, BlockCopy, KVCacheManager
 
 A, B = list(range(100)), [*range(40), *range(500, 560)]
 
@@ -210,36 +209,104 @@ def test_a_hit_ends_at_whole_blocks_of_all_groups() -> None:
 
 
 def test_a_snapshot_supplies_exactly_its_position() -> None:
-    m = manager(full(16), snapshots(2))
+    m = manager(full(16), snapshots(3))
     chain = chain_of(A)
     m.open(1, "a")
     assert m.reserve(1, 100)
+    assert m.reserve_states(1)
+    own = m.state_blocks(1)["state"]
+    assert m.state_origin(1) == [BlockCopy("state", -1, own)], "begins with zeros"
     m.advance(1, chain, 64)
-    assert m.match_prefix(chain, 64).num_tokens == 0
-    block = m.reserve_snapshot(1, "state")
-    assert block is not None
-    assert m.reserve_snapshot(1, "state") == block
-    m.seal_snapshot(1, "state", hash_at(chain, A, 64))
-    assert m.match_prefix(chain, 96).num_tokens == 64
-    assert m.block_table(1, "state") == [block]
-    second = m.reserve_snapshot(1, "state")
-    assert second not in (None, block)
-    assert states(m, "state") == (0, 1, 1, 0, 0)
+    assert m.state_origin(1) == [], "goes on from where the step before left it"
+    hit = m.match_prefix(chain, 64)
+    assert (hit.num_tokens, hit.reach) == (0, 64)
+    (copy,) = m.checkpoint(1, chain[4])
+    assert copy == BlockCopy("state", own, copy.target)
+    assert copy.target != own
+    assert m.checkpoint(1, chain[4]) == [], "cached already"
+    hit = m.match_prefix(chain, 96)
+    assert (hit.num_tokens, hit.reach) == (64, 64)
+    assert m.block_table(1, "state") == [own]
+    assert states(m, "state") == (1, 1, 1, 0, 0)
 
     m.open(2, "b")
-    hit = m.match_prefix(chain, 96)
-    assert hit.blocks["state"] == (block,)
+    assert hit.blocks["state"] == (copy.target,)
     assert m.reserve(2, 80, hit)
-    assert m.block_table(2, "state") == [block]
-    assert m.reserve_snapshot(2, "state") is None, "both blocks are held"
+    assert m.reserve_states(2)
+    second = m.state_blocks(2)["state"]
+    assert m.block_table(2, "state") == [copy.target, second]
+    assert m.state_origin(2) == [BlockCopy("state", copy.target, second)]
+    assert m.checkpoint(1, chain[5]) == [], "all blocks are held"
+    assert (m.checkpoints_made, m.checkpoints_skipped) == (1, 1)
     m.advance(2, chain, 65)
-    assert m.block_table(2, "state") == [], "the state was taken over in the first step"
-    assert m.reserve_snapshot(2, "state") == block
+    assert m.block_table(2, "state") == [second], "the state was taken over in the first step"
+    assert m.state_origin(2) == []
+    m.open(3, "c")
+    assert m.reserve(3, 16)
+    assert m.reserve_states(3)
     assert m.match_prefix(chain, 96).num_tokens == 0, "evicted for the new one"
-    for seq_id in (1, 2):
+    m.open(4, "d")
+    assert not m.reserve_states(4)
+    for seq_id in (1, 2, 3, 4):
         m.close(seq_id)
     m.check_idle()
-    assert states(m, "state") == (2, 0, 0, 0, 0)
+    assert states(m, "state") == (3, 0, 0, 0, 0)
+
+
+def test_a_state_that_a_read_may_have_written_is_not_gone_on_from() -> None:
+    """After a failed hand-off it comes from the snapshot or from zeros, read to its end or not."""
+    for ended in (False, True):
+        m = manager(full(16), snapshots(4), tail(1))
+        chain = chain_of(A)
+        run(m, 1, A[:64])
+        m.reserve_states(1)
+        m.checkpoint(1, chain[4])
+        for seq_id, hit, start in ((2, m.match_prefix(chain, 90), 64), (3, NO_HIT, 0)):
+            m.open(seq_id, "b")
+            assert m.reserve(seq_id, 90, hit, fetch_to=90)
+            assert m.reserve_states(seq_id)
+            m.begin_read(seq_id, "state", list(m.state_blocks(seq_id).values()))
+            if ended:
+                m.end_read(seq_id)
+            m.detach_in_flight(seq_id)
+            assert m.num_computed(seq_id) == start
+            assert m.reserve_states(seq_id)
+            source = next(iter(hit.blocks.get("state", ())), -1)
+            assert m.state_origin(seq_id) == [BlockCopy("state", source, m.state_blocks(seq_id)["state"])]
+            if not ended:
+                m.end_read(seq_id)
+            m.close(seq_id)
+        m.close(1)
+        m.check_idle()
+
+
+def test_a_state_with_no_other_origin_takes_the_sequence_back_to_its_start() -> None:
+    m = manager(full(16), snapshots(2))
+    chain = chain_of(A)
+    run(m, 1, A[:32])
+    m.reserve_states(1)
+    assert m.reserve(1, 64, fetch_to=64)
+    m.begin_read(1, "state", list(m.state_blocks(1).values()))
+    m.detach_in_flight(1)
+    assert m.num_computed(1) == 0
+    m.end_read(1)
+    assert m.reserve_states(1)
+    assert m.state_origin(1) == [BlockCopy("state", -1, m.state_blocks(1)["state"])]
+    assert m.reserve(1, 32)
+    m.advance(1, chain, 32)
+    m.close(1)
+    m.check_idle()
+
+
+def test_no_checkpoints_without_a_prefix_cache_or_states() -> None:
+    assert manager(full(4), tail(1)).checkpoint_step == 0
+    assert manager(full(4), snapshots(2), caching=False).checkpoint_step == 0
+    assert manager(full(4, 32), snapshots(2)).checkpoint_step == 32
+    m = manager(full(4), snapshots(2))
+    run(m, 1, A[:16])
+    m.reserve_states(1)
+    m.reset_prefix_cache()
+    assert m.checkpoint(1, chain_of(A)[1]) == [], "of a sequence that began before the reset"
 
 
 def test_only_snapshots() -> None:
@@ -247,10 +314,10 @@ def test_only_snapshots() -> None:
     chain = chain_of(A)
     m.open(1, "a")
     assert m.reserve(1, 10_000)
+    assert m.reserve_states(1)
     for position in (32, 80):
         m.advance(1, chain, position)
-        m.reserve_snapshot(1, "state")
-        m.seal_snapshot(1, "state", hash_at(chain, A, position))
+        assert m.checkpoint(1, chain[position // 16])
     assert m.match_prefix(chain, 96).num_tokens == 80
     assert m.match_prefix(chain, 79).num_tokens == 32
     assert m.match_prefix(chain_of(B), 96).num_tokens == 32
@@ -268,8 +335,7 @@ def test_tail_blocks_are_never_cached() -> None:
     block = m.reserve_tail(1)
     assert block is not None
     assert (m.tail_block(1), m.tail_block(2), m.reserve_tail(2)) == (block, None, None)
-    with pytest.raises(AssertionError, match="not cached"):
-        m.seal_snapshot(1, "tail", b"x" * 16)
+    assert m.checkpoint(1, b"x" * 16) == []
     m.free_tail(1)
     m.free_tail(1)
     assert m.reserve_tail(2) == block

@@ -3,12 +3,12 @@
 The model writes a label into every position of every block: the tokens up to there, and the weights they were
 computed with. Whatever happens, each position that a sequence can still see holds that sequence's own label, a
 prefix hit's blocks hold the asker's labels, and what is leased does not change. Reads scribble over their
-blocks until they end.
+blocks until they end. A state holds the label of the position it belongs to, whatever it went through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import settings
@@ -17,8 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvcache_support import chain_of, full, manager, snapshots, tail, window
 
 from common.kvcache.layout import TAIL_GROUP, GroupSpec
-from common.kvcache.manager import PrefixHit
-from common.types.prefix import hash_at
+from common.kvcache.manager import BlockCopy, PrefixHit
 
 LENGTH = 192
 
@@ -55,13 +54,14 @@ class Read:
 
 
 class Lives(RuleBasedStateMachine):
-    groups = (full(22), window(9, 40, block_size=32), snapshots(3, "state"), tail(2))
+    groups = (full(22), window(9, 40, block_size=32), snapshots(6, "state"), tail(2))
 
     def __init__(self) -> None:
         super().__init__()
         self.m = manager(*self.groups, events=True)
         self.positional = [g for g in self.groups if g.block_size > 1]
         self.has_tail = any(g.name == TAIL_GROUP for g in self.groups)
+        self.has_state = any(g.name == "state" for g in self.groups)
         self.block_size = {g.name: g.block_size for g in self.groups}
         self.held: dict[tuple[str, int, int], Label] = {}  # (group, block, offset) -> label
         self.seqs: dict[int, Seq] = {}
@@ -136,25 +136,47 @@ class Lives(RuleBasedStateMachine):
             assert self.m.ledger() == before
             self.m.close(seq_id)
             return
+        if not self.m.reserve_states(seq_id):
+            self.m.close(seq_id)
+            return
         self._check_hit(stream, hit)
         self.seqs[seq_id] = Seq(seq_id, stream, self.weights, hit.num_tokens)
 
-    @rule(n=st.integers(0, 99), num_new=st.integers(1, 70), rejected=st.integers(0, 6))
-    def compute(self, n: int, num_new: int, rejected: int) -> None:
-        """A step: a chunk, or a few tokens of which some turn out to be wrong drafts."""
+    def _copy(self, copies: Sequence[BlockCopy]) -> None:
+        for group, source, target in copies:
+            zeros: Label = (self.weights, PREFIXES[0][0])
+            self.held[group, target, 0] = self.held[group, source, 0] if source >= 0 else zeros
+
+    def _update_state(self, seq: Seq, end: int) -> None:
+        """What layers do in place: from the computed position to `end`."""
+        for name, block in self.m.state_blocks(seq.seq_id).items():
+            if seq.computed:
+                assert self.held[name, block, 0] == seq.label(seq.computed), f"the state is not of {seq.computed}"
+            self.held[name, block, 0] = seq.label(end)
+
+    @rule(n=st.integers(0, 99), num_new=st.integers(1, 70), rejected=st.integers(0, 6), keep=st.booleans())
+    def compute(self, n: int, num_new: int, rejected: int, keep: bool) -> None:
+        """A step: a chunk, or a few tokens of which some turn out to be wrong drafts; a state cannot be cut back."""
         seq = self._pick(n, fetching=False)
-        if seq is None:
+        if seq is None or not self.m.reserve_states(seq.seq_id):
             return
         end = min(seq.computed + num_new, LENGTH)
+        if self.has_state:
+            rejected, end = 0, max(seq.computed, end - end % 16) if keep else end
         before = self.m.ledger()
         if not self.m.reserve(seq.seq_id, end):
             assert self.m.ledger() == before
             return
         kept = max(seq.computed, end - rejected)
+        if kept > seq.computed:
+            self._copy(self.m.state_origin(seq.seq_id))
+            self._update_state(seq, kept)
         self._write(seq, range(seq.computed, kept))
         self._write(seq, range(kept, end), draft=True)
         self.m.advance(seq.seq_id, CHAINS[seq.stream], kept)
         seq.computed = kept
+        if self.has_state and kept and kept % 16 == 0:
+            self._copy(self.m.checkpoint(seq.seq_id, CHAINS[seq.stream][kept // 16]))
         if rejected % 2:
             self.m.truncate(seq.seq_id, kept)
 
@@ -171,6 +193,8 @@ class Lives(RuleBasedStateMachine):
         end = min(seq.computed + more, LENGTH) if seq else 0
         if seq is None or end == seq.computed or seq.computed % 32 or seq.weights != self.weights:
             return
+        if not self.m.reserve_states(seq.seq_id):
+            return
         if not self.m.reserve(seq.seq_id, end, fetch_to=end if planned else 0):
             return
         self.m.truncate(seq.seq_id, end)
@@ -181,6 +205,9 @@ class Lives(RuleBasedStateMachine):
             blocks = self.m.block_table(seq.seq_id, g.name)[first:]
             read.blocks += [(g.name, b) for b in blocks]
             self.m.begin_read(seq.read_id, g.name, blocks)
+        for name, block in self.m.state_blocks(seq.seq_id).items():
+            self.m.begin_read(seq.read_id, name, [block])
+            read.blocks.append((name, block))
         if tail_too and self.has_tail and (block := self.m.reserve_tail(seq.seq_id)) is not None:
             self.m.begin_read(seq.read_id, TAIL_GROUP, [block])
             read.blocks.append((TAIL_GROUP, block))
@@ -197,6 +224,8 @@ class Lives(RuleBasedStateMachine):
             for p in range(first, seq.fetching):
                 if (g.name, table[p // g.block_size]) in blocks:
                     self.held[g.name, table[p // g.block_size], p % g.block_size] = seq.label(p + 1)
+        for name, block in self.m.state_blocks(seq.seq_id).items():
+            self.held[name, block, 0] = seq.label(seq.fetching)
         self.m.end_read(seq.read_id)
         self.m.advance(seq.seq_id, CHAINS[seq.stream], seq.fetching)
         seq.computed, seq.fetching = seq.fetching, 0
@@ -247,20 +276,6 @@ class Lives(RuleBasedStateMachine):
         del self.leases[lease_id]
         self.m.lease_unpin(lease_id)
         self.m.lease_unpin(lease_id)
-
-    @rule(n=st.integers(0, 99), seal=st.booleans())
-    def snapshot(self, n: int, seal: bool) -> None:
-        """Write the recurrent state at the computed position."""
-        seq = self._pick(n, fetching=False)
-        if seq is None or not any(g.name == "state" for g in self.groups):
-            return
-        block = self.m.reserve_snapshot(seq.seq_id, "state")
-        if block is None:
-            return
-        self.held["state", block, 0] = seq.label(seq.computed)
-        if seal and seq.computed:
-            prefix_hash = hash_at(CHAINS[seq.stream], STREAMS[seq.stream], seq.computed)
-            self.m.seal_snapshot(seq.seq_id, "state", prefix_hash)
 
     @rule(n=st.integers(0, 99), free=st.booleans())
     def tail_row(self, n: int, free: bool) -> None:

@@ -11,7 +11,8 @@ from models_support import CPU
 from tiny_models import make_llama, make_qwen3
 
 from common.errors import ConfigError
-from common.kvcache.layout import TAIL_GROUP, KVLayout, KVPlace, Retention, Sharding
+from common.kvcache.layout import TAIL_GROUP, GroupSpec, KVLayout, KVPlace, RegionSpec, Retention, Sharding
+from common.kvcache.manager import BlockCopy
 from common.kvcache.pool import KVPool
 from common.models.cache_spec import attention_cache
 from common.models.kv import kv_layout, nbytes_per_token, size_num_blocks
@@ -202,3 +203,32 @@ def test_tails(llama: ModelSpec) -> None:
     assert torch.equal(pool.read_tail([2])[0], rows[0])
     pool.write_tail([1], rows[:1].bfloat16())
     assert torch.equal(pool.read_tail([1]), rows[:1].bfloat16().float())
+
+
+def test_whole_blocks_are_copied_in_order() -> None:
+    """With all regions and the gaps between them; a source of -1 is zeros."""
+    groups = tuple(GroupSpec(name=n, retention=Retention.SNAPSHOT, block_size=1, num_blocks=4) for n in ("a", "b"))
+    regions = tuple(
+        RegionSpec(
+            name=f"{g}{w}",
+            group=g,
+            dtype="float32",
+            num_layers=2,
+            num_parts=1,
+            num_units=3,
+            width=w,
+            sharding=Sharding.REPLICATED,
+        )
+        for g, w in (("a", 2), ("a", 10), ("b", 4))
+    )
+    layout = KVLayout(model_hash=b"m" * 16, groups=groups, regions=regions)
+    pool = KVPool(layout, None, CPU)
+    for r in regions:
+        pool.region(r.name).copy_(torch.randn(pool.region(r.name).shape))
+    before = {r.name: pool.region(r.name).clone() for r in regions}
+    pool.copy_blocks([BlockCopy("a", 1, 3), BlockCopy("b", -1, 0), BlockCopy("a", -1, 1), BlockCopy("b", 2, 1)])
+    for r in regions:
+        order, zeroed = ([0, 1, 2, 1], 1) if r.group == "a" else ([0, 2, 2, 3], 0)
+        expected = before[r.name][order]
+        expected[zeroed] = 0
+        assert torch.equal(pool.region(r.name), expected)

@@ -55,6 +55,9 @@ class EngineConfig(_Section):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of device memory to use")
     enable_prefix_caching: bool = True
     speculative_config: SpeculativeConfig = SpeculativeConfig()
+    state_snapshot_interval: int = Field(
+        2048, ge=1, description="recurrent layers: tokens of a long prompt between two cached copies of their state"
+    )
     tensor_parallel_size: int = Field(1, ge=1)
     attention_backend: Literal["auto", "reference", "cpu"] = "auto"
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 is all cores")

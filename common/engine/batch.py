@@ -34,6 +34,7 @@ class BatchRow:
     """Compute `token_ids` from position `start`. `tables`: block ids by group, at least up to the last position.
 
     `samples`: draws from the last rows, one for each: from the last row alone, or also from those of drafts.
+    `states`: by snapshot group of the model, the block with the sequence's state.
     """
 
     token_ids: Sequence[int]
@@ -46,6 +47,7 @@ class BatchRow:
     prompt_targets: Sequence[int] = ()  # token after each new token, as far as the prompt goes
     media: Sequence[MediaRows] = ()  # images among the new tokens
     rope_positions_3T: NDArray[np.int64] | None = None  # of the new tokens, where they are not their indices
+    states: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Batch:
     """`last_rows[i]`: index in T of row i's last token, -1 for rows without new tokens.
 
     `input_ids_T` is 0 for the tokens that images stand for. `media`: None where no image is in the step or before.
+    `states_S`: blocks by group.
     """
 
     rows: Sequence[BatchRow]
@@ -85,6 +88,7 @@ class Batch:
     groups: Mapping[str, GroupArrays]
     last_rows: Sequence[int] = field(default_factory=list)
     media: BatchMedia | None = None
+    states_S: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
 def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]]) -> Batch:
@@ -112,6 +116,7 @@ def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]])
         np.maximum(tables, 0, out=tables)
         slots = tables[row_of_T, positions // block_size].astype(np.int64) * block_size + positions % block_size
         arrays[name] = GroupArrays(tables, slots, block_size, window)
+    states = active[0].states if active else ()
     last_rows, index = [], 0
     for r in rows:
         index += len(r.token_ids)
@@ -127,6 +132,7 @@ def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]])
         groups=arrays,
         last_rows=last_rows,
         media=media,
+        states_S={name: np.fromiter((r.states[name] for r in active), np.int64, len(active)) for name in states},
     )
 
 

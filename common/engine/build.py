@@ -159,7 +159,10 @@ def assemble(
     engine = config.engine
     outbox = Outbox()
     cache = KVCacheManager(layout, clock, enable_prefix_caching=engine.enable_prefix_caching)
-    scheduler = Scheduler(cache, SchedulerLimits(engine.max_num_seqs, engine.max_num_batched_tokens), clock)
+    scheduler_limits = SchedulerLimits(
+        engine.max_num_seqs, engine.max_num_batched_tokens, engine.state_snapshot_interval
+    )
+    scheduler = Scheduler(cache, scheduler_limits, clock)
     requests = Requests(limits, scheduler, media, outbox, clock)
     reader = HandoffReader(layout, bases, cache, transport, clock, config.handoff, outbox.send)
     demand = Demand(reader, cache, config.handoff, clock)
@@ -178,6 +181,8 @@ def assemble(
             "kv_transfer_reads_total": c.reads,
             "kv_digest_mismatches_total": c.mismatches,
             "kv_unknown_leases_total": leases.counters.lost,
+            "state_snapshots_total": cache.checkpoints_made,
+            "state_snapshots_skipped_total": cache.checkpoints_skipped,
             "handoff_orders_total": c.placed,
             "handoff_fallbacks_total": sum(demand.fallbacks.values()),
             "prefill_orders_finished_total": supply.finished,

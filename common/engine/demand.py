@@ -46,12 +46,20 @@ class Demand:
             self._fall_back(seq, "peer not usable")
             return False
         self._cache.open(seq.seq_id, seq.label)
-        n = seq.num_tokens
-        if not self._cache.reserve(seq.seq_id, n, hit, fetch_to=n) or self._cache.reserve_tail(seq.seq_id) is None:
+        if not self._has_room(seq, hit):
             self._cache.close(seq.seq_id)
             return False
         self._place(seq, hit.num_tokens)
         return True
+
+    def _has_room(self, seq: Sequence, hit: PrefixHit) -> bool:
+        """Blocks for all that comes: KV of every position, the states and the hidden row at the end."""
+        seq_id, n = seq.seq_id, seq.num_tokens
+        return (
+            self._cache.reserve(seq_id, n, hit, fetch_to=n)
+            and self._cache.reserve_states(seq_id)
+            and self._cache.reserve_tail(seq_id) is not None
+        )
 
     def _place(self, seq: Sequence, start: int) -> None:
         now = self._clock.now()

@@ -34,12 +34,12 @@ from common.engine.outbox import Outbox
 from common.engine.requests import Requests
 from common.engine.runner import Drawn, ModelRunner, StepResult
 from common.engine.scheduler import Scheduler, StepItem, StepPlan
-from common.engine.sequence import Phase
+from common.engine.sequence import Phase, Sequence
 from common.engine.speculative import Speculator
 from common.engine.supply import Supply
 from common.errors import InternalError
 from common.kvcache.layout import KVLayout, Retention
-from common.kvcache.manager import KVCacheManager
+from common.kvcache.manager import BlockCopy, KVCacheManager
 from common.kvtransfer.orders import DropOrder, PlaceOrder, ReleaseLease
 from common.kvtransfer.session import HandoffReader
 from common.telemetry import get_logger
@@ -161,6 +161,7 @@ class Engine:
     def _run(self, plan: StepPlan) -> None:
         runner = self._p.runner
         try:
+            runner.copy_blocks(self._state_origins(plan))
             pending = runner.forward(build_batch([self._row(i) for i in plan.items], self._groups))
             runner.sample(pending)
             result = runner.collect(pending)
@@ -170,6 +171,10 @@ class Engine:
         self._failed_steps = 0
         self._p.meter.step(plan)
         self._apply(plan, result)
+
+    def _state_origins(self, plan: StepPlan) -> list[BlockCopy]:
+        """What gives the states of sequences that start now their first values."""
+        return [c for item in plan.items if item.num_new for c in self._p.cache.state_origin(item.seq.seq_id)]
 
     def _row(self, item: StepItem) -> BatchRow:
         seq, cache = item.seq, self._p.cache
@@ -190,6 +195,7 @@ class Engine:
             prompt_targets=seq.token_ids[seq.num_computed + 1 : min(end + 1, seq.num_prompt)] if wants_logprobs else (),
             media=embeds.rows_between(seq.num_computed, end) if embeds else (),
             rope_positions_3T=embeds.rope_positions(seq.num_computed, end + len(item.drafts)) if embeds else None,
+            states=cache.state_blocks(seq.seq_id),
         )
 
     def _apply(self, plan: StepPlan, result: StepResult) -> None:
@@ -223,6 +229,8 @@ class Engine:
             seq.num_computed += item.num_new + max(num_tokens - 1, 0)
             seq.grow_chain()
             p.cache.advance(seq.seq_id, seq.chain, seq.num_computed)
+            if seq.num_computed in seq.checkpoints:
+                self._checkpoint(seq)
         if item.drafts:
             assert p.speculator is not None
             num_right = sum(map(operator.eq, item.drafts, drawn.token_ids[:num_tokens]))
@@ -230,6 +238,10 @@ class Engine:
             if num_tokens <= len(item.drafts):
                 p.cache.truncate(seq.seq_id, seq.num_tokens)
         return num_tokens
+
+    def _checkpoint(self, seq: Sequence) -> None:
+        """Cache a copy of the state that the step has left, where there is room for one."""
+        self._p.runner.copy_blocks(self._p.cache.checkpoint(seq.seq_id, seq.prefix_hash(seq.num_computed)))
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         self._failed_steps += 1

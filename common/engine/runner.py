@@ -19,6 +19,7 @@ from common.attention.context import AttentionBackend, AttentionContext, GroupTa
 from common.engine.batch import Batch, BatchMedia, SampleRow
 from common.engine.logprobs import prompt_logprobs
 from common.engine.sampler import Sampler, SampleResult
+from common.kvcache.manager import BlockCopy
 from common.kvcache.pool import KVPool
 from common.layers.step import StepMedia
 from common.types import TokenLogprobs
@@ -82,6 +83,11 @@ class ModelRunner:
         """Called at each layer of a step: a long step is not a hung one."""
 
     @torch.inference_mode()
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, after what was run before and before what is run next."""
+        self._pool.copy_blocks(copies)
+
+    @torch.inference_mode()
     def forward(self, batch: Batch) -> Pending:
         """Compute new KV and the logits of the rows that are sampled."""
         hidden_TD = self._run_model(batch) if len(batch.input_ids_T) else None
@@ -128,6 +134,7 @@ class ModelRunner:
             kv=self._pool,
             backend=self._backend,
             on_layer=self.on_progress,
+            states={name: torch.from_numpy(ids).to(dev) for name, ids in batch.states_S.items()},
         )
         input_ids = torch.from_numpy(batch.input_ids_T).to(dev)
         media = self._media(batch.media) if batch.media is not None else None

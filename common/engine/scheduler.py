@@ -5,7 +5,8 @@
 Running sequences come first, then waiting ones by priority and arrival, all within one token budget.
 Blocks are reserved before a sequence is planned. When a running sequence cannot grow, the running
 sequence that comes last by (priority, arrival) gives its blocks back and waits again: recompute is the same
-rule from the start. Orders reserve their whole prompt when they start and are never preempted.
+rule from the start. Orders reserve their whole prompt when they start and are never preempted. Steps of a prompt end
+where its state is to be cached (`common.engine.checkpoints`).
 
 A running sequence that lacks one token only may carry drafts behind it, from what the running ones leave of the
 budget and of the free blocks: nobody is preempted for a guess.
@@ -17,6 +18,7 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from common.engine.checkpoints import checkpoints, cut
 from common.engine.sequence import Phase, Sequence
 from common.kvcache.manager import KVCacheManager, PrefixHit
 from common.types import Clock
@@ -26,6 +28,7 @@ from common.types import Clock
 class SchedulerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
+    state_snapshot_interval: int = 2048
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             seq = self.running[index]
-            num_new = min(seq.gap, budget)
+            num_new = cut(seq.checkpoints, seq.num_computed, min(seq.gap, budget))
             if not self._make_room(seq, num_new, preempted):
                 continue
             items.append(StepItem(seq, num_new))
@@ -203,7 +206,8 @@ class Scheduler:
                 break
             if seq.awaits_media:
                 continue
-            num_new = min(seq.num_tokens - hit.num_tokens, budget)
+            self._plan_checkpoints(seq, hit)
+            num_new = cut(seq.checkpoints, hit.num_tokens, min(seq.num_tokens - hit.num_tokens, budget))
             if not self._start(seq, hit, num_new):
                 break
             self.waiting.pop(index)
@@ -219,10 +223,17 @@ class Scheduler:
         limit = 0 if seq.wants_prompt_logprobs else seq.num_tokens - 1
         return self._cache.match_prefix(seq.chain, limit)
 
+    def _plan_checkpoints(self, seq: Sequence, hit: PrefixHit) -> None:
+        step = self._cache.checkpoint_step
+        if step:
+            interval = self._limits.state_snapshot_interval
+            seq.checkpoints = checkpoints(hit, seq.num_prompt, seq.num_tokens, step, interval)
+
     def _start(self, seq: Sequence, hit: PrefixHit, num_new: int) -> bool:
         whole = seq.order is not None
         self._cache.open(seq.seq_id, seq.label)
         ok = self._cache.reserve(seq.seq_id, seq.num_tokens if whole else hit.num_tokens + num_new, hit)
+        ok = ok and self._cache.reserve_states(seq.seq_id)
         if ok and whole:
             ok = self._cache.reserve_tail(seq.seq_id) is not None
         if not ok:

@@ -36,6 +36,7 @@ def self_test(
     _generate(engine, prompt)
     parts.cache.reset_prefix_cache()
     parts.cache.check_idle()
+    parts.cache.checkpoints_made = parts.cache.checkpoints_skipped = 0
     parts.requests.finished.clear()
     parts.requests.tokens_out = 0
     parts.supply.finished = 0
@@ -65,7 +66,8 @@ def _read_back(
         raise InternalError(f"self-test: a one-block prompt was not computed: {failed}")
     cache = parts.cache
     cache.open(_SEQ, "self-test")
-    if not cache.reserve(_SEQ, len(prompt)) or cache.reserve_tail(_SEQ) is None:
+    reserved = cache.reserve(_SEQ, len(prompt)) and cache.reserve_states(_SEQ)
+    if not reserved or cache.reserve_tail(_SEQ) is None:
         raise InternalError("self-test: no KV blocks to read back into")
     peer = transport.connect(transport.endpoint())
     extents = [e for e in events if isinstance(e, OrderExtent)]

@@ -6,6 +6,11 @@
 blocks are sealed (found by others from then on), and blocks that left every window are given back. Preemption
 is `close` and a later `open`: the sealed blocks are likely prefix hits. Leases pin blocks past `close`; remote
 reads keep theirs in flight past `close`. One thread owns a manager; nothing in it waits.
+
+A *state* is a snapshot group other than the tail: a sequence owns one block of it, which every step updates in
+place. It is found by others only through copies, made where `checkpoint` is called:
+
+    reserve_states -> state_origin, copied or zeroed before the first step -> (steps) -> checkpoint, copied and cached
 """
 
 from __future__ import annotations
@@ -25,10 +30,10 @@ from common.kvcache.prefix import (
     longest_hit,
     match_step,
 )
-from common.kvcache.tables import SequenceBlocks, SnapshotSlot, seal_full_blocks
+from common.kvcache.tables import BlockCopy, SequenceBlocks, SnapshotSlot, seal_full_blocks
 from common.types import BlockStates, Clock
 
-__all__ = ["NO_HIT", "KVCacheManager", "PrefixHit"]
+__all__ = ["NO_HIT", "BlockCopy", "KVCacheManager", "PrefixHit"]
 
 
 class KVCacheManager:
@@ -47,12 +52,16 @@ class KVCacheManager:
         self._pools = {g.name: BlockPool(g, PrefixIndex(g, self._log), clock) for g in layout.groups}
         self._positional = [g for g in layout.groups if g.retention is not Retention.SNAPSHOT]
         self._snapshots = [g for g in layout.groups if g.retention is Retention.SNAPSHOT]
+        self._states = tuple(g.name for g in self._snapshots if g.name != TAIL_GROUP)
         self._table_pools = [self._pools[g.name] for g in self._positional]
         self._slot_pools = [self._pools[g.name] for g in self._snapshots]
         self._table_at = {g.name: i for i, g in enumerate(self._positional)}
         self._slot_at = {g.name: i for i, g in enumerate(self._snapshots)}
         self._indexes = [(p.spec, p.index) for p in self._pools.values()]
         self._step = match_step(layout.groups)
+        self.checkpoint_step = self._step if self._states and enable_prefix_caching else 0
+        """Prefix hits want a copy of the state at a multiple of this; 0 where nobody does."""
+        self.checkpoints_made = self.checkpoints_skipped = 0
         self._seqs: dict[int, SequenceBlocks] = {}
         self._leases: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
         self._reads: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
@@ -167,50 +176,53 @@ class KVCacheManager:
         seq, at = self._seqs[seq_id], self._table_at.get(group)
         return seq.slots[self._slot_at[group]].held() if at is None else seq.tables[at].blocks
 
-    def reserve_snapshot(self, seq_id: int, group: str) -> int | None:
-        """A block of a snapshot group for the sequence to write; the same one until it is sealed. None: no room.
+    def reserve_states(self, seq_id: int) -> bool:
+        """A block of each state, to be updated in place. False: no room; what it got stays the sequence's."""
+        return all(self._hold_own(seq_id, name) is not None for name in self._states)
 
-        Lets the sealed one go: it is cached from then on.
+    def state_blocks(self, seq_id: int) -> dict[str, int]:
+        """The sequence's block of each state."""
+        return {name: self._slot(seq_id, name)[0].own for name in self._states}
+
+    def state_origin(self, seq_id: int) -> list[BlockCopy]:
+        """What to do before the next step computes, so that the states are those of the computed position.
+
+        Empty when the step before left them so: only a start, from a hit or from nothing, has an origin.
         """
-        slot, pool = self._slot(seq_id, group)
-        if slot.own >= 0 and not slot.sealed:
-            return slot.own
-        self.free_snapshot(seq_id, group)
-        if not pool.num_available:
-            return None
-        (slot.own,) = pool.allocate(1)
-        return slot.own
+        slots = [(name, self._slot(seq_id, name)[0]) for name in self._states]
+        begins = not self._seqs[seq_id].num_computed
+        return [BlockCopy(name, s.source, s.own) for name, s in slots if begins or s.source >= 0]
 
-    def seal_snapshot(self, seq_id: int, group: str, prefix_hash: bytes) -> None:
-        """The snapshot is written and final: others find it under the hash of the tokens before it.
+    def checkpoint(self, seq_id: int, prefix_hash: bytes) -> list[BlockCopy]:
+        """Cache the states at the computed position, `prefix_hash` being that of the tokens before it.
 
-        The sequence holds it until its next `reserve_snapshot` or `free_snapshot`, or its end.
+        Returns the copies to make before the next step; empty if they are cached already or there is no room.
         """
-        assert group != TAIL_GROUP, "the tail row belongs to one prompt and is not cached"
-        slot, pool = self._slot(seq_id, group)
-        assert slot.own >= 0, f"sequence {seq_id} has no snapshot of group {group} to seal"
-        assert not slot.sealed, f"sequence {seq_id} has sealed its snapshot of group {group}"
-        if self._seqs[seq_id].seals:
-            pool.seal(slot.own, prefix_hash)
-        slot.sealed = True
-
-    def free_snapshot(self, seq_id: int, group: str) -> None:
-        """Let go of the sequence's own snapshot: cached if it is sealed, else free. Idempotent."""
-        slot, pool = self._slot(seq_id, group)
-        if slot.own >= 0:
-            pool.release((slot.own,))
-        slot.own, slot.sealed = -1, False
+        slots = [self._slot(seq_id, name) for name in self._states]
+        missing = [(slot, pool) for slot, pool in slots if pool.index.get(prefix_hash) is None]
+        if not self._seqs[seq_id].seals or not all(pool.num_available for _, pool in missing):
+            self.checkpoints_skipped += 1
+            return []
+        self.checkpoints_made += bool(missing)
+        copies = []
+        for slot, pool in missing:
+            (block_id,) = pool.allocate(1)
+            pool.seal(block_id, prefix_hash)
+            pool.release((block_id,))
+            copies.append(BlockCopy(pool.spec.name, slot.own, block_id))
+        return copies
 
     def reserve_tail(self, seq_id: int) -> int | None:
         """The sequence's block for the last hidden row of its prompt. None: no room."""
-        return self.reserve_snapshot(seq_id, TAIL_GROUP)
+        return self._hold_own(seq_id, TAIL_GROUP)
 
     def tail_block(self, seq_id: int) -> int | None:
         own = self._slot(seq_id, TAIL_GROUP)[0].own
         return own if own >= 0 else None
 
     def free_tail(self, seq_id: int) -> None:
-        self.free_snapshot(seq_id, TAIL_GROUP)
+        """Let go of it. Idempotent."""
+        self._free_own(seq_id, TAIL_GROUP)
 
     def begin_read(self, read_id: int, group: str, block_ids: Sequence[int]) -> None:
         """A remote read writes these blocks of one sequence until `end_read`. A read may grow, over groups too."""
@@ -225,18 +237,21 @@ class KVCacheManager:
     def detach_in_flight(self, seq_id: int) -> None:
         """Let go of blocks that reads may still write, and of all else past the computed position.
 
-        The sequence goes on from `num_computed` after its next `reserve`. That is lower than before only where
-        a block was computed in part and is being read as well.
+        The sequence goes on from `num_computed` after its next `reserve` (and `reserve_states`). That is lower than
+        before only where a block was computed in part and is being read as well, or a state has no other origin.
         """
         seq = self._seqs[seq_id]
         seq.fetch_to = 0
+        lost = False
         for name, slot, pool in zip(self._slot_at, seq.slots, self._slot_pools, strict=True):
-            if slot.own >= 0 and pool.is_in_flight(slot.own):
-                self.free_snapshot(seq_id, name)
+            is_state = name != TAIL_GROUP
+            if slot.own >= 0 and (pool.is_fetched(slot.own) if is_state else pool.is_in_flight(slot.own)):
+                lost |= is_state and slot.source < 0
+                self._free_own(seq_id, name)
         position = seq.num_computed
-        if not self._is_settled(seq, position):
+        if lost or not self._is_settled(seq, position):
             position -= position % self._step
-            if any(g.name != TAIL_GROUP for g in self._snapshots) or not self._is_settled(seq, position):
+            if self._states or not self._is_settled(seq, position):
                 position = 0
             self._drop_sources(seq)
         seq.num_computed = position
@@ -322,6 +337,19 @@ class KVCacheManager:
     def _slot(self, seq_id: int, group: str) -> tuple[SnapshotSlot, BlockPool]:
         at = self._slot_at[group]
         return self._seqs[seq_id].slots[at], self._slot_pools[at]
+
+    def _hold_own(self, seq_id: int, group: str) -> int | None:
+        """The sequence's own block of a snapshot group. None: no room."""
+        slot, pool = self._slot(seq_id, group)
+        if slot.own < 0 and pool.num_available:
+            (slot.own,) = pool.allocate(1)
+        return slot.own if slot.own >= 0 else None
+
+    def _free_own(self, seq_id: int, group: str) -> None:
+        slot, pool = self._slot(seq_id, group)
+        if slot.own >= 0:
+            pool.release((slot.own,))
+        slot.own = -1
 
     def _cut(self, seq: SequenceBlocks, num_tokens: int) -> None:
         for table, pool in zip(seq.tables, self._table_pools, strict=True):

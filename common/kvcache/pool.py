@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from common.kvcache.layout import ALIGN, TAIL_GROUP, KVLayout, RegionSpec
+from common.kvcache.tables import BlockCopy
 
 
 class KVPool:
@@ -43,6 +44,15 @@ class KVPool:
     def region(self, name: str) -> Tensor:
         """[num_blocks, num_layers, num_parts, units, block_size, width], strided over the pool. KeyError."""
         return self._regions[name]
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Make these copies, whole blocks with all regions, in this order."""
+        for group, source, target in copies:
+            rows = self._memory[group].view(self.layout.group(group).num_blocks, -1)
+            if source < 0:
+                rows[target].zero_()
+            else:
+                rows[target].copy_(rows[source])
 
     def write_tail(self, block_ids: Sequence[int], hidden_RD: Tensor) -> None:
         """Keep one last hidden row in each of these tail blocks."""

@@ -104,11 +104,13 @@ class PrefixHit:
 
     `blocks[group][i]` is the block of positions [i * block_size, (i + 1) * block_size), -1 where a window does
     not reach; of a snapshot group it is the one snapshot at `num_tokens`. `chain` is the prefix that was found.
+    `reach` is what the positional groups alone could supply: with a snapshot there, the hit would be that long.
     """
 
     num_tokens: int = 0
     blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     chain: tuple[bytes, ...] = ()
+    reach: int = 0
 
     def __bool__(self) -> bool:
         return self.num_tokens > 0
@@ -146,17 +148,24 @@ def longest_hit(groups: Sequence[tuple[GroupSpec, PrefixIndex]], chain: Sequence
     for g, index in groups:
         if g.retention is Retention.FULL:
             position = _full_run(index, chain, g.block_size, position)
-    rest = [(g, index) for g, index in groups if g.retention is not Retention.FULL]
-    position -= position % step
-    while position > 0:
-        limit = min((_supplied(g, index, chain, position) for g, index in rest), default=position)
-        if limit == position:
-            break
-        position = limit - limit % step
+    windows = [(g, index) for g, index in groups if g.retention is Retention.WINDOW]
+    snapshots = [(g, index) for g, index in groups if g.retention is Retention.SNAPSHOT]
+    reach = _settle(windows, chain, position - position % step, step)
+    position = _settle([*windows, *snapshots], chain, reach, step) if snapshots else reach
     if position <= 0:
-        return NO_HIT
+        return PrefixHit(reach=reach) if reach else NO_HIT
     blocks = {g.name: _blocks_before(g, index, chain, position) for g, index in groups}
-    return PrefixHit(position, blocks, tuple(chain[: position // UNIT + 1]))
+    return PrefixHit(position, blocks, tuple(chain[: position // UNIT + 1]), reach)
+
+
+def _settle(groups: Sequence[tuple[GroupSpec, PrefixIndex]], chain: Sequence[bytes], position: int, step: int) -> int:
+    """Longest multiple of `step` up to `position` that all these groups can supply; 0 for none."""
+    while position > 0:
+        limit = min((_supplied(g, index, chain, position) for g, index in groups), default=position)
+        if limit == position:
+            return position
+        position = limit - limit % step
+    return 0
 
 
 def is_current(hit: PrefixHit, groups: Sequence[tuple[GroupSpec, PrefixIndex]]) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from common.kvcache.blocks import BlockPool
 from common.kvcache.layout import GroupSpec
@@ -20,6 +21,14 @@ from common.types.prefix import UNIT
 
 NEVER = 1 << 62
 FETCH_ALIGN = 128  # tokens: a peer with larger blocks is read in whole blocks, from before the window on
+
+
+class BlockCopy(NamedTuple):
+    """Block `target` of a group becomes what block `source` is; a source of -1 is zeros."""
+
+    group: str
+    source: int
+    target: int
 
 
 class GroupTable:
@@ -98,12 +107,11 @@ class GroupTable:
 class SnapshotSlot:
     """Blocks of one snapshot group: the state a hit started from and the sequence's own."""
 
-    __slots__ = ("own", "sealed", "source")
+    __slots__ = ("own", "source")
 
     def __init__(self) -> None:
         self.source = -1
         self.own = -1
-        self.sealed = False  # `own` is written and final
 
     def held(self) -> list[int]:
         return [b for b in (self.source, self.own) if b >= 0]
