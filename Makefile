@@ -23,7 +23,7 @@ PROTOS := $(wildcard proto/nanodeploy/v1/*.proto)
 CPP_FILES := $(shell find csrc -type f -regex '.*\.\(cpp\|h\|inl\|cu\|cuh\)' 2>/dev/null)
 SAY := printf '\033[1m==> %s\033[0m\n'
 
-.PHONY: help setup up test test-exact soak lint format stubs native client-wheel bench docs clean
+.PHONY: help setup up test test-exact soak train-test-models lint format stubs native client-wheel bench docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -41,6 +41,9 @@ test-exact: setup ## Run the full identity matrix, by hand
 
 soak: setup ## Run the long tests, by hand (10 minutes, or NANODEPLOY_SOAK_S seconds)
 	@$(PY) -m pytest -m soak --timeout 0 -s $(PYTEST_FLAGS)
+
+train-test-models: setup ## Train the small model of the speculation tests again (3 minutes); its result is committed
+	@$(PY) tests/train_models.py
 
 lint: setup ## Check style, types, import floors, contracts and C++ format
 	@$(SAY) "ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check .

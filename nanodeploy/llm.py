@@ -65,6 +65,7 @@ class MediaPrompt:
 
 Prompt = str | Sequence[int] | MediaPrompt
 Progress = Callable[[int, int], None]
+Loading = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -129,19 +130,23 @@ class _Choice:
         return True
 
 
+def _say_nothing(stage: str, done: int, total: int) -> None:
+    pass
+
+
 class LLM:
     """A model, loaded. `options` are the fields of `EngineConfig` (vLLM's names): dtype, max_model_len ...
 
-    Any number of prompts may wait, unless `max_waiting_seqs` says otherwise.
-    Raises ConfigError for a bad checkpoint or option.
+    Any number of prompts may wait, unless `max_waiting_seqs` says otherwise. `loading(stage, done, total)` is called
+    as it loads; stage "loading weights" counts bytes. Raises ConfigError for a bad checkpoint or option.
     """
 
-    def __init__(self, model: str | Path, **options: Any) -> None:
+    def __init__(self, model: str | Path, *, loading: Loading | None = None, **options: Any) -> None:
         engine = _engine_config(model, {"max_waiting_seqs": sys.maxsize} | options)
         config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
         self._clock = MonotonicClock()
         self._media = LocalMedia()
-        self._built = build_engine(config, Role.DECODE, self._clock, lambda stage, done, total: None, media=self._media)
+        self._built = build_engine(config, Role.DECODE, self._clock, loading or _say_nothing, media=self._media)
         self._built.engine.drain()
         self._slots = itertools.count(1)
         self.tokenizer = Tokenizer.load(Path(model)) if _has_tokenizer(Path(model)) else None

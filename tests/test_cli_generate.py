@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_models
+from rich.console import Console
 
 from common.errors import ConfigError, InvalidRequestError
 from common.types import SamplingParams
+from nanodeploy import LLM
+from services.cli import report
 from services.cli.generate import read_prompts, run_generate
 from services.cli.main import main
 
@@ -129,3 +133,24 @@ def test_a_path_that_cannot_be_used_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {path}")
     assert "No such file" in line
+
+
+def test_loading_shows_bars_on_a_terminal_and_nothing_elsewhere(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    for is_terminal in (True, False):
+        shown = io.StringIO()
+        console = Console(file=shown, force_terminal=is_terminal, width=100)
+        with report.bars(console) as bar:
+
+            def tell(stage: str, done: int, total: int, bar: Callable[[str, int, int], None] = bar) -> None:
+                told.append((stage, done, total))
+                bar(stage, done, total)
+
+            with LLM(
+                tiny_models.make_llama(tmp_path / "model"), loading=tell, max_model_len=64, kv_cache_memory_bytes=2**22
+            ):
+                pass
+        assert ("loading weights" in shown.getvalue()) is is_terminal
+    weights = [(done, total) for stage, done, total in told if stage == "loading weights"]
+    assert weights[-1][0] == weights[-1][1] > 0
+    assert all(done <= total for done, total in weights)

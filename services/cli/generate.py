@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -20,7 +21,7 @@ import msgspec
 
 from common.errors import ConfigError, InvalidRequestError, NanoDeployError
 from common.types import SamplingParams
-from services.cli.report import make_console
+from services.cli.report import bars, make_console
 from services.cli.up import resolve_model
 
 Prompt = str | list[int]
@@ -138,14 +139,16 @@ def run_generate(model: str, engine: Mapping[str, Any], flags: Mapping[str, Any]
 def _generate(model: str, engine: Mapping[str, Any], lines: Sequence[Line]) -> Sequence[Any]:
     if not lines:
         return []
-    folder = resolve_model(model, make_console(stderr=True))
+    console = make_console(stderr=True)
+    folder = resolve_model(model, console)
     from nanodeploy import LLM
 
-    with LLM(folder, **engine) as llm:
+    with bars(console) as bar, LLM(folder, loading=bar, **engine) as llm:
         prompts = [line.prompt for line in lines]
         if llm.tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
             raise ConfigError(f"{folder} has no tokenizer.json: give `prompt_token_ids`", param="model")
-        return llm.generate(prompts, [line.params for line in lines], keep_errors=True)
+        params = [line.params for line in lines]
+        return llm.generate(prompts, params, progress=partial(bar, "answering"), keep_errors=True)
 
 
 def _opened(path: str, mode: str, standard: TextIO) -> AbstractContextManager[TextIO]:
