@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import make_llama, make_qwen3, make_qwen3_moe
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tiny_models import make_llama, make_qwen3, make_qwen3_moe, make_qwen3_vl, make_qwen3_vl_moe
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 Maker = Callable[[Path], Path]
 """Writes a random fp32 checkpoint into a folder, the same one each time, and returns the folder."""
@@ -27,6 +27,12 @@ Maker = Callable[[Path], Path]
 def load_causal_lm(folder: Path) -> PreTrainedModel:
     """The reference: transformers in fp32."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def load_image_text(folder: Path) -> PreTrainedModel:
+    """The reference with its vision tower; here it is given text alone (images: `test_engine_media.py`)."""
+    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
 
@@ -58,6 +64,8 @@ def all_configurations() -> Iterator[tuple[Family, str]]:
 _llama = partial(make_llama, max_position_embeddings=1024)
 _qwen3 = partial(make_qwen3, max_position_embeddings=1024)
 _qwen3_moe = partial(make_qwen3_moe, max_position_embeddings=1024)
+_qwen3_vl = partial(make_qwen3_vl, max_position_embeddings=1024)
+_qwen3_vl_moe = partial(make_qwen3_vl_moe, max_position_embeddings=1024)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -109,5 +117,29 @@ FAMILIES: tuple[Family, ...] = (
                 _qwen3_moe, mlp_only_layers=[0, 2], num_experts=40, num_experts_per_tok=6, tie_word_embeddings=True
             ),
         },
+    ),
+    Family(
+        "qwen3_vl",
+        {
+            "plain": _qwen3_vl,
+            "tied, 6 heads, YaRN": partial(
+                _qwen3_vl,
+                tied=True,
+                num_attention_heads=6,
+                num_key_value_heads=3,
+                rope_parameters=YARN | {"mrope_section": [4, 2, 2]},
+            ),
+        },
+        reference=load_image_text,
+    ),
+    Family(
+        "qwen3_vl_moe",
+        {
+            "plain": _qwen3_vl_moe,
+            "24 experts, a dense layer": partial(
+                _qwen3_vl_moe, mlp_only_layers=[1], num_experts=24, num_experts_per_tok=5
+            ),
+        },
+        reference=load_image_text,
     ),
 )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from models_support import CPU, PagedModel, Picture
 from safetensors.torch import load_file, save_file
-from tiny_models import make_qwen3_vl
+from tiny_models import make_qwen3_vl, make_qwen3_vl_moe
 from vision_support import Layout, illustrated, oracle_logits, oracle_model, oracle_tokens, pieces
 
 from common.errors import ConfigError
@@ -37,6 +37,8 @@ CONFIGS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "qwen3-vl-yarn": (make_qwen3_vl, {"rope_parameters": YARN, "attention_bias": True}),
     "qwen3-vl-shallow": (make_qwen3_vl, {"vision": {"deepstack_visual_indexes": []}}),
     "qwen3-vl-deep": (make_qwen3_vl, {"vision": {"deepstack_visual_indexes": [2, 0, 1]}}),
+    "qwen3-vl-moe": (make_qwen3_vl_moe, {}),
+    "qwen3-vl-moe-mixed": (make_qwen3_vl_moe, {"mlp_only_layers": [1], "num_experts": 24, "num_experts_per_tok": 5}),
 }
 SECTIONS = [((24, 20, 20), 128), ((11, 11, 10), 64), ((3, 3, 2), 16)]
 LAYOUTS: tuple[Layout, ...] = (
@@ -170,6 +172,16 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, change: dict[
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"] |= change.pop("vision", {})
     config["text_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=field):
+        ModelSpec.from_folder(folder)
+
+
+@pytest.mark.parametrize("field", ["norm_topk_prob", "shared_expert_intermediate_size"])
+def test_experts_of_another_kind_are_refused(tmp_path: Path, field: str) -> None:
+    folder = make_qwen3_vl_moe(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"norm_topk_prob": False} if field == "norm_topk_prob" else {field: 16}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=field):
         ModelSpec.from_folder(folder)

@@ -26,6 +26,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 VOCAB_SIZE = 512
@@ -68,6 +70,7 @@ _VISION_SIZES: dict[str, Any] = {
     "deepstack_visual_indexes": [0, 1],
     "initializer_range": 0.2,
 }
+_MOE_SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 _MEDIA_IDS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
 
 
@@ -83,24 +86,35 @@ def make_qwen3(folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", **ov
     return _save(folder, seed, Qwen3ForCausalLM, Qwen3Config(**(_SIZES | overrides)), max_shard_size)
 
 
-def make_qwen3_vl(
-    folder: Path, seed: int = 0, *, vision: dict[str, Any] | None = None, tied: bool = False, **overrides: Any
-) -> Path:
-    """A Qwen3-VL checkpoint in fp32, vision tower included; `overrides` go into its text config."""
+def make_qwen3_vl(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """A Qwen3-VL checkpoint in fp32, vision tower included; `overrides` go into its text config.
+
+    `vision`: what goes into the vision config; `tied`: one embedding.
+    """
+    return _save(folder, seed, Qwen3VLForConditionalGeneration, _with_vision(Qwen3VLConfig, overrides), "5GB")
+
+
+def make_qwen3_vl_moe(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """The same over Qwen3-MoE."""
+    config = _with_vision(Qwen3VLMoeConfig, _MOE_SIZES | overrides)
+    return _save(folder, seed, Qwen3VLMoeForConditionalGeneration, config, "5GB")
+
+
+def _with_vision(config_class: Any, overrides: dict[str, Any]) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
-    config = Qwen3VLConfig(
+    vision, tied = overrides.pop("vision", {}), overrides.pop("tied", False)
+    return config_class(
         text_config=_SIZES | {"rope_parameters": rope} | overrides,
-        vision_config=_VISION_SIZES | (vision or {}),
+        vision_config=_VISION_SIZES | vision,
         tie_word_embeddings=tied,
         **_MEDIA_IDS,
     )
-    return _save(folder, seed, Qwen3VLForConditionalGeneration, config, "5GB")
 
 
 def make_qwen3_moe(folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", **overrides: Any) -> Path:
     """A Qwen3-MoE checkpoint in fp32, all layers mixtures of 8 experts, 3 per token."""
-    sizes = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True}
-    return _save(folder, seed, Qwen3MoeForCausalLM, Qwen3MoeConfig(**(_SIZES | sizes | overrides)), max_shard_size)
+    config = Qwen3MoeConfig(**(_SIZES | _MOE_SIZES | {"norm_topk_prob": True} | overrides))
+    return _save(folder, seed, Qwen3MoeForCausalLM, config, max_shard_size)
 
 
 def _save(folder: Path, seed: int, model_class: type[PreTrainedModel], config: Any, max_shard_size: str) -> Path:
@@ -155,7 +169,13 @@ def _tokenizer_json() -> str:
     return tokenizer.to_str()
 
 
-MAKERS = {"llama": make_llama, "qwen3": make_qwen3, "qwen3_moe": make_qwen3_moe, "qwen3_vl": make_qwen3_vl}
+MAKERS = {
+    "llama": make_llama,
+    "qwen3": make_qwen3,
+    "qwen3_moe": make_qwen3_moe,
+    "qwen3_vl": make_qwen3_vl,
+    "qwen3_vl_moe": make_qwen3_vl_moe,
+}
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ _FAMILIES = {
         Family("llama", "llama", "LlamaForCausalLM", "dense", "read_llama"),
         Family("qwen3", "qwen3", "Qwen3ForCausalLM", "dense", "read_qwen3"),
         Family("qwen3_vl", "qwen3_vl", "Qwen3VLForConditionalGeneration", "vision", "read_qwen3_vl"),
+        Family("qwen3_vl_moe", "qwen3_vl", "Qwen3VLMoeForConditionalGeneration", "vision", "read_qwen3_vl_moe"),
         Family("qwen3_moe", "qwen3_moe", "Qwen3MoeForCausalLM", "moe", "read_qwen3_moe"),
     )
 }

@@ -1,4 +1,6 @@
-"""Readers of models that take images: their text towers (`qwen3_vl`). The vision side is another worker's. No torch."""
+"""Readers of models that take images: their text towers (`qwen3_vl`, `qwen3_vl_moe`). The vision side is
+another worker's. No torch.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from common.models.cache_spec import attention_cache
 from common.models.config_reader import ConfigReader
 from common.models.rope_config import read_sections, refuse_partial
 from common.models.spec import ModelSpec, SpecSource, base_spec
+from common.models.specs.moe import read_qwen_experts
 
 _QWEN3_VL_SECTIONS = (24, 20, 20)  # where a config names none
 
@@ -16,6 +19,17 @@ _QWEN3_VL_SECTIONS = (24, 20, 20)  # where a config names none
 def read_qwen3_vl(source: SpecSource) -> ModelSpec:
     """Qwen3 dense with rotation by sections; features of several depths of the vision tower (deepstack)."""
     return _qwen3_vl(source, source.config.nested("text_config"))
+
+
+def read_qwen3_vl_moe(source: SpecSource) -> ModelSpec:
+    """The same over Qwen3-MoE, whose experts' weights are always divided by their sum."""
+    text = source.config.nested("text_config")
+    spec = _qwen3_vl(source, text)
+    moe = read_qwen_experts(text, spec.num_layers, norm_topk_prob=True)
+    if not moe.norm_topk_prob or moe.shared_gate:
+        field = "shared_expert_intermediate_size" if moe.shared_gate else "norm_topk_prob"
+        raise text.error(field, "is not what this family computes")
+    return replace(spec, moe=moe)
 
 
 def _qwen3_vl(source: SpecSource, text: ConfigReader) -> ModelSpec:
