@@ -142,7 +142,7 @@ def test_rope(tmp_path: Path, fields: dict[str, Any], rope: RopeSpec) -> None:
         ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints are not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
         ({"eos_token_id": ["x"]}, "eos_token_id must be an integer"),
         ({"torch_dtype": "int8"}, "dtype int8 is not supported"),

@@ -22,7 +22,9 @@ INDEX_FILE = "model.safetensors.index.json"
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 INDEX_DTYPES = ("I64", "I32")
 
-_ITEM_NBYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_WIDTHS = {8: ("F64", "I64", "U64"), 4: ("F32", "I32", "U32"), 2: ("F16", "BF16", "I16", "U16")}
+_BYTES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+_ITEM_NBYTES = {name: n for n, names in (*_WIDTHS.items(), (1, _BYTES)) for name in names}
 _MAX_HEADER_NBYTES = 100 * 2**20
 _MAX_SAMPLES = 1024
 _SAMPLE_NBYTES = 256

@@ -16,10 +16,12 @@ from pathlib import Path
 from common.errors import ConfigError
 from common.layers.media_spec import MediaSpec
 from common.layers.moe_spec import MoESpec
+from common.layers.quant_spec import QuantSpec
 from common.layers.rope_spec import RopeSpec
 from common.models.cache_spec import CacheSpec
 from common.models.checkpoint import DTYPE_NAMES, TensorInfo, content_hash, read_index, read_json
 from common.models.config_reader import ConfigReader
+from common.models.quant_config import read_quant
 from common.models.registry import spec_reader
 from common.models.rope_config import read_rope
 
@@ -60,6 +62,7 @@ class ModelSpec:
     cache: CacheSpec
     media: MediaSpec | None = None
     moe: MoESpec | None = None
+    quant: QuantSpec | None = None
 
     @classmethod
     def from_folder(cls, path: str | Path, *, weights: bool = True) -> ModelSpec:
@@ -123,14 +126,13 @@ def base_spec(source: SpecSource, text: ConfigReader | None = None) -> ModelSpec
         dtype=_dtype(top, config, source.tensors),
         model_hash=content_hash(hashed, source.tensors),
         cache=CacheSpec((), ()),
+        quant=read_quant(config, top),
     )
 
 
 def _refuse_unknown(config: ConfigReader) -> None:
     """Features that change the numbers and that no family here has."""
     config.choice("hidden_act", "silu", ("silu",))
-    if config.values.get("quantization_config"):
-        raise config.error("quantization_config", "is set: quantized checkpoints are not supported")
 
 
 def _eos(folder: Path, configs: tuple[ConfigReader, ...]) -> tuple[int, ...]:
@@ -149,12 +151,13 @@ def _eos(folder: Path, configs: tuple[ConfigReader, ...]) -> tuple[int, ...]:
 
 
 def _dtype(top: ConfigReader, config: ConfigReader, tensors: Mapping[str, TensorInfo]) -> str:
-    """The config's word, else the type that most of the weights have."""
+    """The config's word, else the type that most of the weights have that are not quantised."""
     named = next((c.values[k] for c in (top, config) for k in ("dtype", "torch_dtype") if c.values.get(k)), None)
     if named is None:
         count: Counter[str] = Counter()
         for t in tensors.values():
-            count[DTYPE_NAMES.get(t.dtype, t.dtype)] += t.nbytes
+            if t.dtype in DTYPE_NAMES:
+                count[DTYPE_NAMES[t.dtype]] += t.nbytes
         named = count.most_common(1)[0][0] if count else "float32"
     name = str(named).removeprefix("torch.")
     if name not in _DTYPES:

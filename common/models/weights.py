@@ -1,7 +1,7 @@
 """Fill a model's tensors: all of them, with nothing left over, or not at all.
 
-    forms chosen by what is there -> names and shapes checked against the headers
-    -> copied tensor by tensor, straight into the packed place
+    headers -> quantised tensors found (`common.models.stored`) -> forms chosen by what is there
+    -> names and shapes checked -> copied tensor by tensor, straight into the packed place
 
 A wrong checkpoint is one ConfigError that lists everything wrong with it, raised before any weight is read.
 Files are mapped and read in their own order; beside the model itself only pages of the one tensor in hand
@@ -14,19 +14,18 @@ import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from common.attention.context import DTYPES
 from common.errors import ConfigError
 from common.layers.base import Build, Init, Slot, TensorParallel
-from common.models.checkpoint import DTYPE_NAMES, INDEX_DTYPES, TensorInfo, read_index
+from common.layers.quant_spec import QuantSpec
+from common.models.checkpoint import TensorInfo, read_index
 from common.models.decoder import DecoderModel
 from common.models.registry import model_class
 from common.models.spec import ModelSpec
+from common.models.stored import Assembled, Files, Stored, assemble, box
 
 Progress = Callable[[str, int, int], None]
 """(tensor name, bytes done, bytes in all), after each tensor."""
@@ -59,34 +58,37 @@ def load_model(
     if load_format == "dummy":
         draw_weights(model, seed)
     else:
-        load_weights(model, read_index(spec.folder), progress)
+        load_weights(model, read_index(spec.folder), progress, spec.quant)
     with torch.inference_mode():
         model.derive()
     return model
 
 
 @torch.inference_mode()
-def load_weights(model: DecoderModel, tensors: Mapping[str, TensorInfo], progress: Progress | None = None) -> None:
+def load_weights(
+    model: DecoderModel,
+    tensors: Mapping[str, TensorInfo],
+    progress: Progress | None = None,
+    quant: QuantSpec | None = None,
+) -> None:
     """Copy every tensor of `tensors` into its slots. ConfigError if names, shapes or dtypes do not match exactly."""
-    slots, mixed = choose_forms(model.slots(), tensors)
-    _check(slots, tensors, model.ignored, mixed)
-    todo = sorted((s for s in slots if s.name in tensors), key=lambda s: _place(tensors[s.name], s))
-    total = sum(tensors[name].nbytes for name in {s.name for s in todo})
+    found = assemble(tensors, quant)
+    stored = found.stored
+    slots, mixed = choose_forms(model.slots(), stored)
+    _check(slots, found, model.ignored, mixed)
+    todo = sorted((s for s in slots if s.name in stored), key=lambda s: _place(stored[s.name].parts[0], s))
+    total = sum(part.nbytes for name in {s.name for s in todo} for part in stored[name].parts)
     done = 0
-    files: dict[Path, Any] = {}
+    files = Files()
     for name, parts in itertools.groupby(todo, key=lambda s: s.name):
-        info = tensors[name]
-        if info.file not in files:
-            files.clear()
-            files[info.file] = safe_open(info.file, framework="pt", device="cpu")
         for slot in parts:
-            _fill(slot, files[info.file])
-        done += info.nbytes
+            _fill(slot, stored[name], files)
+        done += sum(part.nbytes for part in stored[name].parts)
         if progress is not None:
             progress(name, done, total)
 
 
-def choose_forms(slots: Iterable[Slot], tensors: Mapping[str, TensorInfo]) -> tuple[list[Slot], list[str]]:
+def choose_forms(slots: Iterable[Slot], tensors: Mapping[str, Stored]) -> tuple[list[Slot], list[str]]:
     """Of each layer that offers its tensors in several forms the slots of one; and what is wrong with the choice.
 
     The form that fits best: most tensors there and of the right shape; of equal ones the first that is offered.
@@ -133,40 +135,35 @@ def _place(info: TensorInfo, slot: Slot) -> tuple[bool, str, int]:
     return slot.twin, str(info.file), info.offset
 
 
-def _fill(slot: Slot, file: Any) -> None:
-    length = slot.target.shape[slot.dim]
-    if length == slot.shape[slot.dim]:
-        part = file.get_tensor(slot.name)
-    else:
-        rows = slice(slot.start, slot.start + length)
-        part = file.get_slice(slot.name)[(slice(None),) * slot.dim + (rows,)]
-    if slot.num_values and part.numel() and not 0 <= int(part.min()) <= int(part.max()) < slot.num_values:
-        raise ConfigError(f"{slot.name} holds numbers that are not in 0..{slot.num_values - 1}")
-    if not slot.twin:
-        slot.target.copy_(part)
-    elif not torch.equal(slot.target, part.to(slot.target.device, slot.target.dtype)):
-        raise ConfigError(f"{slot.name} differs from the embedding that config.json says it is tied to")
+def _fill(slot: Slot, stored: Stored, files: Files) -> None:
+    part = box(slot.shape, slot.dim, slot.start, slot.target.shape[slot.dim])
+    for place, values in stored.read(files, part):
+        target = slot.target[place]
+        if slot.num_values and values.numel() and not 0 <= int(values.min()) <= int(values.max()) < slot.num_values:
+            raise ConfigError(f"{slot.name} holds numbers that are not in 0..{slot.num_values - 1}")
+        if not slot.twin:
+            target.copy_(values)
+        elif not torch.equal(target, values.to(target.device, target.dtype)):
+            raise ConfigError(f"{slot.name} differs from the embedding that config.json says it is tied to")
 
 
-def _check(
-    slots: list[Slot], tensors: Mapping[str, TensorInfo], ignored: tuple[str, ...], mixed: Iterable[str]
-) -> None:
-    wrong = list(mixed)
+def _check(slots: list[Slot], found: Assembled, ignored: tuple[str, ...], mixed: list[str]) -> None:
+    wrong = [*found.broken.values(), *mixed]
     wanted = {s.name: s for s in slots}
     assert all(s.form for s in slots if wanted[s.name] is not s), "two slots of one name"
     for slot in wanted.values():
-        info = tensors.get(slot.name)
-        if info is None:
-            if not slot.twin:
+        stored = found.stored.get(slot.name)
+        if stored is None:
+            if not slot.twin and slot.name not in found.broken:
                 wrong.append(f"missing: {slot.name} {list(slot.shape)}")
-        elif info.shape != slot.shape:
-            wrong.append(f"misshapen: {slot.name} is {list(info.shape)}, the config wants {list(slot.shape)}")
-        elif info.dtype not in (INDEX_DTYPES if slot.num_values else DTYPE_NAMES):
-            wrong.append(f"of the wrong type: {slot.name} is {info.dtype}")
+        elif stored.shape != slot.shape:
+            wrong.append(f"misshapen: {slot.name} is {list(stored.shape)}, the config wants {list(slot.shape)}")
+        elif not stored.is_of(whole_numbers=slot.num_values > 0):
+            wrong.append(f"of the wrong type: {slot.name} is {stored.parts[0].dtype}")
     skip = re.compile("|".join(ignored)) if ignored else None
-    for name in tensors:
+    for name, stored in found.stored.items():
         if name not in wanted and not (skip and skip.fullmatch(name)):
-            wrong.append(f"unknown: {name} {list(tensors[name].shape)}")
+            wrong.append(f"unknown: {name} {list(stored.shape)}")
     if wrong:
         more = f" and {len(wrong) - _MAX_LISTED} more" if len(wrong) > _MAX_LISTED else ""
         raise ConfigError("checkpoint does not match its config.json: " + "; ".join(wrong[:_MAX_LISTED]) + more)

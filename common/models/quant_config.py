@@ -1,0 +1,59 @@
+"""The `quantization_config` of a config.json. No torch."""
+
+from __future__ import annotations
+
+from common.layers.quant_spec import QuantSpec
+from common.models.config_reader import ConfigReader
+
+_FIELD = "quantization_config"
+
+
+def read_quant(*configs: ConfigReader) -> QuantSpec | None:
+    """What the first of `configs` that has a `quantization_config` says. ConfigError for a scheme that is not known."""
+    config = next((c for c in configs if c.values.get(_FIELD)), None)
+    if config is None:
+        return None
+    quant = config.nested(_FIELD)
+    if quant.choice("quant_method", "", ("fp8", "compressed-tensors")) == "fp8":
+        experts = next((c for c in (quant, *configs) if c.values.get("expert_dtype")), quant)
+        return _fp8(quant, experts.choice("expert_dtype", "fp8", ("fp8", "fp4")))
+    return _int4(quant)
+
+
+def _fp8(quant: ConfigReader, expert_dtype: str) -> QuantSpec:
+    """DeepSeek's: a scale per block of a weight; activations are quantised as they come, or, here, not at all."""
+    quant.choice("fmt", "e4m3", ("e4m3",))
+    quant.choice("activation_scheme", "dynamic", ("dynamic",))
+    quant.choice("scale_fmt", "float", ("float", "ue8m0"))
+    block = quant.values.get("weight_block_size")
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(_is_count(n) for n in block):
+        raise quant.error("weight_block_size", f"must be two positive integers, got {block!r}")
+    return QuantSpec("fp8", (block[0], block[1]), fp4_experts=expert_dtype == "fp4")
+
+
+def _int4(quant: ConfigReader) -> QuantSpec:
+    """compressed-tensors with 4-bit whole numbers in groups of a row, symmetric; activations are not quantised."""
+    quant.choice("format", "", ("pack-quantized",))
+    groups = quant.nested("config_groups")
+    if len(groups.values) != 1:
+        raise quant.error("config_groups", f"must be one group, got {len(groups.values)}")
+    group = groups.nested(next(iter(groups.values)))
+    for field in ("input_activations", "output_activations"):
+        if group.values.get(field):
+            raise group.error(field, "are quantised, which is not supported")
+    group.choice("format", "pack-quantized", ("pack-quantized",))
+    weights = group.nested("weights")
+    for name, wanted in (("num_bits", 4), ("type", "int"), ("strategy", "group"), ("symmetric", True)):
+        if weights.values.get(name) != wanted:
+            raise weights.error(name, f"{weights.values.get(name)!r} is not supported; supported is: {wanted!r}")
+    for name in ("actorder", "dynamic"):
+        if weights.values.get(name):
+            raise weights.error(name, f"{weights.values[name]!r} is not supported")
+    ignored = quant.values.get("ignore") or []
+    if not isinstance(ignored, list) or not all(isinstance(entry, str) for entry in ignored):
+        raise quant.error("ignore", f"must be a list of names, got {ignored!r}")
+    return QuantSpec("int4", (1, weights.integer("group_size")), ignored=tuple(ignored))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
