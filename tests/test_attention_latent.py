@@ -302,3 +302,25 @@ def test_a_step_of_one_kind_is_not_copied() -> None:
     assert parts.expanded is parts.sparse is None
     assert parts.absorbed.tables is case.tables
     assert parts.absorbed.take(case.q_THD).data_ptr() == case.q_THD.data_ptr()
+
+
+@pytest.mark.parametrize("spans", SPANS)
+@pytest.mark.parametrize("window", [0, 5, 40])
+def test_log_sums_join_what_disjoint_rows_gave(
+    backend: AttentionBackend, threads: object, spans: list[tuple[int, int]], window: int
+) -> None:
+    case = Case(spans, heads=56, width=24, values=slice(0, 24))
+    tables = replace(case.tables, window=window)
+    ctx, shape = replace(case.ctx, scratch={}), case.q_THD.shape[:2]
+    chosen = case.chosen(20)
+    for selected in (None, *([] if window else [chosen])):
+        got = torch.empty(shape)
+        given = case.q_THD, case.cache[:, 0], case.values, tables, ctx, 0.3, selected
+        out = backend.attend_rows(*given, log_sums_TH=got)
+        torch.testing.assert_close(out, backend.attend_rows(*given), rtol=1e-5, atol=1e-5)
+        for t, (s, own) in enumerate(zip(case.sequence, case.own, strict=True)):
+            seen = torch.arange(max(0, own + 1 - window) if window else 0, own + 1)
+            if selected is not None:
+                seen = selected.positions_TK[t, : int(selected.counts_T[t])].long()
+            scores = case.q_THD[t].double() @ case.rows[s][seen, 0].double().T * 0.3
+            torch.testing.assert_close(got[t].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)

@@ -103,11 +103,14 @@ class AttentionBackend(Protocol):
         ctx: AttentionContext,
         scale: float,
         selected: Selection | None = None,
+        log_sums_TH: Tensor | None = None,
     ) -> Tensor:
         """Causal attention over rows that hold key and value: [T, H, width of `values`].
 
         `rows` is [num_blocks, U, block_size, W]. A key is its row's first D columns, a value the columns `values`;
         they may overlap, as in multi-head latent attention. `selected` restricts each token to some positions.
+        `log_sums_TH` (fp32, contiguous), if given, takes the logarithm of each sum of exponentials, with which
+        results over disjoint sets of rows can be joined.
         """
 
     def select(

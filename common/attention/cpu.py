@@ -20,12 +20,14 @@ from common.kernels import cpu
 from common.kernels.ops import DTYPES
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_ATTEND = struct.Struct("@23qf2i4x")  # nd::AttendCall
+_ATTEND = struct.Struct("@24qf2i4x")  # nd::AttendCall
 _SELECT = struct.Struct("@19qf2i4x")  # nd::SelectCall
 _WRITE = struct.Struct("@17q2i")  # nd::WriteCall
 _ADDRESSES = struct.Struct("@3q")  # q, out, cache; k, v, cache; or q, weights, cache
 _SELECTED = struct.Struct("@2q")  # positions and counts, behind six addresses
 _SELECTED_AT = 6 * 8
+_LOG_SUMS = struct.Struct("@q")
+_LOG_SUMS_AT = 8 * 8
 _MAX_GROUP = 48  # query heads of a task
 
 Signature = tuple[object, ...]
@@ -150,6 +152,7 @@ class CpuBackend:
         ctx: AttentionContext,
         scale: float,
         selected: Selection | None = None,
+        log_sums_TH: Tensor | None = None,
     ) -> Tensor:
         """Causal attention over [num_blocks, U, block_size, W] rows of key and value: a new [T, H, width of values]."""
         num_selected = 0 if selected is None else selected.positions_TK.shape[1]
@@ -170,6 +173,11 @@ class CpuBackend:
             positions_TK, counts_T = selected.positions_TK, selected.counts_T
             _check_selection(selected, num_tokens)
             _SELECTED.pack_into(call.memory, _SELECTED_AT, positions_TK.data_ptr(), counts_T.data_ptr())
+        if log_sums_TH is not None:
+            assert log_sums_TH.dtype == torch.float32
+            assert log_sums_TH.shape == (num_tokens, heads)
+            assert log_sums_TH.is_contiguous()
+        _LOG_SUMS.pack_into(call.memory, _LOG_SUMS_AT, 0 if log_sums_TH is None else log_sums_TH.data_ptr())
         out_THV = torch.empty(num_tokens, heads, value_width, dtype=q_THD.dtype)
         _ADDRESSES.pack_into(call.memory, 0, q_THD.data_ptr(), out_THV.data_ptr(), rows.data_ptr())
         self._attend(self._isa, torch.get_num_threads(), call.address)
@@ -246,7 +254,7 @@ def _pack_attend(
         tables.block_tables_SB.data_ptr(),
         ctx.query_starts_S1.data_ptr(),
         ctx.seq_lens_S.data_ptr(),
-        *(0, 0),
+        *(0, 0, 0),
         ctx.seq_lens_S.shape[0],
         heads,
         rows.units,

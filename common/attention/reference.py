@@ -84,9 +84,12 @@ class ReferenceBackend:
         ctx: AttentionContext,
         scale: float,
         selected: Selection | None = None,
+        log_sums_TH: Tensor | None = None,
     ) -> Tensor:
         """Causal attention over [num_blocks, U, block_size, W] rows of key and value: a new [T, H, V]."""
         keys, vals = rows[..., : q_THD.shape[2]], rows[..., values]
+        if selected is None and log_sums_TH is not None:
+            selected = _all_seen(tables, ctx)
         if selected is None:
             return _attend(q_THD, keys, vals, tables, ctx, scale)
         sequence_T = _sequence_of_tokens(ctx)
@@ -95,6 +98,8 @@ class ReferenceBackend:
             part = slice(first, first + _TOKENS_AT_ONCE)
             chosen = _Chosen.of(selected.positions_TK[part], selected.counts_T[part], sequence_T[part], tables)
             out.append(_attend_chosen(q_THD[part], keys, vals, chosen, scale))
+            if log_sums_TH is not None:
+                log_sums_TH[part] = _log_sums(q_THD[part], keys, chosen, scale)
         return torch.cat(out)
 
     def select(
@@ -191,18 +196,36 @@ class _Chosen:
         block_ids_TK = tables.block_tables_SB[sequence_T[:, None], safe_TK // tables.block_size].long()
         return cls(block_ids_TK, safe_TK % tables.block_size, seen_TK)
 
+    def gather(self, part: Tensor, dtype: torch.dtype) -> Tensor:
+        """[T, U, K, width] of a [num_blocks, U, block_size, width] view."""
+        return part.transpose(1, 2)[self.block_ids_TK, self.offsets_TK].to(dtype).transpose(1, 2)
+
 
 def _attend_chosen(q_THD: Tensor, keys: Tensor, values: Tensor, chosen: _Chosen, scale: float) -> Tensor:
     num_tokens, num_heads, width = q_THD.shape
     kv_heads = keys.shape[1]
-
-    def gather(part: Tensor) -> Tensor:
-        return part.transpose(1, 2)[chosen.block_ids_TK, chosen.offsets_TK].to(q_THD.dtype).transpose(1, 2)
-
     q_TUGD = q_THD.reshape(num_tokens, kv_heads, num_heads // kv_heads, width)
     mask = chosen.seen_TK[:, None, None]
-    out = functional.scaled_dot_product_attention(q_TUGD, gather(keys), gather(values), attn_mask=mask, scale=scale)
+    k_TUKD, v_TUKV = chosen.gather(keys, q_THD.dtype), chosen.gather(values, q_THD.dtype)
+    out = functional.scaled_dot_product_attention(q_TUGD, k_TUKD, v_TUKV, attn_mask=mask, scale=scale)
     return out.reshape(num_tokens, num_heads, values.shape[3])
+
+
+def _log_sums(q_THD: Tensor, keys: Tensor, chosen: _Chosen, scale: float) -> Tensor:
+    q_TUGD = q_THD.float().reshape(q_THD.shape[0], keys.shape[1], -1, q_THD.shape[2])
+    scores_TUGK = torch.matmul(q_TUGD, chosen.gather(keys, torch.float32).mT) * scale
+    return scores_TUGK.masked_fill(~chosen.seen_TK[:, None, None], float("-inf")).logsumexp(-1).flatten(1)
+
+
+def _all_seen(tables: GroupTables, ctx: AttentionContext) -> Selection:
+    """Every position that each token sees, written out."""
+    sequence_T = _sequence_of_tokens(ctx)
+    token_T = torch.arange(sequence_T.shape[0], device=sequence_T.device)
+    own_T = (ctx.seq_lens_S - ctx.query_starts_S1[1:])[sequence_T] + token_T
+    low_T = (own_T + 1 - tables.window).clamp_(min=0) if tables.window else torch.zeros_like(own_T)
+    counts_T = own_T - low_T + 1
+    positions_TK = low_T[:, None] + torch.arange(int(counts_T.max()), device=low_T.device)
+    return Selection(positions_TK.int(), counts_T.int())
 
 
 def _sequence_of_tokens(ctx: AttentionContext) -> Tensor:

@@ -27,6 +27,11 @@ _BY_STRUCT = (
     "nd_sigmoid_mul",
     "nd_combine",
     "nd_route",
+    "nd_pool_entries",
+    "nd_stream_weights",
+    "nd_collapse_streams",
+    "nd_mix_streams",
+    "nd_join_parts",
 )
 """Take (instruction set, threads, address of a struct of csrc/cpu/kernels.h)."""
 

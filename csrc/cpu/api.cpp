@@ -103,3 +103,23 @@ ND_EXPORT void nd_sort_by_expert(const int64_t* ids, int64_t pairs, int64_t expe
                                  int64_t* places) {
   nd::sort_by_expert(ids, pairs, experts, starts, order, places);
 }
+
+ND_EXPORT void nd_pool_entries(int isa, int threads, const nd::PoolCall* call) {
+  nd::kernels(isa)->pool_entries(*call, threads);
+}
+
+ND_EXPORT void nd_stream_weights(int isa, int threads, const nd::StreamWeightsCall* call) {
+  nd::kernels(isa)->stream_weights(*call, threads);
+}
+
+ND_EXPORT void nd_collapse_streams(int isa, int threads, const nd::StreamsCall* call) {
+  nd::kernels(isa)->collapse_streams(*call, threads);
+}
+
+ND_EXPORT void nd_mix_streams(int isa, int threads, const nd::StreamsCall* call) {
+  nd::kernels(isa)->mix_streams(*call, threads);
+}
+
+ND_EXPORT void nd_join_parts(int isa, int threads, const nd::JoinCall* call) {
+  nd::kernels(isa)->join_parts(*call, threads);
+}

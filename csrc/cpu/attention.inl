@@ -83,7 +83,8 @@ struct Work {
   }
 };
 
-void store_item(const AttendCall& call, const Item& item, int64_t padded, const float* total, float* out) {
+void store_item(const AttendCall& call, const Item& item, int64_t padded, const float* highest, const float* total,
+                float* out) {
   const int64_t group = call.heads / call.units;
   const int64_t token = call.query_starts[item.sequence] + item.first_token;
   for (int64_t row = 0; row < item.num_tokens * group; ++row) {
@@ -91,9 +92,9 @@ void store_item(const AttendCall& call, const Item& item, int64_t padded, const 
     const float inverse = 1.0f / total[row];
     for (int64_t d = 0; d < padded; ++d) from[d] *= inverse;
     unarrange(from, padded, call.cache_dtype == kBfloat16);
-    const int64_t head = item.head * group + row % group;
-    store_row(call.out, ((token + row / group) * call.heads + head) * call.value_width, call.q_dtype, call.value_width,
-              from);
+    const int64_t at = (token + row / group) * call.heads + item.head * group + row % group;
+    store_row(call.out, at * call.value_width, call.q_dtype, call.value_width, from);
+    if (call.log_sums != nullptr) call.log_sums[at] = highest[row] + std::log(total[row]);
   }
 }
 
@@ -112,7 +113,7 @@ void attend_item(const AttendCall& call, const Item& item) {
     }
     join(work.rows.count, work.rows.padded, highest, total, out, work.rows.highest, work.rows.total, work.rows.out);
   }
-  store_item(call, item, work.rows.padded, total, out);
+  store_item(call, item, work.rows.padded, highest, total, out);
 }
 
 // One span of one item, as a task. Results of all spans lie side by side: [spans][out | highest | total].
@@ -195,7 +196,7 @@ void attend_splits(const AttendCall& call, const Plan& plan, int threads) {
       const float* other = splits[next].result;
       join(rows, padded, highest, total, out, other + rows * padded, other + rows * padded + rows, other);
     }
-    store_item(call, item, padded, total, out);
+    store_item(call, item, padded, highest, total, out);
     k = next;
   }
 }

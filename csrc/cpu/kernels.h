@@ -44,7 +44,8 @@ struct LinearBatchCall {
 // contiguous, of q's type. The cache is [blocks, 2, units, block_size, width] with strides in elements, the last 1.
 // Keys are `width` wide, values (and `out`) `value_width`; a stride of 0 between the two parts makes a value the first
 // columns of its key, one of 0 between units shares keys among them. `selected`: the positions each new token sees,
-// [T, selected_stride], ascending, the first selected_counts[t] of a row; null is all up to its own.
+// [T, selected_stride], ascending, the first selected_counts[t] of a row; null is all up to its own. `log_sums`, unless
+// null: the logarithm of each sum of exponentials, [T, heads].
 struct AttendCall {
   const void* q;
   void* out;
@@ -54,6 +55,7 @@ struct AttendCall {
   const int32_t* seq_lens;
   const int32_t* selected;
   const int32_t* selected_counts;
+  float* log_sums;
   int64_t num_seqs, heads, units, width, value_width, block_size, window;
   int64_t q_token_stride, q_head_stride, table_stride, selected_stride;
   int64_t block_stride, part_stride, unit_stride, token_stride;
@@ -173,6 +175,56 @@ struct RouteCall {
   float scale;
 };
 
+// Compressed entries of DeepSeek-V4, [entries, width] fp32: of each column the mean of `tokens` values, weighted by the
+// softmax of their gates plus bias [tokens, width]. slots [entries, tokens] are block * block_size + offset in the
+// cache, -1 for a token that is left out. A row holds values from its start and gates from `gate_column` on; of the
+// last `own` tokens both begin `own_shift` columns later. Strides in elements.
+struct PoolCall {
+  const void* cache;
+  const int64_t* slots;
+  const float* bias;
+  float* out;
+  int64_t entries, tokens, own, width, block_size;
+  int64_t gate_column, own_shift, block_stride, token_stride;
+  Dtype dtype;
+};
+
+// Weights of hyper-connections from rows of `mix`: pre [tokens, streams], post [tokens, streams] and comb [tokens,
+// streams, streams]; with comb null, pre alone.
+struct StreamWeightsCall {
+  const float* mix;
+  const float* scale;
+  const float* base;
+  float* pre;
+  float* post;
+  float* comb;
+  int64_t tokens, streams, steps;
+  float eps;
+};
+
+// x [tokens, streams, width] and y [tokens, width], contiguous and of one type: see collapse_streams and mix_streams.
+struct StreamsCall {
+  void* x;
+  void* y;
+  const float* weights;
+  const float* comb;
+  int64_t tokens, streams, width;
+  Dtype dtype;
+};
+
+// Attention over two disjoint sets of rows, a and b [tokens, heads, width], becomes one, in `a`: see join_parts. `b`
+// and what belongs to it may be null.
+struct JoinCall {
+  void* a;
+  const void* b;
+  const float* sums_a;
+  const float* sums_b;
+  const float* sinks;
+  const int32_t* counts;
+  int64_t tokens, heads, width;
+  Dtype dtype;
+};
+
 struct Kernels {
   void (*rms_norm)(const NormCall& call, int threads);
   void (*rope)(const RopeCall& call, int threads);
@@ -187,6 +239,11 @@ struct Kernels {
   void (*select)(const SelectCall& call, int threads);
   int (*draw_row)(const float* logits, int64_t vocab, const DrawSpec& spec, int64_t* token);
   void (*top_row)(const float* logits, int64_t vocab, int64_t top_n, double* log_sum, int64_t* ids, float* values);
+  void (*pool_entries)(const PoolCall& call, int threads);
+  void (*stream_weights)(const StreamWeightsCall& call, int threads);
+  void (*collapse_streams)(const StreamsCall& call, int threads);
+  void (*mix_streams)(const StreamsCall& call, int threads);
+  void (*join_parts)(const JoinCall& call, int threads);
 };
 
 // Scratch memory of one thread: grows to the largest request and is kept until the thread ends.
