@@ -57,19 +57,15 @@ class PagedModel:
         backend: AttentionBackend | None = None,
         tp: TensorParallel | None = None,
         seed: int = 0,
-        dense: bool = False,
     ) -> None:
-        """`dense`: without sparse attention, if the model has it."""
         self.spec = ModelSpec.from_folder(folder)
-        if dense:
-            self.spec = self.spec.with_dense_attention()
         self.model: DecoderModel = load_model(self.spec, dtype=dtype, device=CPU, tp=tp)
         self.layout = kv_layout(
             self.spec,
             kv_dtype=kv_dtype or dtype,
             dtype=dtype,
             block_size=block_size,
-            num_blocks={"full": num_blocks, "window": num_blocks, TAIL_GROUP: 4},
+            num_blocks={g.name: num_blocks for g in self.spec.cache.groups} | {TAIL_GROUP: 4},
             tp_size=tp.size if tp else 1,
             tp_rank=tp.rank if tp else 0,
         )

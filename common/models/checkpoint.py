@@ -32,7 +32,10 @@ _SAMPLE_NBYTES = 256
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """`offset` and `nbytes` are byte positions in `file`. `dtype` is safetensors' word (BF16, F32 ...)."""
+    """`offset` and `nbytes` are byte positions in `file`. `dtype` is safetensors' word (BF16, F32 ...).
+
+    `stored_as`: what the file calls it, where `name` is the model's word for it.
+    """
 
     name: str
     file: Path
@@ -40,6 +43,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    stored_as: str = ""
+
+    @property
+    def name_in_file(self) -> str:
+        return self.stored_as or self.name
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -41,8 +41,11 @@ class DecoderBody(Layer):
 class DecoderModel(Layer, ABC):
     """`max_positions`: tokens in the longest sequence it will see (rows of the rotary table)."""
 
-    ignored: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+    ignored: ClassVar[tuple[str, ...]] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
     """Tensors (regular expressions) that checkpoints hold and nobody reads."""
+
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Beginnings of checkpoint names (regular expressions) and what they are here, each tried in turn."""
 
     prefixes: ClassVar[Mapping[str, str]] = {}
     """By what a tensor's name starts with here, what it starts with in checkpoints: a text tower is a part of one."""

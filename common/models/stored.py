@@ -47,7 +47,7 @@ class Files:
         while len(self._open) > 1:
             del self._open[next(iter(self._open))]
         self._open[info.file] = file or safe_open(info.file, framework="pt", device="cpu")
-        tensor: Tensor = self._open[info.file].get_tensor(info.name)
+        tensor: Tensor = self._open[info.file].get_tensor(info.name_in_file)
         return tensor
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -72,7 +73,7 @@ def load_weights(
     quant: QuantSpec | None = None,
 ) -> None:
     """Copy every tensor of `tensors` into its slots. ConfigError if names, shapes or dtypes do not match exactly."""
-    found = assemble(tensors, quant)
+    found = assemble(rename(tensors, model.renamed), quant)
     stored = found.stored
     slots, mixed = choose_forms(model.slots(), stored)
     _check(slots, found, model.ignored, mixed)
@@ -86,6 +87,24 @@ def load_weights(
         done += sum(part.nbytes for part in stored[name].parts)
         if progress is not None:
             progress(name, done, total)
+
+
+def rename(tensors: Mapping[str, TensorInfo], renamed: Sequence[tuple[str, str]]) -> Mapping[str, TensorInfo]:
+    """A checkpoint's tensors by the names that the model has for them. ConfigError where two would be one."""
+    if not renamed:
+        return tensors
+    patterns = [(re.compile(pattern), ours) for pattern, ours in renamed]
+    out: dict[str, TensorInfo] = {}
+    for info in tensors.values():
+        name = info.name
+        for pattern, ours in patterns:
+            if found := pattern.match(name):
+                name = found.expand(ours) + name[found.end() :]
+        if name in out:
+            names = f"{out[name].name_in_file} and {info.name_in_file}"
+            raise ConfigError(f"checkpoint holds one tensor under two names: {names}")
+        out[name] = replace(info, name=name, stored_as=info.name_in_file)
+    return out
 
 
 def choose_forms(slots: Iterable[Slot], tensors: Mapping[str, Stored]) -> tuple[list[Slot], list[str]]:
@@ -163,7 +182,7 @@ def _check(slots: list[Slot], found: Assembled, ignored: tuple[str, ...], mixed:
     skip = re.compile("|".join(ignored)) if ignored else None
     for name, stored in found.stored.items():
         if name not in wanted and not (skip and skip.fullmatch(name)):
-            wrong.append(f"unknown: {name} {list(stored.shape)}")
+            wrong.append(f"unknown: {stored.parts[0].name_in_file} {list(stored.shape)}")
     if wrong:
         more = f" and {len(wrong) - _MAX_LISTED} more" if len(wrong) > _MAX_LISTED else ""
         raise ConfigError("checkpoint does not match its config.json: " + "; ".join(wrong[:_MAX_LISTED]) + more)
