@@ -140,6 +140,12 @@ def expected(x: Tensor, w: dict[str, Tensor], spec: MLASpec = SPEC, indexer: Ind
     return out.flatten(1) @ w["o_proj.weight"].T + w.get("o_proj.bias", 0)
 
 
+@pytest.fixture(autouse=True)
+def _few_are_absorbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that short sequences go both ways."""
+    monkeypatch.setattr(mla_module, "MAX_ABSORBED", 16)
+
+
 @pytest.fixture(params=[ReferenceBackend(), CpuBackend()], ids=lambda b: b.name)
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
     found: AttentionBackend = request.param

@@ -29,7 +29,7 @@ from common.layers.rms_norm import RMSNorm
 from common.layers.rope import apply_rope_
 from common.layers.step import MAIN_ROPE, Step
 
-MAX_ABSORBED = 16  # new tokens of a sequence
+MAX_ABSORBED = 64  # new tokens of a sequence; with more, expanding pays at DeepSeek's widths (bfloat16; fp32: 256)
 _MAX_EXPANDED = 1 << 23  # elements of keys and values at once
 
 
@@ -134,12 +134,18 @@ class MLA(Layer):
             heads = slice(first, min(first + at_once, self._heads))
             weight_GR = self._kv_b_HER[heads].flatten(0, 1)
             kv_PGE = linear(row_PW[:, :rank], weight_GR).view(num_positions, -1, spec.nope_dim + spec.v_dim)
-            both_PGE = kv_PGE.new_empty(num_positions, kv_PGE.shape[1], width)
-            both_PGE[..., : spec.nope_dim] = kv_PGE[..., : spec.nope_dim]
-            both_PGE[..., spec.nope_dim : spec.qk_dim] = row_PW[:, None, rank:]
-            both_PGE[..., spec.qk_dim :] = kv_PGE[..., spec.nope_dim :]
-            blocks = both_PGE.view(-1, part.tables.block_size, *both_PGE.shape[1:]).transpose(1, 2)
+            blocks = _blocks_of(kv_PGE, row_PW[:, rank:], spec, part.tables.block_size)
             out_NHV[:, heads] = part.ctx.backend.attend_rows(
                 q_NHD[:, heads], blocks, slice(spec.qk_dim, width), gathered.tables, part.ctx, spec.scale
             )
         return out_NHV
+
+
+def _blocks_of(kv_PGE: Tensor, rope_PD: Tensor, spec: MLASpec, block_size: int) -> Tensor:
+    """Keys [nope | rope] and values side by side, a head's rows of a block in a row: [blocks, G, block_size, E]."""
+    kv = kv_PGE.unflatten(0, (-1, block_size)).transpose(1, 2)
+    out = kv.new_empty(*kv.shape[:3], spec.qk_dim + spec.v_dim)
+    out[..., : spec.nope_dim] = kv[..., : spec.nope_dim]
+    out[..., spec.nope_dim : spec.qk_dim] = rope_PD.unflatten(0, (-1, 1, block_size))
+    out[..., spec.qk_dim :] = kv[..., spec.nope_dim :]
+    return out
