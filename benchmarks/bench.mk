@@ -4,7 +4,7 @@
 
 THROUGHPUT := $(PY) benchmarks/throughput.py
 
-bench-cpu: setup ## Measure throughput, cost at rest, router and KV transfer into benchmarks/results
+bench-cpu: setup ## Measure throughput, cost at rest, router, KV transfer and sparse attention into benchmarks/results
 	@$(SAY) "Throughput, 16 at once"; $(THROUGHPUT) --concurrency 16 --rounds 2
 	@$(SAY) "Throughput, 16 at once, a third round"; $(THROUGHPUT) --concurrency 16 --rounds 1 --append
 	@$(SAY) "Throughput, 1 at a time"; $(THROUGHPUT) --concurrency 1 --append
@@ -16,6 +16,7 @@ bench-cpu: setup ## Measure throughput, cost at rest, router and KV transfer int
 	@$(SAY) "Cost at rest"; $(PY) benchmarks/at_rest.py
 	@$(SAY) "Router"; $(PY) benchmarks/router.py
 	@$(SAY) "KV transfer"; $(PY) benchmarks/kv_transfer.py
+	@$(SAY) "Sparse attention"; $(PY) benchmarks/sparse_attention.py
 
 bench-llama: setup ## Build llama-cpp-python in the cache folder, for benchmarks/throughput.py
 	@$(PY) benchmarks/throughput.py --install-llama

@@ -19,6 +19,14 @@ struct Seeker {
   int64_t at;    // of its scores in the band's
 };
 
+}  // namespace
+
+#if defined(ND_AMX)
+#include "cpu/indexer_amx.inl"
+#endif
+
+namespace {
+
 // scores[i] of positions [low, high) of a token.
 template <typename T>
 void score_positions(const SelectCall& call, const Seeker& seeker, int64_t low, int64_t high, float* scores) {
@@ -119,7 +127,11 @@ void select_band(const SelectCall& call, const Seeker* seekers, int64_t count, f
   const auto score = [&](int64_t i) {
     const Seeker& s = *stretches[i].seeker;
     const int64_t low = stretches[i].low;
-    score_positions<T>(call, s, low, std::min(s.seen, low + kStretch), scores + s.at + low);
+    const int64_t high = std::min(s.seen, low + kStretch);
+#if defined(ND_AMX)
+    if (amx_fits(call)) return score_positions_amx(call, s, low, high, scores + s.at + low);
+#endif
+    score_positions<T>(call, s, low, high, scores + s.at + low);
   };
   parallel(threads, n, score);
   parallel(n ? threads : 1, count, [&](int64_t i) { choose_positions(call, seekers[i], scores + seekers[i].at); });
