@@ -10,6 +10,7 @@ a reference's answer are nearly equal, the tests say so: give that configuration
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,8 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import make_deepseek_v4, make_llama, make_qwen3, make_qwen3_moe, make_qwen3_vl, make_qwen3_vl_moe
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from tiny_models import (
+    make_deepseek_v3,
+    make_deepseek_v4,
+    make_deepseek_v32,
+    make_glm_moe_dsa,
+    make_llama,
+    make_qwen3,
+    make_qwen3_moe,
+    make_qwen3_vl,
+    make_qwen3_vl_moe,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    PreTrainedModel,
+)
 
 Maker = Callable[[Path], Path]
 """Writes a random fp32 checkpoint into a folder, the same one each time, and returns the folder."""
@@ -34,6 +51,13 @@ def load_image_text(folder: Path) -> PreTrainedModel:
     """The reference with its vision tower; here it is given text alone (images: `test_engine_media.py`)."""
     model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
+
+
+def load_as_deepseek_v3(folder: Path) -> PreTrainedModel:
+    """For a type that transformers does not know, and that is DeepSeek-V3."""
+    values = json.loads((folder / "config.json").read_text()) | {"model_type": "deepseek_v3"}
+    config = DeepseekV3Config(**values)
+    return DeepseekV3ForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 
 @dataclass(frozen=True)
@@ -67,6 +91,10 @@ _qwen3 = partial(make_qwen3, max_position_embeddings=1024)
 _qwen3_moe = partial(make_qwen3_moe, max_position_embeddings=1024)
 _qwen3_vl = partial(make_qwen3_vl, max_position_embeddings=1024)
 _qwen3_vl_moe = partial(make_qwen3_vl_moe, max_position_embeddings=1024)
+_deepseek_v3 = partial(make_deepseek_v3, max_position_embeddings=1024)
+_kimi_k2 = partial(make_deepseek_v3, model_type="kimi_k2", max_position_embeddings=1024, n_group=1, topk_group=1)
+_deepseek_v32 = partial(make_deepseek_v32, max_position_embeddings=1024)
+_glm_moe_dsa = partial(make_glm_moe_dsa, max_position_embeddings=1024)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -77,6 +105,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 128}
+YARN_MSCALE = YARN | {"mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 16.0, "beta_slow": 1.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 _NINE_HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8, "hidden_size": 72}
 _ALTERNATING = {
@@ -153,6 +182,57 @@ FAMILIES: tuple[Family, ...] = (
             "window alone, none hashed": partial(_deepseek_v4, kinds="ww", num_hash=0, sliding_window=24),
             "CSA alone, top 8, 8 heads in 4 groups": partial(
                 _deepseek_v4, kinds="cc", num_attention_heads=8, o_groups=4, index_n_heads=24
+            ),
+        },
+    ),
+    Family(
+        "deepseek_v3",
+        {
+            "experts in groups": _deepseek_v3,
+            "no query latent, one group, tied": partial(
+                _deepseek_v3, q_lora_rank=None, n_group=1, topk_group=1, tie_word_embeddings=True
+            ),
+            "YaRN with mscale, bias, 9 heads": partial(
+                _deepseek_v3, rope_parameters=YARN_MSCALE, attention_bias=True, num_attention_heads=9
+            ),
+            "rope in halves, no dense layer, 2 shared experts": partial(
+                _deepseek_v3,
+                rope_interleave=False,
+                first_k_dense_replace=0,
+                n_shared_experts=2,
+                norm_topk_prob=False,
+                routed_scaling_factor=1.0,
+                num_attention_heads=2,
+            ),
+        },
+    ),
+    Family(
+        "kimi_k2",
+        {"YaRN with mscale": partial(_kimi_k2, rope_parameters=YARN_MSCALE), "plain rope": _kimi_k2},
+        quick=("YaRN with mscale",),
+        reference=load_as_deepseek_v3,
+    ),
+    Family(
+        "deepseek_v32",
+        {
+            "24 positions of all": _deepseek_v32,
+            "9 positions, 32 indexer heads, YaRN, bias": partial(
+                _deepseek_v32, seed=1, index_topk=9, index_n_heads=32, rope_parameters=YARN_MSCALE, attention_bias=True
+            ),
+            "64 positions, one group, tied, 8 heads": partial(
+                _deepseek_v32, index_topk=64, n_group=1, topk_group=1, tie_word_embeddings=True, num_attention_heads=8
+            ),
+        },
+    ),
+    Family(
+        "glm_moe_dsa",
+        {
+            "every layer selects": _glm_moe_dsa,
+            "layers share, by a pattern": partial(
+                _glm_moe_dsa, num_hidden_layers=4, indexer_types=["full", "shared", "full", "shared"]
+            ),
+            "layers share, every third selects": partial(
+                _glm_moe_dsa, num_hidden_layers=6, index_topk_freq=3, index_topk=40, tie_word_embeddings=True
             ),
         },
     ),

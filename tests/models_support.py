@@ -57,8 +57,12 @@ class PagedModel:
         backend: AttentionBackend | None = None,
         tp: TensorParallel | None = None,
         seed: int = 0,
+        dense: bool = False,
     ) -> None:
+        """`dense`: without sparse attention, if the model has it."""
         self.spec = ModelSpec.from_folder(folder)
+        if dense:
+            self.spec = self.spec.with_dense_attention()
         self.model: DecoderModel = load_model(self.spec, dtype=dtype, device=CPU, tp=tp)
         self.layout = kv_layout(
             self.spec,

@@ -17,8 +17,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DeepseekV4Config,
     DeepseekV4ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -73,6 +79,26 @@ _VISION_SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 _MOE_SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+_LATENT_SIZES: dict[str, Any] = {key: value for key, value in _SIZES.items() if key != "head_dim"} | {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_group": 4,
+    "topk_group": 2,
+}
+_INDEXER_SIZES: dict[str, Any] = {
+    "index_n_heads": 16,  # with fewer, sums of ReLUs are often equal, and which position is taken is up to chance
+    "index_head_dim": 16,
+    "index_topk": 24,
+}
 _MEDIA_IDS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
 
 
@@ -148,6 +174,38 @@ def make_deepseek_v4(
     return _save(folder, seed, DeepseekV4ForCausalLM, DeepseekV4Config(**config), max_shard_size)
 
 
+def make_deepseek_v3(folder: Path, seed: int = 0, *, model_type: str = "", **overrides: Any) -> Path:
+    """A DeepSeek-V3 checkpoint in fp32: a dense layer, then 8 routed experts and a shared one, in 4 groups.
+
+    `model_type`: written into its config.json, for families that transformers has under no name of their own.
+    """
+    sizes = _heads(overrides)
+    _save(folder, seed, DeepseekV3ForCausalLM, DeepseekV3Config(**(_LATENT_SIZES | sizes | overrides)), "5GB")
+    if model_type:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": model_type}, indent=2))
+    return folder
+
+
+def make_deepseek_v32(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """A DeepSeek-V3.2 checkpoint in fp32: DeepSeek-V3's, and a query sees 24 positions."""
+    sizes = _LATENT_SIZES | _INDEXER_SIZES | _heads(overrides)
+    return _save(folder, seed, DeepseekV32ForCausalLM, DeepseekV32Config(**(sizes | overrides)), "5GB")
+
+
+def make_glm_moe_dsa(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """A GLM-5 checkpoint in fp32: DeepSeek-V3.2's sizes, one group of experts, values wider than keys."""
+    groups = {"n_group": 1, "topk_group": 1, "v_head_dim": 28}
+    sizes = _LATENT_SIZES | _INDEXER_SIZES | groups | _heads(overrides)
+    return _save(folder, seed, GlmMoeDsaForCausalLM, GlmMoeDsaConfig(**(sizes | overrides)), "5GB")
+
+
+def _heads(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Latent attention has as many key heads as query heads."""
+    heads = overrides.get("num_attention_heads")
+    return {"num_key_value_heads": heads} if heads else {}
+
+
 def _save(folder: Path, seed: int, model_class: type[PreTrainedModel], config: Any, max_shard_size: str) -> Path:
     torch.manual_seed(seed)
     model = model_class(config).float()
@@ -203,6 +261,9 @@ def _tokenizer_json() -> str:
 
 
 MAKERS = {
+    "deepseek_v3": make_deepseek_v3,
+    "deepseek_v32": make_deepseek_v32,
+    "glm_moe_dsa": make_glm_moe_dsa,
     "llama": make_llama,
     "qwen3": make_qwen3,
     "qwen3_moe": make_qwen3_moe,

@@ -60,6 +60,7 @@ class EngineConfig(_Section):
     )
     tensor_parallel_size: int = Field(1, ge=1)
     attention_backend: Literal["auto", "reference", "cpu"] = "auto"
+    sparse_attention: bool = Field(True, description="false: models that select positions attend to all of them")
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 is all cores")
     lease_ttl_s: float = Field(30.0, gt=0, description="life of published KV after its last extent")
     check_ledger: bool = Field(False, description="recount every KV block at every step; for tests, slow")

@@ -91,8 +91,8 @@ def build_engine(
         torch.set_num_threads(engine.num_threads)
     check_device(engine)
     device = torch.device("cpu")  # the transfer layer and the kernels address the cache
-    spec = ModelSpec.from_folder(engine.model, weights=engine.load_format != "dummy")
-    sizing = size_engine(engine, spec, role)
+    sizing = size_engine(engine, ModelSpec.from_folder(engine.model, weights=engine.load_format != "dummy"), role)
+    spec = sizing.spec
     dtype, layout, max_model_len = sizing.dtype, sizing.layout, sizing.max_model_len
     blocks = {g.name: g.num_blocks for g in layout.groups}
     log.info("kv cache sized", budget_bytes=sizing.budget_nbytes, blocks=blocks, dtype=sizing.kv_dtype)
@@ -100,11 +100,11 @@ def build_engine(
         device=device.type,
         dtype=dtype,
         kv_dtype=sizing.kv_dtype,
-        head_dim=spec.head_dim,
-        group_size=spec.num_heads // spec.num_kv_heads if spec.compress is None else 1,
+        head_dim=spec.head_dim if spec.mla is None else spec.mla.row_dim,
+        group_size=spec.num_heads // spec.num_kv_heads if spec.mla is None and spec.compress is None else 1,
         block_size=engine.block_size,
         has_windows=spec.cache.has_windows,
-        latent=spec.compress is not None,
+        latent=spec.mla is not None or spec.compress is not None,
     )
     backend = choose(engine.attention_backend, needs).backend
     model = load_model(

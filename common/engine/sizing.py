@@ -24,6 +24,7 @@ MIN_MODEL_LEN = 3  # a prompt token and two of output, which the self-test takes
 
 @dataclass(frozen=True)
 class EngineSizing:
+    spec: ModelSpec  # as the engine computes it
     dtype: str
     kv_dtype: str
     max_model_len: int
@@ -44,6 +45,8 @@ def check_device(config: EngineConfig) -> None:
 
 def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizing:
     """The engine of a worker of `role`; its device was checked. `ConfigError` if settings and checkpoint do not fit."""
+    if not config.sparse_attention:
+        spec = spec.with_dense_attention()
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     kv_dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
     max_model_len = _max_model_len(config, spec)
@@ -65,7 +68,7 @@ def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizi
         max_num_batched_tokens=max_model_len if role is Role.PREFILL else config.max_num_batched_tokens,
     )
     layout = kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=config.block_size, num_blocks=num_blocks)
-    return EngineSizing(dtype, kv_dtype, max_model_len, layout, budget)
+    return EngineSizing(spec, dtype, kv_dtype, max_model_len, layout, budget)
 
 
 def _check_drafter(config: SpeculativeConfig) -> None:

@@ -143,9 +143,9 @@ class MLA(Layer):
 
 def _blocks_of(kv_PGE: Tensor, rope_PD: Tensor, spec: MLASpec, block_size: int) -> Tensor:
     """Keys [nope | rope] and values side by side, a head's rows of a block in a row: [blocks, G, block_size, E]."""
-    kv = kv_PGE.unflatten(0, (-1, block_size)).transpose(1, 2)
+    kv = kv_PGE.view(-1, block_size, *kv_PGE.shape[1:]).transpose(1, 2)
     out = kv.new_empty(*kv.shape[:3], spec.qk_dim + spec.v_dim)
     out[..., : spec.nope_dim] = kv[..., : spec.nope_dim]
-    out[..., spec.nope_dim : spec.qk_dim] = rope_PD.unflatten(0, (-1, 1, block_size))
+    out[..., spec.nope_dim : spec.qk_dim] = rope_PD.view(-1, 1, block_size, spec.rope_dim)
     out[..., spec.qk_dim :] = kv[..., spec.nope_dim :]
     return out

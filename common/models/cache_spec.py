@@ -9,7 +9,8 @@ retention rule. Three shapes of state fit:
                            multiples of r tokens (`block_multiple`), so no entry changes once its block is sealed
     a state per sequence   a snapshot group: updated in place at each token, and copied where others may go on
 
-Names: `kv` (full) and `kv_window` (window) for keys and values; `draft_` before the name of what a
+Names: `kv` (full) and `kv_window` (window) for keys and values; `mla_latent` (full) for the rows of latent attention
+and `indexer_key` (full) for the keys that sparse attention's indexers score; `draft_` before the name of what a
 multi-token-prediction layer keeps.
 """
 
@@ -25,6 +26,8 @@ WINDOW_GROUP = "window"
 STATE_GROUP = "state"
 KV_REGION = "kv"
 WINDOW_REGION = "kv_window"
+LATENT_REGION = "mla_latent"
+INDEXER_REGION = "indexer_key"
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,16 @@ def attention_cache(windows: tuple[int, ...], num_kv_heads: int, head_dim: int) 
         name = WINDOW_REGION if window else KV_REGION
         regions.append(CacheRegion(name, group.name, layers, head_dim, 2, num_kv_heads, per_head=True))
     return CacheSpec(tuple(groups), tuple(regions))
+
+
+def latent_cache(
+    num_layers: int, row_dim: int, indexer_layers: tuple[int, ...] = (), indexer_dim: int = 0
+) -> CacheSpec:
+    """One row per token and layer, the same on every rank; and the keys of the layers that have an indexer.
+
+    Indexer keys stay in the model's own type: what is selected depends on them.
+    """
+    regions = [CacheRegion(LATENT_REGION, FULL_GROUP, tuple(range(num_layers)), row_dim)]
+    if indexer_layers:
+        regions.append(CacheRegion(INDEXER_REGION, FULL_GROUP, indexer_layers, indexer_dim, dtype="model"))
+    return CacheSpec((CacheGroup(FULL_GROUP),), tuple(regions))

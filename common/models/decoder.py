@@ -41,7 +41,7 @@ class DecoderBody(Layer):
 class DecoderModel(Layer, ABC):
     """`max_positions`: tokens in the longest sequence it will see (rows of the rotary table)."""
 
-    ignored: ClassVar[tuple[str, ...]] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+    ignored: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
     """Tensors (regular expressions) that checkpoints hold and nobody reads."""
 
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()

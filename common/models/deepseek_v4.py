@@ -61,7 +61,7 @@ class DeepseekV4Layer(Layer):
 
 
 class DeepseekV4ForCausalLM(DecoderModel):
-    ignored: ClassVar[tuple[str, ...]] = (r"mtp\..*", r"model\.mtp\..*")
+    ignored: tuple[str, ...] = (r"mtp\..*", r"model\.mtp\..*")
     renamed: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"head\.", "lm_head."),
         (r"(?:model\.)?embed(?:_tokens)?\.", "model.embed_tokens."),

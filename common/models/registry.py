@@ -32,6 +32,10 @@ _FAMILIES = {
         Family("qwen3", "qwen3", "Qwen3ForCausalLM", "dense", "read_qwen3"),
         Family("qwen3_vl", "qwen3_vl", "Qwen3VLForConditionalGeneration", "vision", "read_qwen3_vl"),
         Family("qwen3_vl_moe", "qwen3_vl", "Qwen3VLMoeForConditionalGeneration", "vision", "read_qwen3_vl_moe"),
+        Family("deepseek_v3", "deepseek_v3", "DeepseekV3ForCausalLM", "latent", "read_deepseek_v3"),
+        Family("kimi_k2", "deepseek_v3", "DeepseekV3ForCausalLM", "latent", "read_deepseek_v3"),
+        Family("deepseek_v32", "deepseek_v32", "DeepseekV32ForCausalLM", "latent", "read_deepseek_v32"),
+        Family("glm_moe_dsa", "deepseek_v32", "DeepseekV32ForCausalLM", "latent", "read_glm_moe_dsa"),
         Family("qwen3_moe", "qwen3_moe", "Qwen3MoeForCausalLM", "moe", "read_qwen3_moe"),
         Family("deepseek_v4", "deepseek_v4", "DeepseekV4ForCausalLM", "deepseek_v4", "read_deepseek_v4"),
     )

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import ConfigError
 from common.layers.compress_spec import CompressSpec, StreamSpec
 from common.layers.media_spec import MediaSpec
+from common.layers.mla_spec import IndexerSpec, MLASpec
 from common.layers.moe_spec import MoESpec
 from common.layers.quant_spec import QuantSpec
 from common.layers.rope_spec import RopeSpec
-from common.models.cache_spec import CacheSpec
+from common.models.cache_spec import INDEXER_REGION, CacheSpec
 from common.models.checkpoint import DTYPE_NAMES, TensorInfo, content_hash, read_index, read_json
 from common.models.config_reader import ConfigReader
 from common.models.quant_config import read_quant
@@ -64,6 +65,8 @@ class ModelSpec:
     media: MediaSpec | None = None
     moe: MoESpec | None = None
     quant: QuantSpec | None = None
+    mla: MLASpec | None = None
+    indexer: IndexerSpec | None = None
     compress: CompressSpec | None = None
     streams: StreamSpec | None = None
 
@@ -82,6 +85,13 @@ class ModelSpec:
         if not isinstance(model_type, str):
             raise config.error("model_type", "is missing")
         return spec_reader(model_type)(SpecSource(folder, config, tensors))
+
+    def with_dense_attention(self) -> ModelSpec:
+        """The same model where every query sees all positions: no indexers and no keys of theirs in the cache."""
+        if self.indexer is None:
+            return self
+        regions = tuple(r for r in self.cache.regions if r.name != INDEXER_REGION)
+        return replace(self, indexer=replace(self.indexer, dense=True), cache=replace(self.cache, regions=regions))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""DeepSeek-V3 and R1 (DeepSeek-AI 2024), Kimi-K2, Moonlight: latent attention, and many small experts.
+
+A layer is pre-norm: multi-head latent attention, then a SwiGLU in the first layers and a mixture of experts in the
+others. Router: sigmoid scores; a bias per expert is added for choosing only; groups of experts compete by their two
+best, experts within the groups left; weights are divided by their sum and scaled. Shared experts see every token.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from common.layers.base import Build, Layer
+from common.layers.mla import MLA
+from common.layers.mlp import SwiGLU
+from common.layers.moe import MoE
+from common.layers.rms_norm import RMSNorm
+from common.layers.step import Step
+from common.models.cache_spec import LATENT_REGION
+from common.models.decoder import DecoderModel
+from common.models.spec import ModelSpec
+
+
+class DeepseekV3Layer(Layer):
+    """Checkpoint names under `model.layers.N.`."""
+
+    def __init__(self, spec: ModelSpec, build: Build, layer_idx: int) -> None:
+        self.input_layernorm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = self.make_attention(spec, build, layer_idx)
+        self.post_attention_layernorm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps)
+        assert spec.moe is not None
+        self.mlp: SwiGLU | MoE = (
+            MoE(build, spec.hidden_size, spec.moe)
+            if spec.moe.is_moe_layer[layer_idx]
+            else SwiGLU(build, spec.hidden_size, spec.intermediate_size)
+        )
+
+    def make_attention(self, spec: ModelSpec, build: Build, layer_idx: int) -> MLA:
+        assert spec.mla is not None
+        place = spec.cache.places(layer_idx)[LATENT_REGION]
+        return MLA(build, spec.hidden_size, spec.num_heads, spec.mla, place)
+
+    def __call__(self, hidden_TD: Tensor, step: Step) -> None:
+        hidden_TD += self.self_attn(self.input_layernorm(hidden_TD), step)
+        hidden_TD += self.mlp(self.post_attention_layernorm(hidden_TD))
+
+
+class DeepseekV3ForCausalLM(DecoderModel):
+    def __init__(self, spec: ModelSpec, build: Build, max_positions: int) -> None:
+        super().__init__(spec, build, max_positions)
+        # layers behind the last one predict further tokens
+        self.ignored = (*self.ignored, rf"model\.layers\.{spec.num_layers}\..*")
+
+    def make_layer(self, spec: ModelSpec, build: Build, layer_idx: int) -> DeepseekV3Layer:
+        return DeepseekV3Layer(spec, build, layer_idx)
