@@ -135,7 +135,8 @@ class Bench:
         until = time.monotonic() + seconds
         while time.monotonic() < until or len(rounds) < 5:
             rounds.append([1e3 * kind() for kind in kinds])
-        return Row(context, *(min(column) for column in zip(*rounds, strict=True)), len(rounds))
+        sparse, dense, indexer = (min(column) for column in zip(*rounds, strict=True))
+        return Row(context, sparse, dense, indexer, len(rounds))
 
     def _timed(self, call: Callable[[], object]) -> float:
         began = self.clock()
