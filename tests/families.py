@@ -23,6 +23,7 @@ from tiny_models import (
     make_deepseek_v4,
     make_deepseek_v32,
     make_glm_moe_dsa,
+    make_kimi_k25,
     make_llama,
     make_qwen3,
     make_qwen3_moe,
@@ -91,6 +92,7 @@ _qwen3 = partial(make_qwen3, max_position_embeddings=1024)
 _qwen3_moe = partial(make_qwen3_moe, max_position_embeddings=1024)
 _qwen3_vl = partial(make_qwen3_vl, max_position_embeddings=1024)
 _qwen3_vl_moe = partial(make_qwen3_vl_moe, max_position_embeddings=1024)
+_kimi_k25 = partial(make_kimi_k25, max_position_embeddings=1024)
 _deepseek_v3 = partial(make_deepseek_v3, max_position_embeddings=1024)
 _kimi_k2 = partial(make_deepseek_v3, model_type="kimi_k2", max_position_embeddings=1024, n_group=1, topk_group=1)
 _deepseek_v32 = partial(make_deepseek_v32, max_position_embeddings=1024)
@@ -235,5 +237,13 @@ FAMILIES: tuple[Family, ...] = (
                 _glm_moe_dsa, num_hidden_layers=6, index_topk_freq=3, index_topk=40, tie_word_embeddings=True
             ),
         },
+    ),
+    Family(
+        "kimi_k25",
+        {
+            "plain": _kimi_k25,
+            "YaRN, two groups": partial(_kimi_k25, seed=1, rope_parameters=YARN_MSCALE, n_group=2, topk_group=1),
+        },
+        reference=load_image_text,
     ),
 )

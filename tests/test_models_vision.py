@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from models_support import CPU, PagedModel, Picture
 from safetensors.torch import load_file, save_file
-from tiny_models import make_qwen3_vl, make_qwen3_vl_moe
+from tiny_models import make_kimi_k25, make_qwen3_vl, make_qwen3_vl_moe
 from vision_support import Layout, illustrated, oracle_logits, oracle_model, oracle_tokens, pieces
 
 from common.errors import ConfigError
@@ -31,6 +32,10 @@ YARN = {
     "original_max_position_embeddings": 128,
     "mrope_section": [4, 2, 2],
 }
+MLA_YARN = {key: value for key, value in YARN.items() if key != "mrope_section"} | {
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 CONFIGS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "qwen3-vl": (make_qwen3_vl, {}),
     "qwen3-vl-tied": (make_qwen3_vl, {"tied": True, "num_attention_heads": 6, "num_key_value_heads": 3}),
@@ -39,6 +44,8 @@ CONFIGS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "qwen3-vl-deep": (make_qwen3_vl, {"vision": {"deepstack_visual_indexes": [2, 0, 1]}}),
     "qwen3-vl-moe": (make_qwen3_vl_moe, {}),
     "qwen3-vl-moe-mixed": (make_qwen3_vl_moe, {"mlp_only_layers": [1], "num_experts": 24, "num_experts_per_tok": 5}),
+    "kimi-k25": (make_kimi_k25, {}),
+    "kimi-k25-yarn": (make_kimi_k25, {"rope_parameters": MLA_YARN, "first_k_dense_replace": 0}),
 }
 SECTIONS = [((24, 20, 20), 128), ((11, 11, 10), 64), ((3, 3, 2), 16)]
 LAYOUTS: tuple[Layout, ...] = (
@@ -102,8 +109,10 @@ def test_greedy_tokens(checkpoint: Path, layout: Layout) -> None:
 def test_an_image_matters(checkpoint: Path) -> None:
     prompt = illustrated(checkpoint, LAYOUTS[1], seed=5)
     (seen,) = PagedModel(checkpoint).step([(0, prompt.tokens)], {0: prompt.pictures})
-    (blind,) = PagedModel(checkpoint).step([(0, prompt.tokens)])
-    assert (seen[-1] - blind[-1]).abs().max() > 0.1
+    (picture,) = prompt.pictures
+    other = replace(picture, rows_NW=picture.rows_NW.flip(0))
+    (upside_down,) = PagedModel(checkpoint).step([(0, prompt.tokens)], {0: [other]})
+    assert (seen[-1] - upside_down[-1]).abs().max() > 0.01
 
 
 def test_positions_are_those_of_transformers(tmp_path: Path) -> None:

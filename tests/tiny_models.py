@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     DeepseekV3Config,
@@ -25,6 +26,8 @@ from transformers import (
     DeepseekV32ForCausalLM,
     GlmMoeDsaConfig,
     GlmMoeDsaForCausalLM,
+    Kimi_K25Config,
+    Kimi_K25ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -78,6 +81,16 @@ _VISION_SIZES: dict[str, Any] = {
     "deepstack_visual_indexes": [0, 1],
     "initializer_range": 0.2,
 }
+_KIMI_VISION_SIZES: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "pos_emb_height": 8,
+    "pos_emb_width": 8,
+    "initializer_range": 0.2,
+}
 _MOE_SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 _LATENT_SIZES: dict[str, Any] = {key: value for key, value in _SIZES.items() if key != "head_dim"} | {
     "num_key_value_heads": 4,
@@ -126,6 +139,33 @@ def make_qwen3_vl_moe(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """The same over Qwen3-MoE."""
     config = _with_vision(Qwen3VLMoeConfig, _MOE_SIZES | overrides)
     return _save(folder, seed, Qwen3VLMoeForConditionalGeneration, config, "5GB")
+
+
+def make_kimi_k25(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """A Kimi-K2.5 checkpoint in fp32, vision tower included, under the names of the releases.
+
+    Its placeholders lie past the vocabulary, as one of the releases' does. `overrides` go into the text config.
+    """
+    config = Kimi_K25Config(
+        text_config=_LATENT_SIZES
+        | _heads(overrides)
+        | {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1}
+        | overrides,
+        vision_config=_KIMI_VISION_SIZES,
+        projection_hidden_size=32,
+        tie_word_embeddings=False,
+        **_MEDIA_IDS | {"image_token_id": VOCAB_SIZE + 5, "video_token_id": VOCAB_SIZE},
+    )
+    _save(folder, seed, Kimi_K25ForConditionalGeneration, config, "5GB")
+    path = folder / "model.safetensors"
+    text = "language_model.model."  # transformers renames the vision tower's layers, and these with them
+    renamed = {n.replace(f"{text}blocks.", f"{text}layers."): t for n, t in load_file(path).items()}
+    save_file(renamed, path, {"format": "pt"})
+    config_path = folder / "config.json"
+    saved = json.loads(config_path.read_text())
+    saved["text_config"]["model_type"] = "kimi_k2"
+    config_path.write_text(json.dumps(saved, indent=2))
+    return folder
 
 
 def _with_vision(config_class: Any, overrides: dict[str, Any]) -> Any:
@@ -264,6 +304,7 @@ MAKERS = {
     "deepseek_v3": make_deepseek_v3,
     "deepseek_v32": make_deepseek_v32,
     "glm_moe_dsa": make_glm_moe_dsa,
+    "kimi_k25": make_kimi_k25,
     "llama": make_llama,
     "qwen3": make_qwen3,
     "qwen3_moe": make_qwen3_moe,

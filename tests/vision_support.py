@@ -28,13 +28,14 @@ class Illustrated:
     patches_G3: Tensor
     kinds_T: Tensor
 
-    def inputs(self) -> dict[str, Tensor]:
-        return {
-            "input_ids": torch.tensor([self.tokens]),
-            "pixel_values": self.pixels_PC,
-            "image_grid_thw": self.patches_G3,
-            "mm_token_type_ids": self.kinds_T[None],
-        }
+    def inputs(self, model: Any) -> dict[str, Tensor]:
+        """What `model` of transformers takes."""
+        inputs = {"input_ids": torch.tensor([self.tokens])}
+        if self.pictures:
+            inputs |= {"pixel_values": self.pixels_PC, "image_grid_thw": self.patches_G3}
+            if model.config.model_type != "kimi_k25":
+                inputs["mm_token_type_ids"] = self.kinds_T[None]
+        return inputs
 
 
 @functools.cache
@@ -48,10 +49,9 @@ def illustrated(folder: Path, layout: Layout, seed: int) -> Illustrated:
     model = oracle_model(folder)
     config, vision = model.config, model.config.vision_config
     generator = torch.Generator().manual_seed(seed)
-    merge = vision.spatial_merge_size
+    merge = getattr(vision, "spatial_merge_size", 2)
     patches = [part for part in layout if not isinstance(part, int)]
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    pixels_PC = torch.randn(sum(t * h * w for t, h, w in patches), width, generator=generator)
+    pixels_PC = torch.randn(sum(t * h * w for t, h, w in patches), *_patch_shape(vision), generator=generator)
     patches_G3 = torch.tensor(patches, dtype=torch.int64).view(-1, 3)
     tokens: list[int] = []
     places: list[tuple[int, Grid]] = []
@@ -65,12 +65,19 @@ def illustrated(folder: Path, layout: Layout, seed: int) -> Illustrated:
             tokens += [config.vision_start_token_id, *[config.image_token_id] * count, config.vision_end_token_id]
     pictures = []
     if patches:
-        seen = model.model.visual(pixels_PC, patches_G3)
-        rows_NW = torch.cat((seen.pooler_output, *seen.deepstack_features), 1)
-        counts = [g[0] * g[1] * g[2] for _, g in places]
-        pictures = [Picture(p, g, rows) for (p, g), rows in zip(places, rows_NW.split(counts), strict=True)]
+        seen = model.model.get_image_features(pixels_PC, patches_G3)
+        depths = [seen.pooler_output, *getattr(seen, "deepstack_features", ())]
+        rows = [torch.cat(parts, 1) for parts in zip(*depths, strict=True)]
+        pictures = [Picture(p, g, rows_NW) for (p, g), rows_NW in zip(places, rows, strict=True)]
     kinds_T = (torch.tensor(tokens) == config.image_token_id).int()
     return Illustrated(tokens, pictures, pixels_PC, patches_G3, kinds_T)
+
+
+def _patch_shape(vision: Any) -> tuple[int, ...]:
+    """Qwen's patches are flat, of two frames; Kimi's are one small image."""
+    if vision.model_type == "kimi_k25_vision":
+        return (3, vision.patch_size, vision.patch_size)
+    return (vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,)
 
 
 @torch.inference_mode()
@@ -78,9 +85,7 @@ def oracle_logits(folder: Path, prompt: Illustrated) -> Tensor:
     """fp32 [T, V] at every position."""
     model = oracle_model(folder)
     model.model.rope_deltas = None
-    if not prompt.pictures:
-        return model(torch.tensor([prompt.tokens])).logits[0]
-    return model(**prompt.inputs()).logits[0]
+    return model(**prompt.inputs(model)).logits[0]
 
 
 @torch.inference_mode()
@@ -88,7 +93,7 @@ def oracle_tokens(folder: Path, prompt: Illustrated, count: int) -> list[int]:
     """Greedy."""
     model = oracle_model(folder)
     model.model.rope_deltas = None
-    inputs = prompt.inputs() if prompt.pictures else {"input_ids": torch.tensor([prompt.tokens])}
+    inputs = prompt.inputs(model)
     out = model.generate(
         **inputs,
         attention_mask=torch.ones_like(inputs["input_ids"]),

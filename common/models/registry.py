@@ -36,6 +36,7 @@ _FAMILIES = {
         Family("kimi_k2", "deepseek_v3", "DeepseekV3ForCausalLM", "latent", "read_deepseek_v3"),
         Family("deepseek_v32", "deepseek_v32", "DeepseekV32ForCausalLM", "latent", "read_deepseek_v32"),
         Family("glm_moe_dsa", "deepseek_v32", "DeepseekV32ForCausalLM", "latent", "read_glm_moe_dsa"),
+        Family("kimi_k25", "kimi_k25", "KimiK25ForConditionalGeneration", "vision", "read_kimi_k25"),
         Family("qwen3_moe", "qwen3_moe", "Qwen3MoeForCausalLM", "moe", "read_qwen3_moe"),
         Family("deepseek_v4", "deepseek_v4", "DeepseekV4ForCausalLM", "deepseek_v4", "read_deepseek_v4"),
     )

@@ -1,5 +1,5 @@
-"""Readers of models that take images: their text towers (`qwen3_vl`, `qwen3_vl_moe`). The vision side is
-another worker's. No torch.
+"""Readers of models that take images: their text towers (`qwen3_vl`, `qwen3_vl_moe`, `kimi_k25`). The
+vision side is another worker's. No torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from common.models.cache_spec import attention_cache
 from common.models.config_reader import ConfigReader
 from common.models.rope_config import read_sections, refuse_partial
 from common.models.spec import ModelSpec, SpecSource, base_spec
+from common.models.specs.latent import read_deepseek_v3
 from common.models.specs.moe import read_qwen_experts
 
 _QWEN3_VL_SECTIONS = (24, 20, 20)  # where a config names none
@@ -47,7 +48,17 @@ def _qwen3_vl(source: SpecSource, text: ConfigReader) -> ModelSpec:
     )
 
 
+def read_kimi_k25(source: SpecSource) -> ModelSpec:
+    """Kimi-K2, whose tokens images replace and nothing else."""
+    text = source.config.nested("text_config")
+    text.choice("model_type", "kimi_k2", ("kimi_k2", "deepseek_v3"))
+    return replace(read_deepseek_v3(source, text), media=MediaSpec(read_placeholders(source.config)))
+
+
 def read_placeholders(config: ConfigReader) -> tuple[int, ...]:
-    """Ids of the tokens that stand for rows of images and of video frames."""
-    names = ("image_token_id", "video_token_id")
-    return tuple(config.integer(name, least=0) for name in names if name == names[0] or name in config.values)
+    """Ids of the tokens that stand for rows of images and of video frames, under any of their names."""
+    names = ("image_token_id", "video_token_id", "media_placeholder_token_id")
+    found = tuple(config.integer(name, least=0) for name in names if config.values.get(name) is not None)
+    if not found:
+        raise config.error(names[0], "is missing")
+    return found
