@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from quant_support import (
     save_shards,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import make_llama, make_qwen3_moe
+from tiny_models import make_deepseek_v3, make_deepseek_v4, make_deepseek_v32, make_llama, make_qwen3_moe
 from torch import Tensor
 
 from common.errors import ConfigError
@@ -53,7 +54,8 @@ def fp8_fp4(name: str, w: Tensor) -> Quantised | None:
     """As DeepSeek-V4 has it: experts in FP4, the rest in FP8, scales that are powers of two."""
     if ".experts." in name:
         return fp4_rows(w, V4)
-    return fp8_block(w, (32, 32), torch.float8_e8m0fnu, V4) if is_linear(name) else None
+    is_dense = is_linear(name) or re.search(r"attn\.w[a-z_]+\.weight|shared_experts", name)
+    return fp8_block(w, (32, 32), torch.float8_e8m0fnu, V4) if is_dense else None
 
 
 def fused_fp8(name: str, w: Tensor) -> Quantised | None:
@@ -105,11 +107,26 @@ CASES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], Any]] = {
 }
 
 
+RELEASES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], Any]] = {
+    "deepseek_v3": (make_deepseek_v3, fp8_config((16, 16)), fp8((16, 16))),
+    "deepseek_v32": (make_deepseek_v32, fp8_config((32, 32), scale_fmt="ue8m0"), fp8((32, 32))),
+    "deepseek_v4": (make_deepseek_v4, fp8_config((32, 32), scale_fmt="ue8m0", expert_dtype="fp4"), fp8_fp4),
+    "kimi_k2": (
+        partial(make_deepseek_v3, model_type="kimi_k2"),
+        int4_config(32, [*IGNORED, "re:.*shared_experts.*"]),
+        int4(32, BF16),
+    ),
+}
+"""Whole families as they are released; the other cases are about tensors."""
+
+
 @pytest.fixture(scope="module", params=list(CASES))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(quantised, what it stands for in floats)."""
-    root = tmp_path_factory.mktemp(request.param)
-    make, config, choose = CASES[request.param]
+    return make_pair(tmp_path_factory.mktemp(request.param), *CASES[request.param])
+
+
+def make_pair(root: Path, make: Callable[[Path], Path], config: dict[str, Any], choose: Any) -> tuple[Path, Path]:
     quantise(make(root / "quantised"), root / "plain", config, choose)
     return root / "quantised", root / "plain"
 
@@ -148,6 +165,18 @@ def test_logits_equal_those_of_the_float_checkpoint(pair: tuple[Path, Path]) -> 
     (want,) = PagedModel(plain).step([(0, TOKENS)])
     assert torch.equal(got, want)
     assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("name", list(RELEASES))
+def test_families_as_they_are_released(tmp_path: Path, name: str) -> None:
+    quantised, plain = make_pair(tmp_path, *RELEASES[name])
+    assert sum(t.element_size() < 4 or t.dtype == torch.int32 for t in load_shards(quantised).values()) > 20
+    want = tensors_of(plain)
+    for tensor, got in tensors_of(quantised).items():
+        assert torch.equal(got, want[tensor]), tensor
+    (got,) = PagedModel(quantised).step([(0, TOKENS)])
+    (expected,) = PagedModel(plain).step([(0, TOKENS)])
+    assert torch.equal(got, expected)
 
 
 def test_ranks_together_equal_one(pair: tuple[Path, Path]) -> None:

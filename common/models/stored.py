@@ -12,6 +12,7 @@ So a whole one in floats is never in memory beside the model.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ Part = tuple[slice, ...]
 
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _BYTES = ("I8", "U8")
-_ROWS = 256  # about so many are dequantised at once
+_PIECE = 2**15  # elements dequantised at once: they stay in the cache, and torch does not wake threads for so few
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -107,35 +108,34 @@ class Scaled:
     def read(self, files: Files, part: Part) -> Iterator[tuple[Part, Tensor]]:
         values, scales = files.view(self.values), files.view(self.scales)
         *lead, rows, columns = part
-        step = self.block[0] * max(1, _ROWS // self.block[0])
+        step = max(1, _PIECE // max(1, columns.stop - columns.start))
         for place in itertools.product(*(range(s.start, s.stop) for s in lead)):
             here = tuple(slice(i - s.start, i - s.start + 1) for i, s in zip(place, lead, strict=True))
-            first = rows.start
-            while first < rows.stop:
-                end = min(rows.stop, (first // step + 1) * step)
-                some = slice(first, end)
+            for first in range(rows.start, rows.stop, step):
+                some = slice(first, min(rows.stop, first + step))
                 got = _unpacked(values[place][some], columns, self.per_word)
-                got *= _spread(scales[place], (some, columns), self.block)
-                piece = (*here, slice(first - rows.start, end - rows.start), slice(None))
+                got = got * _spread(scales[place], (some, columns), self.block)
+                piece = (*here, slice(some.start - rows.start, some.stop - rows.start), slice(None))
                 yield piece, got[(None,) * len(lead)]
-                first = end
 
 
 def _unpacked(words: Tensor, columns: slice, per_word: int) -> Tensor:
-    """fp32 values of some columns of stored rows."""
-    if per_word == 1:
-        return words[:, columns].float()
+    """fp32 values of some columns of stored rows, by tables of all that a byte can mean (torch's casts are slow)."""
     first = columns.start // per_word
-    words = words[:, first : -(-columns.stop // per_word)]
-    if per_word == 2:
-        words = words.contiguous().view(torch.uint8).int()
-    bits = torch.arange(0, 4 * per_word, 4, dtype=torch.int32)
-    codes = ((words[:, :, None] >> bits) & 15).flatten(1)
-    codes = codes[:, columns.start - first * per_word : columns.stop - first * per_word]
-    if per_word == 8:
-        return (codes - 8).float()
-    table = torch.tensor((*_E2M1, *(-value for value in _E2M1)))
-    return table[codes]
+    some = words[:, first : -(-columns.stop // per_word)].contiguous().view(torch.uint8)
+    table = _tables()[per_word]
+    values = table.index_select(0, some.flatten().int()).view(torch.float32).view(words.shape[0], -1)
+    return values[:, columns.start - first * per_word : columns.stop - first * per_word]
+
+
+@functools.cache
+def _tables() -> dict[int, Tensor]:
+    """By values per stored element, [256]: a float32, or a pair of them, first the low half's, as one float64."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    halves = torch.stack((codes & 15, codes >> 4), 1).int()
+    e2m1 = torch.tensor((*_E2M1, *(-value for value in _E2M1)))
+    pairs = {2: e2m1[halves], 8: (halves - 8).float()}
+    return {1: codes.view(torch.float8_e4m3fn).float()} | {n: p.view(torch.float64)[:, 0] for n, p in pairs.items()}
 
 
 def _spread(scales: Tensor, part: tuple[slice, slice], block: tuple[int, int]) -> Tensor:
