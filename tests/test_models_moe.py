@@ -12,7 +12,7 @@ import pytest
 import torch
 from models_support import CPU, PagedModel, Sum
 from safetensors.torch import load_file, save_file
-from tiny_models import make_qwen3_moe
+from tiny_models import make_deepseek_v4, make_qwen3_moe
 from torch import Tensor
 
 from common.errors import ConfigError
@@ -229,3 +229,27 @@ def test_spec_of_a_saved_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 12}))
     with pytest.raises(ConfigError, match="num_experts_per_tok"):
         ModelSpec.from_folder(tmp_path)
+
+
+def test_tables_of_experts(tmp_path: Path) -> None:
+    """Whole numbers of either width; one that names no expert would read out of bounds."""
+    folder = make_deepseek_v4(tmp_path)
+    tensors = load_file(folder / WEIGHTS)
+    (name,) = [n for n in tensors if n.endswith("tid2eid")]
+    save_file(tensors | {name: tensors[name].int()}, folder / WEIGHTS)
+    layers: list[Any] = load(folder).model.layers
+    assert torch.equal(layers[0].ffn.gate.table_VK, tensors[name])
+    for value in (8, -1):
+        wrong = tensors[name].clone()
+        wrong[77, 1] = value
+        save_file(tensors | {name: wrong}, folder / WEIGHTS)
+        with pytest.raises(ConfigError, match=r"tid2eid holds numbers that are not in 0\.\.7"):
+            load(folder)
+    save_file(tensors | {name: tensors[name].float()}, folder / WEIGHTS)
+    with pytest.raises(ConfigError, match=r"of the wrong type: .*tid2eid is F32"):
+        load(folder)
+    (folder / WEIGHTS).unlink()
+    spec = ModelSpec.from_folder(folder, weights=False)
+    drawn: list[Any] = load_model(spec, dtype="float32", device=CPU, load_format="dummy").model.layers
+    table = drawn[0].ffn.gate.table_VK
+    assert table.unique().tolist() == list(range(8))
