@@ -12,7 +12,6 @@ from engine_support import Answer, Solo
 from common.engine.sequence import Sequence
 from common.types import FinishReason, SamplingParams
 
-NEVER_WAIT = 1e-12
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
 Key = tuple[tuple[int, ...], SamplingParams, int]
 
@@ -37,7 +36,7 @@ class TestDrafter:
 
     __test__ = False
     share: float = 1.0
-    cost: float = NEVER_WAIT
+    cost: float = -1.0  # below any share: drafts whatever comes of it
     name: str = "test"
     rng: random.Random = field(default_factory=lambda: random.Random(7))
     known: dict[Key, list[int]] = field(default_factory=dict)

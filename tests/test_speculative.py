@@ -176,7 +176,7 @@ def test_a_drafter_that_always_fails_is_soon_left_alone(llama: Path) -> None:
     (prompt,) = prompts(72, (30,))
     wanted = reference_tokens(llama, prompt, 400)
     solo = Solo(llama, speculative_config=NGRAM)
-    drafter = TestDrafter(0.0, cost=0.15)
+    drafter = TestDrafter(0.0, cost=0.02)
     drafter.learn(prompt, greedy(400), Outcome({0: wanted}, {}, {}))
     use(solo, drafter)
     answer = solo.submit(prompt, greedy(400))
@@ -185,8 +185,8 @@ def test_a_drafter_that_always_fails_is_soon_left_alone(llama: Path) -> None:
     speculator = solo.decode.parts.speculator
     assert speculator is not None
     assert speculator.num_accepted_tokens == 0
-    assert speculator.num_draft_tokens <= 20
-    assert 6 <= drafter.asked <= 12, "it is tried again now and then"
+    assert speculator.num_draft_tokens <= 24
+    assert 8 <= drafter.asked <= 18, "it is tried again now and then"
 
 
 def test_what_was_accepted_is_cached_and_what_was_not_is_not(llama: Path) -> None:
@@ -336,7 +336,7 @@ def test_any_mixture_of_requests_drafts_and_events(llama: Path, seed: int) -> No
         options |= {"max_model_len": 128, "kv_cache_memory_bytes": TIGHT["llama"], "max_num_seqs": rng.choice((3, 8))}
     solo = Solo(llama, speculative_config=NGRAM | {"num_speculative_tokens": rng.randint(1, 4)}, **options)
     drafter = drafter_of(llama, rng.random(), seed)
-    drafter.cost = rng.choice((drafter.cost, 0.15))
+    drafter.cost = rng.choice((drafter.cost, 0.02))
     use(solo, drafter)
     asked = list(zip(requests(llama), expected(llama), strict=True))
     running: list[tuple[Answer, Outcome]] = []

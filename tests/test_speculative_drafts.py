@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from common.config import SpeculativeConfig
 from common.config.load import load
-from common.engine.pace import MAX_WAIT_STEPS, MIN_WAIT_STEPS, Pace
+from common.engine.pace import MAX_WAIT_STEPS, MIN_WAIT_STEPS, Pace, price
 from common.engine.sequence import Sequence
 from common.engine.speculative import NgramDrafter, continuation, lookup_lengths, make_speculator
 from common.errors import ConfigError
@@ -85,12 +85,12 @@ def test_the_texts_of_ended_sequences_are_not_kept() -> None:
     assert len(drafter._texts) <= 1
 
 
-def run(pace: Pace, share: float, steps: int, most: int = 4, seed: int = 1) -> tuple[int, int]:
+def run(pace: Pace, share: float, steps: int, most: int = 4, seed: int = 1, cost: float = 0.15) -> tuple[int, int]:
     """(tokens gained, drafts made) in so many steps, each draft being right with probability `share`."""
     rng = random.Random(seed)
     before = pace.num_accepted_tokens, pace.num_draft_tokens
     for _ in range(steps):
-        count = pace.allow(most)
+        count = pace.allow(most, cost)
         if count:
             right = next((i for i in range(count) if rng.random() >= share), count)
             pace.observe(count, right)
@@ -98,7 +98,7 @@ def run(pace: Pace, share: float, steps: int, most: int = 4, seed: int = 1) -> t
 
 
 def test_a_pace_goes_up_with_right_drafts_and_stays_there() -> None:
-    pace = Pace(0.15)
+    pace = Pace()
     gained, made = run(pace, 1.0, 100)
     assert gained == made
     assert made > 4 * 95
@@ -107,7 +107,7 @@ def test_a_pace_goes_up_with_right_drafts_and_stays_there() -> None:
 def test_a_pace_follows_the_share_of_right_drafts() -> None:
     lengths = []
     for share in (0.2, 0.5, 0.7, 0.9):
-        pace = Pace(0.15)
+        pace = Pace()
         made = run(pace, share, 3000)[1]
         lengths.append(made / 3000)
     assert lengths == sorted(lengths)
@@ -116,7 +116,7 @@ def test_a_pace_follows_the_share_of_right_drafts() -> None:
 
 
 def test_failing_drafts_cost_next_to_nothing_and_good_ones_are_found_again() -> None:
-    pace = Pace(0.15)
+    pace = Pace()
     assert run(pace, 0.0, 2000) == (0, pace.num_draft_tokens)
     assert pace.num_draft_tokens < 35
     assert MIN_WAIT_STEPS < pace.last_wait == MAX_WAIT_STEPS
@@ -124,14 +124,36 @@ def test_failing_drafts_cost_next_to_nothing_and_good_ones_are_found_again() -> 
     assert gained > 4 * 40
 
 
+def test_drafts_that_must_be_right_more_often_are_fewer() -> None:
+    """The more sequences share a step, the less a right draft saves."""
+    costs = [price(0.02, n) for n in (1, 8, 32, 256)]
+    assert costs == sorted(costs)
+    assert costs[0] < 0.1
+    made = [run(Pace(), 0.6, 2000, cost=cost)[1] for cost in costs]
+    assert made == sorted(made, reverse=True)
+    assert made[0] > 3 * 2000
+    assert made[-1] < 0.35 * 2000
+    gained, made_of_best = run(Pace(), 0.97, 500, cost=costs[-1])
+    assert gained > 500
+    assert made_of_best < gained * 1.1
+
+
+def test_a_waiting_pace_goes_on_when_drafts_become_cheap() -> None:
+    pace = Pace()
+    run(pace, 0.3, 40, cost=0.9)
+    assert pace.wait
+    assert pace.allow(4, 0.9) == 0
+    assert pace.allow(4, min(pace.rate, 0.05)) >= 1
+
+
 def test_a_pace_depends_on_its_own_history_alone() -> None:
-    one, other = Pace(0.15), Pace(0.15)
+    one, other = Pace(), Pace()
     assert run(one, 0.6, 500) == run(other, 0.6, 500)
     assert one == other
 
 
 def test_a_pace_without_room_makes_no_draft() -> None:
-    assert Pace(0.15).allow(0) == 0
+    assert Pace().allow(0, 0.15) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """How many drafts a sequence gets, by what came of its earlier ones. Plain arithmetic; one object per sequence.
 
-    drafting <-> waiting (drafts fail: `MIN_WAIT_STEPS` to `MAX_WAIT_STEPS` steps without, then a trial of one)
+    drafting <-> waiting (drafts do not pay: `MIN_WAIT_STEPS` to `MAX_WAIT_STEPS` steps without, then a trial of one)
 
 `rate` is the moving share of right ones among the drafts that were tested: those up to the first wrong one. The
-i-th draft of a step is of use with probability rate^i, so a step has as many drafts as are of use with at least
-the probability `cost`, what one more token costs a step. It depends on nothing but the sequence's own history.
+i-th draft of a step is of use with probability rate^i, and then saves the sequence a step later; so a step has as
+many drafts as are of use with at least the probability `cost`, the price of one against what it may save.
 """
 
 from __future__ import annotations
@@ -15,27 +15,36 @@ START_RATE = 0.6
 SMOOTHING = 0.25  # weight of the newest draft
 MIN_WAIT_STEPS = 8
 MAX_WAIT_STEPS = 128
+FIXED_TOKENS = 24  # of computation that take as long as what a step costs at any size: reading the weights
+
+
+def price(draft_cost: float, num_sequences: int) -> float:
+    """A draft's cost against the worth of one that is right. `draft_cost`: of making it, in steps of one sequence.
+
+    To verify it takes a token's computation; right, it saves that and a share of a step's fixed cost, which is the
+    smaller, the more sequences share it.
+    """
+    return draft_cost + num_sequences / (num_sequences + FIXED_TOKENS)
 
 
 @dataclass
 class Pace:
-    """`cost` in decode steps, above 0."""
-
-    cost: float
     rate: float = START_RATE
+    cost: float = 0.0  # of the drafts allowed last
     wait: int = 0  # steps until the next trial
     last_wait: int = 0
     num_drafts: int = 0  # steps that had drafts
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
 
-    def allow(self, most: int) -> int:
-        """Drafts for this step, `most` at most; called once a step."""
-        if self.wait:
+    def allow(self, most: int, cost: float) -> int:
+        """Drafts for this step, `most` at most, at the `cost` that they have in it; called once a step."""
+        self.cost = cost
+        if self.wait and self.rate < cost:
             self.wait -= 1
             return 0
         count, use = min(1, most), self.rate * self.rate
-        while count < most and use >= self.cost:
+        while count < most and use >= cost:
             count += 1
             use *= self.rate
         return count
@@ -47,7 +56,7 @@ class Pace:
         self.num_accepted_tokens += num_accepted
         for i in range(min(num_accepted + 1, num_drafts)):
             self.rate += SMOOTHING * ((1.0 if i < num_accepted else 0.0) - self.rate)
-        if self.rate >= self.cost:
-            self.last_wait = 0
-        else:
+        if num_accepted:
+            self.wait = self.last_wait = 0
+        elif self.rate < self.cost:
             self.wait = self.last_wait = min(max(2 * self.last_wait, MIN_WAIT_STEPS), MAX_WAIT_STEPS)

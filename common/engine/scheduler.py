@@ -60,7 +60,7 @@ class StepPlan:
 TryRemote = Callable[[Sequence, PrefixHit], bool]
 Abandon = Callable[[Sequence], None]
 OnStarted = Callable[[Sequence, PrefixHit], None]
-Propose = Callable[[Sequence, int], tuple[int, ...]]
+Propose = Callable[[Sequence, int, int], tuple[int, ...]]
 
 
 def _rank(seq: Sequence) -> tuple[int, int, int]:
@@ -74,7 +74,8 @@ class Scheduler:
     `seq.remote_peer` cleared to run it here, False with it kept when there is no room yet.
     `abandon(seq)` is told of one that ends while its hand-off is under way, before its blocks are given back.
     `on_started(seq, hit)` is told of each admission, after `num_computed` was set.
-    `propose(seq, room)` gives drafts for a sequence that generates: `room` at most. None: there is no speculation.
+    `propose(seq, room, num_running)` gives drafts for a sequence that generates: `room` at most. None: there is no
+    speculation.
     """
 
     def __init__(self, cache: KVCacheManager, limits: SchedulerLimits, clock: Clock) -> None:
@@ -162,7 +163,7 @@ class Scheduler:
                 break
             if item.num_new != 1 or not item.reaches_end or not seq.num_output:
                 continue
-            drafts = propose(seq, budget)
+            drafts = propose(seq, budget, len(self.running))
             if drafts and self._cache.reserve(seq.seq_id, seq.num_tokens + len(drafts)):
                 items[index] = StepItem(seq, 1, drafts)
                 budget -= len(drafts)

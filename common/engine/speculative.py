@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from common.config import SpeculativeConfig
 from common.engine.messages import LabelledCounter
-from common.engine.pace import Pace
+from common.engine.pace import Pace, price
 from common.engine.sequence import Sequence
 from common.kvcache.layout import TAIL_GROUP, KVLayout, Retention
 from common.telemetry import get_logger
@@ -32,7 +32,7 @@ DEFAULT_LOOKUP = (2, 5)
 class Drafter(Protocol):
     name: str
     cost: float
-    """One draft, made and verified, in decode steps of one token."""
+    """Of making one draft, in steps of one sequence."""
 
     def propose(self, seq: Sequence, count: int) -> Tokens[int]:
         """At most `count` tokens that may follow those of `seq`; none where it knows nothing."""
@@ -46,7 +46,7 @@ class NgramDrafter:
     """
 
     name = "ngram"
-    cost = 0.15
+    cost = 0.02
 
     def __init__(self, least: int, most: int) -> None:
         self._least = least
@@ -113,18 +113,18 @@ class Speculator:
         self.num_draft_tokens = 0
         self.accepted_per_pos = [0] * max_drafts
 
-    def propose(self, seq: Sequence, room: int) -> tuple[int, ...]:
+    def propose(self, seq: Sequence, room: int, num_sequences: int) -> tuple[int, ...]:
         """Drafts for a sequence of which only the last token is to be computed; `room` tokens at most.
 
-        None past the last token that it may have.
+        None past the last token that it may have. `num_sequences` run at once.
         """
         left = min(seq.sampling.max_tokens - seq.num_output, self._max_model_len - seq.num_tokens) - 1
         most = min(room, self._max_drafts, left)
         if most <= 0:
             return ()
         if seq.pace is None:
-            seq.pace = Pace(self._drafter.cost)
-        count = seq.pace.allow(most)
+            seq.pace = Pace()
+        count = seq.pace.allow(most, price(self._drafter.cost, num_sequences))
         if not count:
             return ()
         drafts = self._drafter.propose(seq, count)
