@@ -133,6 +133,21 @@ def test_choices_share_the_rows(folder: Path) -> None:
     solo.check_idle()
 
 
+def test_rows_are_taken_in_any_type(folder: Path) -> None:
+    """A bf16 engine rounds fp32 rows as their maker would have, and may run beside text in the same step."""
+    source = LocalMedia()
+    solo = Solo(folder, media=source, dtype="bfloat16")
+    prompt = illustrated(folder, THREE, 55)
+    asked = []
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [source.put(p.position, p.rows_NW.to(torch.bfloat16).to(dtype), p.grid) for p in prompt.pictures]
+        asked.append(solo.submit(prompt.tokens, greedy(COUNT), embeddings=tuple(given)))
+    solo.run()
+    assert asked[0].tokens == asked[1].tokens
+    assert len(asked[0].tokens[0]) == COUNT
+    assert asked[1].stats.cached_tokens == 0, "the two have different bytes"
+
+
 def test_prompt_logprobs(folder: Path) -> None:
     source = LocalMedia()
     solo = Solo(folder, media=source, max_num_batched_tokens=11)
@@ -359,6 +374,7 @@ def test_rows_of_another_shape_are_refused(folder: Path, rows: torch.Tensor | No
         ({"hidden_size": 64}, "takes 192"),
         ({"grid": (1, 4, 4)}, "has a grid of (1, 4, 4) and 20 rows"),
         ({"grid": (1, -4, -5)}, "has a grid"),
+        ({"media_hash": b""}, "media hash of 0 bytes"),
     ],
 )
 def test_handles_that_do_not_fit_are_refused(folder: Path, change: dict[str, Any], words: str) -> None:

@@ -23,6 +23,7 @@ from common.errors import InvalidRequestError, NanoDeployError, UnsupportedError
 from common.layers.media_positions import rope_positions
 from common.layers.media_spec import MediaSpec
 from common.types import Clock, EmbeddingHandle
+from common.types.prefix import HASH_NBYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,6 +150,8 @@ class Media:
             return f"is at tokens [{first}, {last}) of {len(token_ids)}, or begins before token {end}"
         if handle.hidden_size != self._row_width:
             return f"has rows of {handle.hidden_size} elements; this model takes {self._row_width}"
+        if len(handle.media_hash) != HASH_NBYTES:
+            return f"has a media hash of {len(handle.media_hash)} bytes, not {HASH_NBYTES}"
         if min(handle.grid) < 1 or math.prod(handle.grid) != handle.num_tokens:
             return f"has a grid of {handle.grid} and {handle.num_tokens} rows"
         if not set(token_ids[first:last]) <= set(self._spec.placeholder_ids):
