@@ -234,7 +234,7 @@ FAMILIES: tuple[Family, ...] = (
                 _glm_moe_dsa, num_hidden_layers=4, indexer_types=["full", "shared", "full", "shared"]
             ),
             "layers share, every third selects": partial(
-                _glm_moe_dsa, num_hidden_layers=6, index_topk_freq=3, index_topk=40, tie_word_embeddings=True
+                _glm_moe_dsa, num_hidden_layers=5, index_topk_freq=3, index_topk=40, tie_word_embeddings=True
             ),
         },
     ),

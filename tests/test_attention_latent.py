@@ -299,6 +299,23 @@ def test_a_step_is_split_by_each_sequence_alone() -> None:
     assert (got - parts.expanded.take(want)).abs().max() < 5e-6
 
 
+@pytest.mark.parametrize("max_tokens", [1, 7, 40, 1000])
+def test_a_part_in_bands(max_tokens: int) -> None:
+    case = Case([(50, 1), (0, 19), (200, 1), (13, 2), (190, 25), (0, 30)])
+    part = split(case.tables, case.ctx, max_absorbed=2, top_k=150).expanded
+    assert part is not None
+    bands = part.bands(max_tokens)
+    assert part.bands(max_tokens) is bands
+    assert len(bands) == -(-49 // max_tokens)
+    q_THD, want = part.take(case.q_THD), part.take(case.expected())
+    for band in bands:
+        got = ReferenceBackend().attend_rows(
+            band.take(q_THD), case.cache[:, 0], case.values, band.tables, band.ctx, 0.3
+        )
+        assert (got - band.take(want)).abs().max() < 5e-6
+    assert sum(len(band.take(q_THD)) for band in bands) == 49
+
+
 def test_a_step_of_one_kind_is_not_copied() -> None:
     case = Case([(50, 1), (200, 1)])
     parts = split(case.tables, case.ctx, max_absorbed=2)

@@ -186,12 +186,22 @@ def test_absorbed_and_expanded_agree(backend: AttentionBackend, monkeypatch: pyt
 
 
 @torch.inference_mode()
-def test_heads_may_be_expanded_a_few_at_a_time(backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, _ = make()
-    x = torch.randn(90, HIDDEN)
-    whole = Paged(layer, backend, [90]).step([(0, x)])[0]
-    monkeypatch.setattr(mla_module, "_MAX_EXPANDED", 4 * 96 * 30)
-    assert torch.equal(Paged(layer, backend, [90]).step([(0, x)])[0], whole)
+def test_heads_and_tokens_may_be_done_a_few_at_a_time(
+    backend: AttentionBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four of six heads are expanded at once; queries are absorbed ten at a time."""
+    for most, elements, indexer in ((16, 4 * 96 * 30, None), (99, 10 * 6 * 32, None), (16, 10 * 6 * 32, INDEXER)):
+        layer, _ = make(indexer=indexer)
+        xs = [torch.randn(n, HIDDEN) for n in (90, 33, 5)]
+        results = []
+        for limit in (1 << 23, elements):
+            monkeypatch.setattr(mla_module, "MAX_ABSORBED", most)
+            monkeypatch.setattr(mla_module, "_MAX_ELEMENTS", limit)
+            paged = Paged(layer, backend, [90, 33, 5])
+            paged.step([(1, xs[1][:31])])
+            results.append(torch.cat(paged.step([(0, xs[0]), (1, xs[1][31:]), (2, xs[2])])))
+        assert torch.equal(*results) or backend.name == "reference"
+        assert (results[0] - results[1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("top_k", [0, 30])

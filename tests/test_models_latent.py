@@ -297,3 +297,14 @@ def test_bfloat16_is_close(name: str, tmp_path: Path) -> None:
     (full,) = PagedModel(folder, backend=CpuBackend()).step([(0, tokens)])
     assert low.isfinite().all()
     assert (low - full)[:24].square().mean().sqrt() < 0.1 * full.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_latents_may_be_kept_in_another_type(backend: str, tmp_path: Path) -> None:
+    folder = make_deepseek_v3(tmp_path)
+    tokens = fresh_prompt(100)
+    made = CpuBackend() if backend == "cpu" else None
+    paged = PagedModel(folder, kv_dtype="bfloat16", backend=made)
+    got = torch.cat([paged.step([(0, part)])[0] for part in (tokens[:90], tokens[90:])])
+    error, want = got - oracle(folder, tokens), oracle(folder, tokens)
+    assert 1e-4 < error.square().mean().sqrt() < 0.03 * want.square().mean().sqrt()

@@ -33,6 +33,25 @@ class Part:
         """Rows of the part's tokens, of a tensor over all tokens of the step."""
         return x_T[self.tokens]
 
+    def bands(self, max_tokens: int) -> tuple[Part, ...]:
+        """The part in steps of so many tokens, each of them a slice of the part's. Sequences may be cut."""
+        key = (Part.bands, max_tokens)
+        found: tuple[Part, ...] | None = self.ctx.scratch.get(key)
+        if found is None:
+            starts = self.ctx.query_starts_S1.tolist()
+            found = tuple(
+                self._band(starts, first, min(first + max_tokens, starts[-1]))
+                for first in range(0, starts[-1], max_tokens)
+            )
+            self.ctx.scratch[key] = found
+        return found
+
+    def _band(self, starts: list[int], first: int, last: int) -> Part:
+        if last - first == starts[-1]:
+            return replace(self, tokens=slice(0, last))
+        spans = [(s, max(first, a), min(last, b)) for s, (a, b) in enumerate(itertools.pairwise(starts))]
+        return _cut(self.tables, self.ctx, [span for span in spans if span[1] < span[2]], slice(first, last))
+
     @cached_property
     def gathered(self) -> Gathered:
         """Every block of the part's sequences, one after the other."""
@@ -84,22 +103,32 @@ def _part(tables: GroupTables, ctx: AttentionContext, starts: list[int], rows: l
         return None
     if len(rows) == len(starts) - 1:
         return Part(slice(0, starts[-1]), tables, ctx)
+    pieces = [(s, starts[s], starts[s + 1]) for s in rows]
+    tokens: slice | Tensor = slice(pieces[0][1], pieces[-1][2])
+    if any(one[2] != other[1] for one, other in itertools.pairwise(pieces)):
+        device = tables.slots_T.device
+        tokens = torch.cat([torch.arange(first, last, device=device) for _, first, last in pieces])
+    return _cut(tables, ctx, pieces, tokens)
+
+
+def _cut(
+    tables: GroupTables, ctx: AttentionContext, pieces: list[tuple[int, int, int]], tokens: slice | Tensor
+) -> Part:
+    """`pieces`: (sequence, its first token, the one behind its last), in tokens of `ctx`, which `tokens` are all of."""
     device = tables.slots_T.device
-    rows_S = torch.tensor(rows, device=device)
-    tokens: slice | Tensor = slice(starts[rows[0]], starts[rows[-1] + 1])
-    if rows != list(range(rows[0], rows[-1] + 1)):
-        tokens = torch.cat([torch.arange(starts[s], starts[s + 1], device=device) for s in rows])
-    new_starts = [0]
-    for s in rows:
-        new_starts.append(new_starts[-1] + starts[s + 1] - starts[s])
-    lens_S = ctx.seq_lens_S[rows_S]
-    part_tables = replace(tables, block_tables_SB=tables.block_tables_SB[rows_S], slots_T=tables.slots_T[tokens])
-    part_ctx = replace(
-        ctx,
-        query_starts_S1=torch.tensor(new_starts, dtype=torch.int32, device=device),
-        seq_lens_S=lens_S,
-        max_query_len=max(starts[s + 1] - starts[s] for s in rows),
-        max_seq_len=int(lens_S.max()),
-        scratch={},
+    starts, lens = ctx.query_starts_S1.tolist(), ctx.seq_lens_S.tolist()
+    counts = [last - first for _, first, last in pieces]
+    new_lens = [lens[s] - (starts[s + 1] - last) for s, _, last in pieces]
+    rows_S = torch.tensor([s for s, _, _ in pieces], device=device)
+    return Part(
+        tokens,
+        replace(tables, block_tables_SB=tables.block_tables_SB[rows_S], slots_T=tables.slots_T[tokens]),
+        replace(
+            ctx,
+            query_starts_S1=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device),
+            seq_lens_S=torch.tensor(new_lens, dtype=torch.int32, device=device),
+            max_query_len=max(counts),
+            max_seq_len=max(new_lens),
+            scratch={},
+        ),
     )
-    return Part(tokens, part_tables, part_ctx)

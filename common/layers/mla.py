@@ -30,7 +30,7 @@ from common.layers.rope import apply_rope_
 from common.layers.step import MAIN_ROPE, Step
 
 MAX_ABSORBED = 64  # new tokens of a sequence; with more, expanding pays at DeepSeek's widths (bfloat16; fp32: 256)
-_MAX_EXPANDED = 1 << 23  # elements of keys and values at once
+_MAX_ELEMENTS = 1 << 23  # of absorbed queries, or of expanded keys and values, at once
 
 
 class MLA(Layer):
@@ -113,15 +113,24 @@ class MLA(Layer):
         return q_TR, q_THD, row_TW
 
     def _absorbed(self, q_THD: Tensor, rows: Tensor, part: Part, selected: Selection | None = None) -> Tensor:
-        spec, rank = self._spec, self._spec.kv_lora_rank
         q_NHD = part.take(q_THD)
+        out_NHV = q_NHD.new_empty(*q_NHD.shape[:2], self._spec.v_dim)
+        for band in part.bands(max(1, _MAX_ELEMENTS // (self._heads * self._spec.row_dim))):
+            some = None
+            if selected is not None:
+                some = Selection(band.take(selected.positions_TK), band.take(selected.counts_T))
+            self._absorb(band.take(q_NHD), rows, band, some, band.take(out_NHV))
+        return out_NHV
+
+    def _absorb(self, q_NHD: Tensor, rows: Tensor, part: Part, selected: Selection | None, out_NHV: Tensor) -> None:
+        spec, rank = self._spec, self._spec.kv_lora_rank
         q_NHW = q_NHD.new_empty(*q_NHD.shape[:2], spec.row_dim)
         linear_heads(q_NHD[..., : spec.nope_dim], self._to_latent_HRD, q_NHW[..., :rank])
         q_NHW[..., rank:] = q_NHD[..., spec.nope_dim :]
         latent_NHR = part.ctx.backend.attend_rows(
             q_NHW, rows[:, 0], slice(0, rank), part.tables, part.ctx, spec.scale, selected
         )
-        return linear_heads(latent_NHR, self._kv_b_HER[:, spec.nope_dim :])
+        linear_heads(latent_NHR, self._kv_b_HER[:, spec.nope_dim :], out_NHV)
 
     def _expanded(self, q_THD: Tensor, rows: Tensor, part: Part) -> Tensor:
         spec, rank, gathered = self._spec, self._spec.kv_lora_rank, part.gathered
@@ -129,7 +138,7 @@ class MLA(Layer):
         out_NHV = q_NHD.new_empty(*q_NHD.shape[:2], spec.v_dim)
         row_PW = rows[:, 0, 0].index_select(0, gathered.block_ids_N).flatten(0, 1).to(q_NHD.dtype)
         num_positions, width = row_PW.shape[0], spec.qk_dim + spec.v_dim
-        at_once = max(1, min(self._heads, _MAX_EXPANDED // (num_positions * width)))
+        at_once = max(1, min(self._heads, _MAX_ELEMENTS // (num_positions * width)))
         for first in range(0, self._heads, at_once):
             heads = slice(first, min(first + at_once, self._heads))
             weight_GR = self._kv_b_HER[heads].flatten(0, 1)
