@@ -124,6 +124,13 @@ def samplings(draw: st.DrawFn) -> SamplingParams:
 
 
 @st.composite
+def grids(draw: st.DrawFn, num_rows: int) -> tuple[int, int, int]:
+    frames = draw(st.sampled_from([n for n in range(1, num_rows + 1) if num_rows % n == 0]))
+    height = draw(st.sampled_from([n for n in range(1, num_rows // frames + 1) if num_rows // frames % n == 0]))
+    return frames, height, num_rows // frames // height
+
+
+@st.composite
 def embedding_lists(draw: st.DrawFn, num_tokens: int) -> tuple[EmbeddingHandle, ...]:
     cuts = sorted(draw(st.sets(st.integers(0, num_tokens), max_size=5)))
     return tuple(
@@ -135,7 +142,7 @@ def embedding_lists(draw: st.DrawFn, num_tokens: int) -> tuple[EmbeddingHandle, 
             media_hash=draw(hashes),
             position=start,
             num_tokens=end - start,
-            grid=(1, 1, end - start),
+            grid=draw(grids(end - start)),
             hidden_size=draw(st.integers(1, 2**32 - 1)),
             dtype=draw(text),
             descriptor=draw(st.binary(max_size=8)),

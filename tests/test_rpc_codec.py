@@ -195,6 +195,7 @@ def test_bad_embeddings():
     def with_embedding(**changes: Any) -> types_pb2.GenerationRequest:
         request = valid_request()
         fields = {"position": 0, "num_tokens": 2, "hidden_size": 8, "media_hash": b"h" * 16} | changes
+        fields.setdefault("grid", types_pb2.GridShape(frames=1, height=fields["num_tokens"], width=1))
         owner = types_pb2.WorkerRef(worker_id="enc-0", epoch=1, address="h:1")
         request.embeddings.add(owner=owner, **fields)
         return request
@@ -203,6 +204,8 @@ def test_bad_embeddings():
     refused("embeddings[0].media_hash", codec.request_from_proto, with_embedding(media_hash=b"short"), NOW)
     refused("embeddings[0].num_tokens", codec.request_from_proto, with_embedding(num_tokens=0), NOW)
     refused("embeddings[0]", codec.request_from_proto, with_embedding(num_tokens=4), NOW)
+    for wrong in (types_pb2.GridShape(), types_pb2.GridShape(frames=1, height=2, width=2)):
+        refused("embeddings[0].grid", codec.request_from_proto, with_embedding(grid=wrong), NOW)
     overlapping = with_embedding()
     overlapping.embeddings.append(overlapping.embeddings[0])
     refused("embeddings[1].position", codec.request_from_proto, overlapping, NOW)

@@ -89,12 +89,16 @@ def embedding_to_proto(handle: EmbeddingHandle) -> pb.EmbeddingHandle:
         digest=handle.digest,
         remaining_ms=handle.remaining_ms,
         transport=handle.transport,
+        grid=pb.GridShape(frames=handle.grid[0], height=handle.grid[1], width=handle.grid[2]),
     )
 
 
 def embedding_from_proto(handle: pb.EmbeddingHandle, field: str = "embedding") -> EmbeddingHandle:
     checks.identifier(handle.owner.worker_id, f"{field}.owner.worker_id")
     num_tokens = checks.at_least(handle.num_tokens, 1, f"{field}.num_tokens")
+    grid = (handle.grid.frames, handle.grid.height, handle.grid.width)
+    if math.prod(grid) != num_tokens:
+        raise checks.fail(f"{field}.grid", f"is {grid}, there are {num_tokens} rows")
     return EmbeddingHandle(
         owner_id=handle.owner.worker_id,
         owner_epoch=handle.owner.epoch,
@@ -103,7 +107,7 @@ def embedding_from_proto(handle: pb.EmbeddingHandle, field: str = "embedding") -
         media_hash=checks.hash_bytes(handle.media_hash, f"{field}.media_hash"),
         position=handle.position,
         num_tokens=num_tokens,
-        grid=(1, 1, num_tokens),
+        grid=grid,
         hidden_size=checks.at_least(handle.hidden_size, 1, f"{field}.hidden_size"),
         dtype=handle.dtype,
         descriptor=handle.descriptor,
