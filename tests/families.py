@@ -26,7 +26,9 @@ from tiny_models import (
     make_kimi_k25,
     make_llama,
     make_qwen3,
+    make_qwen3_5,
     make_qwen3_moe,
+    make_qwen3_next,
     make_qwen3_vl,
     make_qwen3_vl_moe,
 )
@@ -90,6 +92,8 @@ _deepseek_v4 = make_deepseek_v4
 _llama = partial(make_llama, max_position_embeddings=1024)
 _qwen3 = partial(make_qwen3, max_position_embeddings=1024)
 _qwen3_moe = partial(make_qwen3_moe, max_position_embeddings=1024)
+_qwen3_next = partial(make_qwen3_next, max_position_embeddings=1024)
+_qwen3_5 = partial(make_qwen3_5, max_position_embeddings=1024)
 _qwen3_vl = partial(make_qwen3_vl, max_position_embeddings=1024)
 _qwen3_vl_moe = partial(make_qwen3_vl_moe, max_position_embeddings=1024)
 _kimi_k25 = partial(make_kimi_k25, max_position_embeddings=1024)
@@ -114,6 +118,13 @@ _ALTERNATING = {
     "sliding_window": 32,
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
+_WIDE_DELTA = {
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 3,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 3,
 }
 
 RATES_16 = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}
@@ -245,5 +256,42 @@ FAMILIES: tuple[Family, ...] = (
             "YaRN, two groups": partial(_kimi_k25, seed=1, rope_parameters=YARN_MSCALE, n_group=2, topk_group=1),
         },
         reference=load_image_text,
+    ),
+    Family(
+        "qwen3_next",
+        {
+            "plain": _qwen3_next,
+            "dense layers, a value head a key head": partial(_qwen3_next, mlp_only_layers=[0, 2], **_WIDE_DELTA),
+            "bias, 6 heads, YaRN, tied": partial(
+                _qwen3_next,
+                seed=1,
+                attention_bias=True,
+                num_attention_heads=6,
+                num_key_value_heads=3,
+                tie_word_embeddings=True,
+                rope_parameters=YARN | {"partial_rotary_factor": 0.25},
+            ),
+        },
+    ),
+    Family(
+        "qwen3_5",
+        {
+            "plain": _qwen3_5,
+            "beside a vision tower, 4 value heads a key head": partial(
+                _qwen3_5, vision=True, linear_num_key_heads=1, linear_num_value_heads=4
+            ),
+            "attention first, tied": partial(
+                _qwen3_5, tied=True, layer_types=["full_attention", "linear_attention"], num_hidden_layers=2
+            ),
+        },
+    ),
+    Family(
+        "qwen3_5_moe",
+        {
+            "plain": partial(_qwen3_5, moe=True),
+            "beside a vision tower, 24 experts": partial(
+                _qwen3_5, moe=True, vision=True, num_experts=24, num_experts_per_tok=5, **_WIDE_DELTA
+            ),
+        },
     ),
 )

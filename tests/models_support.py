@@ -14,6 +14,7 @@ from torch import Tensor
 from common.attention.context import AttentionBackend, AttentionContext, GroupTables
 from common.attention.reference import ReferenceBackend
 from common.kvcache.layout import TAIL_GROUP, Retention
+from common.kvcache.manager import BlockCopy
 from common.kvcache.pool import KVPool
 from common.layers.base import TensorParallel
 from common.layers.media_positions import rope_positions
@@ -43,7 +44,8 @@ class PagedModel:
     """Sequences are numbered; each takes fresh blocks from a shuffled free list as it grows.
 
     Blocks of a window group are freed as soon as no later query can see them, and at once given away again;
-    their table entries turn to 0. Free blocks hold NaN, so that a read of a wrong one is seen.
+    their table entries turn to 0. Free blocks hold NaN, so that a read of a wrong one is seen. Each sequence has one
+    block of a snapshot group, which begins as zeros.
     """
 
     def __init__(
@@ -76,11 +78,14 @@ class PagedModel:
         self.pool = KVPool(self.layout, None, CPU)
         self.backend = backend or ReferenceBackend()
         self.groups = [g for g in self.layout.groups if g.retention is not Retention.SNAPSHOT]
+        self._states: dict[str, dict[int, int]] = {
+            g.name: {} for g in self.layout.groups if g.retention is Retention.SNAPSHOT and g.name != TAIL_GROUP
+        }
         rng = random.Random(seed)
         self._free: dict[str, list[int]] = {}
         self._tables: dict[str, dict[int, list[int]]] = {g.name: {} for g in self.groups}
         self._lens: dict[int, int] = {}
-        for g in self.groups:
+        for g in (*self.groups, *(self.layout.group(name) for name in self._states)):
             ids = list(range(g.num_blocks))
             rng.shuffle(ids)
             self._free[g.name] = ids
@@ -109,6 +114,7 @@ class PagedModel:
             groups=groups,
             kv=self.pool,
             backend=self.backend,
+            states={group: torch.tensor([self._state_block(group, s) for s, _ in work]) for group in self._states},
         )
         spans = [(s, start, start + n) for (s, _), start, n in zip(work, starts, counts, strict=True)]
         media = self._media(spans, pictures) if pictures else None
@@ -154,6 +160,13 @@ class PagedModel:
             table = self._tables[group][s]
             tables[i, : len(table)] = torch.tensor(table)
         return GroupTables(tables, torch.tensor(slots), size, window)
+
+    def _state_block(self, group: str, sequence: int) -> int:
+        blocks = self._states[group]
+        if sequence not in blocks:
+            blocks[sequence] = self._free[group].pop()
+            self.pool.copy_blocks([BlockCopy(group, -1, blocks[sequence])])
+        return blocks[sequence]
 
     def _forget(self, group: str, size: int, window: int, sequences: Sequence[int]) -> None:
         if not window:

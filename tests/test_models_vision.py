@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from models_support import CPU, PagedModel, Picture
 from safetensors.torch import load_file, save_file
-from tiny_models import make_kimi_k25, make_qwen3_vl, make_qwen3_vl_moe
+from tiny_models import make_kimi_k25, make_qwen3_5, make_qwen3_vl, make_qwen3_vl_moe
 from vision_support import Layout, illustrated, oracle_logits, oracle_model, oracle_tokens, pieces
 
 from common.errors import ConfigError
@@ -44,6 +45,8 @@ CONFIGS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "qwen3-vl-deep": (make_qwen3_vl, {"vision": {"deepstack_visual_indexes": [2, 0, 1]}}),
     "qwen3-vl-moe": (make_qwen3_vl_moe, {}),
     "qwen3-vl-moe-mixed": (make_qwen3_vl_moe, {"mlp_only_layers": [1], "num_experts": 24, "num_experts_per_tok": 5}),
+    "qwen3.5": (partial(make_qwen3_5, vision=True), {}),
+    "qwen3.5-moe": (partial(make_qwen3_5, vision=True, moe=True), {"linear_num_key_heads": 4}),
     "kimi-k25": (make_kimi_k25, {}),
     "kimi-k25-yarn": (make_kimi_k25, {"rope_parameters": MLA_YARN, "first_k_dense_replace": 0}),
 }

@@ -31,10 +31,20 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -113,6 +123,23 @@ _INDEXER_SIZES: dict[str, Any] = {
     "index_topk": 24,
 }
 _MEDIA_IDS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
+
+
+_HYBRID_SIZES: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "initializer_range": 0.08,  # the gated norm is sharp: at 0.2 even the reference is not exact to 1e-4
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+}
+_HYBRID_EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 24,
+}
 
 
 def make_llama(folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", **overrides: Any) -> Path:
@@ -246,12 +273,45 @@ def _heads(overrides: dict[str, Any]) -> dict[str, Any]:
     return {"num_key_value_heads": heads} if heads else {}
 
 
+def make_qwen3_next(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """A Qwen3-Next checkpoint in fp32: delta-net layers and one that attends, all mixtures of experts."""
+    config = Qwen3NextConfig(**(_SIZES | _HYBRID_SIZES | _HYBRID_EXPERTS | overrides))
+    return _save(folder, seed, Qwen3NextForCausalLM, config, "5GB")
+
+
+def make_qwen3_5(
+    folder: Path, seed: int = 0, *, moe: bool = False, vision: bool = False, tied: bool = False, **overrides: Any
+) -> Path:
+    """A Qwen3.5 checkpoint in fp32, dense or a mixture of experts; the text model alone, or with a vision tower."""
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    }
+    text = _SIZES | _HYBRID_SIZES | {"rope_parameters": rope} | (_HYBRID_EXPERTS if moe else {}) | overrides
+    if moe:
+        del text["intermediate_size"]
+    if not vision:
+        config_class = Qwen3_5MoeTextConfig if moe else Qwen3_5TextConfig
+        text_class: Any = Qwen3_5MoeForCausalLM if moe else Qwen3_5ForCausalLM
+        return _save(folder, seed, text_class, config_class(**text, tie_word_embeddings=tied), "5GB")
+    whole_class = Qwen3_5MoeConfig if moe else Qwen3_5Config
+    sizes = {name: value for name, value in _VISION_SIZES.items() if name != "deepstack_visual_indexes"}
+    config = whole_class(text_config=text, vision_config=sizes, tie_word_embeddings=tied, **_MEDIA_IDS)
+    model_class: Any = Qwen3_5MoeForConditionalGeneration if moe else Qwen3_5ForConditionalGeneration
+    return _save(folder, seed, model_class, config, "5GB")
+
+
 def _save(folder: Path, seed: int, model_class: type[PreTrainedModel], config: Any, max_shard_size: str) -> Path:
     torch.manual_seed(seed)
     model = model_class(config).float()
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("dt_bias"):
+                tensor.normal_(-3, 1)  # as trained: most of a state outlives many tokens
+            elif name.endswith("bias"):
                 tensor.normal_(0, 0.1)
             elif name.endswith(("sinks", "base")):
                 tensor.normal_(0, 0.5)
@@ -308,6 +368,8 @@ MAKERS = {
     "llama": make_llama,
     "qwen3": make_qwen3,
     "qwen3_moe": make_qwen3_moe,
+    "qwen3_next": make_qwen3_next,
+    "qwen3_5": make_qwen3_5,
     "qwen3_vl": make_qwen3_vl,
     "qwen3_vl_moe": make_qwen3_vl_moe,
     "deepseek_v4": make_deepseek_v4,

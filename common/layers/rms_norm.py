@@ -1,9 +1,13 @@
-"""Root mean square norm (Zhang and Sennrich 2019): x / rms(x) * weight, in fp32 inside."""
+"""Root mean square norm (Zhang and Sennrich 2019): x / rms(x) * weight, in fp32 inside.
+
+Some families (Gemma, Qwen3-Next) are *zero-centred*: their checkpoints hold w of 1 + w, which is added up in fp32.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from common.kernels.ops import rms_norm
@@ -11,13 +15,18 @@ from common.layers.base import Build, Init, Layer, Slot
 
 
 class RMSNorm(Layer):
-    def __init__(self, build: Build, width: int, eps: float) -> None:
+    def __init__(self, build: Build, width: int, eps: float, *, zero_centred: bool = False) -> None:
         self._width = (width,)
         self._eps = eps
-        self.weight = build.empty(width)
+        self._zero_centred = zero_centred
+        self.weight = torch.empty(width, dtype=_dtype(build, zero_centred), device=build.device)
 
     def own_slots(self) -> Iterator[Slot]:
-        yield Slot("weight", self.weight, self._width, init=Init.ONES)
+        yield Slot("weight", self.weight, self._width, init=_init(self._zero_centred))
+
+    def derive_own(self) -> None:
+        if self._zero_centred:
+            self.weight += 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self._eps)
@@ -41,3 +50,11 @@ class QKNorm(Layer):
     def __call__(self, qk_THD: Tensor) -> Tensor:
         """`qk_THD`: query heads, then key heads; the same shape comes back, contiguous."""
         return rms_norm(qk_THD, self.weight_2D, self._eps, split=self._num_heads)
+
+
+def _dtype(build: Build, zero_centred: bool) -> torch.dtype:
+    return torch.float32 if zero_centred else build.dtype
+
+
+def _init(zero_centred: bool) -> Init:
+    return Init.ZEROS if zero_centred else Init.ONES

@@ -16,7 +16,7 @@ class RopeSpec:
     llama3 reads the frequency factors; yarn (Peng et al. 2023) reads the betas (rotations over the original
     context between which it blends) and scales cos and sin by `attention_factor`.
     `sections`: rotary pairs by axis of multimodal rotation (time, height, width), see `common.layers.rope`; empty
-    where a token has one position.
+    where a token has one position. `rotary_dim`: elements of a head that turn, its first ones; 0 is all.
     """
 
     rope_type: RopeType = "default"
@@ -30,6 +30,7 @@ class RopeSpec:
     attention_factor: float = 1.0
     truncate: bool = True
     sections: tuple[int, ...] = ()
+    rotary_dim: int = 0
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:

@@ -35,7 +35,7 @@ class DecoderBody(Layer):
     def __init__(self, spec: ModelSpec, build: Build, layers: list[DecoderLayer]) -> None:
         self.embed_tokens = Embedding(build, spec.vocab_size, spec.hidden_size)
         self.layers = layers
-        self.norm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps)
+        self.norm = RMSNorm(build, spec.hidden_size, spec.rms_norm_eps, zero_centred=spec.zero_centred_norm)
 
 
 class DecoderModel(Layer, ABC):
@@ -68,7 +68,7 @@ class DecoderModel(Layer, ABC):
 
     def make_ropes(self, spec: ModelSpec, build: Build, max_positions: int) -> Mapping[str, Rope]:
         """The rotations that layers find in `Step.rope`."""
-        return {MAIN_ROPE: Rope(build, spec.rope, spec.head_dim, max_positions)}
+        return {MAIN_ROPE: Rope(build, spec.rope, spec.rope.rotary_dim or spec.head_dim, max_positions)}
 
     def rotations(self, positions: Tensor) -> Mapping[str, Rotation]:
         """Every rotation's rows for the tokens of a step: positions [T], or [3, T] with images (`StepMedia`)."""

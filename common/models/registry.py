@@ -37,6 +37,15 @@ _FAMILIES = {
         Family("deepseek_v32", "deepseek_v32", "DeepseekV32ForCausalLM", "latent", "read_deepseek_v32"),
         Family("glm_moe_dsa", "deepseek_v32", "DeepseekV32ForCausalLM", "latent", "read_glm_moe_dsa"),
         Family("kimi_k25", "kimi_k25", "KimiK25ForConditionalGeneration", "vision", "read_kimi_k25"),
+        *(
+            Family(name, "qwen3_5", "Qwen3_5ForConditionalGeneration", "delta", "read_qwen3_5_vl")
+            for name in ("qwen3_5", "qwen3_5_moe")
+        ),
+        *(
+            Family(name, "qwen3_5", "Qwen3_5ForCausalLM", "delta", "read_qwen3_5")
+            for name in ("qwen3_5_text", "qwen3_5_moe_text")
+        ),
+        Family("qwen3_next", "qwen3_next", "Qwen3NextForCausalLM", "delta", "read_qwen3_next"),
         Family("qwen3_moe", "qwen3_moe", "Qwen3MoeForCausalLM", "moe", "read_qwen3_moe"),
         Family("deepseek_v4", "deepseek_v4", "DeepseekV4ForCausalLM", "deepseek_v4", "read_deepseek_v4"),
     )

@@ -73,6 +73,19 @@ def read_sections(config: ConfigReader, width: int, default: tuple[int, int, int
     return tuple(sections)
 
 
+def read_partial(config: ConfigReader, head_dim: int, default: float) -> int:
+    """How much of a head turns, in elements: its first ones, by `partial_rotary_factor`."""
+    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
+    nested = config.values.get(field) or {}
+    found = next((v["partial_rotary_factor"] for v in (nested, config.values) if "partial_rotary_factor" in v), default)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= 1:
+        raise config.error("partial_rotary_factor", f"must be a number above 0 and at most 1, got {found!r}")
+    width = int(head_dim * found)
+    if not width or width % 2:
+        raise config.error("partial_rotary_factor", f"{found} of {head_dim} is {width}, which are not pairs")
+    return width
+
+
 def refuse_partial(config: ConfigReader) -> None:
     """For families whose heads turn whole."""
     field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"

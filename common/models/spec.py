@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.layers.compress_spec import CompressSpec, StreamSpec
+from common.layers.delta_spec import DeltaSpec
 from common.layers.media_spec import MediaSpec
 from common.layers.mla_spec import IndexerSpec, MLASpec
 from common.layers.moe_spec import MoESpec
@@ -35,7 +36,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class ModelSpec:
     """`dtype`: the checkpoint's own. `model_hash`: 16 bytes, see `common.models.checkpoint.content_hash`.
 
-    `media`: None for a model that takes no images. `streams`: None for one residual stream.
+    `media`: None for a model that takes no images. `streams`: None for one residual stream. `zero_centred_norm`: see
+    `common.layers.rms_norm`.
 
     `head_dim` is the width that rotates and that attention is scaled by; families with several widths say so in
     their own part.
@@ -69,6 +71,8 @@ class ModelSpec:
     indexer: IndexerSpec | None = None
     compress: CompressSpec | None = None
     streams: StreamSpec | None = None
+    delta: DeltaSpec | None = None
+    zero_centred_norm: bool = False
 
     @classmethod
     def from_folder(cls, path: str | Path, *, weights: bool = True) -> ModelSpec:
@@ -123,7 +127,7 @@ def base_spec(source: SpecSource, text: ConfigReader | None = None) -> ModelSpec
         architecture=next(iter(top.values.get("architectures") or ()), model_type),
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=config.integer("intermediate_size"),
+        intermediate_size=config.integer("intermediate_size", config.values.get("moe_intermediate_size")),
         num_layers=config.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

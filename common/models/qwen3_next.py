@@ -1,0 +1,61 @@
+"""Qwen3-Next (Qwen Team 2025): three layers of gated delta net to one of gated attention, each followed by a mixture
+of experts with a gated shared expert; all norms are zero-centred but the one inside the delta net.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from common.layers.attention import AttentionShape
+from common.layers.base import Build, Layer
+from common.layers.gated_attention import GatedAttention
+from common.layers.gated_delta import GatedDeltaNet
+from common.layers.mlp import SwiGLU
+from common.layers.moe import MoE, MoENames
+from common.layers.rms_norm import RMSNorm
+from common.layers.step import Step
+from common.models.cache_spec import KV_REGION
+from common.models.decoder import DecoderModel
+from common.models.spec import ModelSpec
+
+_NAMES = MoENames(shared="shared_expert")
+
+
+class Qwen3NextLayer(Layer):
+    """Checkpoint names under `model.layers.N.`: `linear_attn` or `self_attn`, and `mlp`."""
+
+    fused_projection: ClassVar[bool] = True
+    """Is the delta net's projection kept key head by key head?"""
+
+    def __init__(self, spec: ModelSpec, build: Build, layer_idx: int) -> None:
+        assert spec.delta is not None
+        hidden_size, eps, places = spec.hidden_size, spec.rms_norm_eps, spec.cache.places(layer_idx)
+        self.input_layernorm = RMSNorm(build, hidden_size, eps, zero_centred=True)
+        self._mixer: GatedDeltaNet | GatedAttention
+        if spec.delta.is_delta_layer[layer_idx]:
+            fused = self.fused_projection
+            self._mixer = self.linear_attn = GatedDeltaNet(build, hidden_size, spec.delta, places, eps, fused=fused)
+        else:
+            shape = AttentionShape(
+                hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_bias, eps
+            )
+            self._mixer = self.self_attn = GatedAttention(build, shape, places[KV_REGION])
+        self.post_attention_layernorm = RMSNorm(build, hidden_size, eps, zero_centred=True)
+        self.mlp: SwiGLU | MoE
+        if spec.moe is not None and spec.moe.is_moe_layer[layer_idx]:
+            self.mlp = MoE(build, hidden_size, spec.moe, _NAMES)
+        else:
+            self.mlp = SwiGLU(build, hidden_size, spec.intermediate_size)
+
+    def __call__(self, hidden_TD: Tensor, step: Step) -> None:
+        hidden_TD += self._mixer(self.input_layernorm(hidden_TD), step)
+        hidden_TD += self.mlp(self.post_attention_layernorm(hidden_TD))
+
+
+class Qwen3NextForCausalLM(DecoderModel):
+    ignored = (*DecoderModel.ignored, r"mtp\..+")
+
+    def make_layer(self, spec: ModelSpec, build: Build, layer_idx: int) -> Qwen3NextLayer:
+        return Qwen3NextLayer(spec, build, layer_idx)
