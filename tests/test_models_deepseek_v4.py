@@ -9,12 +9,13 @@ import itertools
 import json
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models_support import PagedModel
+from models_support import PagedModel, Sum
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, make_deepseek_v4
 from torch import Tensor
@@ -248,9 +249,15 @@ def test_the_cache_of_the_release_is_what_the_paper_counts(tmp_path: Path) -> No
     assert per_token["window"] == 2 * (43 * 512 + 20 * 2 * 512)
     assert per_token["window_csa"] == 2 * 21 * 4 * (512 + 128)
     given = {"max_model_len": 100_000, "max_num_seqs": 8, "num_tails": 16, "max_num_batched_tokens": 512}
-    found = size_num_blocks(spec, 4 << 30, **sizes, **given)  # type: ignore[arg-type]
-    assert found["full"] * 128 > 8 * found["window"] * 16
-    assert found["window"] >= (128 + 512) // 16 + 1
+    need = {"full": 782, "window": 41, "window_csa": 34}
+    least = sum(n * layout.block_nbytes(g) for g, n in need.items()) + 16 * layout.block_nbytes(TAIL_GROUP)
+    for budget in (least, least + 1, 2 * least, 5 * least):
+        found = size_num_blocks(spec, budget, **sizes, **given)  # type: ignore[arg-type]
+        assert all(found[g] >= n for g, n in need.items())
+        assert budget * 0.8 < sum(layout.block_nbytes(g) * n for g, n in found.items()) <= budget
+        assert all(found[g] <= 2 * 8 * need[g] for g in ("window", "window_csa"))
+    with pytest.raises(ConfigError, match=str(least)):
+        size_num_blocks(spec, least - 1, **sizes, **given)  # type: ignore[arg-type]
 
 
 def test_bfloat16_and_random_weights(tmp_path: Path) -> None:
@@ -265,3 +272,28 @@ def test_bfloat16_and_random_weights(tmp_path: Path) -> None:
     spec = ModelSpec.from_folder(folder)
     low.model = load_model(spec, dtype="float32", device=torch.device("cpu"), load_format="dummy")
     assert low.step([(5, tokens)])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kinds", ["hc", "w"])
+def test_ranks_together_equal_one(tmp_path: Path, kinds: str) -> None:
+    """Heads, groups of the output and experts are split; windows, entries and the indexer are whole on each rank."""
+    folder = make_deepseek_v4(tmp_path, kinds=kinds, compress_rates=RATES, num_attention_heads=8, o_groups=4)
+    tokens = fresh_prompt(70)
+    (want,) = PagedModel(folder).step([(0, tokens)])
+    total = Sum(2)
+
+    def run(rank: int) -> Tensor:
+        paged = PagedModel(folder, tp=total.of(rank), seed=rank)
+        return torch.cat([paged.step([(0, tokens[a:b])])[0] for a, b in ((0, 33), (33, 70))])
+
+    with ThreadPoolExecutor(2) as pool:
+        for got in pool.map(run, range(2)):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_it_runs_without_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, tokens = make_deepseek_v4(tmp_path, kinds="hcw", compress_rates=RATES), fresh_prompt(60)
+    (want,) = oracle(folder, tokens)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    paged = PagedModel(folder)
+    check(torch.cat([paged.step([(0, tokens[a:b])])[0] for a, b in ((0, 33), (33, 60))]), want)

@@ -236,6 +236,7 @@ def make_deepseek_v4(
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 40,
         "max_position_embeddings": 1024,
+        "pad_token_id": None,  # its embedding would be zero, and all the indexer's scores equal
     }
     config = {k: v for k, v in (_SIZES | sizes | overrides).items() if k != "intermediate_size"}
     return _save(folder, seed, DeepseekV4ForCausalLM, DeepseekV4Config(**config), max_shard_size)

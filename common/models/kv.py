@@ -145,7 +145,7 @@ def size_num_blocks(
     spare = _even(rest - least, windows, block)
     for g in windows:
         useful = 2 * max_num_seqs * need[g.name] if full else even[g.name]
-        out[g.name] = min(even[g.name], useful, need[g.name] + spare[g.name])
+        out[g.name] = max(need[g.name], min(even[g.name], useful, need[g.name] + spare[g.name]))
         rest -= out[g.name] * block[g.name]
     out |= _even(rest, full, block)
     return out
