@@ -115,7 +115,7 @@ class EntryIndexer(Layer):
         turn_tail_(q_THD, step.rope[COMPRESS_ROPE])
         scale = (self._width * self._heads) ** -0.5
         keys = self.compressor.entries(step)
-        return entries.select(q_THD, weights_TH, keys, step.ctx, scale, self._top_k)
+        return entries.select(q_THD, weights_TH, keys, scale, self._top_k)
 
 
 def entries_in(step: Step, place: KVPlace, ratio: int) -> Entries:
