@@ -19,6 +19,7 @@ _BY_STRUCT = (
     "nd_linear_batch",
     "nd_attend",
     "nd_select",
+    "nd_delta_net",
     "nd_linear_experts",
     "nd_write_rows",
     "nd_rms_norm",

@@ -88,6 +88,10 @@ ND_EXPORT void nd_sigmoid_mul(int isa, int threads, const nd::SigmoidCall* call)
   nd::kernels(isa)->sigmoid_mul(*call, threads);
 }
 
+ND_EXPORT void nd_delta_net(int isa, int threads, const nd::DeltaCall* call) {
+  nd::kernels(isa)->delta_net(*call, threads);
+}
+
 ND_EXPORT void nd_linear_experts(int isa, int threads, const nd::ExpertsCall* call) {
   nd::kernels(isa)->linear_experts(*call, threads);
 }

@@ -160,6 +160,35 @@ struct CombineCall {
   Dtype dtype;
 };
 
+// A gated delta net between its projections, see `common.kernels.delta_ops`. q, k, v, z, b and a are parts of rows that
+// are `token_stride` apart; in a row, what belongs to one key head (a *unit*, with its `per_unit` value heads) lies
+// together, and units are a stride apart. All of these, `weight`, `conv` and `out` are of `dtype`.
+// taps [units, conv_width, 2 key_width + per_unit * value_width]; conv [blocks, conv_width - 1, units, channels of a
+// unit], the oldest first; state [blocks, heads, key_width, value_width]. Both are updated in place. `out` is [tokens,
+// heads, value_width], contiguous.
+struct DeltaCall {
+  const void* q;
+  const void* k;
+  const void* v;
+  const void* z;
+  const void* b;
+  const void* a;
+  const float* taps;
+  const float* rate;
+  const float* dt_bias;
+  const void* weight;
+  void* conv;
+  float* state;
+  const int64_t* blocks;
+  const int32_t* query_starts;
+  void* out;
+  int64_t num_seqs, units, per_unit, key_width, value_width, conv_width;
+  int64_t token_stride, qk_unit_stride, v_unit_stride, z_unit_stride, gate_unit_stride;
+  int64_t conv_block_stride, conv_part_stride, conv_unit_stride, state_block_stride, state_head_stride;
+  float eps;
+  Dtype dtype;
+};
+
 enum Scoring : int32_t { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2 };
 
 // The experts of each token and their weights, see `common.moe.routing`. ids and weights are [tokens, top_k],
@@ -237,6 +266,7 @@ struct Kernels {
   void (*linear_batch)(const LinearBatchCall& call, int threads);
   void (*linear_experts)(const ExpertsCall& call, int threads);
   void (*select)(const SelectCall& call, int threads);
+  void (*delta_net)(const DeltaCall& call, int threads);
   int (*draw_row)(const float* logits, int64_t vocab, const DrawSpec& spec, int64_t* token);
   void (*top_row)(const float* logits, int64_t vocab, int64_t top_n, double* log_sum, int64_t* ids, float* values);
   void (*pool_entries)(const PoolCall& call, int threads);

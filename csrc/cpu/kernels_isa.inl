@@ -27,11 +27,12 @@ namespace nd {
 #include "cpu/pointwise.inl"
 
 #include "cpu/compress.inl"
+#include "cpu/delta.inl"
 #include "cpu/sampling.inl"
 
-extern const Kernels ND_TABLE = {rms_norm,         rope,        silu_mul,  sigmoid_mul,  combine,
-                                 attend,           write_rows,  linear,    linear_batch, linear_experts,
-                                 select_positions, draw_row,    top_row,   pool_entries, stream_weights,
-                                 collapse_streams, mix_streams, join_parts};
+extern const Kernels ND_TABLE = {rms_norm,   rope,    silu_mul,     sigmoid_mul,    combine,          attend,
+                                 write_rows, linear,  linear_batch, linear_experts, select_positions, delta_net,
+                                 draw_row,   top_row, pool_entries, stream_weights, collapse_streams, mix_streams,
+                                 join_parts};
 
 }  // namespace nd
