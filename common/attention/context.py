@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from common.kvcache.packing import RowPacking
+
 
 @dataclass(frozen=True)
 class GroupTables:
@@ -81,7 +83,11 @@ class KVViews(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """`write_rows`, `attend_rows` and `select` are asked of backends whose capability says `latent`."""
+    """`write_rows`, `read_rows`, `attend_rows` and `select` are asked of backends whose capability says `latent`.
+
+    Where they are given a `packing`, the cache is uint8 with rows of that form, and what a row holds (its numbers,
+    keys, values) are those unpacked.
+    """
 
     name: str
 
@@ -91,8 +97,15 @@ class AttentionBackend(Protocol):
     def attend(self, q_THD: Tensor, cache: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float) -> Tensor:
         """Causal attention of new tokens over the cache (their own keys included): [T, H, D]."""
 
-    def write_rows(self, rows_TW: Tensor, cache: Tensor, tables: GroupTables) -> None:
+    def write_rows(
+        self, rows_TW: Tensor, cache: Tensor, tables: GroupTables, packing: RowPacking | None = None
+    ) -> None:
         """Store one row per new token. `cache`: [num_blocks, 1, 1, block_size, W]."""
+
+    def read_rows(
+        self, cache: Tensor, block_ids_N: Tensor, dtype: torch.dtype, packing: RowPacking | None = None
+    ) -> Tensor:
+        """All rows of whole blocks (int64 ids), one after the other: [N * block_size, W] of `dtype`."""
 
     def attend_rows(
         self,
@@ -104,13 +117,14 @@ class AttentionBackend(Protocol):
         scale: float,
         selected: Selection | None = None,
         log_sums_TH: Tensor | None = None,
+        packing: RowPacking | None = None,
     ) -> Tensor:
         """Causal attention over rows that hold key and value: [T, H, width of `values`].
 
         `rows` is [num_blocks, U, block_size, W]. A key is its row's first D columns, a value the columns `values`;
         they may overlap, as in multi-head latent attention. `selected` restricts each token to some positions.
         `log_sums_TH` (fp32, contiguous), if given, takes the logarithm of each sum of exponentials, with which
-        results over disjoint sets of rows can be joined.
+        results over disjoint sets of rows can be joined. With a `packing` the values are its latents.
         """
 
     def select(
@@ -122,6 +136,7 @@ class AttentionBackend(Protocol):
         ctx: AttentionContext,
         scale: float,
         top_k: int,
+        packing: RowPacking | None = None,
     ) -> Selection:
         """The `top_k` positions up to each token's own with the highest sum_h weights[h] * max(0, q[h] . key * scale).
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from common.attention.capability import Capability
 from common.attention.context import AttentionContext, GroupTables, Selection
 from common.kernels import cpu
-from common.kernels.ops import DTYPES
+from common.kernels.ops import CACHE_DTYPES, DTYPES
+from common.kernels.packed_ops import pack_rows, unpack_rows
+from common.kvcache.packing import RowPacking
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _ATTEND = struct.Struct("@24qf2i4x")  # nd::AttendCall
@@ -91,10 +93,25 @@ class CpuBackend:
         """Store new keys and values, cast to the cache's type. `cache`: [num_blocks, 2, U, block_size, D]."""
         self._store(k_TUD, v_TUD, cache, tables, 2)
 
-    def write_rows(self, rows_TW: Tensor, cache: Tensor, tables: GroupTables) -> None:
+    def write_rows(
+        self, rows_TW: Tensor, cache: Tensor, tables: GroupTables, packing: RowPacking | None = None
+    ) -> None:
         """Store a row per new token, cast to the cache's type. `cache`: [num_blocks, 1, 1, block_size, W]."""
-        rows_T1W = rows_TW.unsqueeze(1)
-        self._store(rows_T1W, rows_T1W, cache, tables, 1)
+        if packing is None:
+            rows_T1W = rows_TW.unsqueeze(1)
+            return self._store(rows_T1W, rows_T1W, cache, tables, 1)
+        _check_packed(cache, packing)
+        assert rows_TW.shape[1] == packing.dim
+        return pack_rows(rows_TW, cache, tables.slots_T, packing.latent_dim, isa=self._isa)
+
+    def read_rows(
+        self, cache: Tensor, block_ids_N: Tensor, dtype: torch.dtype, packing: RowPacking | None = None
+    ) -> Tensor:
+        """Rows of whole blocks: a new [N * block_size, W]."""
+        if packing is None:
+            return cache[:, 0, 0].index_select(0, block_ids_N).flatten(0, 1).to(dtype)
+        _check_packed(cache, packing)
+        return unpack_rows(cache, block_ids_N, packing.latent_dim, packing.rope_dim, dtype, isa=self._isa)
 
     def _store(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, parts: int) -> None:
         k_stride, v_stride, stride, slots_T = k_TUD.stride(), v_TUD.stride(), cache.stride(), tables.slots_T
@@ -153,6 +170,7 @@ class CpuBackend:
         scale: float,
         selected: Selection | None = None,
         log_sums_TH: Tensor | None = None,
+        packing: RowPacking | None = None,
     ) -> Tensor:
         """Causal attention over [num_blocks, U, block_size, W] rows of key and value: a new [T, H, width of values]."""
         num_selected = 0 if selected is None else selected.positions_TK.shape[1]
@@ -163,6 +181,9 @@ class CpuBackend:
         key = (CpuBackend, id(tables), "rows", selected is None)
         call: _Call | None = ctx.scratch.get(key)
         if call is None or call.signature != signature:
+            if packing is not None:
+                _check_packed(rows, packing)
+                assert (width, values) == (packing.dim, slice(0, packing.latent_dim))
             units, unit_stride = rows.shape[1], rows.stride(1)
             if units == 1:  # a task takes so many heads at a time
                 units, unit_stride = heads // _largest_divisor(heads, _MAX_GROUP), 0
@@ -192,6 +213,7 @@ class CpuBackend:
         ctx: AttentionContext,
         scale: float,
         top_k: int,
+        packing: RowPacking | None = None,
     ) -> Selection:
         """The best `top_k` positions of each token, see the protocol. `keys`: [num_blocks, block_size, D]."""
         num_tokens, heads, width = q_THD.shape
@@ -200,8 +222,13 @@ class CpuBackend:
         key = (CpuBackend, id(tables), "select")
         call: _Call | None = ctx.scratch.get(key)
         if call is None or call.signature != signature:
-            _check(q_THD, keys)
+            _check_types(q_THD, keys)
             _check_tables(tables, ctx)
+            if packing is None:
+                assert keys.shape[-1] == width
+            else:
+                _check_packed(keys, packing)
+                assert (packing.latent_dim, packing.rope_dim) == (width, 0)
             assert weights_TH.shape == (num_tokens, heads)
             assert weights_TH.dtype == torch.float32
             assert weights_TH.stride(1) == 1
@@ -222,7 +249,7 @@ class CpuBackend:
                 *keys.stride()[:2],
                 scale,
                 DTYPES[q_THD.dtype],
-                DTYPES[keys.dtype],
+                CACHE_DTYPES[keys.dtype],
             )
             call = ctx.scratch[key] = _Call.of(signature, packed)
         positions_TK = torch.empty(num_tokens, top_k, dtype=torch.int32)
@@ -271,7 +298,7 @@ def _pack_attend(
         rows.token_stride,
         scale,
         DTYPES[q_THD.dtype],
-        DTYPES[cache.dtype],
+        CACHE_DTYPES[cache.dtype],
     )
 
 
@@ -288,6 +315,11 @@ def _check_tables(tables: GroupTables, ctx: AttentionContext) -> None:
     for table in (tables.block_tables_SB, ctx.query_starts_S1, ctx.seq_lens_S):
         assert table.dtype == torch.int32
         assert table.stride(-1) == 1
+
+
+def _check_packed(cache: Tensor, packing: RowPacking) -> None:
+    assert cache.dtype == torch.uint8
+    assert cache.shape[-1] == packing.nbytes
 
 
 def _check_selection(selected: Selection, num_tokens: int) -> None:

@@ -15,7 +15,7 @@ size), G query heads per key head, N tokens of a chunk, V value width, K selecte
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from torch.nn import functional
 
 from common.attention.capability import Capability
 from common.attention.context import AttentionContext, GroupTables, Selection
+from common.attention.packed import pack_rows, unpack_rows
+from common.kvcache.packing import RowPacking
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -71,9 +73,19 @@ class ReferenceBackend:
         """Causal attention of the new tokens over the cache: a new [T, H, D]."""
         return _attend(q_THD, cache[:, 0], cache[:, 1], tables, ctx, scale)
 
-    def write_rows(self, rows_TW: Tensor, cache: Tensor, tables: GroupTables) -> None:
+    def write_rows(
+        self, rows_TW: Tensor, cache: Tensor, tables: GroupTables, packing: RowPacking | None = None
+    ) -> None:
         """Store a row per new token, cast to the cache's type. `cache`: [num_blocks, 1, 1, block_size, W]."""
-        cache[:, 0, 0].index_put_((tables.new_block_ids, tables.new_offsets), rows_TW.to(cache.dtype))
+        stored_TW = rows_TW.to(cache.dtype) if packing is None else pack_rows(rows_TW, packing)
+        cache[:, 0, 0].index_put_((tables.new_block_ids, tables.new_offsets), stored_TW)
+
+    def read_rows(
+        self, cache: Tensor, block_ids_N: Tensor, dtype: torch.dtype, packing: RowPacking | None = None
+    ) -> Tensor:
+        """Rows of whole blocks: a new [N * block_size, W]."""
+        stored_PW = cache[:, 0, 0].index_select(0, block_ids_N).flatten(0, 1)
+        return stored_PW.to(dtype) if packing is None else unpack_rows(stored_PW, packing, dtype)
 
     def attend_rows(
         self,
@@ -85,8 +97,12 @@ class ReferenceBackend:
         scale: float,
         selected: Selection | None = None,
         log_sums_TH: Tensor | None = None,
+        packing: RowPacking | None = None,
     ) -> Tensor:
         """Causal attention over [num_blocks, U, block_size, W] rows of key and value: a new [T, H, V]."""
+        if packing is not None:
+            block_ids_N, tables = _used(tables, ctx)
+            rows = unpack_rows(rows[block_ids_N], packing, q_THD.dtype)
         keys, vals = rows[..., : q_THD.shape[2]], rows[..., values]
         if selected is None and log_sums_TH is not None:
             selected = _all_seen(tables, ctx)
@@ -111,6 +127,7 @@ class ReferenceBackend:
         ctx: AttentionContext,
         scale: float,
         top_k: int,
+        packing: RowPacking | None = None,
     ) -> Selection:
         """The best `top_k` positions of each token, see the protocol. `keys`: [num_blocks, block_size, D]."""
         device = q_THD.device
@@ -119,7 +136,8 @@ class ReferenceBackend:
         starts, seq_lens = ctx.query_starts_S1.tolist(), ctx.seq_lens_S.tolist()
         for s, seq_len in enumerate(seq_lens):
             blocks_W = tables.block_tables_SB[s, : -(-seq_len // tables.block_size)].long()
-            keys_LD = keys[blocks_W].flatten(0, 1)[:seq_len].float()
+            keys_LB = keys[blocks_W].flatten(0, 1)[:seq_len]
+            keys_LD = keys_LB.float() if packing is None else unpack_rows(keys_LB, packing, torch.float32)
             for t in range(starts[s], starts[s + 1]):
                 seen = seq_len - (starts[s + 1] - t) + 1
                 scores_HL = (q_THD[t].float() @ keys_LD[:seen].T * scale).relu_()
@@ -231,6 +249,16 @@ def _all_seen(tables: GroupTables, ctx: AttentionContext) -> Selection:
 def _sequence_of_tokens(ctx: AttentionContext) -> Tensor:
     counts_S = ctx.query_starts_S1.diff()
     return torch.repeat_interleave(torch.arange(counts_S.shape[0], device=counts_S.device), counts_S)
+
+
+def _used(tables: GroupTables, ctx: AttentionContext) -> tuple[Tensor, GroupTables]:
+    """The blocks of a step, and its tables over them alone."""
+    key = (_used, id(tables))
+    found: tuple[Tensor, GroupTables] | None = ctx.scratch.get(key)
+    if found is None:
+        block_ids_N, places_SB = torch.unique(tables.block_tables_SB, return_inverse=True)
+        found = ctx.scratch[key] = (block_ids_N.long(), replace(tables, block_tables_SB=places_SB.int()))
+    return found
 
 
 def _gather(part: Tensor, block_ids: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ _BY_STRUCT = (
     "nd_collapse_streams",
     "nd_mix_streams",
     "nd_join_parts",
+    "nd_pack_rows",
+    "nd_unpack_rows",
 )
 """Take (instruction set, threads, address of a struct of csrc/cpu/kernels.h)."""
 

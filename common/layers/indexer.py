@@ -54,7 +54,8 @@ class Indexer(Layer):
         cos, sin = step.rope[MAIN_ROPE]
         k_TD = self.k_norm(self.wk(x_TD))
         apply_rope_(k_TD[:, None, : spec.rope_dim], cos, sin, interleaved=spec.interleaved)
-        ctx.backend.write_rows(k_TD, cache, step.tables(self._place))
+        packing = spec.packing if cache.dtype == torch.uint8 else None
+        ctx.backend.write_rows(k_TD, cache, step.tables(self._place), packing)
         step.shared[SELECTION] = None if sparse is None else self._select(x_TD, q_TR, step, sparse, cache)
 
     def _select(self, x_TD: Tensor, q_TR: Tensor, step: Step, sparse: Part, cache: Tensor) -> Selection:
@@ -64,5 +65,7 @@ class Indexer(Layer):
         apply_rope_(q_NHD[..., : spec.rope_dim], cos, sin, interleaved=spec.interleaved)
         weights_NH = linear(sparse.take(x_TD), self.weights_proj.weight, out_dtype=torch.float32)
         weights_NH *= spec.num_heads**-0.5
-        keys = cache[:, 0, 0]
-        return sparse.ctx.backend.select(q_NHD, weights_NH, keys, sparse.tables, sparse.ctx, self._scale, spec.top_k)
+        packing = spec.packing if cache.dtype == torch.uint8 else None
+        return sparse.ctx.backend.select(
+            q_NHD, weights_NH, cache[:, 0, 0], sparse.tables, sparse.ctx, self._scale, spec.top_k, packing
+        )

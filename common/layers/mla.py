@@ -15,12 +15,14 @@ P positions gathered, G heads expanded at once, E width of what is expanded for 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from common.attention.context import Selection
 from common.attention.latent import Part, split
 from common.kernels.ops import linear, linear_heads
 from common.kvcache.layout import KVPlace
+from common.kvcache.packing import RowPacking
 from common.layers.base import Build, Layer
 from common.layers.indexer import SELECTION, Indexer
 from common.layers.linear import ColumnLinear, RowLinear
@@ -77,7 +79,7 @@ class MLA(Layer):
         spec, ctx, tables = self._spec, step.ctx, step.tables(self._place)
         rows = step.cache(self._place)
         q_TR, q_THD, row_TW = self._project(x_TD, step)
-        ctx.backend.write_rows(row_TW, rows, tables)
+        ctx.backend.write_rows(row_TW, rows, tables, self._packing_of(rows))
         parts = split(tables, ctx, MAX_ABSORBED, self._top_k)
         if self.indexer is not None:
             self.indexer(x_TD, q_TR, step, parts.sparse)
@@ -112,6 +114,9 @@ class MLA(Layer):
         apply_rope_(row_TW[:, None, spec.kv_lora_rank :], cos, sin, interleaved=spec.interleaved)
         return q_TR, q_THD, row_TW
 
+    def _packing_of(self, rows: Tensor) -> RowPacking | None:
+        return self._spec.packing if rows.dtype == torch.uint8 else None
+
     def _absorbed(self, q_THD: Tensor, rows: Tensor, part: Part, selected: Selection | None = None) -> Tensor:
         q_NHD = part.take(q_THD)
         out_NHV = q_NHD.new_empty(*q_NHD.shape[:2], self._spec.v_dim)
@@ -128,7 +133,14 @@ class MLA(Layer):
         linear_heads(q_NHD[..., : spec.nope_dim], self._to_latent_HRD, q_NHW[..., :rank])
         q_NHW[..., rank:] = q_NHD[..., spec.nope_dim :]
         latent_NHR = part.ctx.backend.attend_rows(
-            q_NHW, rows[:, 0], slice(0, rank), part.tables, part.ctx, spec.scale, selected
+            q_NHW,
+            rows[:, 0],
+            slice(0, rank),
+            part.tables,
+            part.ctx,
+            spec.scale,
+            selected,
+            packing=self._packing_of(rows),
         )
         linear_heads(latent_NHR, self._kv_b_HER[:, spec.nope_dim :], out_NHV)
 
@@ -136,7 +148,7 @@ class MLA(Layer):
         spec, rank, gathered = self._spec, self._spec.kv_lora_rank, part.gathered
         q_NHD = part.take(q_THD)
         out_NHV = q_NHD.new_empty(*q_NHD.shape[:2], spec.v_dim)
-        row_PW = rows[:, 0, 0].index_select(0, gathered.block_ids_N).flatten(0, 1).to(q_NHD.dtype)
+        row_PW = part.ctx.backend.read_rows(rows, gathered.block_ids_N, q_NHD.dtype, self._packing_of(rows))
         num_positions, width = row_PW.shape[0], spec.qk_dim + spec.v_dim
         at_once = max(1, min(self._heads, _MAX_ELEMENTS // (num_positions * width)))
         for first in range(0, self._heads, at_once):

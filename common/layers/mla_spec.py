@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.kvcache.packing import RowPacking
+
 
 @dataclass(frozen=True)
 class MLASpec:
@@ -35,6 +37,11 @@ class MLASpec:
         """Width of a token's cached row."""
         return self.kv_lora_rank + self.rope_dim
 
+    @property
+    def packing(self) -> RowPacking:
+        """The form of rows in an 8-bit cache."""
+        return RowPacking(self.kv_lora_rank, self.rope_dim)
+
 
 @dataclass(frozen=True)
 class IndexerSpec:
@@ -53,6 +60,11 @@ class IndexerSpec:
     owners: tuple[bool, ...]
     dense: bool = False
     norm_eps: float = 1e-6
+
+    @property
+    def packing(self) -> RowPacking:
+        """The form of keys in an 8-bit cache."""
+        return RowPacking(self.head_dim)
 
     def __post_init__(self) -> None:
         if not self.owners[:1] == (True,):

@@ -127,3 +127,11 @@ ND_EXPORT void nd_mix_streams(int isa, int threads, const nd::StreamsCall* call)
 ND_EXPORT void nd_join_parts(int isa, int threads, const nd::JoinCall* call) {
   nd::kernels(isa)->join_parts(*call, threads);
 }
+
+ND_EXPORT void nd_pack_rows(int isa, int threads, const nd::PackCall* call) {
+  nd::kernels(isa)->pack_rows(*call, threads);
+}
+
+ND_EXPORT void nd_unpack_rows(int isa, int threads, const nd::UnpackCall* call) {
+  nd::kernels(isa)->unpack_rows(*call, threads);
+}

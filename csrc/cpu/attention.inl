@@ -7,7 +7,7 @@
 //
 // With `selected`, a query sees the positions named for it and no others: their keys are copied together, a tile at a
 // time, and the place of a position is its place in that list. A query for which all positions up to its own are
-// selected gets the same bits as without.
+// selected gets the same bits as without. Packed rows are unpacked into such a tile too.
 //
 // A task is one sequence's KV head, a few of its new tokens (all query heads of the group: `rows`), and a range
 // of spans. Where there are too few tasks for the threads (a long decode), each span is a task of its own, and
@@ -45,7 +45,8 @@ struct Work {
 
   static size_t nbytes(const AttendCall& call) {
     const int64_t q_padded = whole_pairs(call.width), padded = whole_pairs(call.value_width);
-    const int64_t tile = call.selected ? kTile * std::max(call.width, call.value_width) : 0;
+    const int64_t tile =
+        call.selected || call.cache_dtype == kPacked ? kTile * std::max(call.width, call.value_width) : 0;
     return (kMaxRows * (q_padded + 2 * padded + kTile + 4) + tile) * sizeof(float);
   }
 
@@ -77,7 +78,7 @@ struct Work {
       float* to = q + row * q_padded;
       const int64_t head = item.head * group + row % group;
       load_arranged(call.q, (token + row / group) * call.q_token_stride + head * call.q_head_stride, call.q_dtype,
-                    call.width, call.cache_dtype == kBfloat16, to);
+                    call.width, is_split(call.cache_dtype), to);
       for (int64_t d = 0; d < q_padded; ++d) to[d] *= call.scale;
     }
   }
@@ -91,7 +92,7 @@ void store_item(const AttendCall& call, const Item& item, int64_t padded, const 
     float* from = out + row * padded;
     const float inverse = 1.0f / total[row];
     for (int64_t d = 0; d < padded; ++d) from[d] *= inverse;
-    unarrange(from, padded, call.cache_dtype == kBfloat16);
+    unarrange(from, padded, is_split(call.cache_dtype));
     const int64_t at = (token + row / group) * call.heads + item.head * group + row % group;
     store_row(call.out, at * call.value_width, call.q_dtype, call.value_width, from);
     if (call.log_sums != nullptr) call.log_sums[at] = highest[row] + std::log(total[row]);
@@ -212,6 +213,7 @@ void attend_of(const AttendCall& call, int threads) {
 void attend(const AttendCall& call, int threads) {
   if (call.cache_dtype == kFloat32) return attend_of<float>(call, threads);
   if (call.cache_dtype == kBfloat16) return attend_of<Bfloat>(call, threads);
+  if (call.cache_dtype == kPacked) return attend_of<Packed>(call, threads);
   attend_of<Half>(call, threads);
 }
 

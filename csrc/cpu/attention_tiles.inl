@@ -24,7 +24,7 @@ struct Rows {
   float* highest;          // [count]
   float* total;            // [count]
   float* out;              // [count, padded], arranged
-  void* tile;              // [kTile, width] of chosen keys or values
+  void* tile;              // [kTile, width] of chosen or unpacked keys or values
 
   int64_t position(int64_t row) const { return first_position + row / group; }
 };
@@ -42,20 +42,28 @@ struct Keys {
            head * call.unit_stride + position % call.block_size * call.token_stride;
   }
 
-  // Copies the keys or values of chosen[first, last) into `tile`, rows of `width`; rows of the next tile are on their
-  // way meanwhile.
+  // Copies the keys or values of [first, last), of the chosen ones if there are such, into `tile`, rows of `width`;
+  // rows further on are on their way meanwhile.
   template <typename T>
-  const T* gather(int part, int64_t first, int64_t last, int64_t width, void* tile) const {
+  const typename Unpacked<T>::type* gather(int part, int64_t first, int64_t last, int64_t width, void* tile) const {
+    using E = typename Unpacked<T>::type;
     constexpr int kAhead = 8;
-    T* to = static_cast<T*>(tile);
+    const Packing packing{call.value_width, call.width - call.value_width};
+    const int64_t nbytes = std::is_same_v<T, Packed> ? packing.nbytes() : width * static_cast<int64_t>(sizeof(T));
+    const auto row = [&](int64_t i) { return at<T>(part, chosen != nullptr ? chosen[i] : i); };
+    E* to = static_cast<E*>(tile);
     for (int64_t i = first; i < last; ++i, to += width) {
       if (i + kAhead < last) {
-        const char* next = reinterpret_cast<const char*>(at<T>(part, chosen[i + kAhead]));
-        for (int64_t b = 0; b < width * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(next + b, 0, 2);
+        const char* next = reinterpret_cast<const char*>(row(i + kAhead));
+        for (int64_t b = 0; b < nbytes; b += 64) __builtin_prefetch(next + b, 0, 2);
       }
-      std::memcpy(to, at<T>(part, chosen[i]), width * sizeof(T));
+      if constexpr (std::is_same_v<T, Packed>) {
+        unpack_row(row(i), packing, to);
+      } else {
+        std::memcpy(to, row(i), nbytes);
+      }
     }
-    return static_cast<const T*>(tile);
+    return static_cast<const E*>(tile);
   }
 
   // Calls body(first, count) for the runs of [low, high) that lie in one block each.
@@ -200,24 +208,27 @@ void attend_span(const Keys& keys, const Rows& rows, int64_t low, int64_t high) 
   std::memset(rows.out, 0, rows.count * rows.padded * sizeof(float));
   for (int64_t first = low / kTile * kTile; first < high; first += kTile) {
     const int64_t from = std::max(low, first), to = std::min(high, first + kTile);
-    if (keys.chosen != nullptr) {
-      const T* tile = keys.gather<T>(0, from, to, call.width, rows.tile);
-      score_run<T>(rows, tile, call.width, to - from, call.width, 0);
-      soften(rows, first, 0, to - from, 0);
+    if (std::is_same_v<T, Packed> || keys.chosen != nullptr) {
+      using E = typename Unpacked<T>::type;
+      const E* tile = keys.gather<T>(0, from, to, call.width, rows.tile);
+      score_run<E>(rows, tile, call.width, to - from, call.width, from - first);
+      soften(rows, first, from - first, to - first, call.window);
       const bool shared = call.part_stride == 0;  // a value is the first columns of its key
       if (!shared) tile = keys.gather<T>(1, from, to, call.value_width, rows.tile);
-      mix_run<T>(rows, tile, shared ? call.width : call.value_width, to - from, call.value_width, 0);
+      mix_run<E>(rows, tile, shared ? call.width : call.value_width, to - from, call.value_width, from - first);
       continue;
     }
-    keys.runs(from, to, [&](int64_t position, int64_t count) {
-      prefetch_run(keys.at<T>(1, position), call.token_stride, count);
-      score_run<T>(rows, keys.at<T>(0, position), call.token_stride, count, call.width, position - first);
-    });
-    soften(rows, first, from - first, to - first, call.window);
-    keys.runs(from, to, [&](int64_t position, int64_t count) {
-      if (position + kTile < high) prefetch_run(keys.at<T>(0, position + kTile), call.token_stride, count);
-      mix_run<T>(rows, keys.at<T>(1, position), call.token_stride, count, call.value_width, position - first);
-    });
+    if constexpr (!std::is_same_v<T, Packed>) {
+      keys.runs(from, to, [&](int64_t position, int64_t count) {
+        prefetch_run(keys.at<T>(1, position), call.token_stride, count);
+        score_run<T>(rows, keys.at<T>(0, position), call.token_stride, count, call.width, position - first);
+      });
+      soften(rows, first, from - first, to - first, call.window);
+      keys.runs(from, to, [&](int64_t position, int64_t count) {
+        if (position + kTile < high) prefetch_run(keys.at<T>(0, position + kTile), call.token_stride, count);
+        mix_run<T>(rows, keys.at<T>(1, position), call.token_stride, count, call.value_width, position - first);
+      });
+    }
   }
 }
 

@@ -51,6 +51,9 @@ struct Element<Half> {
   static V pair1(const Half* p) { return F::load_f16(raw(p) + F::W); }
 };
 
+// Are rows of a cache of this type read in split pairs? Packed rows become bfloat16 first.
+inline bool is_split(Dtype dtype) { return dtype == kBfloat16 || dtype == kPacked; }
+
 constexpr int kPair = 2 * F::W;
 
 inline int64_t whole_pairs(int64_t n) { return (n + kPair - 1) / kPair * kPair; }

@@ -19,6 +19,11 @@ struct Seeker {
   int64_t at;    // of its scores in the band's
 };
 
+void unpack_keys(const SelectCall& call, const Packed* keys, int64_t count, Bfloat* out) {
+  const Packing packing{call.width, 0};
+  for (int64_t i = 0; i < count; ++i) unpack_row(keys + i * call.token_stride, packing, out + i * call.width);
+}
+
 }  // namespace
 
 #if defined(ND_AMX)
@@ -31,14 +36,16 @@ namespace {
 template <typename T>
 void score_positions(const SelectCall& call, const Seeker& seeker, int64_t low, int64_t high, float* scores) {
   const int64_t padded = whole_pairs(call.width);
-  float* memory = static_cast<float*>(thread_arena()->get(call.heads * (padded + kTile) * sizeof(float)));
+  using E = typename Unpacked<T>::type;
+  const size_t unpacked = std::is_same_v<T, Packed> ? kTile * call.width * sizeof(E) : 0;
+  float* memory = static_cast<float*>(thread_arena()->get(call.heads * (padded + kTile) * sizeof(float) + unpacked));
   Rows rows{};
   rows.count = call.heads, rows.q_padded = padded;
   rows.q = memory, rows.scores = memory + call.heads * padded;
   for (int64_t head = 0; head < call.heads; ++head) {
     float* to = memory + head * padded;
     load_arranged(call.q, seeker.token * call.q_token_stride + head * call.q_head_stride, call.q_dtype, call.width,
-                  Element<T>::kSplit, to);
+                  Element<E>::kSplit, to);
     for (int64_t d = 0; d < padded; ++d) to[d] *= call.scale;
   }
   const float* weights = call.weights + seeker.token * call.weights_stride;
@@ -49,7 +56,13 @@ void score_positions(const SelectCall& call, const Seeker& seeker, int64_t low, 
       const int64_t end = std::min(last, (position / call.block_size + 1) * call.block_size);
       const T* keys = static_cast<const T*>(call.cache) + table[position / call.block_size] * call.block_stride +
                       position % call.block_size * call.token_stride;
-      score_run<T>(rows, keys, call.token_stride, end - position, call.width, position - first);
+      if constexpr (std::is_same_v<T, Packed>) {
+        E* tile = reinterpret_cast<E*>(rows.scores + call.heads * kTile);
+        unpack_keys(call, keys, end - position, tile);
+        score_run<E>(rows, tile, call.width, end - position, call.width, position - first);
+      } else {
+        score_run<T>(rows, keys, call.token_stride, end - position, call.width, position - first);
+      }
       position = end;
     }
     for (int64_t i = last - first; i < kTile; ++i) {
@@ -165,6 +178,7 @@ void select_of(const SelectCall& call, int threads) {
 void select_positions(const SelectCall& call, int threads) {
   if (call.cache_dtype == kFloat32) return select_of<float>(call, threads);
   if (call.cache_dtype == kBfloat16) return select_of<Bfloat>(call, threads);
+  if (call.cache_dtype == kPacked) return select_of<Packed>(call, threads);
   select_of<Half>(call, threads);
 }
 

@@ -1,10 +1,11 @@
-// The lightning indexer's scores in bfloat16 on AMX tiles: 16 keys, as they lie in the cache, times 16 heads, which are
-// repacked once for a stretch of positions. Each score is the same chain of tile products and additions in any batch.
+// The lightning indexer's scores in bfloat16 on AMX tiles: 16 keys, as they lie in the cache or unpacked, times 16
+// heads, which are repacked once for a stretch of positions. Each score is the same chain of tile products and
+// additions in any batch.
 
 namespace {
 
 bool amx_fits(const SelectCall& call) {
-  return call.q_dtype == kBfloat16 && call.cache_dtype == kBfloat16 && call.width % kAmxColumns == 0 &&
+  return call.q_dtype == kBfloat16 && is_split(call.cache_dtype) && call.width % kAmxColumns == 0 &&
          call.block_size % kAmxRows == 0;
 }
 
@@ -69,26 +70,37 @@ void amx_scores(const uint16_t* keys, int64_t stride, int64_t width, const uint1
 void score_positions_amx(const SelectCall& call, const Seeker& seeker, int64_t low, int64_t high, float* scores) {
   const int64_t tiles = (call.heads + kAmxRows - 1) / kAmxRows;
   const int64_t q_size = tiles * kAmxRows * call.width;
-  char* memory = static_cast<char*>(thread_arena()->get(q_size * 2 + tiles * kAmxRows * sizeof(float)));
+  const bool packed = call.cache_dtype == kPacked;
+  const int64_t unpacked = packed ? kAmxRows * call.width : 0;
+  const int64_t weights_at = (q_size + unpacked) * 2;
+  char* memory = static_cast<char*>(thread_arena()->get(weights_at + tiles * kAmxRows * sizeof(float)));
   uint16_t* q = reinterpret_cast<uint16_t*>(memory);
-  float* weights = reinterpret_cast<float*>(memory + q_size * 2);
+  float* weights = reinterpret_cast<float*>(memory + weights_at);
   pack_heads(call, seeker.token, tiles, q);
   for (int64_t head = 0; head < tiles * kAmxRows; ++head) {
     weights[head] = head < call.heads ? call.weights[seeker.token * call.weights_stride + head] * call.scale : 0.0f;
   }
   const int32_t* table = call.block_tables + seeker.sequence * call.table_stride;
   const auto keys_at = [&](int64_t position) {
-    return static_cast<const uint16_t*>(call.cache) + table[position / call.block_size] * call.block_stride +
-           position % call.block_size * call.token_stride;
+    const int64_t at =
+        table[position / call.block_size] * call.block_stride + position % call.block_size * call.token_stride;
+    return static_cast<const char*>(call.cache) + (packed ? at : at * 2);
   };
+  const int64_t row_nbytes = packed ? call.token_stride : call.token_stride * 2;
   constexpr int64_t kAhead = 2 * kAmxRows;
   const TileConfig config;
   _tile_loadconfig(&config);
   for (int64_t first = low; first < high; first += kAmxRows) {
-    const uint16_t* keys = keys_at(first);
+    const uint16_t* keys = reinterpret_cast<const uint16_t*>(keys_at(first));
+    int64_t stride = call.token_stride;
     if (first + kAhead < high) {
-      const char* next = reinterpret_cast<const char*>(keys_at(first + kAhead));
-      for (int64_t i = 0; i < kAmxRows * call.token_stride * 2; i += 64) __builtin_prefetch(next + i, 0, 2);
+      const char* next = keys_at(first + kAhead);
+      for (int64_t i = 0; i < kAmxRows * row_nbytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+    }
+    if (packed) {
+      unpack_keys(call, reinterpret_cast<const Packed*>(keys), kAmxRows, reinterpret_cast<Bfloat*>(q + q_size));
+      keys = q + q_size;
+      stride = call.width;
     }
     V sums[kAmxRows];
     for (V& sum : sums) sum = F::zero();
@@ -97,16 +109,16 @@ void score_positions_amx(const SelectCall& call, const Seeker& seeker, int64_t l
       const float* w = weights + t * kAmxRows;
       switch (std::min<int64_t>(4, tiles - t)) {
         case 4:
-          amx_scores<4>(keys, call.token_stride, call.width, heads, w, sums);
+          amx_scores<4>(keys, stride, call.width, heads, w, sums);
           break;
         case 3:
-          amx_scores<3>(keys, call.token_stride, call.width, heads, w, sums);
+          amx_scores<3>(keys, stride, call.width, heads, w, sums);
           break;
         case 2:
-          amx_scores<2>(keys, call.token_stride, call.width, heads, w, sums);
+          amx_scores<2>(keys, stride, call.width, heads, w, sums);
           break;
         default:
-          amx_scores<1>(keys, call.token_stride, call.width, heads, w, sums);
+          amx_scores<1>(keys, stride, call.width, heads, w, sums);
       }
     }
     float totals[kAmxRows];

@@ -12,7 +12,9 @@ namespace nd {
 
 enum DrawStatus : int { kDrawOk = 0, kDrawEmpty = 1, kDrawNotANumber = 2 };
 
-enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+// kPacked: bytes of rows in 8 bits with their own scales (packed.inl), in caches of latents and of indexers' keys
+// alone.
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kPacked = 4 };
 
 struct DrawSpec {
   uint64_t key;
@@ -45,7 +47,8 @@ struct LinearBatchCall {
 // Keys are `width` wide, values (and `out`) `value_width`; a stride of 0 between the two parts makes a value the first
 // columns of its key, one of 0 between units shares keys among them. `selected`: the positions each new token sees,
 // [T, selected_stride], ascending, the first selected_counts[t] of a row; null is all up to its own. `log_sums`, unless
-// null: the logarithm of each sum of exponentials, [T, heads].
+// null: the logarithm of each sum of exponentials, [T, heads]. In a packed cache the value is the row's latent and what
+// else a key has is its rope part; strides are in bytes.
 struct AttendCall {
   const void* q;
   void* out;
@@ -66,7 +69,7 @@ struct AttendCall {
 // The `top_k` best positions of each new token by a lightning indexer (DeepSeek-V3.2, section 2.1): those with the
 // highest sum over heads of weights[h] * max(0, q[h] . key * scale) among the positions up to its own; of equal ones
 // the lower positions. Ascending in `positions` [T, top_k], the rest -1; their number in `counts` [T]. The cache is
-// [blocks, block_size, width].
+// [blocks, block_size, width]; in a packed one a key is a latent alone, and strides are in bytes.
 struct SelectCall {
   const void* q;
   const float* weights;
@@ -93,6 +96,26 @@ struct WriteCall {
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   int64_t block_stride, part_stride, unit_stride, token_stride;
   Dtype dtype, cache_dtype;
+};
+
+// Rows [num_tokens, latent + rope] go to their slots in a packed cache. Strides in bytes there.
+struct PackCall {
+  const void* rows;
+  void* cache;
+  const int64_t* slots;
+  int64_t num_tokens, latent, rope, block_size;
+  int64_t row_stride, block_stride, token_stride;
+  Dtype dtype;
+};
+
+// The rows of whole blocks of a packed cache, in the order of `block_ids`: out[num_blocks * block_size, latent + rope].
+struct UnpackCall {
+  const void* cache;
+  const int64_t* block_ids;
+  void* out;
+  int64_t num_blocks, latent, rope, block_size;
+  int64_t block_stride, token_stride;
+  Dtype dtype;
 };
 
 // Root mean square norm of rows of `width`; the first `split` heads use the first row of weights, the others the
@@ -274,6 +297,8 @@ struct Kernels {
   void (*collapse_streams)(const StreamsCall& call, int threads);
   void (*mix_streams)(const StreamsCall& call, int threads);
   void (*join_parts)(const JoinCall& call, int threads);
+  void (*pack_rows)(const PackCall& call, int threads);
+  void (*unpack_rows)(const UnpackCall& call, int threads);
 };
 
 // Scratch memory of one thread: grows to the largest request and is kept until the thread ends.

@@ -60,6 +60,31 @@ inline uint16_t float_to_f16(float x) {
   return sign | static_cast<uint16_t>((bits - 0x38000000) >> 13);
 }
 
+// 2^-8 times the number: the bits of a float16 whose exponent is biased by 8 less.
+inline float e4m3_to_float(uint8_t x) {
+  const uint16_t half = static_cast<uint16_t>((x & 0x80) << 8 | (x & 0x7f) << 7);
+  return f16_to_float((x & 0x7f) == 0x7f ? static_cast<uint16_t>(half | 0x7e00) : half);
+}
+
+// Round to nearest even; what is larger than 448, the largest number, becomes that. NaN stays NaN.
+inline uint8_t float_to_e4m3(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 24 & 0x80;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return static_cast<uint8_t>(sign | 0x7f);
+  bits = bits < 0x43e00000 ? bits : 0x43e00000;  // 448
+  if (bits < 0x3c800000) {                       // below 2^-6 it is subnormal: the addition rounds at 2^-9
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 16384.0f;
+    std::memcpy(&bits, &magnitude, 4);
+    return static_cast<uint8_t>(sign | (bits - 0x46800000));
+  }
+  bits += 0x7ffff + (bits >> 20 & 1);
+  return static_cast<uint8_t>(sign | (bits - 0x3c000000) >> 20);
+}
+
 #if defined(ND_ISA_AVX512)
 
 struct F {
@@ -100,6 +125,21 @@ struct F {
   static V odd_bf16(const uint16_t* p) {
     return from_bits(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
+  // Neighbours from two vectors of numbers that bfloat16 holds.
+  static void store_bf16_pair(uint16_t* p, V even, V odd) {
+    const __m512i high = _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    _mm512_storeu_si512(p, _mm512_or_si512(high, _mm512_srli_epi32(_mm512_castps_si512(even), 16)));
+  }
+  static __m256i words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  // `x`: e4m3 in the high bytes of words. Shifted, it is a float16 of 2^-8 times the number; all ones stay NaN.
+  static V from_e4m3(__m256i x) {
+    const __m256i half = _mm256_and_si256(_mm256_srai_epi16(x, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+    const __mmask16 nan =
+        _mm256_cmpeq_epi16_mask(_mm256_slli_epi16(half, 2), _mm256_set1_epi16(static_cast<short>(0xfe00)));
+    return _mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00)));
+  }
+  static V even_e4m3(const uint8_t* p) { return from_e4m3(_mm256_slli_epi16(words(p), 8)); }
+  static V odd_e4m3(const uint8_t* p) { return from_e4m3(words(p)); }
   static V load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -168,6 +208,18 @@ struct F {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return from_bits(_mm256_blend_epi16(_mm256_setzero_si256(), words, 0xaa));
   }
+  static void store_bf16_pair(uint16_t* p, V even, V odd) {  // as for AVX-512
+    const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(even), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, _mm256_castps_si256(odd), 0xaa));
+  }
+  static __m128i words(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static V from_e4m3(__m128i x) {  // as for AVX-512
+    const __m128i half = _mm_and_si128(_mm_srai_epi16(x, 1), _mm_set1_epi16(static_cast<short>(0xbf80)));
+    const __m128i nan = _mm_cmpeq_epi16(_mm_slli_epi16(half, 2), _mm_set1_epi16(static_cast<short>(0xfe00)));
+    return _mm256_cvtph_ps(_mm_or_si128(half, nan));
+  }
+  static V even_e4m3(const uint8_t* p) { return from_e4m3(_mm_slli_epi16(words(p), 8)); }
+  static V odd_e4m3(const uint8_t* p) { return from_e4m3(words(p)); }
   static V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store_f16(uint16_t* p, V x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -250,6 +302,15 @@ struct F {
   }
   static V odd_bf16(const uint16_t* p) {
     return make([=](int i) { return bf16_to_float(p[2 * i + 1]); });
+  }
+  static void store_bf16_pair(uint16_t* p, const V& even, const V& odd) {
+    for (int i = 0; i < W; ++i) p[2 * i] = float_to_bf16(even.x[i]), p[2 * i + 1] = float_to_bf16(odd.x[i]);
+  }
+  static V even_e4m3(const uint8_t* p) {
+    return make([=](int i) { return e4m3_to_float(p[2 * i]); });
+  }
+  static V odd_e4m3(const uint8_t* p) {
+    return make([=](int i) { return e4m3_to_float(p[2 * i + 1]); });
   }
   static V load_f16(const uint16_t* p) {
     return make([=](int i) { return f16_to_float(p[i]); });
