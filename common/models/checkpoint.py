@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{path} cannot be read: {e}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} does not hold a JSON object")
@@ -118,30 +118,46 @@ def content_hash(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Whatever the library that maps the bytes later would not take is an error now."""
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
             header_nbytes = int.from_bytes(f.read(8), "little")
             if size < 8 or not 0 < header_nbytes <= min(size - 8, _MAX_HEADER_NBYTES):
                 raise ConfigError(f"{path} is not a safetensors file, or it is cut short")
-            header = json.loads(f.read(header_nbytes))
+            header = json.loads(f.read(header_nbytes).decode())
+            json.dumps(header, ensure_ascii=False).encode()  # lone surrogates are no text
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{path} cannot be read: {e}") from None
-    out = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-            begin, end = entry["data_offsets"]
-        except (KeyError, TypeError, ValueError) as e:
-            raise ConfigError(f"{path}: malformed entry for tensor {name}: {e!r}") from None
-        start = 8 + header_nbytes + begin
-        if not 0 <= begin <= end or start + end - begin > size:
-            raise ConfigError(f"{path} is cut short: tensor {name} ends at byte {start + end - begin} of {size}")
-        if dtype in _ITEM_NBYTES and math.prod(shape) * _ITEM_NBYTES[dtype] != end - begin:
-            raise ConfigError(f"{path}: tensor {name} has {end - begin} bytes, its shape needs another number")
-        out[name] = TensorInfo(name, path, dtype, shape, start, end - begin)
+    if not isinstance(header, dict):
+        raise ConfigError(f"{path}: its header is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ConfigError(f"{path}: __metadata__ is not an object of texts")
+    start = 8 + header_nbytes
+    out = {name: _tensor_info(path, name, entry, start, size) for name, entry in header.items()}
+    end = start
+    for info in sorted(out.values(), key=lambda t: (t.offset, t.nbytes)):
+        if info.offset != end:
+            raise ConfigError(f"{path}: tensor {info.name} begins at byte {info.offset}, the one before ends at {end}")
+        end = info.offset + info.nbytes
+    if end != size:
+        raise ConfigError(f"{path} goes on after its last tensor: {size - end} bytes")
     return out
+
+
+def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
+    """An entry of a header. `start`: of the tensors' bytes in the file; `size`: of the file."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as e:
+        raise ConfigError(f"{path}: malformed entry for tensor {name}: {e!r}") from None
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ConfigError(f"{path}: malformed entry for tensor {name}: {entry!r}")
+    if not begin <= end or start + end > size:
+        raise ConfigError(f"{path} is cut short: tensor {name} ends at byte {start + end} of {size}")
+    if dtype in _ITEM_NBYTES and math.prod(shape) * _ITEM_NBYTES[dtype] != end - begin:
+        raise ConfigError(f"{path}: tensor {name} has {end - begin} bytes, its shape needs another number")
+    return TensorInfo(name, path, dtype, shape, start + begin, end - begin)

@@ -7,6 +7,8 @@ from typing import Any
 
 from common.errors import ConfigError
 
+_MOST = 1e30  # of a number, which then is one in fp32 too
+
 
 class ConfigReader:
     """One object of a config.json. `prefix`: the field it is nested in, for errors."""
@@ -19,8 +21,8 @@ class ConfigReader:
     def error(self, field: str, why: str) -> ConfigError:
         return ConfigError(f"{self.path}: {self._prefix}{field} {why}", param=self._prefix + field)
 
-    def integer(self, field: str, default: int | None = None, *, least: int = 1) -> int:
-        """An integer of at least `least`; absent or null is `default`, which without one is an error."""
+    def integer(self, field: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
+        """An integer from `least` to `most`; absent or null is `default`, which without one is an error."""
         value = self.values.get(field)
         if value is None:
             value = default
@@ -29,12 +31,14 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             kind = "a positive integer" if least == 1 else f"an integer of {least} or more"
             raise self.error(field, f"must be {kind}, got {value!r}")
+        if value > most:
+            raise self.error(field, f"must be at most {most}, got {value!r}")
         return value
 
     def number(self, field: str, default: float) -> float:
-        """A positive number; absent is `default`."""
+        """A positive number, which is finite as JSON's need not be; absent is `default`."""
         value = self.values.get(field, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST:
             raise self.error(field, f"must be a positive number, got {value!r}")
         return float(value)
 

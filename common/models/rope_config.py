@@ -16,11 +16,19 @@ def read_rope(config: ConfigReader) -> RopeSpec:
 
     `partial_rotary_factor`, `mrope_section` and what else a family reads of them is its own business.
     """
-    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
-    values = config.values.get(field) or {}
-    if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
+    field, values = rope_values(config)
+    if any(isinstance(v, dict) for v in values.values()):
         raise config.error(field, "must be one flat set of parameters for all layers")
     return rope_of(config, field, values)
+
+
+def rope_values(config: ConfigReader) -> tuple[str, dict[str, Any]]:
+    """The field that rotary parameters are in, and what it holds."""
+    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
+    values = config.values.get(field) or {}
+    if not isinstance(values, dict):
+        raise config.error(field, f"must be an object, got {values!r}")
+    return field, values
 
 
 def rope_of(config: ConfigReader, field: str, values: Mapping[str, Any]) -> RopeSpec:
@@ -45,22 +53,23 @@ def rope_of(config: ConfigReader, field: str, values: Mapping[str, Any]) -> Rope
     if rope_type == "llama3":
         low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
         return RopeSpec("llama3", theta, factor, original, low, high)
+    if theta <= 1:
+        raise config.error(f"{field}.rope_theta", f"must be above 1 for yarn, got {theta}")
     return RopeSpec(
         "yarn",
         theta,
         factor,
         original,
-        beta_fast=float(values.get("beta_fast") or 32),
-        beta_slow=float(values.get("beta_slow") or 1),
-        attention_factor=_yarn_attention(values, factor),
+        beta_fast=_number(rope, "beta_fast") or 32.0,
+        beta_slow=_number(rope, "beta_slow") or 1.0,
+        attention_factor=_yarn_attention(rope, factor),
         truncate=bool(values.get("truncate", True)),
     )
 
 
 def read_sections(config: ConfigReader, width: int, default: tuple[int, int, int]) -> tuple[int, ...]:
     """`mrope_section`: how many of the width / 2 pairs turn by time, height and width, interleaved."""
-    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
-    values = config.values.get(field) or {}
+    field, values = rope_values(config)
     if values.get("mrope_interleaved", True) is not True:
         raise config.error(f"{field}.mrope_interleaved", "must be true: sections in a row are not supported")
     sections, pairs = values.get("mrope_section", default), width // 2
@@ -75,8 +84,7 @@ def read_sections(config: ConfigReader, width: int, default: tuple[int, int, int
 
 def read_partial(config: ConfigReader, head_dim: int, default: float) -> int:
     """How much of a head turns, in elements: its first ones, by `partial_rotary_factor`."""
-    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
-    nested = config.values.get(field) or {}
+    _, nested = rope_values(config)
     found = next((v["partial_rotary_factor"] for v in (nested, config.values) if "partial_rotary_factor" in v), default)
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= 1:
         raise config.error("partial_rotary_factor", f"must be a number above 0 and at most 1, got {found!r}")
@@ -88,18 +96,22 @@ def read_partial(config: ConfigReader, head_dim: int, default: float) -> int:
 
 def refuse_partial(config: ConfigReader) -> None:
     """For families whose heads turn whole."""
-    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
-    nested = config.values.get(field) or {}
+    field, nested = rope_values(config)
     if config.values.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise config.error("partial_rotary_factor", "other than 1 is not supported")
     if nested.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise config.error(f"{field}.partial_rotary_factor", "other than 1 is not supported")
 
 
-def _yarn_attention(values: Mapping[str, Any], factor: float) -> float:
-    if values.get("attention_factor") is not None:
-        return float(values["attention_factor"])
-    mscale, mscale_all_dim = values.get("mscale"), values.get("mscale_all_dim")
+def _yarn_attention(rope: ConfigReader, factor: float) -> float:
+    if rope.values.get("attention_factor") is not None:
+        return rope.number("attention_factor", 1.0)
+    mscale, mscale_all_dim = _number(rope, "mscale"), _number(rope, "mscale_all_dim")
     if mscale and mscale_all_dim:
         return yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
     return yarn_mscale(factor)
+
+
+def _number(rope: ConfigReader, field: str) -> float:
+    """A positive number; 0 where there is none."""
+    return rope.number(field, 1.0) if rope.values.get(field) else 0.0

@@ -30,6 +30,7 @@ from common.models.rope_config import read_rope
 
 _NOT_HASHED = {"transformers_version", "_name_or_path", "use_cache", "torch_dtype", "dtype"}
 _DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 10_000  # a spec lists something for each
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ class ModelSpec:
         model_type = config.values.get("model_type")
         if not isinstance(model_type, str):
             raise config.error("model_type", "is missing")
-        return spec_reader(model_type)(SpecSource(folder, config, tensors))
+        try:
+            return spec_reader(model_type)(SpecSource(folder, config, tensors))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+            # of a field whose type its reader took for granted
+            raise ConfigError(f"{config.path} cannot be read: {type(e).__name__}: {e}") from e
 
     def with_dense_attention(self) -> ModelSpec:
         """The same model where every query sees all positions: no indexers and no keys of theirs in the cache."""
@@ -119,16 +124,19 @@ def base_spec(source: SpecSource, text: ConfigReader | None = None) -> ModelSpec
     head_dim = config.integer("head_dim", max(hidden_size // num_heads, 1))
     if head_dim % 2:
         raise config.error("head_dim", f"must be even, got {head_dim}")
+    architectures = top.values.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        architectures = [top.values["model_type"]]
     hashed = {k: v for k, v in top.values.items() if k not in _NOT_HASHED}
     model_type = str(top.values["model_type"])
     return ModelSpec(
         folder=source.folder,
         model_type=model_type,
-        architecture=next(iter(top.values.get("architectures") or ()), model_type),
+        architecture=str(architectures[0]),
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=config.integer("intermediate_size", config.values.get("moe_intermediate_size")),
-        num_layers=config.integer("num_hidden_layers"),
+        num_layers=config.integer("num_hidden_layers", most=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

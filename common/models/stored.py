@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.errors import ConfigError
 from common.layers.quant_spec import QuantSpec
 from common.models.checkpoint import DTYPE_NAMES, INDEX_DTYPES, TensorInfo
 
@@ -43,12 +44,15 @@ class Files:
         self._open: dict[Path, Any] = {}
 
     def view(self, info: TensorInfo) -> Tensor:
-        """The tensor in the mapped file: pages are read when they are touched."""
+        """The tensor in the mapped file: pages are read when they are touched. ConfigError if it cannot be had."""
         file = self._open.pop(info.file, None)
         while len(self._open) > 1:
             del self._open[next(iter(self._open))]
-        self._open[info.file] = file or safe_open(info.file, framework="pt", device="cpu")
-        tensor: Tensor = self._open[info.file].get_tensor(info.name_in_file)
+        try:
+            self._open[info.file] = file or safe_open(info.file, framework="pt", device="cpu")
+            tensor: Tensor = self._open[info.file].get_tensor(info.name_in_file)
+        except (OSError, SafetensorError) as e:  # a type that safetensors does not know, a file that has gone
+            raise ConfigError(f"{info.file}: tensor {info.name_in_file} cannot be read: {e}") from None
         return tensor
 
 

@@ -56,6 +56,8 @@ def load_model(
         model = model_class(spec.model_type)(spec, build, max_positions or spec.max_position_embeddings)
     except ValueError as e:
         raise ConfigError(f"{spec.model_type} cannot be split over {build.tp.size} ranks: {e}") from None
+    except (ArithmeticError, MemoryError, RuntimeError) as e:  # sizes that no machine, or not this one, has room for
+        raise ConfigError(f"{spec.folder}: the model that config.json describes cannot be made here: {e}") from e
     if load_format == "dummy":
         draw_weights(model, seed)
     else:

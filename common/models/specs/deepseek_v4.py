@@ -101,7 +101,10 @@ def _read_kinds(config: ConfigReader, num_layers: int) -> tuple[LayerKind, ...]:
 
 def _rope_dim(config: ConfigReader, head_dim: int) -> int:
     share = config.values.get("partial_rotary_factor")
-    width = int(head_dim * share) if isinstance(share, float | int) else config.integer("qk_rope_head_dim", 64)
+    if share is None:
+        width = config.integer("qk_rope_head_dim", 64)
+    else:
+        width = int(head_dim * min(config.number("partial_rotary_factor", 1.0), 2.0))
     if not 0 < width <= head_dim or width % 2:
         raise config.error("partial_rotary_factor", f"must make an even number of up to {head_dim}, got {width}")
     return width

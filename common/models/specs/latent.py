@@ -13,7 +13,7 @@ from common.layers.mla_spec import IndexerSpec, MLASpec
 from common.layers.rope_spec import yarn_mscale
 from common.models.cache_spec import latent_cache
 from common.models.config_reader import ConfigReader
-from common.models.rope_config import refuse_partial
+from common.models.rope_config import refuse_partial, rope_values
 from common.models.spec import ModelSpec, SpecSource, base_spec
 from common.models.specs.moe import read_deepseek_experts
 
@@ -58,9 +58,10 @@ def read_mla(config: ConfigReader, spec: ModelSpec) -> MLASpec:
     """Widths of the heads. The softmax scale holds the square of Yarn's `mscale_all_dim`: queries' and keys' share."""
     nope_dim = config.integer("qk_nope_head_dim")
     scale = float((nope_dim + spec.head_dim) ** -0.5)
-    rope = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
+    _, rope = rope_values(config)
     if spec.rope.rope_type != "default" and rope.get("mscale_all_dim"):
-        scale *= yarn_mscale(spec.rope.factor, float(rope["mscale_all_dim"])) ** 2
+        mscale = ConfigReader(config.path, rope).number("mscale_all_dim", 1.0)
+        scale *= yarn_mscale(spec.rope.factor, mscale) ** 2
     return MLASpec(
         q_lora_rank=config.integer("q_lora_rank", 0, least=0),
         kv_lora_rank=config.integer("kv_lora_rank"),
