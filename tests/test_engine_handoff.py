@@ -315,3 +315,17 @@ def test_the_waterfall_of_a_failed_hand_off_ends_with_the_prompt_computed_here(l
     settle(pair, answer, llama)
     s = answer.stats
     assert (s.queue_ms, s.prefill_ms, s.decode_queue_ms) == pytest.approx((0.0, 3.5e3, 0.0))
+
+
+@pytest.mark.parametrize("length", [60, 130, 150, 250])
+def test_a_hand_off_that_could_never_fit_is_done_without(windowed: Path, length: int) -> None:
+    """A read takes a window from a multiple of 128 tokens on: more than a decode worker of short steps needs."""
+    pair = Pair(windowed, max_num_seqs=1, max_num_batched_tokens=16, max_model_len=256)
+    (prompt,) = prompts(3, (length,))
+    answer = pair.submit(prompt, greedy(4))
+    pair.run(limit=200)
+    assert answer.tokens[0] == reference_tokens(windowed, prompt, 4)
+    fits = length in (60, 250)
+    assert (answer.stats.transferred_tokens > 0) == fits
+    assert answer.stats.fallback == ("" if fits else "more blocks at once than there are")
+    pair.check_idle()

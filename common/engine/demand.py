@@ -48,6 +48,8 @@ class Demand:
         self._cache.open(seq.seq_id, seq.label)
         if not self._has_room(seq, hit):
             self._cache.close(seq.seq_id)
+            if not self._cache.could_reserve(seq.num_tokens, hit, fetch_to=seq.num_tokens):
+                self._fall_back(seq, "more blocks at once than there are")  # a local prefill takes them bit by bit
             return False
         self._place(seq, hit.num_tokens)
         return True

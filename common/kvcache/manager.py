@@ -105,6 +105,15 @@ class KVCacheManager:
         hit = hit or NO_HIT
         return self._has_room(self._draft(seq_id, num_tokens, hit).missing(num_tokens, fetch_to), hit)
 
+    def could_reserve(self, num_tokens: int, hit: PrefixHit | None = None, *, fetch_to: int = 0) -> bool:
+        """Would `reserve` for a new sequence succeed if nobody else held a block?"""
+        hit = hit or NO_HIT
+        missing = self._draft(None, num_tokens, hit).missing(num_tokens, fetch_to)
+        return all(
+            len(entries) + sum(b >= 0 for b in hit.blocks.get(p.spec.name, ())) <= p.spec.num_blocks
+            for p, entries in zip(self._table_pools, missing, strict=True)
+        )
+
     def reserve(self, seq_id: int, num_tokens: int, hit: PrefixHit | None = None, *, fetch_to: int = 0) -> bool:
         """Hold blocks for all positions below `num_tokens` in every positional group. All or nothing.
 
