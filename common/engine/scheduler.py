@@ -18,7 +18,7 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common.engine.checkpoints import checkpoints, cut
+from common.engine.checkpoints import checkpoint_after, checkpoints, cut
 from common.engine.sequence import Phase, Sequence
 from common.kvcache.manager import KVCacheManager, PrefixHit
 from common.types import Clock
@@ -124,6 +124,8 @@ class Scheduler:
         seq.remote_peer = 0
         seq.num_computed = seq.num_tokens
         seq.tail_ready = True
+        if step := self._cache.checkpoint_step:
+            seq.checkpoints = (checkpoint_after(seq.num_tokens, step),)
         seq.phase = Phase.RUNNING
         bisect.insort(self.running, seq, key=_rank)
 
