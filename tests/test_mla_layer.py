@@ -191,7 +191,7 @@ def test_absorbed_and_expanded_agree(backend: AttentionBackend, monkeypatch: pyt
         paged = Paged(layer, backend, [90])
         results.append(torch.cat([paged.step([(0, part)])[0] for part in x.split(45)]))
     assert not torch.equal(results[0], results[1])
-    assert (results[0] - results[1]).abs().max() < 1e-5
+    assert (results[0] - results[1]).abs().max() < 5e-5
 
 
 @torch.inference_mode()
@@ -210,7 +210,7 @@ def test_heads_and_tokens_may_be_done_a_few_at_a_time(
             paged.step([(1, xs[1][:31])])
             results.append(torch.cat(paged.step([(0, xs[0]), (1, xs[1][31:]), (2, xs[2])])))
         assert torch.equal(*results) or backend.name == "reference"
-        assert (results[0] - results[1]).abs().max() < 1e-5
+        assert (results[0] - results[1]).abs().max() < 5e-5
 
 
 @pytest.mark.parametrize("top_k", [0, 30])
