@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from test_attention_reference import Case
+from test_attention_reference import FIRST_SPANS, Case
 from torch import Tensor
 
 from common.attention import cpu as cpu_attention
@@ -59,6 +59,14 @@ def check(case: Case, backend: CpuBackend, tolerance: float = 3e-6) -> None:
 )
 def test_against_dense(backend: CpuBackend, spans: list[tuple[int, int]], window: int) -> None:
     check(Case(spans, window=window), backend)
+
+
+@pytest.mark.parametrize("window", [0, 7, 40])
+@pytest.mark.parametrize("spans", FIRST_SPANS, ids=["second-token", "decode", "chunk", "mixed"])
+def test_positions_that_hold_nothing_are_not_seen(
+    backend: CpuBackend, spans: list[tuple[int, int]], window: int
+) -> None:
+    check(Case(spans, window=window, first=min(17, spans[0][0])), backend)
 
 
 @pytest.mark.parametrize(("width", "block_size"), [(8, 16), (20, 48), (64, 16), (80, 32), (128, 16)])

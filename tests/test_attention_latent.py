@@ -61,11 +61,16 @@ class Case:
         block_size: int = 16,
         dtype: torch.dtype = torch.float32,
         kv_dtype: torch.dtype | None = None,
+        first: int = 0,
     ) -> None:
-        """`spans`: (tokens cached before, new tokens) of each sequence; `width`: of queries and keys."""
+        """`spans`: (tokens cached before, new tokens) of each sequence; `width`: of queries and keys.
+
+        Positions below `first` hold nothing.
+        """
         self.seed = random.randrange(2**31)
         torch.manual_seed(self.seed)
         self.spans, self.values, kv_dtype = spans, values, kv_dtype or dtype
+        self.first = first
         counts = [n for _, n in spans]
         row_width = row_width or max(width, values.stop)
         self.rows = [torch.randn(a + n, units, row_width).to(kv_dtype) for a, n in spans]
@@ -79,10 +84,10 @@ class Case:
         for s, (a, n) in enumerate(spans):
             held = [ids.pop() for _ in range(blocks[s])]
             tables[s, : len(held)] = torch.tensor(held)
-            for p in range(a + n):
+            for p in range(first, a + n):
                 self.cache[held[p // block_size], 0, :, p % block_size] = self.rows[s][p]
             slots += [held[p // block_size] * block_size + p % block_size for p in range(a, a + n)]
-        self.tables = GroupTables(tables, torch.tensor(slots), block_size)
+        self.tables = GroupTables(tables, torch.tensor(slots), block_size, first=first)
         self.ctx = AttentionContext(
             query_starts_S1=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
             seq_lens_S=torch.tensor([a + n for a, n in spans], dtype=torch.int32),
@@ -112,7 +117,7 @@ class Case:
     def expected(self, selected: Selection | None = None) -> Tensor:
         out = []
         for t, (s, own) in enumerate(zip(self.sequence, self.own, strict=True)):
-            seen = torch.arange(own + 1)
+            seen = torch.arange(self.first, own + 1)
             if selected is not None:
                 seen = selected.positions_TK[t, : int(selected.counts_T[t])].long()
             rows = self.rows[s][seen].double().repeat_interleave(self.q_THD.shape[1] // self.rows[s].shape[1], dim=1)
@@ -133,6 +138,11 @@ def test_latent_rows(backend: AttentionBackend, spans: list[tuple[int, int]]) ->
     case = Case(spans)
     case.check(backend)
     case.check(backend, case.chosen(33))
+
+
+@pytest.mark.parametrize("spans", [[(1, 1)], [(20, 1), (17, 40)], [(530, 3), (1, 20)]], ids=["second", "mixed", "far"])
+def test_positions_that_hold_nothing_are_not_seen(backend: AttentionBackend, spans: list[tuple[int, int]]) -> None:
+    Case(spans, first=1).check(backend)
 
 
 @pytest.mark.parametrize("heads", [1, 5, 64, 128, 53])

@@ -30,12 +30,13 @@ class Case:
         window: int = 0,
         dtype: torch.dtype = torch.float32,
         kv_dtype: torch.dtype | None = None,
+        first: int = 0,
     ) -> None:
-        """`spans`: (tokens cached before, new tokens) of each sequence."""
+        """`spans`: (tokens cached before, new tokens) of each sequence; positions below `first` hold nothing."""
         self.seed = random.randrange(2**31)
         torch.manual_seed(self.seed)
         self.spans = spans
-        self.window = window
+        self.window, self.first = window, first
         self.k = [torch.randn(a + n, heads[1], width).to(dtype) for a, n in spans]
         self.v = [torch.randn(a + n, heads[1], width).to(dtype) for a, n in spans]
         counts = [n for _, n in spans]
@@ -50,7 +51,7 @@ class Case:
         for s, (a, n) in enumerate(spans):
             held = [ids.pop() for _ in range(blocks[s])]
             tables[s, : len(held)] = torch.tensor(held)
-            for p in range(a + n):
+            for p in range(first, a + n):
                 if p < a:
                     self.cache[held[p // block_size], 0, :, p % block_size] = self.k[s][p].to(kv_dtype)
                     self.cache[held[p // block_size], 1, :, p % block_size] = self.v[s][p].to(kv_dtype)
@@ -58,7 +59,7 @@ class Case:
                     slots.append(held[p // block_size] * block_size + p % block_size)
             gone = max(0, a + 1 - window) // block_size if window else 0
             tables[s, :gone] = 0
-        self.tables = GroupTables(tables, torch.tensor(slots), block_size, window)
+        self.tables = GroupTables(tables, torch.tensor(slots), block_size, window, first)
         self.ctx = AttentionContext(
             query_starts_S1=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
             seq_lens_S=torch.tensor([a + n for a, n in spans], dtype=torch.int32),
@@ -84,7 +85,7 @@ class Case:
             k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
             scores = torch.einsum("nhd,lhd->hnl", q, k) * scale
             query, key = torch.arange(a, a + n)[:, None], torch.arange(a + n)
-            hidden = key > query
+            hidden = (key > query) | (key < self.first)
             if self.window:
                 hidden |= key <= query - self.window
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
@@ -96,6 +97,15 @@ class Case:
         assert got.shape == want.shape
         error = (got.double() - want).abs().max().item()
         assert error < tolerance, f"off by {error} with seed {self.seed}"
+
+
+FIRST_SPANS = [[(1, 1)], [(20, 1), (17, 1)], [(18, 40)], [(19, 1), (17, 16), (300, 2), (530, 1)]]
+
+
+@pytest.mark.parametrize("window", [0, 7, 40])
+@pytest.mark.parametrize("spans", FIRST_SPANS, ids=["second-token", "decode", "chunk", "mixed"])
+def test_positions_that_hold_nothing_are_not_seen(spans: list[tuple[int, int]], window: int) -> None:
+    Case(spans, window=window, first=min(17, spans[0][0])).check()
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 16, 33])

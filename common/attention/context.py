@@ -24,12 +24,14 @@ class GroupTables:
     `block_tables_SB`: int32; entry [s, i] holds positions [i * block_size, (i + 1) * block_size). Entries that
     the group no longer keeps, or that lie past the end, are 0 and never read.
     `slots_T`: int64, block_id * block_size + offset of each new token.
+    Positions below `first` hold nothing: no query sees them, and none is at one of them.
     """
 
     block_tables_SB: Tensor
     slots_T: Tensor
     block_size: int
     window: int = 0  # tokens a query sees, itself included; 0 is all
+    first: int = 0
 
     @cached_property
     def new_block_ids(self) -> Tensor:

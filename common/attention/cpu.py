@@ -22,7 +22,7 @@ from common.kernels.packed_ops import pack_rows, unpack_rows
 from common.kvcache.packing import RowPacking
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_ATTEND = struct.Struct("@24qf2i4x")  # nd::AttendCall
+_ATTEND = struct.Struct("@25qf2i4x")  # nd::AttendCall
 _SELECT = struct.Struct("@19qf2i4x")  # nd::SelectCall
 _WRITE = struct.Struct("@17q2i")  # nd::WriteCall
 _ADDRESSES = struct.Struct("@3q")  # q, out, cache; k, v, cache; or q, weights, cache
@@ -289,6 +289,7 @@ def _pack_attend(
         rows.value_width,
         tables.block_size,
         tables.window,
+        tables.first,
         *q_THD.stride()[:2],
         tables.block_tables_SB.stride(0),
         num_selected,

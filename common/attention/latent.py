@@ -64,7 +64,7 @@ class Part:
         for s, n in enumerate(counts):
             in_order[s, :n] = torch.arange(first, first + n, dtype=torch.int32)
             first += n
-        return Gathered(block_ids_N, GroupTables(in_order, self.tables.slots_T[:0], size))
+        return Gathered(block_ids_N, GroupTables(in_order, self.tables.slots_T[:0], size, first=self.tables.first))
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class _Chunk:
     num_tokens: int
     block_ids_W: Tensor
     num_positions: int
+    num_empty: int  # of these, the first ones, which hold nothing
     mask_NL: Tensor | None
 
 
@@ -188,7 +189,9 @@ def _attend_chunk(q_NHD: Tensor, keys: Tensor, values: Tensor, plan: _Chunk, sca
     group = num_heads // kv_heads
 
     def gather(part: Tensor) -> Tensor:
-        seen = _gather(part, plan.block_ids_W)[:, : plan.num_positions].to(q_NHD.dtype)
+        seen = _gather(part, plan.block_ids_W)[:, : plan.num_positions]
+        seen[:, : plan.num_empty] = 0
+        seen = seen.to(q_NHD.dtype)
         return seen.unsqueeze(1).expand(-1, group, -1, -1)
 
     q_UGND = q_NHD.transpose(0, 1).reshape(kv_heads, group, num_tokens, width)
@@ -240,7 +243,9 @@ def _all_seen(tables: GroupTables, ctx: AttentionContext) -> Selection:
     sequence_T = _sequence_of_tokens(ctx)
     token_T = torch.arange(sequence_T.shape[0], device=sequence_T.device)
     own_T = (ctx.seq_lens_S - ctx.query_starts_S1[1:])[sequence_T] + token_T
-    low_T = (own_T + 1 - tables.window).clamp_(min=0) if tables.window else torch.zeros_like(own_T)
+    low_T = torch.full_like(own_T, tables.first)
+    if tables.window:
+        low_T = (own_T + 1 - tables.window).clamp_(min=tables.first)
     counts_T = own_T - low_T + 1
     positions_TK = low_T[:, None] + torch.arange(int(counts_T.max()), device=low_T.device)
     return Selection(positions_TK.int(), counts_T.int())
@@ -288,7 +293,9 @@ def _plan_decode(tables: GroupTables, rows: list[int], starts: list[int], seq_le
     size = tables.block_size
     rows_R = torch.tensor(rows, device=device)
     lens_R1 = torch.tensor([seq_lens[s] for s in rows], device=device)[:, None]
-    low_R1 = (lens_R1 - tables.window).clamp_(min=0) if tables.window else torch.zeros_like(lens_R1)
+    low_R1 = torch.full_like(lens_R1, tables.first)
+    if tables.window:
+        low_R1 = (lens_R1 - tables.window).clamp_(min=tables.first)
     first_R1 = low_R1 // size
     width = int(((lens_R1 - 1) // size - first_R1).max()) + 1
     columns_RW = first_R1 + torch.arange(width, device=device)
@@ -310,11 +317,11 @@ def _plan_chunk(tables: GroupTables, row: int, first_token: int, count: int, seq
     low = first_block * size
     num_positions = seq_len - low
     mask_NL = None
-    if low < start or (window and window < count):
+    if low < start or tables.first or (window and window < count):
         device = block_ids_W.device
         query_N1 = torch.arange(start, seq_len, device=device)[:, None]
         position_L = torch.arange(low, seq_len, device=device)
-        mask_NL = position_L <= query_N1
+        mask_NL = (position_L <= query_N1) & (position_L >= tables.first)
         if window:
             mask_NL &= position_L > query_N1 - window
-    return _Chunk(first_token, count, block_ids_W, num_positions, mask_NL)
+    return _Chunk(first_token, count, block_ids_W, num_positions, max(0, tables.first - low), mask_NL)

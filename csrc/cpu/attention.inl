@@ -30,7 +30,7 @@ Reach reach_of(const AttendCall& call, const Item& item) {
   }
   const int64_t start = call.seq_lens[item.sequence] -
                         (call.query_starts[item.sequence + 1] - call.query_starts[item.sequence]) + item.first_token;
-  return {call.window ? std::max<int64_t>(0, start + 1 - call.window) : 0, start + item.num_tokens};
+  return {call.window ? std::max<int64_t>(call.first, start + 1 - call.window) : call.first, start + item.num_tokens};
 }
 
 Keys keys_of(const AttendCall& call, const Item& item) {

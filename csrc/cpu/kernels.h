@@ -59,7 +59,7 @@ struct AttendCall {
   const int32_t* selected;
   const int32_t* selected_counts;
   float* log_sums;
-  int64_t num_seqs, heads, units, width, value_width, block_size, window;
+  int64_t num_seqs, heads, units, width, value_width, block_size, window, first;
   int64_t q_token_stride, q_head_stride, table_stride, selected_stride;
   int64_t block_stride, part_stride, unit_stride, token_stride;
   float scale;
