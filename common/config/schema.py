@@ -23,7 +23,9 @@ class LogConfig(_Section):
 class SpeculativeConfig(_Section):
     """Drafts of decode workers. Names follow vLLM's `--speculative-config`."""
 
-    method: Literal["none", "ngram", "mtp"] = Field("none", description="ngram: what followed the same words before")
+    method: Literal["none", "ngram", "mtp"] = Field(
+        "none", description="ngram: what followed the same words before; mtp: the checkpoint's own prediction layer"
+    )
     num_speculative_tokens: int = Field(3, ge=1, le=4, description="most drafts in a step; a sequence adapts below it")
     prompt_lookup_max: int = Field(0, ge=0, description="ngram: longest end of the text looked for; 0 as min, or 5")
     prompt_lookup_min: int = Field(0, ge=0, description="ngram: shortest end of the text looked for; 0 as max, or 2")

@@ -12,10 +12,12 @@ from common.attention.capability import Needs
 from common.attention.select import choose
 from common.config import WorkerConfig
 from common.engine.demand import Demand
+from common.engine.draft_runner import DraftRunner
+from common.engine.drafting import Drafting
 from common.engine.engine import Engine, EngineParts
 from common.engine.load import LoadMeter
 from common.engine.media import Media, MediaSource
-from common.engine.messages import EngineReady, PeerTraffic
+from common.engine.messages import EngineReady, LabelledCounter, PeerTraffic
 from common.engine.outbox import Outbox
 from common.engine.requests import ModelLimits, Requests
 from common.engine.runner import ModelRunner
@@ -24,10 +26,10 @@ from common.engine.scheduler import Scheduler, SchedulerLimits
 from common.engine.selftest import self_test
 from common.engine.sequence import Sequence
 from common.engine.sizing import check_device, size_engine
-from common.engine.speculative import Speculator, accepted_by_pos, draft_counters, make_speculator
+from common.engine.speculative import MadeAhead, Speculator, accepted_by_pos, draft_counters, make_speculator
 from common.engine.supply import Supply, SupplyParts
 from common.errors import ConfigError
-from common.kvcache.layout import KVLayout
+from common.kvcache.layout import FULL_GROUP, KVLayout
 from common.kvcache.manager import KVCacheManager, PrefixHit
 from common.kvcache.pool import KVPool
 from common.kvtransfer.digester import digest
@@ -45,6 +47,20 @@ from common.types import Clock, Role
 log = get_logger(__name__)
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Who drafts: `runner` is None for a model without a multi-token-prediction layer, or where it is not used."""
+
+    speculator: Speculator | None
+    runner: DraftRunner | None
+
+    def drafting(self, cache: KVCacheManager, layout: KVLayout) -> Drafting | None:
+        if self.runner is None:
+            return None
+        made_ahead = self.speculator if isinstance(self.speculator, MadeAhead) else None
+        return Drafting(self.runner, cache, layout.group(FULL_GROUP).block_size, made_ahead)
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,14 @@ def build_engine(
     )
     transport = transport or make_transport(config, clock)
     bases = {g.name: transport.allocate(g.name, layout.block_nbytes(g.name) * g.num_blocks) for g in layout.groups}
-    runner = ModelRunner(model, KVPool(layout, bases, device), backend, Sampler(spec.vocab_size, device), device)
+    pool, sampler = KVPool(layout, bases, device), Sampler(spec.vocab_size, device)
+    runner = ModelRunner(model, pool, backend, sampler, device)
+    draft_runner = None
+    if spec.has_drafts:
+        groups = {FULL_GROUP: (layout.group(FULL_GROUP).block_size, 0)}
+        draft_runner = DraftRunner(
+            model, pool, backend, sampler, spec.hidden_size, groups, lambda: runner.on_progress()
+        )
     limits = ModelLimits(
         model_hash=spec.model_hash,
         max_model_len=max_model_len,
@@ -127,7 +150,9 @@ def build_engine(
         max_num_seqs=engine.max_num_seqs,
     )
     images = Media(spec.media, spec.hidden_size, media, clock)
-    parts = assemble(config, layout, bases, limits, runner, transport, images, clock, role)
+    speculator = _speculator(config, layout, spec, max_model_len, role)
+    drafter = Drafter(speculator, draft_runner)
+    parts = assemble(config, layout, bases, limits, runner, transport, images, clock, drafter)
     progress("self-test", 0, 1)
     built = Engine(parts)
     self_test(built, parts, transport, bases, max_model_len)
@@ -154,7 +179,7 @@ def assemble(
     transport: Transport,
     media: Media,
     clock: Clock,
-    role: Role,
+    drafter: Drafter,
 ) -> EngineParts:
     """Join the parts around a runner and a transport."""
     engine = config.engine
@@ -170,7 +195,7 @@ def assemble(
     leases = Leases(cache, clock, engine.lease_ttl_s)
     publisher = Publisher(layout, bases, cache, digest)
     supply = Supply(SupplyParts(limits, scheduler, media, leases, publisher, outbox, clock), requests.next_id)
-    speculator = _speculator(config, layout, limits, role)
+    speculator = drafter.speculator
 
     def counters() -> dict[str, float]:
         c = reader.counters
@@ -195,9 +220,12 @@ def assemble(
     def traffic() -> tuple[PeerTraffic, ...]:
         return tuple(PeerTraffic(t.peer, t.transport, t.nbytes, t.reads, t.mismatches) for t in reader.traffic())
 
-    meter = LoadMeter(
-        scheduler, cache, layout.groups[0].name, outbox, clock, counters, traffic, lambda: accepted_by_pos(speculator)
-    )
+    def labelled() -> tuple[LabelledCounter, ...]:
+        cold = tuple((region, float(count)) for region, count in reader.counters.cold.items())
+        found = (LabelledCounter("handoff_cold_regions_total", "region", cold),) if cold else ()
+        return found + accepted_by_pos(speculator)
+
+    meter = LoadMeter(scheduler, cache, layout.groups[0].name, outbox, clock, counters, traffic, labelled)
 
     def started(seq: Sequence, hit: PrefixHit) -> None:
         (requests if seq.order is None else supply).started(seq, hit)
@@ -217,16 +245,20 @@ def assemble(
         meter=meter,
         clock=clock,
         speculator=speculator,
+        drafting=drafter.drafting(cache, layout),
         check_ledger=engine.check_ledger,
     )
 
 
-def _speculator(config: WorkerConfig, layout: KVLayout, limits: ModelLimits, role: Role) -> Speculator | None:
+def _speculator(
+    config: WorkerConfig, layout: KVLayout, spec: ModelSpec, max_model_len: int, role: Role
+) -> Speculator | None:
     if role is not Role.DECODE:
         return None
     return make_speculator(
         config.engine.speculative_config,
         layout,
-        vocab_size=limits.vocab_size,
-        max_model_len=limits.max_model_len,
+        num_layers=spec.num_layers,
+        vocab_size=spec.vocab_size,
+        max_model_len=max_model_len,
     )

@@ -12,8 +12,9 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from common.engine.batch import BatchRow, SampleRow, build_batch
+from common.engine.batch import BatchRow, build_batch
 from common.engine.demand import Demand
+from common.engine.drafting import Drafting, Moved
 from common.engine.load import LoadMeter
 from common.engine.media import Media
 from common.engine.messages import (
@@ -32,7 +33,8 @@ from common.engine.messages import (
 )
 from common.engine.outbox import Outbox
 from common.engine.requests import Requests
-from common.engine.runner import Drawn, ModelRunner, StepResult
+from common.engine.runner import ModelRunner, StepResult
+from common.engine.samples import sample_rows
 from common.engine.scheduler import Scheduler, StepItem, StepPlan
 from common.engine.sequence import Phase, Sequence
 from common.engine.speculative import Speculator
@@ -69,6 +71,7 @@ class EngineParts:
     meter: LoadMeter
     clock: Clock
     speculator: Speculator | None = None
+    drafting: Drafting | None = None
     check_ledger: bool = False
 
 
@@ -168,9 +171,16 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - edge of the step: fails what was in it
             self._step_failed(plan, error)
             return
+        moved = self._advance(plan, result)
+        if self._p.drafting is not None:
+            try:
+                self._p.drafting.follow(pending.hidden_TD, moved)
+            except Exception as error:  # noqa: BLE001 - the same edge
+                self._step_failed(plan, error)
+                return
         self._failed_steps = 0
         self._p.meter.step(plan)
-        self._apply(plan, result)
+        self._deliver(result, moved)
 
     def _state_origins(self, plan: StepPlan) -> list[BlockCopy]:
         """What gives the states of sequences that start now their first values."""
@@ -188,7 +198,7 @@ class Engine:
             token_ids=seq.token_ids[seq.num_computed : end] + list(item.drafts),
             start=seq.num_computed,
             tables={g: cache.block_table(seq.seq_id, g) for g in self._groups},
-            samples=_sample_rows(item) if ends and seq.order is None else (),
+            samples=sample_rows(seq, item.drafts) if ends and seq.order is None else (),
             tail_read=tail_id if seq.tail_ready else -1,
             tail_write=tail_id if ends and seq.order is not None else -1,
             prompt_logprobs=(seq.sampling.prompt_logprobs or 0) if wants_logprobs else -1,
@@ -198,14 +208,36 @@ class Engine:
             states=cache.state_blocks(seq.seq_id),
         )
 
-    def _apply(self, plan: StepPlan, result: StepResult) -> None:
+    def _advance(self, plan: StepPlan, result: StepResult) -> list[Moved]:
+        """Append the tokens that stand, and make final what was computed of those before the last."""
+        p, moved, first_row = self._p, [], 0
+        for item, drawn in zip(plan.items, result.drawn, strict=True):
+            seq, start = item.seq, item.seq.num_computed
+            num_tokens = p.requests.num_standing(seq, drawn.token_ids, item.drafts)
+            seq.token_ids += drawn.token_ids[:num_tokens]
+            if item.num_new:
+                seq.num_computed += item.num_new + max(num_tokens - 1, 0)
+                seq.grow_chain()
+                p.cache.advance(seq.seq_id, seq.chain, seq.num_computed)
+                if seq.num_computed in seq.checkpoints:
+                    self._checkpoint(seq)
+            if item.drafts:
+                assert p.speculator is not None
+                num_right = sum(map(operator.eq, item.drafts, drawn.token_ids[:num_tokens]))
+                p.speculator.observe(seq, len(item.drafts), num_right)
+                if num_tokens <= len(item.drafts):
+                    p.cache.truncate(seq.seq_id, seq.num_tokens)
+            goes_on = drawn.failure is None and num_tokens > 0 and p.requests.goes_on(seq)
+            moved.append(Moved(seq, start, first_row, num_tokens, goes_on))
+            first_row += item.num_new + len(item.drafts)
+        return moved
+
+    def _deliver(self, result: StepResult, moved: list[Moved]) -> None:
+        """Bring tokens to requests, and what is computed to readers."""
         p = self._p
-        for index, item in enumerate(plan.items):
-            seq = item.seq
+        for index, (drawn, (seq, _, _, num_tokens, _)) in enumerate(zip(result.drawn, moved, strict=True)):
             if seq.phase is not Phase.RUNNING:
                 continue  # a failure of another choice ended it
-            drawn = result.drawn[index]
-            num_tokens = self._advance(item, drawn)
             if seq.order is not None:
                 p.supply.advanced(seq)
                 continue
@@ -219,25 +251,6 @@ class Engine:
             elif num_tokens:
                 logprobs = TokenLogprobs.join(drawn.logprobs[:num_tokens]) if drawn.logprobs else None
                 p.requests.tokens(seq, num_tokens, logprobs)
-
-    def _advance(self, item: StepItem, drawn: Drawn) -> int:
-        """Append the tokens that stand, and make final what was computed of those before the last; their number."""
-        p, seq = self._p, item.seq
-        num_tokens = p.requests.num_standing(seq, drawn.token_ids, item.drafts)
-        seq.token_ids += drawn.token_ids[:num_tokens]
-        if item.num_new:
-            seq.num_computed += item.num_new + max(num_tokens - 1, 0)
-            seq.grow_chain()
-            p.cache.advance(seq.seq_id, seq.chain, seq.num_computed)
-            if seq.num_computed in seq.checkpoints:
-                self._checkpoint(seq)
-        if item.drafts:
-            assert p.speculator is not None
-            num_right = sum(map(operator.eq, item.drafts, drawn.token_ids[:num_tokens]))
-            p.speculator.observe(seq, len(item.drafts), num_right)
-            if num_tokens <= len(item.drafts):
-                p.cache.truncate(seq.seq_id, seq.num_tokens)
-        return num_tokens
 
     def _checkpoint(self, seq: Sequence) -> None:
         """Cache a copy of the state that the step has left, where there is room for one."""
@@ -263,31 +276,6 @@ class Engine:
                 LedgerBlock(b.group, b.block_id, b.state, b.owner, int(b.age_s * 1e3)) for b in cache.ledger_blocks()
             )
         return Ledger(message.call_id, cache.ledger(), blocks)
-
-
-def _sample_rows(item: StepItem) -> list[SampleRow]:
-    """The draw behind the last token, and behind each draft as if it and those before it were right."""
-    seq, drafts = item.seq, item.drafts
-    needs_history = _needs_history(item)
-    prompt_ids = seq.token_ids[: seq.num_prompt] if needs_history else ()
-    output_ids = seq.token_ids[seq.num_prompt :] + list(drafts) if needs_history else ()
-    return [
-        SampleRow(
-            seed=(seq.sampling.seed or 0) % 2**64,
-            choice=seq.choice,
-            output_index=seq.num_output + i,
-            params=seq.sampling,
-            prompt_ids=prompt_ids,
-            output_ids=output_ids[: seq.num_output + i],
-            stop_ids=seq.stop_ids,
-        )
-        for i in range(len(drafts) + 1)
-    ]
-
-
-def _needs_history(item: StepItem) -> bool:
-    params = item.seq.sampling
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def sleep_until(engine: Engine, now: float) -> float:

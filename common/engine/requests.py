@@ -159,6 +159,10 @@ class Requests:
                 return i + 1
         return len(token_ids)
 
+    def goes_on(self, seq: Sequence) -> bool:
+        """Is there a token behind the last one of `seq`?"""
+        return self._finish_reason(seq, seq.token_ids[-1], seq.num_output) is None
+
     def tokens(self, seq: Sequence, count: int, logprobs: TokenLogprobs | None) -> None:
         """`count` tokens were appended: tell the router, and end the sequence if the last one ends it."""
         token_ids = tuple(seq.token_ids[-count:])

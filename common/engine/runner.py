@@ -44,6 +44,7 @@ class Pending:
     """A step on the device. Sampled rows are the `samples` of the batch's rows, in order."""
 
     batch: Batch
+    hidden_TD: Tensor | None
     logits_RV: Tensor | None
     sample_rows: Sequence[SampleRow]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
@@ -94,7 +95,7 @@ class ModelRunner:
         self._write_tails(batch, hidden_TD)
         rows = [sample for r in batch.rows for sample in r.samples]
         logits = self._model.logits(self._gather(batch, hidden_TD)) if rows else None
-        return Pending(batch, logits, rows, self._prompt_logprobs(batch, hidden_TD))
+        return Pending(batch, hidden_TD, logits, rows, self._prompt_logprobs(batch, hidden_TD))
 
     @torch.inference_mode()
     def sample(self, pending: Pending, masks: Tensor | None = None) -> None:

@@ -122,7 +122,7 @@ class Scheduler:
         """A hand-off brought all KV and the tail row: only the head is missing."""
         del self.remote[seq.seq_id]
         seq.remote_peer = 0
-        seq.num_computed = seq.num_tokens
+        seq.num_computed = seq.num_drafted = seq.num_tokens
         seq.tail_ready = True
         if step := self._cache.checkpoint_step:
             seq.checkpoints = (checkpoint_after(seq.num_tokens, step),)
@@ -215,7 +215,7 @@ class Scheduler:
                 break
             self.waiting.pop(index)
             seq.phase = Phase.RUNNING
-            seq.num_computed = hit.num_tokens
+            seq.num_computed = seq.num_drafted = hit.num_tokens
             bisect.insort(self.running, seq, key=_rank)
             items.append(StepItem(seq, num_new))
             budget -= num_new

@@ -79,6 +79,8 @@ class Sequence:
     tail_ready: bool = False  # the last hidden row lies in the tail block: only the head is missing
     preemptions: int = 0
     pace: Pace | None = None  # of its drafts, once it has had a chance of some
+    drafts: tuple[int, ...] = ()  # made ahead, for the next step
+    num_drafted: int = 0  # positions below it that a draft layer has a row of, or never will have
     checkpoints: tuple[int, ...] = ()  # positions at which its state is cached, ascending; steps end there
     times: Times = field(default_factory=Times)
     stats: RequestStats = field(default_factory=RequestStats)

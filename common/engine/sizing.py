@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from common.config import EngineConfig, SpeculativeConfig
+from common.config import EngineConfig
 from common.errors import ConfigError
 from common.kvcache.layout import KVLayout
 from common.models.kv import kv_layout, size_num_blocks
@@ -47,10 +47,10 @@ def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizi
     """The engine of a worker of `role`; its device was checked. `ConfigError` if settings and checkpoint do not fit."""
     if not config.sparse_attention:
         spec = spec.with_dense_attention()
+    spec = _with_drafts(config, spec)
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     kv_dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
     max_model_len = _max_model_len(config, spec)
-    _check_drafter(config.speculative_config)
     budget = config.kv_cache_memory_bytes
     if not budget:
         available = psutil.virtual_memory().available
@@ -71,9 +71,16 @@ def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizi
     return EngineSizing(spec, dtype, kv_dtype, max_model_len, layout, budget)
 
 
-def _check_drafter(config: SpeculativeConfig) -> None:
-    if config.method == "mtp":
-        raise ConfigError("speculative_config.method is mtp; this version drafts by ngram alone", param="method")
+def _with_drafts(config: EngineConfig, spec: ModelSpec) -> ModelSpec:
+    if config.speculative_config.method != "mtp":
+        return spec
+    if not spec.mtp_layers:
+        raise ConfigError(
+            f"speculative_config.method is mtp; {spec.folder} ({spec.model_type}) has no multi-token-prediction layer "
+            "that this version reads: say ngram",
+            param="speculative_config",
+        )
+    return spec.with_drafts()
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

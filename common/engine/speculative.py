@@ -27,6 +27,7 @@ from common.telemetry import get_logger
 log = get_logger(__name__)
 
 DEFAULT_LOOKUP = (2, 5)
+MTP_LAYERS = 1.5  # what a draft of a multi-token-prediction layer costs, head and all, in layers of the model
 
 
 class Drafter(Protocol):
@@ -102,11 +103,14 @@ def continuation(ids_T: NDArray[np.int64], least: int, most: int) -> int:
 
 
 class Speculator:
-    """Gives each step's sequences their drafts and counts what comes of them; one per engine."""
+    """Gives each step's sequences their drafts and counts what comes of them; one per engine.
 
-    def __init__(self, drafter: Drafter, max_drafts: int, *, vocab_size: int, max_model_len: int) -> None:
-        self._drafter = drafter
-        self._max_drafts = max_drafts
+    `cost`: of making one draft, in steps of one sequence.
+    """
+
+    def __init__(self, cost: float, max_drafts: int, *, vocab_size: int, max_model_len: int) -> None:
+        self.max_drafts = max_drafts
+        self._cost = cost
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self.num_drafts = 0
@@ -118,18 +122,17 @@ class Speculator:
 
         None past the last token that it may have. `num_sequences` run at once.
         """
+        raise NotImplementedError
+
+    def count(self, seq: Sequence, room: int, num_sequences: int) -> int:
+        """How many drafts `seq` is to have in its next step; asked once a step."""
         left = min(seq.sampling.max_tokens - seq.num_output, self._max_model_len - seq.num_tokens) - 1
-        most = min(room, self._max_drafts, left)
+        most = min(room, self.max_drafts, left)
         if most <= 0:
-            return ()
+            return 0
         if seq.pace is None:
             seq.pace = Pace()
-        count = seq.pace.allow(most, price(self._drafter.cost, num_sequences))
-        if not count:
-            return ()
-        drafts = self._drafter.propose(seq, count)
-        known = next((i for i, t in enumerate(drafts) if not 0 <= t < self._vocab_size), len(drafts))
-        return tuple(drafts[: min(known, count)])  # a prompt may hold places for media, which no token can be
+        return seq.pace.allow(most, price(self._cost, num_sequences))
 
     def observe(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
         """A step has verified drafts of `seq`; the first `num_accepted` stand."""
@@ -145,6 +148,30 @@ class Speculator:
         return sum(self.accepted_per_pos)
 
 
+class LookedUp(Speculator):
+    """Drafts that cost no computation: made when a step is planned."""
+
+    def __init__(self, drafter: Drafter, max_drafts: int, *, vocab_size: int, max_model_len: int) -> None:
+        super().__init__(drafter.cost, max_drafts, vocab_size=vocab_size, max_model_len=max_model_len)
+        self._drafter = drafter
+
+    def propose(self, seq: Sequence, room: int, num_sequences: int) -> tuple[int, ...]:
+        count = self.count(seq, room, num_sequences)
+        if not count:
+            return ()
+        drafts = self._drafter.propose(seq, count)
+        known = next((i for i, t in enumerate(drafts) if not 0 <= t < self._vocab_size), len(drafts))
+        return tuple(drafts[: min(known, count)])  # a prompt may hold places for media, which no token can be
+
+
+class MadeAhead(Speculator):
+    """Drafts that the model made behind the last step (`common.engine.drafting`)."""
+
+    def propose(self, seq: Sequence, room: int, num_sequences: int) -> tuple[int, ...]:
+        drafts, seq.drafts = seq.drafts[:room], ()
+        return drafts
+
+
 def lookup_lengths(config: SpeculativeConfig) -> tuple[int, int]:
     """Shortest and longest end of the text to look for. One that is not given is as the other, as in vLLM."""
     least, most = config.prompt_lookup_min, config.prompt_lookup_max
@@ -152,7 +179,7 @@ def lookup_lengths(config: SpeculativeConfig) -> tuple[int, int]:
 
 
 def make_speculator(
-    config: SpeculativeConfig, layout: KVLayout, *, vocab_size: int, max_model_len: int
+    config: SpeculativeConfig, layout: KVLayout, *, num_layers: int, vocab_size: int, max_model_len: int
 ) -> Speculator | None:
     """The speculator that a config asks for; None for none, and where the model's state could not be rolled back."""
     if config.method == "none":
@@ -165,9 +192,12 @@ def make_speculator(
             reason=f"group {states[0]} holds states that rejected drafts would change for good",
         )
         return None
+    most = config.num_speculative_tokens
+    log.info("speculation is on", method=config.method, max_drafts=most)
+    if config.method == "mtp":
+        return MadeAhead(MTP_LAYERS / num_layers, most, vocab_size=vocab_size, max_model_len=max_model_len)
     drafter = NgramDrafter(*lookup_lengths(config))
-    log.info("speculation is on", method=drafter.name, max_drafts=config.num_speculative_tokens)
-    return Speculator(drafter, config.num_speculative_tokens, vocab_size=vocab_size, max_model_len=max_model_len)
+    return LookedUp(drafter, most, vocab_size=vocab_size, max_model_len=max_model_len)
 
 
 def draft_counters(speculator: Speculator | None) -> dict[str, int]:

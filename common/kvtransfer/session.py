@@ -295,6 +295,7 @@ class HandoffReader:
             return
         peer, stats = self._peers[intake.spec.peer], intake.stats
         self.counters.done += 1
+        self.counters.cold.update(peer.cold)
         self._updates.append(
             Done(
                 seq_id=intake.spec.seq_id,

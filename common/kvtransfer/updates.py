@@ -69,3 +69,4 @@ class HandoffCounters:
     late_events: int = 0
     unknown_events: int = 0
     unknown_reads: int = 0
+    cold: Counter[str] = field(default_factory=Counter)  # hand-offs by optional region that the peer does not have

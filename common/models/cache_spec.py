@@ -11,12 +11,13 @@ retention rule. Three shapes of state fit:
 
 Names: `kv` (full) and `kv_window` (window) for keys and values; `mla_latent` (full) for the rows of latent attention
 and `indexer_key` (full) for the keys that sparse attention's indexers score; `draft_` before the name of what a
-multi-token-prediction layer keeps.
+multi-token-prediction layer keeps, and `draft_hidden` (full) for every 16th hidden row, with which it can go on where
+a cached prefix ends.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from common.kvcache.layout import FULL_GROUP, KVPlace, Retention
@@ -28,6 +29,8 @@ KV_REGION = "kv"
 WINDOW_REGION = "kv_window"
 LATENT_REGION = "mla_latent"
 INDEXER_REGION = "indexer_key"
+DRAFT_PREFIX = "draft_"
+DRAFT_ROWS_REGION = "draft_hidden"
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,23 @@ class CacheSpec:
         return any(g.retention is Retention.SNAPSHOT for g in self.groups)
 
     def places(self, layer_idx: int) -> dict[str, KVPlace]:
-        """By region, where a layer keeps what it keeps."""
+        """By region, where a layer keeps what it keeps; names of a multi-token-prediction layer without `draft_`."""
         return {
-            r.name: KVPlace(r.name, r.group, r.layers.index(layer_idx)) for r in self.regions if layer_idx in r.layers
+            r.name.removeprefix(DRAFT_PREFIX): KVPlace(r.name, r.group, r.layers.index(layer_idx))
+            for r in self.regions
+            if layer_idx in r.layers
         }
+
+    def with_drafts(self, layer_idx: int, hidden_size: int) -> CacheSpec:
+        """Adds what a multi-token-prediction layer keeps: the same as the others in the full group, but no indexer's.
+
+        A worker can do without; hidden rows lie like entries, a row in the room of 16 tokens.
+        """
+        like = [r for r in self.regions if r.group == FULL_GROUP and r.name != INDEXER_REGION]
+        drafts = [replace(r, name=DRAFT_PREFIX + r.name, layers=(layer_idx,), required=False) for r in like]
+        width = -(-hidden_size // UNIT // 8) * 8  # whole words in every type
+        rows = CacheRegion(DRAFT_ROWS_REGION, FULL_GROUP, (layer_idx,), width, dtype="model", required=False)
+        return replace(self, regions=(*self.regions, *drafts, rows))
 
 
 def attention_cache(windows: tuple[int, ...], num_kv_heads: int, head_dim: int) -> CacheSpec:

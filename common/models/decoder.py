@@ -9,7 +9,7 @@ Shape letters: T new tokens, R rows, D hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import ClassVar, Protocol
 
@@ -21,6 +21,7 @@ from common.layers.embedding import Embedding, Head
 from common.layers.rms_norm import RMSNorm
 from common.layers.rope import Rope
 from common.layers.step import MAIN_ROPE, Rotation, Step, StepMedia
+from common.models.mtp import DraftBlock, MTPLayer
 from common.models.spec import ModelSpec
 
 
@@ -56,6 +57,15 @@ class DecoderModel(Layer, ABC):
             build, spec.vocab_size, spec.hidden_size, self.model.embed_tokens if spec.tie_word_embeddings else None
         )
         self._ropes = self.make_ropes(spec, build, max_positions)
+        self._mtp_prefix = f"model.layers.{spec.num_layers}."
+        self._mtp = MTPLayer(spec, build, self.make_draft_layer(spec, build)) if spec.has_drafts else None
+
+    def own_slots(self) -> Iterable[Slot]:
+        return () if self._mtp is None else self._mtp.slots(self._mtp_prefix)
+
+    def derive_own(self) -> None:
+        if self._mtp is not None:
+            self._mtp.derive()
 
     def slots(self, prefix: str = "") -> Iterator[Slot]:
         for slot in super().slots(prefix):
@@ -65,6 +75,10 @@ class DecoderModel(Layer, ABC):
     @abstractmethod
     def make_layer(self, spec: ModelSpec, build: Build, layer_idx: int) -> DecoderLayer:
         """One layer of the family, with empty tensors. `spec.cache.places(layer_idx)` is where it keeps its cache."""
+
+    def make_draft_layer(self, spec: ModelSpec, build: Build) -> DraftBlock:
+        """The layer inside of the multi-token-prediction layer; its index is `spec.num_layers`."""
+        raise NotImplementedError(f"{spec.model_type} has no multi-token-prediction layer here")
 
     def make_ropes(self, spec: ModelSpec, build: Build, max_positions: int) -> Mapping[str, Rope]:
         """The rotations that layers find in `Step.rope`."""
@@ -105,3 +119,21 @@ class DecoderModel(Layer, ABC):
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Final norm and head over rows of `forward`: float32 [R, vocab]."""
         return self.lm_head(self.model.norm(hidden_RD))
+
+    def norm(self, hidden_RD: Tensor) -> Tensor:
+        """Rows of `forward` after the final norm, as `draft` takes them."""
+        return self.model.norm(hidden_RD)
+
+    def draft(self, rows_TD: Tensor, input_ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor:
+        """Rows behind tokens, from `rows_TD` of the tokens before them: of `norm`, or of this. See `common.models.mtp`.
+
+        `ctx.groups` has those of the layer's own regions, which begin at `FIRST_POSITION`.
+        """
+        assert self._mtp is not None, "the model was made without its multi-token-prediction layer"
+        ctx.on_layer()
+        step = Step(input_ids_T, positions_T, ctx, self.rotations(positions_T))
+        return self._mtp(rows_TD, self.model.embed_tokens(input_ids_T), step)
+
+    def draft_logits(self, rows_RD: Tensor) -> Tensor:
+        """Float32 [R, vocab] of the tokens that follow, from rows of `draft`."""
+        return self.lm_head(rows_RD)

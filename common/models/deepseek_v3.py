@@ -17,6 +17,7 @@ from common.layers.rms_norm import RMSNorm
 from common.layers.step import Step
 from common.models.cache_spec import LATENT_REGION
 from common.models.decoder import DecoderModel
+from common.models.mtp import MTPLayer
 from common.models.spec import ModelSpec
 
 
@@ -47,8 +48,16 @@ class DeepseekV3Layer(Layer):
 class DeepseekV3ForCausalLM(DecoderModel):
     def __init__(self, spec: ModelSpec, build: Build, max_positions: int) -> None:
         super().__init__(spec, build, max_positions)
-        # layers behind the last one predict further tokens
-        self.ignored = (*self.ignored, rf"model\.layers\.{spec.num_layers}\..*")
+        # layers behind the last one predict further tokens; with drafts, the first of them is read
+        mtp = range(spec.num_layers, spec.num_layers + max(spec.mtp_layers, 1))
+        left = [rf"model\.layers\.{i}\..*" for i in mtp[1 if spec.has_drafts else 0 :]]
+        if spec.has_drafts:
+            parts = (*MTPLayer.ignored, r"self_attn\.indexer\..*")
+            left += [rf"model\.layers\.{spec.num_layers}\.{part}" for part in parts]
+        self.ignored = (*self.ignored, *left)
 
     def make_layer(self, spec: ModelSpec, build: Build, layer_idx: int) -> DeepseekV3Layer:
         return DeepseekV3Layer(spec, build, layer_idx)
+
+    def make_draft_layer(self, spec: ModelSpec, build: Build) -> DeepseekV3Layer:
+        return DeepseekV3Layer(spec, build, spec.num_layers)

@@ -38,7 +38,8 @@ class ModelSpec:
     """`dtype`: the checkpoint's own. `model_hash`: 16 bytes, see `common.models.checkpoint.content_hash`.
 
     `media`: None for a model that takes no images. `streams`: None for one residual stream. `zero_centred_norm`: see
-    `common.layers.rms_norm`.
+    `common.layers.rms_norm`. `mtp_layers`: multi-token-prediction layers that the checkpoint holds; `has_drafts`: the
+    first of them is a part of the model.
 
     `head_dim` is the width that rotates and that attention is scaled by; families with several widths say so in
     their own part.
@@ -74,6 +75,8 @@ class ModelSpec:
     streams: StreamSpec | None = None
     delta: DeltaSpec | None = None
     zero_centred_norm: bool = False
+    mtp_layers: int = 0
+    has_drafts: bool = False
 
     @classmethod
     def from_folder(cls, path: str | Path, *, weights: bool = True) -> ModelSpec:
@@ -101,6 +104,15 @@ class ModelSpec:
             return self
         regions = tuple(r for r in self.cache.regions if r.name != INDEXER_REGION)
         return replace(self, indexer=replace(self.indexer, dense=True), cache=replace(self.cache, regions=regions))
+
+    def with_drafts(self) -> ModelSpec:
+        """The same model with its first multi-token-prediction layer (`common.models.mtp`), behind the others."""
+        assert self.mtp_layers
+        moe = self.moe
+        if moe is not None:
+            moe = replace(moe, is_moe_layer=(*moe.is_moe_layer, True))
+        cache = self.cache.with_drafts(self.num_layers, self.hidden_size)
+        return replace(self, has_drafts=True, moe=moe, cache=cache)
 
 
 @dataclass(frozen=True)

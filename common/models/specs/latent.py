@@ -51,7 +51,19 @@ def _read_latent(source: SpecSource, config: ConfigReader, *, interleaved: bool)
     # what `head_dim` of a config.json is differs between writers; the width that turns is meant
     turning = ConfigReader(config.path, config.values | {"head_dim": rope_dim})
     spec = base_spec(source, turning)
-    return replace(spec, mla=read_mla(config, spec), moe=read_deepseek_experts(config, spec.num_layers))
+    return replace(
+        spec,
+        mla=read_mla(config, spec),
+        moe=read_deepseek_experts(config, spec.num_layers),
+        mtp_layers=_mtp_layers(source, config, spec.num_layers),
+    )
+
+
+def _mtp_layers(source: SpecSource, config: ConfigReader, num_layers: int) -> int:
+    """Those that the config names, if the checkpoint has them: many that were converted have lost them."""
+    count = config.integer("num_nextn_predict_layers", 0, least=0)
+    first = f"layers.{num_layers}.eh_proj.weight"
+    return count if not source.tensors or any(name.endswith(first) for name in source.tensors) else 0
 
 
 def read_mla(config: ConfigReader, spec: ModelSpec) -> MLASpec:

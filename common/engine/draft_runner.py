@@ -1,0 +1,158 @@
+"""Runs the multi-token-prediction layer on the device, and draws drafts from it: see `common.engine.drafting`.
+
+Shape letters: T tokens of the step, N tokens of the layer's pass, R rows that drafts are drawn from, D hidden size,
+B blocks, U places of kept rows in a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.attention.context import AttentionBackend, AttentionContext, GroupTables
+from common.engine.batch import Batch, BatchRow, build_batch
+from common.engine.drafting import FIRST, DraftRow, DraftWork, KeptRow
+from common.engine.sampler import Sampler
+from common.kvcache.pool import KVPool
+from common.models.cache_spec import DRAFT_ROWS_REGION
+from common.types.prefix import UNIT
+
+
+class DraftingModel(Protocol):
+    """A model with its multi-token-prediction layer; see `common.models.decoder.DecoderModel`."""
+
+    def norm(self, hidden_RD: Tensor) -> Tensor: ...
+
+    def draft(self, rows_TD: Tensor, input_ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor: ...
+
+    def draft_logits(self, rows_RD: Tensor) -> Tensor: ...
+
+
+class DraftRunner:
+    """`groups` are those of the layer's cache: (block size, window)."""
+
+    def __init__(
+        self,
+        model: DraftingModel,
+        pool: KVPool,
+        backend: AttentionBackend,
+        sampler: Sampler,
+        hidden_size: int,
+        groups: Mapping[str, tuple[int, int]],
+        on_progress: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._backend = backend
+        self._sampler = sampler
+        self._groups = groups
+        self._hidden_size = hidden_size
+        rows = pool.region(DRAFT_ROWS_REGION)[:, 0, 0, 0]
+        self._kept_BUD = rows.view(rows.shape[0], -1, UNIT * rows.shape[2])
+        self._on_progress = on_progress
+
+    @torch.inference_mode()
+    def run(self, hidden: object, work: DraftWork) -> list[tuple[int, ...]]:
+        """Keep rows, bring the layer up to the step and draw the drafts of each of `work.rows`."""
+        hidden_TD = hidden if isinstance(hidden, Tensor) else None
+        self._keep(hidden_TD, work.kept)
+        rows = work.rows
+        if not rows:
+            return []
+        rows_ND = self._model.norm(self._before(hidden_TD, rows))
+        batch = self._batch(rows, [r.token_ids for r in rows], [r.start for r in rows])
+        rows_ND = self._pass(rows_ND, batch)
+        drafts: list[list[int]] = [[] for _ in rows]
+        going = [i for i, r in enumerate(rows) if r.num_drafts]
+        rows_RD = rows_ND[torch.tensor([batch.last_rows[i] for i in going])] if going else rows_ND[:0]
+        while going:
+            drawn = self._draw(rows_RD, rows, going, drafts)
+            for i, token_id in zip(going, drawn, strict=True):
+                if token_id >= 0:
+                    drafts[i].append(token_id)
+            on = [r for r, i in enumerate(going) if drawn[r] >= 0 and len(drafts[i]) < rows[i].num_drafts]
+            if not on:
+                break
+            rows_RD, going = rows_RD[torch.tensor(on)], [going[r] for r in on]
+            last = [drafts[i][-1:] for i in going]
+            starts = [rows[i].start + len(rows[i].token_ids) + len(drafts[i]) - 1 for i in going]
+            rows_RD = self._pass(rows_RD, self._batch([rows[i] for i in going], last, starts))
+        return [tuple(d) for d in drafts]
+
+    def _draw(
+        self, rows_RD: Tensor, rows: Sequence[DraftRow], going: Sequence[int], drafts: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """A token for each row, -1 where none can be drawn."""
+        samples = [rows[i].sample(drafts[i]) for i in going]
+        result = self._sampler.sample(self._model.draft_logits(rows_RD), samples)
+        token_ids: list[int] = result.token_ids_R.tolist()
+        return token_ids
+
+    def _pass(self, rows_ND: Tensor, batch: Batch) -> Tensor:
+        dev = rows_ND.device
+        ctx = AttentionContext(
+            query_starts_S1=torch.from_numpy(batch.query_starts_S1).to(dev),
+            seq_lens_S=torch.from_numpy(batch.seq_lens_S).to(dev),
+            max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
+            groups={
+                name: GroupTables(
+                    torch.from_numpy(g.tables_SB).to(dev),
+                    torch.from_numpy(g.slots_T).to(dev),
+                    g.block_size,
+                    g.window,
+                    FIRST,
+                )
+                for name, g in batch.groups.items()
+            },
+            kv=self._pool,
+            backend=self._backend,
+            on_layer=self._on_progress,
+        )
+        input_ids = torch.from_numpy(batch.input_ids_T).to(dev)
+        return self._model.draft(rows_ND, input_ids, torch.from_numpy(batch.positions_T).to(dev), ctx)
+
+    def _batch(self, rows: Sequence[DraftRow], token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Batch:
+        vocab_size = self._sampler.vocab_size
+        return build_batch(
+            [
+                BatchRow([t if t < vocab_size else 0 for t in ids], start, dict.fromkeys(self._groups, row.table))
+                for row, ids, start in zip(rows, token_ids, starts, strict=True)
+            ],
+            self._groups,
+        )
+
+    def _before(self, hidden_TD: Tensor | None, rows: Sequence[DraftRow]) -> Tensor:
+        """The hidden rows before all tokens of `rows`: [N, D]."""
+        if hidden_TD is not None and all(r.before is None for r in rows):
+            index = [i for r in rows for i in range(r.row, r.row + len(r.token_ids))]
+            return hidden_TD.index_select(0, torch.tensor(index, device=hidden_TD.device))
+        parts: list[Tensor] = []
+        for r in rows:
+            others = len(r.token_ids)
+            if r.before is not None:
+                parts.append(self._kept(r.before))
+                others -= 1
+            if others:
+                assert hidden_TD is not None
+                first = r.row + (r.before is not None)
+                parts.append(hidden_TD[first : first + others])
+        return torch.cat(parts)
+
+    def _kept(self, place: KeptRow | int) -> Tensor:
+        if isinstance(place, int):
+            return self._pool.read_tail([place])
+        return self._kept_BUD[place.block_id, place.unit, : self._hidden_size].unsqueeze(0)
+
+    def _keep(self, hidden_TD: Tensor | None, kept: Sequence[tuple[int, KeptRow]]) -> None:
+        if not kept:
+            return
+        assert hidden_TD is not None
+        dev = hidden_TD.device
+        rows_RD = hidden_TD.index_select(0, torch.tensor([row for row, _ in kept], device=dev))
+        block_ids = torch.tensor([place.block_id for _, place in kept], device=dev)
+        units = torch.tensor([place.unit for _, place in kept], device=dev)
+        self._kept_BUD[block_ids, units, : self._hidden_size] = rows_RD.to(self._kept_BUD.dtype)
