@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models_support import CPU
-from tiny_models import make_llama, make_qwen3
+from tiny_models import make_llama, make_qwen3, make_qwen3_5
 
 from common.errors import ConfigError
 from common.kvcache.layout import TAIL_GROUP, GroupSpec, KVLayout, KVPlace, RegionSpec, Retention, Sharding
@@ -232,3 +232,20 @@ def test_whole_blocks_are_copied_in_order() -> None:
         expected = before[r.name][order]
         expected[zeroed] = 0
         assert torch.equal(pool.region(r.name), expected)
+
+
+def test_more_memory_is_never_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """States take their share only of what one sequence leaves."""
+    spec = ModelSpec.from_folder(make_qwen3_5(tmp_path_factory.mktemp("recurrent")))
+    fits = []
+    for budget in range(50_000, 400_000, 1000):
+        try:
+            blocks = sized(spec, budget, max_model_len=256)
+        except ConfigError:
+            fits.append(False)
+        else:
+            fits.append(True)
+            assert 2 <= blocks["state"] <= 8
+            assert blocks["full"] * 16 >= 256
+    assert fits == sorted(fits)
+    assert set(fits) == {False, True}

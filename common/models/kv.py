@@ -113,21 +113,16 @@ def size_num_blocks(
     """Blocks per group that fit into `budget_nbytes` on one rank.
 
     `num_tails`: blocks of the tail group, each one hidden row; snapshot groups of the model get as many if that is
-    at most `MAX_STATE_SHARE` of the budget, and two at least. Full and window groups cover the same number of tokens,
-    since short sequences use both alike, but a window group no more than twice what `max_num_seqs` sequences can
-    hold live; the full groups take the rest. ConfigError, with both numbers, if not even one sequence of
-    `max_model_len` tokens fits.
+    at most `MAX_STATE_SHARE` of the budget and leaves room for one sequence, and two at least. Full and window groups
+    cover the same number of tokens, since short sequences use both alike, but a window group no more than twice what
+    `max_num_seqs` sequences can hold live; the full groups take the rest. ConfigError, with both numbers, if not even
+    one sequence of `max_model_len` tokens fits.
     """
     one = {TAIL_GROUP: 1} | {g.name: 1 for g in spec.cache.groups}
     layout = kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=block_size, num_blocks=one, tp_size=tp_size)
     block = {g.name: layout.block_nbytes(g.name) for g in layout.groups}
     out = {TAIL_GROUP: num_tails}
     rest = budget_nbytes - num_tails * block[TAIL_GROUP]
-    states = [g.name for g in spec.cache.groups if g.retention is Retention.SNAPSHOT]
-    for name in states:
-        share = int(MAX_STATE_SHARE / len(states) * budget_nbytes)
-        out[name] = max(2, min(num_tails, share // block[name]))
-        rest -= out[name] * block[name]
     windows = [g for g in layout.groups if g.retention is Retention.WINDOW]
     full = [g for g in layout.groups if g.retention is Retention.FULL]
     need = {g.name: math.ceil(max_model_len / g.block_size) for g in full}
@@ -135,12 +130,20 @@ def size_num_blocks(
         whole = math.ceil(max_model_len / g.block_size)
         need[g.name] = min(whole, math.ceil((g.window + max_num_batched_tokens) / g.block_size) + 1)
     least = sum(need[g] * block[g] for g in need)
+    states = [g.name for g in spec.cache.groups if g.retention is Retention.SNAPSHOT]
+    out |= dict.fromkeys(states, 2)
+    rest -= sum(2 * block[name] for name in states)
     if rest < least:
         raise ConfigError(
             f"a KV cache of {budget_nbytes} bytes cannot hold one sequence of {max_model_len} tokens, which takes "
             f"{least + budget_nbytes - rest}: give it more memory or lower max_model_len",
             param="kv_cache_memory_bytes",
         )
+    for name in states:
+        share = int(MAX_STATE_SHARE / len(states) * budget_nbytes) // block[name]
+        more = max(0, min(num_tails - 2, share - 2, (rest - least) // block[name]))
+        out[name] += more
+        rest -= more * block[name]
     even = _even(rest, [*full, *windows], block)
     spare = _even(rest - least, windows, block)
     for g in windows:
