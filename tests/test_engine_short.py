@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_support import greedy, llama, reference_tokens
+from engine_support import Solo, greedy, llama, prompts, reference_tokens, windowed
 
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
 from common.engine.build import build_engine
@@ -14,7 +14,7 @@ from common.errors import ConfigError
 from common.types import MonotonicClock, Role
 from nanodeploy import LLM
 
-__all__ = ["llama"]
+__all__ = ["llama", "windowed"]
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "kv_cache_memory_bytes": 8 << 20}
 
@@ -43,3 +43,14 @@ def test_a_short_engine_answers(llama: Path) -> None:
 def test_too_short_is_said(llama: Path, max_model_len: int) -> None:
     with pytest.raises(ConfigError, match=f"max_model_len is {max_model_len}; the least is 3"):
         build(llama, Role.DECODE, max_model_len)
+
+
+def test_few_blocks_of_a_window_do_for_the_self_test(windowed: Path) -> None:
+    """As many as a sequence needs that is computed a few tokens at a time; the test holds two."""
+    solo = Solo(windowed, max_model_len=256, max_num_batched_tokens=8, max_num_seqs=1, kv_cache_memory_bytes=105_000)
+    window = next(g for g in solo.decode.parts.layout.groups if g.name == "window")
+    assert window.num_blocks == 3
+    (prompt,) = prompts(8, (100,))
+    answer = solo.submit(prompt, greedy(5))
+    solo.run()
+    assert answer.tokens[0] == reference_tokens(windowed, prompt, 5)

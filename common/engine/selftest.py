@@ -14,6 +14,7 @@ from common.engine.engine import Engine, EngineParts
 from common.engine.messages import Deltas, FromEngine, ReaderEvent, ReaderGone, Submit
 from common.engine.sizing import MIN_MODEL_LEN
 from common.errors import InternalError
+from common.kvcache.layout import Retention
 from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, PlaceOrder
 from common.kvtransfer.plan import plan_extent
 from common.kvtransfer.transport import PeerDown, ReadStatus, Transport
@@ -30,7 +31,9 @@ def self_test(
     engine: Engine, parts: EngineParts, transport: Transport, bases: Mapping[str, int], max_model_len: int
 ) -> None:
     """`max_model_len` is at least `MIN_MODEL_LEN`. Raises InternalError that says what failed."""
-    num_tokens = min(parts.layout.groups[0].block_size + 3, 64, max_model_len - OUTPUT_TOKENS)
+    # two sequences hold them at once, in window groups of few blocks too
+    twice = (g.num_blocks // 2 * g.block_size for g in parts.layout.groups if g.retention is not Retention.SNAPSHOT)
+    num_tokens = max(1, min(parts.layout.groups[0].block_size + 3, 64, max_model_len - OUTPUT_TOKENS, *twice))
     prompt = tuple((i * 7) % min(64, parts.requests.vocab_size) for i in range(num_tokens))
     _read_back(engine, parts, transport, bases, prompt)
     _generate(engine, prompt)
