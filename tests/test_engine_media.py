@@ -365,6 +365,24 @@ def test_rows_of_another_shape_are_refused(folder: Path, rows: torch.Tensor | No
     assert "[20, 192]" in answer.failure.message
 
 
+@pytest.mark.parametrize("number", [math.nan, -math.inf])
+def test_rows_that_are_no_numbers_spoil_nothing(folder: Path, number: float) -> None:
+    """They would stay in the prefix cache under their image's hash, for those who come with the right ones."""
+    source = LocalMedia()
+    solo = Solo(folder, media=source)
+    prompt = illustrated(folder, ONE, 79)
+    (good,) = handles(source, prompt)
+    rows_NW = prompt.pictures[0].rows_NW.clone()
+    rows_NW[3, 5] = number
+    bad = source.put(good.position, rows_NW, good.grid, good.media_hash)
+    answer = solo.submit(prompt.tokens, greedy(COUNT), embeddings=(bad,))
+    solo.run(answer)
+    assert answer.failure is not None
+    assert (answer.failure.code, answer.failure.param) == ("invalid_request", "embeddings")
+    settle(solo, folder, prompt, solo.submit(prompt.tokens, greedy(COUNT), embeddings=(good,)))
+    solo.check_idle()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -201,7 +201,10 @@ class Media:
     def _misshapen(self, handle: EmbeddingHandle, rows_NW: Tensor | None) -> NanoDeployError | None:
         shape = (handle.num_tokens, handle.hidden_size)
         if rows_NW is not None and tuple(rows_NW.shape) == shape and rows_NW.is_floating_point():
-            return None
+            if bool(rows_NW.isfinite().all()):
+                return None
+            # what was computed from them would be found again under the image's hash
+            return InvalidRequestError("an image's embeddings are not finite", param="embeddings")
         found = "nothing" if rows_NW is None else f"{rows_NW.dtype} {list(rows_NW.shape)}"
         return InvalidRequestError(f"an image's embeddings are {found}, not {list(shape)}", param="embeddings")
 
