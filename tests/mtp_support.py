@@ -106,14 +106,15 @@ class Draft:
 
 
 class DraftWatch:
-    """Every draft that an engine draws; drafts are wanted at every step, whatever comes of them."""
+    """Every draft that an engine draws. `always`: they are wanted at every step, whatever comes of them."""
 
-    def __init__(self, built: BuiltEngine) -> None:
+    def __init__(self, built: BuiltEngine, *, always: bool = True) -> None:
         self.drafts: list[Draft] = []
         parts = built.parts
         assert parts.drafting is not None
         assert parts.speculator is not None
-        parts.speculator._cost = ALWAYS
+        if always:
+            parts.speculator._cost = ALWAYS
         self._drafting, self._runner = parts.drafting, parts.drafting._model
         self._draw = self._runner._draw  # type: ignore[attr-defined]
         self._runner._draw = self._on_draw  # type: ignore[attr-defined]

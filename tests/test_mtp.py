@@ -51,6 +51,32 @@ def test_every_draft_is_drawn_from_the_references_scores(model: Path, chunk: int
     solo.check_idle()
 
 
+@pytest.mark.parametrize("tight", [False, True])
+def test_rows_that_waited_while_drafts_did_not_pay_are_made_later(model: Path, tight: bool) -> None:
+    """Random layers are always wrong: trials come at longer and longer intervals, and blocks fill up in between."""
+    solo = Solo(model, speculative_config=MTP, **(TIGHT if tight else {}))
+    watch = DraftWatch(solo.decode, always=False)
+    passes: list[int] = []
+    runner = watch._runner
+    run = runner.run
+    runner.run = lambda hidden, work: passes.append(len(work.rows)) or run(hidden, work)  # type: ignore[method-assign]
+    given_ = prompts(98, (20, 33, 7, 60)) if tight else prompts(98, (20, 33, 7))
+    answers = [solo.submit(p, greedy(64)) for p in given_]
+    solo.run()
+    for prompt, answer in zip(given_, answers, strict=True):
+        assert answer.tokens[0] == reference_tokens(model, prompt, 64)
+    check_drafts(model, watch, 10)
+    assert sum(passes) < (1 + tight) * 20 * len(given_)
+    assert (sum(a.stats.preemptions for a in answers) > 0) == tight
+    turn = given_[0] + tuple(answers[0].tokens[0]) + given_[1][:5]
+    watch.drafts.clear()
+    follow = solo.submit(turn, greedy(4))
+    solo.run()
+    assert tight or follow.stats.cached_tokens == 80
+    check_drafts(model, watch, 1)
+    solo.check_idle()
+
+
 def test_a_cached_prefix_goes_on_from_the_row_that_is_kept_with_it(model: Path) -> None:
     """Whatever followed the prefix before: its last row knows nothing of that."""
     solo = Solo(model, speculative_config=MTP)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.attention.context import AttentionBackend, AttentionContext, GroupTables
 from common.engine.batch import Batch, BatchRow, build_batch
-from common.engine.drafting import FIRST, DraftRow, DraftWork, KeptRow
+from common.engine.drafting import FIRST, DraftRow, DraftWork, Held, KeptRow
 from common.engine.sampler import Sampler
 from common.kvcache.pool import KVPool
 from common.models.cache_spec import DRAFT_ROWS_REGION
@@ -53,6 +53,11 @@ class DraftRunner:
         rows = pool.region(DRAFT_ROWS_REGION)[:, 0, 0, 0]
         self._kept_BUD = rows.view(rows.shape[0], -1, UNIT * rows.shape[2])
         self._on_progress = on_progress
+
+    def take(self, hidden: object, row: int, count: int) -> Tensor:
+        """Rows of the step that outlive it."""
+        assert isinstance(hidden, Tensor)
+        return hidden[row : row + count].clone()
 
     @torch.inference_mode()
     def run(self, hidden: object, work: DraftWork) -> list[tuple[int, ...]]:
@@ -133,19 +138,20 @@ class DraftRunner:
         parts: list[Tensor] = []
         for r in rows:
             others = len(r.token_ids)
-            if r.before is not None:
-                parts.append(self._kept(r.before))
-                others -= 1
-            if others:
+            earlier = self._earlier(r.before)
+            num_earlier = sum(len(part) for part in earlier)
+            parts += earlier
+            if others > num_earlier:
                 assert hidden_TD is not None
-                first = r.row + (r.before is not None)
-                parts.append(hidden_TD[first : first + others])
+                parts.append(hidden_TD[r.row + num_earlier : r.row + others])
         return torch.cat(parts)
 
-    def _kept(self, place: KeptRow | int) -> Tensor:
-        if isinstance(place, int):
-            return self._pool.read_tail([place])
-        return self._kept_BUD[place.block_id, place.unit, : self._hidden_size].unsqueeze(0)
+    def _earlier(self, before: KeptRow | int | Held | None) -> list[Tensor]:
+        if isinstance(before, KeptRow):
+            return [self._kept_BUD[before.block_id, before.unit, : self._hidden_size].unsqueeze(0)]
+        if isinstance(before, Held):
+            return [part for part in before.parts if isinstance(part, Tensor)]
+        return [] if before is None else [self._pool.read_tail([before])]
 
     def _keep(self, hidden_TD: Tensor | None, kept: Sequence[tuple[int, KeptRow]]) -> None:
         if not kept:

@@ -8,12 +8,16 @@ where a sequence starts: after a hand-off it is the tail row; behind a cached pr
 every last row of 16 tokens. Drafts are chained: each is drawn with the noise of its place, as if it were a token, and
 with the row that it was drawn from gives the next one.
 
+Where no draft is wanted, rows wait: those of a block are made in one pass when it is full, so that a layer that is
+always wrong costs little.
+
 Rows of drafts are written over by the next step. A row that is missing or wrong (an optional region that a peer does
 not have) may make drafts wrong, and nothing else.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -50,9 +54,18 @@ class KeptRow:
 
 
 @dataclass
+class Held:
+    """Hidden rows of positions [start, end) of a sequence, on the device: rows of the layer that wait."""
+
+    start: int
+    end: int
+    parts: list[object]
+
+
+@dataclass
 class DraftRow:
     """Rows for `token_ids` from position `start`: their hidden rows are those of the step from `row` on, but the first
-    one is `before` where that is given. `num_drafts` are wanted behind the last.
+    ones are `before` where that is given. `num_drafts` are wanted behind the last.
     """
 
     seq: Sequence
@@ -60,7 +73,7 @@ class DraftRow:
     start: int
     row: int
     table: Tokens[int]
-    before: KeptRow | int | None = None  # kept in the cache, or in a tail block
+    before: KeptRow | int | Held | None = None  # one in the cache, one in a tail block, or those that waited
     num_drafts: int = 0
 
     def sample(self, drafts: Tokens[int]) -> SampleRow:
@@ -79,6 +92,9 @@ class DraftWork:
 class DraftModel(Protocol):
     """Runs the layer (`common.engine.draft_runner`). `hidden`: the step's rows, on the device; None if it had none."""
 
+    def take(self, hidden: object, row: int, count: int) -> object:
+        """Rows of the step that outlive it."""
+
     def run(self, hidden: object, work: DraftWork) -> list[tuple[int, ...]]:
         """The drafts of each row."""
 
@@ -91,6 +107,7 @@ class Drafting:
         self._cache = cache
         self._block_size = block_size
         self._speculator = speculator
+        self._held: weakref.WeakKeyDictionary[Sequence, Held] = weakref.WeakKeyDictionary()
 
     def follow(self, hidden: object, moved: Tokens[Moved]) -> None:
         """Bring the layer up to what a step did, and give sequences the drafts for their next step."""
@@ -100,7 +117,7 @@ class Drafting:
         for m in running:
             m.seq.drafts = ()
             self._keep(m, work)
-            row = self._row(m, len(running))
+            row = self._row(hidden, m, len(running))
             if row is not None:
                 work.rows.append(row)
                 seqs.append(m.seq)
@@ -118,20 +135,29 @@ class Drafting:
         table = self._cache.block_table(seq.seq_id, FULL_GROUP)
         return KeptRow(table[position // self._block_size], position % self._block_size // UNIT)
 
-    def _row(self, moved: Moved, num_running: int) -> DraftRow | None:
+    def _row(self, hidden: object, moved: Moved, num_running: int) -> DraftRow | None:
         seq, start = moved.seq, moved.start
-        first, end = max(seq.num_drafted, start, FIRST), min(seq.num_computed + 1, seq.num_tokens)
+        first, end = max(seq.num_drafted, FIRST), min(seq.num_computed + 1, seq.num_tokens)
+        held = self._held.pop(seq, None)
+        if held is None or (held.start, held.end) != (first - 1, start):
+            held = None  # if there was one, the sequence was preempted meanwhile
+            first = max(first, start)
         if moved.num_tokens and not moved.goes_on:
             end = min(end, seq.num_computed)  # nothing follows the last token
+            if self._may_wait(seq, first):
+                return None
         count = 0
         if moved.goes_on and self._speculator is not None:
             count = self._speculator.count(seq, self._speculator.max_drafts, num_running)
+            if not count and self._may_wait(seq, first) and (held is not None or first > start):
+                self._held[seq] = self._with(held, hidden, moved, first)
+                return None
         if end > seq.num_computed and not self._cache.reserve(seq.seq_id, end + max(count - 1, 0)):
             count = 0
             if not self._cache.reserve(seq.seq_id, end):
                 end -= 1  # no room: the row of the next block's first token waits for the next step
-        before: KeptRow | int | None = None
-        if first == start:
+        before: KeptRow | int | Held | None = held
+        if first == start and held is None:
             tail = self._cache.tail_block(seq.seq_id) if seq.tail_ready else None
             if tail is not None:
                 before = tail
@@ -151,3 +177,14 @@ class Drafting:
             before=before,
             num_drafts=count if end == seq.num_tokens else 0,
         )
+
+    def _may_wait(self, seq: Sequence, first: int) -> bool:
+        """Are all blocks that are full now complete without the rows from `first` on?"""
+        return first >= seq.num_computed // self._block_size * self._block_size
+
+    def _with(self, held: Held | None, hidden: object, moved: Moved, first: int) -> Held:
+        begin, end = (moved.start if held is not None else first - 1), moved.seq.num_computed
+        held = held or Held(begin, end, [])
+        held.parts.append(self._model.take(hidden, moved.row + begin - moved.start, end - begin))
+        held.end = end
+        return held

@@ -11,6 +11,7 @@ step before anything reads them, and are never final for the cache.
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Tokens
 from typing import Protocol
 
@@ -102,7 +103,7 @@ def continuation(ids_T: NDArray[np.int64], least: int, most: int) -> int:
     return found
 
 
-class Speculator:
+class Speculator(ABC):
     """Gives each step's sequences their drafts and counts what comes of them; one per engine.
 
     `cost`: of making one draft, in steps of one sequence.
@@ -117,12 +118,12 @@ class Speculator:
         self.num_draft_tokens = 0
         self.accepted_per_pos = [0] * max_drafts
 
+    @abstractmethod
     def propose(self, seq: Sequence, room: int, num_sequences: int) -> tuple[int, ...]:
         """Drafts for a sequence of which only the last token is to be computed; `room` tokens at most.
 
         None past the last token that it may have. `num_sequences` run at once.
         """
-        raise NotImplementedError
 
     def count(self, seq: Sequence, room: int, num_sequences: int) -> int:
         """How many drafts `seq` is to have in its next step; asked once a step."""

@@ -74,7 +74,9 @@ def run_up(request: ClusterRequest, options: UpOptions, detach: bool, console: C
         for engine, role in engines:
             size_engine(engine, spec, role)
         if base.decode.engine.load_format != "dummy":
-            ModelSpec.from_folder(request.model)
+            spec = ModelSpec.from_folder(request.model)
+            for engine, role in engines:  # again, with what the weight files hold
+                size_engine(engine, spec, role)
         if detach:
             return _detach(folder, lock, request, options, console)
         return asyncio.run(_run(folder, request, options, console))
