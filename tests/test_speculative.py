@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from engine_support import Answer, Pair, Solo, greedy, llama, prompts, reference_tokens, windowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,8 +23,18 @@ __all__ = ["llama", "windowed"]
 Request = tuple[tuple[int, ...], SamplingParams]
 
 COUNT = 24
-TIGHT = {"llama": 115_000, "windowed": 150_000}  # blocks for a third of the sequences: running them all preempts
+TIGHT = {
+    "llama": 115_000,
+    "windowed": 150_000,
+    "hybrid": 160_000,
+}  # blocks for a third of the sequences: running them all preempts
 DRAFTERS = {"right": 1.0, "wrong": 0.0, "mixed": 0.7}
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Delta nets, whose state a wrong draft would change for good, beside a layer that attends."""
+    return tiny_models.make_qwen3_5(tmp_path_factory.mktemp("hybrid"), seed=6)
 
 
 def sampled(**more: Any) -> SamplingParams:
@@ -79,7 +90,7 @@ def check(folder: Path, answers: list[Answer]) -> None:
             assert len(got.logprobs[choice]) == len(wanted.tokens[choice])
 
 
-@pytest.mark.parametrize("model", ["llama", "windowed"])
+@pytest.mark.parametrize("model", ["llama", "windowed", "hybrid"])
 @pytest.mark.parametrize(("chunked", "tight"), list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("drafter", [*DRAFTERS, "ngram"])
 def test_answers_are_those_without_speculation(
@@ -109,7 +120,7 @@ def test_answers_are_those_without_speculation(
     solo.check_idle()
 
 
-@pytest.mark.parametrize("model", ["llama", "windowed"])
+@pytest.mark.parametrize("model", ["llama", "windowed", "hybrid"])
 @pytest.mark.parametrize("drafter", [*DRAFTERS])
 def test_a_prompt_handed_over_is_drafted_on_like_any_other(
     request: pytest.FixtureRequest, model: str, drafter: str

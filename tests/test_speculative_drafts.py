@@ -174,13 +174,14 @@ TAIL = GroupSpec(name="tail", retention=Retention.SNAPSHOT, block_size=1, num_bl
 STATE = GroupSpec(name="state", retention=Retention.SNAPSHOT, block_size=1, num_blocks=4)
 
 
-def test_a_state_that_cannot_be_rolled_back_means_no_drafts_and_the_log_says_why() -> None:
+def test_mtp_beside_a_state_means_no_drafts_and_the_log_says_why() -> None:
     config = SpeculativeConfig(method="ngram")
     sizes = {"num_layers": 2, "vocab_size": 8, "max_model_len": 100}
     with capture_logs() as lines:
-        assert make_speculator(config, layout(FULL, STATE, TAIL), **sizes) is None
+        assert make_speculator(SpeculativeConfig(method="mtp"), layout(FULL, STATE, TAIL), **sizes) is None
     assert [line["event"] for line in lines] == ["speculation is off"]
     assert "group state" in lines[0]["reason"]
+    assert make_speculator(config, layout(FULL, STATE, TAIL), **sizes) is not None
     assert make_speculator(config, layout(FULL, WINDOW, TAIL), **sizes) is not None
     assert make_speculator(SpeculativeConfig(), layout(FULL, TAIL), **sizes) is None
 

@@ -40,7 +40,7 @@ from common.engine.sequence import Phase, Sequence
 from common.engine.speculative import Speculator
 from common.engine.supply import Supply
 from common.errors import InternalError
-from common.kvcache.layout import KVLayout, Retention
+from common.kvcache.layout import TAIL_GROUP, KVLayout, Retention
 from common.kvcache.manager import BlockCopy, KVCacheManager
 from common.kvtransfer.orders import DropOrder, PlaceOrder, ReleaseLease
 from common.kvtransfer.session import HandoffReader
@@ -81,6 +81,7 @@ class Engine:
         self._groups: Mapping[str, tuple[int, int]] = {
             g.name: (g.block_size, g.window) for g in parts.layout.groups if g.retention is not Retention.SNAPSHOT
         }
+        self._has_states = any(g.retention is Retention.SNAPSHOT and g.name != TAIL_GROUP for g in parts.layout.groups)
         self._failed_steps = 0
         self._stalled = False
         self.steps = 0
@@ -164,7 +165,7 @@ class Engine:
     def _run(self, plan: StepPlan) -> None:
         runner = self._p.runner
         try:
-            runner.copy_blocks(self._state_origins(plan))
+            runner.copy_blocks(self._state_copies(plan))
             pending = runner.forward(build_batch([self._row(i) for i in plan.items], self._groups))
             runner.sample(pending)
             result = runner.collect(pending)
@@ -182,9 +183,15 @@ class Engine:
         self._p.meter.step(plan)
         self._deliver(result, moved)
 
-    def _state_origins(self, plan: StepPlan) -> list[BlockCopy]:
-        """What gives the states of sequences that start now their first values."""
-        return [c for item in plan.items if item.num_new for c in self._p.cache.state_origin(item.seq.seq_id)]
+    def _state_copies(self, plan: StepPlan) -> list[BlockCopy]:
+        """What gives the states of sequences that start now their first values, and keeps those that may go back."""
+        cache, copies = self._p.cache, []
+        for item in plan.items:
+            if item.num_new:
+                copies += cache.state_origin(item.seq.seq_id)
+            if item.drafts:
+                copies += cache.state_backup(item.seq.seq_id)
+        return copies
 
     def _row(self, item: StepItem) -> BatchRow:
         seq, cache = item.seq, self._p.cache
@@ -215,7 +222,8 @@ class Engine:
             seq, start = item.seq, item.seq.num_computed
             num_tokens = p.requests.num_standing(seq, drawn.token_ids, item.drafts)
             seq.token_ids += drawn.token_ids[:num_tokens]
-            if item.num_new:
+            goes_back = self._has_states and num_tokens <= len(item.drafts) > 0
+            if item.num_new and not goes_back:
                 seq.num_computed += item.num_new + max(num_tokens - 1, 0)
                 seq.grow_chain()
                 p.cache.advance(seq.seq_id, seq.chain, seq.num_computed)
@@ -225,6 +233,7 @@ class Engine:
                 assert p.speculator is not None
                 num_right = sum(map(operator.eq, item.drafts, drawn.token_ids[:num_tokens]))
                 p.speculator.observe(seq, len(item.drafts), num_right)
+                p.cache.end_step(seq.seq_id, go_back=goes_back)
                 if num_tokens <= len(item.drafts):
                     p.cache.truncate(seq.seq_id, seq.num_tokens)
             goes_on = drawn.failure is None and num_tokens > 0 and p.requests.goes_on(seq)

@@ -9,7 +9,9 @@ rule from the start. Orders reserve their whole prompt when they start and are n
 where its state is to be cached (`common.engine.checkpoints`).
 
 A running sequence that lacks one token only may carry drafts behind it, from what the running ones leave of the
-budget and of the free blocks: nobody is preempted for a guess.
+budget and of the free blocks: nobody is preempted for a guess. Where a state cannot be cut back, a copy is kept for the
+step; if a draft was wrong the sequence goes back to it, and its next step computes the tokens that stand again, with
+no drafts.
 """
 
 from __future__ import annotations
@@ -165,8 +167,10 @@ class Scheduler:
                 break
             if item.num_new != 1 or not item.reaches_end or not seq.num_output:
                 continue
-            drafts = propose(seq, budget, len(self.running))
-            if drafts and self._cache.reserve(seq.seq_id, seq.num_tokens + len(drafts)):
+            room = 0 if seq.num_tokens in seq.checkpoints else cut(seq.checkpoints, seq.num_tokens, budget)
+            drafts = propose(seq, room, len(self.running)) if room else ()
+            fits = drafts and self._cache.reserve(seq.seq_id, seq.num_tokens + len(drafts))
+            if fits and self._cache.can_go_back(seq.seq_id):
                 items[index] = StepItem(seq, 1, drafts)
                 budget -= len(drafts)
         return budget

@@ -186,11 +186,11 @@ def make_speculator(
     if config.method == "none":
         return None
     states = [g.name for g in layout.groups if g.retention is Retention.SNAPSHOT and g.name != TAIL_GROUP]
-    if states:
+    if states and config.method == "mtp":
         log.warning(
             "speculation is off",
             method=config.method,
-            reason=f"group {states[0]} holds states that rejected drafts would change for good",
+            reason=f"multi-token-prediction layers beside states (group {states[0]}) are not supported; ngram is",
         )
         return None
     most = config.num_speculative_tokens

@@ -183,7 +183,10 @@ class KVCacheManager:
         blocks held: the state a hit started from (until the next `advance`), then the sequence's own.
         """
         seq, at = self._seqs[seq_id], self._table_at.get(group)
-        return seq.slots[self._slot_at[group]].held() if at is None else seq.tables[at].blocks
+        if at is not None:
+            return seq.tables[at].blocks
+        slot = seq.slots[self._slot_at[group]]
+        return [b for b in (slot.source, slot.own) if b >= 0]
 
     def reserve_states(self, seq_id: int) -> bool:
         """A block of each state, to be updated in place. False: no room; what it got stays the sequence's."""
@@ -201,6 +204,33 @@ class KVCacheManager:
         slots = [(name, self._slot(seq_id, name)[0]) for name in self._states]
         begins = not self._seqs[seq_id].num_computed
         return [BlockCopy(name, s.source, s.own) for name, s in slots if begins or s.source >= 0]
+
+    def can_go_back(self, seq_id: int) -> bool:
+        """Keep room for the states as they are, so that a step's drafts may turn out wrong. False: there is none.
+
+        True at once where nothing is a state: what lies behind the computed position is written over.
+        """
+        slots = [self._slot(seq_id, name) for name in self._states]
+        if not all(pool.num_available for _, pool in slots):
+            return False
+        for slot, pool in slots:
+            assert slot.backup < 0, f"sequence {seq_id} keeps an earlier state already"
+            (slot.backup,) = pool.allocate(1)
+        return True
+
+    def state_backup(self, seq_id: int) -> list[BlockCopy]:
+        """What to do before a step that may have to go back."""
+        slots = [(name, self._slot(seq_id, name)[0]) for name in self._states]
+        return [BlockCopy(name, s.own, s.backup) for name, s in slots if s.backup >= 0]
+
+    def end_step(self, seq_id: int, *, go_back: bool) -> None:
+        """After a step that `can_go_back`: the states are those it has left, or again those from before it."""
+        for name in self._states:
+            slot, pool = self._slot(seq_id, name)
+            if go_back:
+                slot.own, slot.backup = slot.backup, slot.own
+            pool.release((slot.backup,))
+            slot.backup = -1
 
     def checkpoint(self, seq_id: int, prefix_hash: bytes) -> list[BlockCopy]:
         """Cache the states at the computed position, `prefix_hash` being that of the tokens before it.

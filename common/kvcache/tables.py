@@ -105,16 +105,17 @@ class GroupTable:
 
 
 class SnapshotSlot:
-    """Blocks of one snapshot group: the state a hit started from and the sequence's own."""
+    """Blocks of one snapshot group: the state a hit started from, the sequence's own, and one kept to go back to."""
 
-    __slots__ = ("own", "source")
+    __slots__ = ("backup", "own", "source")
 
     def __init__(self) -> None:
         self.source = -1
         self.own = -1
+        self.backup = -1  # during a step with drafts
 
     def held(self) -> list[int]:
-        return [b for b in (self.source, self.own) if b >= 0]
+        return [b for b in (self.source, self.own, self.backup) if b >= 0]
 
 
 class SequenceBlocks:
