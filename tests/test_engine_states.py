@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 from engine_support import PEER, Answer, Pair, Solo, greedy, prompts, reference_tokens
+from speculative_support import TestDrafter, use
 
 from common.kvtransfer.memory import Fault
 from common.types import SamplingParams
@@ -308,7 +309,24 @@ def test_a_storm_with_few_states_on_both_sides(hybrid: Path) -> None:
     pair.check_idle()
 
 
-def test_drafts_are_refused_where_a_state_could_not_be_rolled_back(hybrid: Path) -> None:
-    solo = Solo(hybrid, speculative_config={"method": "ngram"})
-    assert solo.decode.parts.speculator is None
-    ask(solo, hybrid, PROMPT * 2)
+def test_wrong_drafts_leave_no_trace_in_what_is_cached(hybrid: Path) -> None:
+    """The next turn goes on from a copy of the state; drafts of the first answer were wrong at every step."""
+    solo = Solo(hybrid, speculative_config={"method": "ngram", "num_speculative_tokens": 4})
+    use(solo, TestDrafter(0.0, known=_Anything()))
+    turn = PROMPT
+    for _ in range(3):
+        ask(solo, hybrid, turn, 2 * COUNT)
+        turn = (*turn, *reference_tokens(hybrid, turn, 2 * COUNT), *prompts(len(turn), (37,))[0])
+    speculator = solo.decode.parts.speculator
+    assert speculator is not None
+    assert speculator.num_draft_tokens > 20
+    assert speculator.num_accepted_tokens <= speculator.num_draft_tokens / 4
+    assert ask(solo, hybrid, turn) > len(PROMPT)
+    solo.check_idle()
+
+
+class _Anything(dict[Any, list[int]]):
+    """Tokens to be wrong about, for any request."""
+
+    def get(self, key: Any, default: Any = None) -> list[int]:
+        return [3] * 64
