@@ -19,12 +19,17 @@ import msgspec
 from pydantic import ValidationError
 from torch import Tensor
 
+from common.attention.context import AttentionBackend
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
 from common.config.load import suggest
 from common.engine.build import build_engine
+from common.engine.calibrate import KVMeter
 from common.engine.media_local import LocalMedia
 from common.engine.messages import Cancel, Deltas, Submit
 from common.errors import ConfigError, NanoDeployError
+from common.kvcache.pool import KVPool
+from common.models.kv_scales import FILE_NAME, write_scales
+from common.models.spec import ModelSpec
 from common.text.chat_template import ChatTemplate
 from common.text.detokenizer import Detokenizer
 from common.text.stop import StopAutomaton, StopMatcher
@@ -144,6 +149,7 @@ class LLM:
     def __init__(self, model: str | Path, *, loading: Loading | None = None, **options: Any) -> None:
         engine = _engine_config(model, {"max_waiting_seqs": sys.maxsize} | options)
         config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
+        self._folder = Path(model)
         self._clock = MonotonicClock()
         self._media = LocalMedia()
         self._built = build_engine(config, Role.DECODE, self._clock, loading or _say_nothing, media=self._media)
@@ -187,6 +193,30 @@ class LLM:
         template: ChatTemplate = tokenizer.chat_template
         prompt = tokenizer.encode(template.render(list(messages)), add_special_tokens=False)
         return self.generate([prompt], sampling_params)[0]
+
+    def calibrate_kv(self, prompts: Prompt | Sequence[Prompt], path: str | Path = "", **about: Any) -> Path:
+        """Measure the scales that `kv_dtype="fp8_e4m3"` needs on these prompts, and write them.
+
+        To the file `path` (for `kv_scales`), or beside the checkpoint, where they are found. `about`: what else the
+        file shall say. Raises ConfigError for a model or an engine that it cannot be done with.
+        """
+        spec = ModelSpec.from_folder(self._folder)
+        meters: list[KVMeter] = []
+
+        def watch(backend: AttentionBackend, pool: KVPool) -> AttentionBackend:
+            meters.append(KVMeter(spec, backend, pool))
+            return meters[0]
+
+        runner = self._built.parts.runner
+        runner.observe(watch)
+        try:
+            outputs = self.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1))
+        finally:
+            runner.observe(lambda _, pool: meters[0].backend)
+        target = Path(path) if path else self._folder / FILE_NAME
+        num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+        write_scales(target, spec, meters[0].scales(), **{"tokens": num_tokens} | about)
+        return target
 
     def close(self) -> None:
         """Free the KV cache and stop the transport."""

@@ -40,6 +40,9 @@ _ENGINE = [
     "--gpu-memory-utilization",
     "--kv-cache-memory-bytes",
     "--dtype",
+    "--kv-dtype",
+    "--kv-cache-dtype",
+    "--kv-scales",
     "--device",
     "--block-size",
     "--enable-prefix-caching",
@@ -100,6 +103,7 @@ FLAGS = {
         "--api-key",
         "--json",
     ],
+    "calibrate-kv": ["model", "--text", "--output", "-o", "--max-tokens", "--dtype"],
     "doctor": ["--model", "--name", "--json"],
 }
 

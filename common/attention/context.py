@@ -6,7 +6,7 @@ Shape letters: T new tokens of the step, S sequences, B blocks in a table row, H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.kvcache.packing import RowPacking
+from common.kvcache.scales import KVScales
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class KVViews(Protocol):
     def region(self, name: str) -> Tensor:
         """[num_blocks, num_layers, num_parts, units, block_size, width], strided over the pool."""
 
+    def scales(self, name: str) -> Sequence[KVScales] | None:
+        """By layer of the region, None where its numbers are stored as they are."""
+
 
 class AttentionBackend(Protocol):
     """`write_rows`, `read_rows`, `attend_rows` and `select` are asked of backends whose capability says `latent`.
@@ -93,10 +97,24 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def write(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables) -> None:
-        """Store new keys and values. `cache`: [num_blocks, 2, U, block_size, D], one layer's view."""
+    def write(
+        self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
+    ) -> None:
+        """Store new keys and values. `cache`: [num_blocks, 2, U, block_size, D], one layer's view.
 
-    def attend(self, q_THD: Tensor, cache: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float) -> Tensor:
+        `scales`: the layer's, of a cache that has them (`common.kvcache.scales`): float8 is not read or written
+        without.
+        """
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        cache: Tensor,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        scales: KVScales | None = None,
+    ) -> Tensor:
         """Causal attention of new tokens over the cache (their own keys included): [T, H, D]."""
 
     def write_rows(

@@ -20,16 +20,20 @@ from common.kernels import cpu
 from common.kernels.ops import CACHE_DTYPES, DTYPES
 from common.kernels.packed_ops import pack_rows, unpack_rows
 from common.kvcache.packing import RowPacking
+from common.kvcache.scales import KVScales
 
 _FLOATS = ("float32", "bfloat16", "float16")
-_ATTEND = struct.Struct("@25qf2i4x")  # nd::AttendCall
+_CACHED = (*_FLOATS, "float8_e4m3fn")
+_ATTEND = struct.Struct("@3q2f22q2i")  # nd::AttendCall
 _SELECT = struct.Struct("@19qf2i4x")  # nd::SelectCall
-_WRITE = struct.Struct("@17q2i")  # nd::WriteCall
-_ADDRESSES = struct.Struct("@3q")  # q, out, cache; k, v, cache; or q, weights, cache
-_SELECTED = struct.Struct("@2q")  # positions and counts, behind six addresses
-_SELECTED_AT = 6 * 8
+_WRITE = struct.Struct("@3q2f14q2i")  # nd::WriteCall
+_CALL = struct.Struct("@3q2f")  # q, out, cache or k, v, cache; two scales
+_ADDRESSES = struct.Struct("@3q")  # q, weights, cache
+_SELECTED = struct.Struct("@2q")  # positions and counts
+_SELECTED_AT = _CALL.size + 3 * 8  # in nd::AttendCall
+_FOUND_AT = _ADDRESSES.size + 3 * 8  # in nd::SelectCall
 _LOG_SUMS = struct.Struct("@q")
-_LOG_SUMS_AT = 8 * 8
+_LOG_SUMS_AT = _SELECTED_AT + _SELECTED.size
 _MAX_GROUP = 48  # query heads of a task
 
 Signature = tuple[object, ...]
@@ -41,7 +45,7 @@ def capability() -> Capability:
         "cpu",
         devices=("cpu",),
         dtypes=_FLOATS,
-        kv_dtypes=_FLOATS,
+        kv_dtypes=_CACHED,
         max_group_size=_MAX_GROUP,
         latent=True,
         unavailable=missing,
@@ -89,9 +93,11 @@ class CpuBackend:
         self._isa = isa
         self._writes: dict[Signature, _Call] = {}
 
-    def write(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables) -> None:
+    def write(
+        self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
+    ) -> None:
         """Store new keys and values, cast to the cache's type. `cache`: [num_blocks, 2, U, block_size, D]."""
-        self._store(k_TUD, v_TUD, cache, tables, 2)
+        self._store(k_TUD, v_TUD, cache, tables, 2, scales)
 
     def write_rows(
         self, rows_TW: Tensor, cache: Tensor, tables: GroupTables, packing: RowPacking | None = None
@@ -113,7 +119,16 @@ class CpuBackend:
         _check_packed(cache, packing)
         return unpack_rows(cache, block_ids_N, packing.latent_dim, packing.rope_dim, dtype, isa=self._isa)
 
-    def _store(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, parts: int) -> None:
+    def _store(
+        self,
+        k_TUD: Tensor,
+        v_TUD: Tensor,
+        cache: Tensor,
+        tables: GroupTables,
+        parts: int,
+        scales: KVScales | None = None,
+    ) -> None:
+        k_scale, v_scale = _scales(cache, scales)
         k_stride, v_stride, stride, slots_T = k_TUD.stride(), v_TUD.stride(), cache.stride(), tables.slots_T
         signature = (k_stride, v_stride, stride, k_TUD.dtype, cache.dtype, k_TUD.shape, slots_T.data_ptr(), parts)
         call = self._writes.get(signature)
@@ -125,9 +140,7 @@ class CpuBackend:
             assert slots_T.is_contiguous()
             assert cache.shape[1:] == (parts, units, tables.block_size, width)
             packed = _WRITE.pack(
-                0,
-                0,
-                0,
+                *(0, 0, 0, 0.0, 0.0),
                 slots_T.data_ptr(),
                 num_tokens,
                 parts,
@@ -138,25 +151,36 @@ class CpuBackend:
                 *v_stride[:2],
                 *stride[:4],
                 DTYPES[k_TUD.dtype],
-                DTYPES[cache.dtype],
+                CACHE_DTYPES[cache.dtype],
             )
             if len(self._writes) >= 16:  # one or two are alive at a time: a group's slots in this step
                 self._writes.clear()
             call = self._writes[signature] = _Call.of(signature, packed)
-        _ADDRESSES.pack_into(call.memory, 0, k_TUD.data_ptr(), v_TUD.data_ptr(), cache.data_ptr())
+        _CALL.pack_into(call.memory, 0, k_TUD.data_ptr(), v_TUD.data_ptr(), cache.data_ptr(), k_scale, v_scale)
         self._write(self._isa, torch.get_num_threads(), call.address)
 
-    def attend(self, q_THD: Tensor, cache: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float) -> Tensor:
+    def attend(
+        self,
+        q_THD: Tensor,
+        cache: Tensor,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        scales: KVScales | None = None,
+    ) -> Tensor:
         """Causal attention of the new tokens over the cache: a new [T, H, D]."""
-        signature = (q_THD.stride(), cache.stride(), q_THD.dtype, cache.dtype, q_THD.shape, scale)
+        k_scale, v_scale = _scales(cache, scales)
+        signature = (q_THD.stride(), cache.stride(), q_THD.dtype, cache.dtype, q_THD.shape)
         key = (CpuBackend, id(tables))
         call: _Call | None = ctx.scratch.get(key)
         if call is None or call.signature != signature:
             width = cache.shape[4]
             rows = _Rows(cache.shape[2], width, width, *cache.stride()[:4])
-            call = ctx.scratch[key] = _Call.of(signature, _pack_attend(q_THD, cache, rows, tables, ctx, scale, 0))
+            call = ctx.scratch[key] = _Call.of(signature, _pack_attend(q_THD, cache, rows, tables, ctx, 0))
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-        _ADDRESSES.pack_into(call.memory, 0, q_THD.data_ptr(), out_THD.data_ptr(), cache.data_ptr())
+        _CALL.pack_into(
+            call.memory, 0, q_THD.data_ptr(), out_THD.data_ptr(), cache.data_ptr(), scale * k_scale, v_scale
+        )
         self._attend(self._isa, torch.get_num_threads(), call.address)
         return out_THD
 
@@ -177,7 +201,7 @@ class CpuBackend:
         num_tokens, heads, width = q_THD.shape
         value_width = values.stop - values.start
         strides = (q_THD.stride(), rows.stride(), num_selected)
-        signature = (*strides, q_THD.dtype, rows.dtype, q_THD.shape, rows.shape[1], values.start, value_width, scale)
+        signature = (*strides, q_THD.dtype, rows.dtype, q_THD.shape, rows.shape[1], values.start, value_width)
         key = (CpuBackend, id(tables), "rows", selected is None)
         call: _Call | None = ctx.scratch.get(key)
         if call is None or call.signature != signature:
@@ -188,7 +212,7 @@ class CpuBackend:
             if units == 1:  # a task takes so many heads at a time
                 units, unit_stride = heads // _largest_divisor(heads, _MAX_GROUP), 0
             how = _Rows(units, width, value_width, rows.stride(0), values.start, unit_stride, rows.stride(2))
-            packed = _pack_attend(q_THD, rows, how, tables, ctx, scale, num_selected)
+            packed = _pack_attend(q_THD, rows, how, tables, ctx, num_selected)
             call = ctx.scratch[key] = _Call.of(signature, packed)
         if selected is not None:
             positions_TK, counts_T = selected.positions_TK, selected.counts_T
@@ -200,7 +224,7 @@ class CpuBackend:
             assert log_sums_TH.is_contiguous()
         _LOG_SUMS.pack_into(call.memory, _LOG_SUMS_AT, 0 if log_sums_TH is None else log_sums_TH.data_ptr())
         out_THV = torch.empty(num_tokens, heads, value_width, dtype=q_THD.dtype)
-        _ADDRESSES.pack_into(call.memory, 0, q_THD.data_ptr(), out_THV.data_ptr(), rows.data_ptr())
+        _CALL.pack_into(call.memory, 0, q_THD.data_ptr(), out_THV.data_ptr(), rows.data_ptr(), scale, 1.0)
         self._attend(self._isa, torch.get_num_threads(), call.address)
         return out_THV
 
@@ -255,7 +279,7 @@ class CpuBackend:
         positions_TK = torch.empty(num_tokens, top_k, dtype=torch.int32)
         counts_T = torch.empty(num_tokens, dtype=torch.int32)
         _ADDRESSES.pack_into(call.memory, 0, q_THD.data_ptr(), weights_TH.data_ptr(), keys.data_ptr())
-        _SELECTED.pack_into(call.memory, _SELECTED_AT, positions_TK.data_ptr(), counts_T.data_ptr())
+        _SELECTED.pack_into(call.memory, _FOUND_AT, positions_TK.data_ptr(), counts_T.data_ptr())
         self._select(self._isa, torch.get_num_threads(), call.address)
         return Selection(positions_TK, counts_T)
 
@@ -266,7 +290,6 @@ def _pack_attend(
     rows: _Rows,
     tables: GroupTables,
     ctx: AttentionContext,
-    scale: float,
     num_selected: int,
 ) -> bytes:
     _check_types(q_THD, cache)
@@ -277,7 +300,7 @@ def _pack_attend(
     assert heads // rows.units <= _MAX_GROUP
     assert not (num_selected and tables.window), "selected positions and a window"
     return _ATTEND.pack(
-        *(0, 0, 0),
+        *(0, 0, 0, 0.0, 0.0),
         tables.block_tables_SB.data_ptr(),
         ctx.query_starts_S1.data_ptr(),
         ctx.seq_lens_S.data_ptr(),
@@ -297,10 +320,14 @@ def _pack_attend(
         rows.part_stride,
         rows.unit_stride,
         rows.token_stride,
-        scale,
         DTYPES[q_THD.dtype],
         CACHE_DTYPES[cache.dtype],
     )
+
+
+def _scales(cache: Tensor, scales: KVScales | None) -> tuple[float, float]:
+    assert (scales is not None) == (cache.dtype == torch.float8_e4m3fn)
+    return (1.0, 1.0) if scales is None else (scales.k, scales.v)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

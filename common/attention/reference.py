@@ -25,12 +25,14 @@ from common.attention.capability import Capability
 from common.attention.context import AttentionContext, GroupTables, Selection
 from common.attention.packed import pack_rows, unpack_rows
 from common.kvcache.packing import RowPacking
+from common.kvcache.scales import LARGEST, KVScales
 
 _FLOATS = ("float32", "bfloat16", "float16")
+_CACHED = (*_FLOATS, "float8_e4m3fn")
 
 
 def capability() -> Capability:
-    return Capability("reference", devices=("cpu", "cuda"), dtypes=_FLOATS, kv_dtypes=_FLOATS, latent=True)
+    return Capability("reference", devices=("cpu", "cuda"), dtypes=_FLOATS, kv_dtypes=_CACHED, latent=True)
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,34 @@ _TOKENS_AT_ONCE = 64  # with selected positions
 class ReferenceBackend:
     name = "reference"
 
-    def write(self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables) -> None:
+    def write(
+        self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
+    ) -> None:
         """Store new keys and values, cast to the cache's type. `cache`: [num_blocks, 2, U, block_size, D]."""
         place = (tables.new_block_ids, tables.new_offsets)
+        assert (scales is not None) == (cache.dtype == torch.float8_e4m3fn)
         for part, rows_TUD in enumerate((k_TUD, v_TUD)):
-            cache[:, part].transpose(1, 2).index_put_(place, rows_TUD.to(cache.dtype))
+            target = cache[:, part].transpose(1, 2)
+            if scales is None:
+                target.index_put_(place, rows_TUD.to(cache.dtype))
+                continue
+            stored = rows_TUD.float().div(scales.v if part else scales.k).clamp_(-LARGEST, LARGEST).to(cache.dtype)
+            target.view(torch.uint8).index_put_(place, stored.view(torch.uint8))
 
-    def attend(self, q_THD: Tensor, cache: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float) -> Tensor:
+    def attend(
+        self,
+        q_THD: Tensor,
+        cache: Tensor,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        scales: KVScales | None = None,
+    ) -> Tensor:
         """Causal attention of the new tokens over the cache: a new [T, H, D]."""
-        return _attend(q_THD, cache[:, 0], cache[:, 1], tables, ctx, scale)
+        assert (scales is not None) == (cache.dtype == torch.float8_e4m3fn)
+        if scales is None:
+            return _attend(q_THD, cache[:, 0], cache[:, 1], tables, ctx, scale)
+        return _attend(q_THD, cache[:, 0], cache[:, 1], tables, ctx, scale * scales.k).mul_(scales.v)
 
     def write_rows(
         self, rows_TW: Tensor, cache: Tensor, tables: GroupTables, packing: RowPacking | None = None
@@ -174,7 +195,7 @@ def _attend_decode(q_RHD: Tensor, keys: Tensor, values: Tensor, plan: _Decode, s
     rows, positions = plan.seen_RL.shape
 
     def gather(part: Tensor) -> Tensor:
-        seen = _gather(part, plan.block_ids_RW.flatten()).index_fill_(1, plan.unseen, 0.0).to(q_RHD.dtype)
+        seen = _gather(part, plan.block_ids_RW.flatten()).to(q_RHD.dtype).index_fill_(1, plan.unseen, 0.0)
         return seen.view(kv_heads, rows, positions, part.shape[3]).transpose(0, 1)
 
     q_RUGD = q_RHD.reshape(rows, kv_heads, num_heads // kv_heads, width)

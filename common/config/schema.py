@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class _Section(BaseModel):
@@ -46,7 +46,13 @@ class EngineConfig(_Section):
     served_model_name: str = Field("", description="name in the API; the folder's name when empty")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cpu; cuda is refused by this version")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    kv_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = Field(
+        "auto", description="auto is dtype; fp8_e4m3 (or fp8) keeps a byte per number and needs scales"
+    )
+    kv_scales: str = Field(
+        "",
+        description="file of scales for fp8_e4m3; by default the checkpoint's, or kv_cache_scales.json in its folder",
+    )
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, for benchmarks")
     max_model_len: int = Field(0, ge=0, description="tokens; 0 takes the checkpoint's")
     max_num_seqs: int = Field(64, ge=1, description="sequences in a batch")
@@ -72,6 +78,11 @@ class EngineConfig(_Section):
         gt=0,
         description="an engine that computes no layer and says nothing for this long is killed and restarted",
     )
+
+    @field_validator("kv_dtype", mode="before")
+    @classmethod
+    def _other_name(cls, value: object) -> object:
+        return "fp8_e4m3" if value == "fp8" else value  # vLLM has both
 
 
 class HandoffConfig(_Section):

@@ -133,7 +133,7 @@ def build_engine(
     )
     transport = transport or make_transport(config, clock)
     bases = {g.name: transport.allocate(g.name, layout.block_nbytes(g.name) * g.num_blocks) for g in layout.groups}
-    pool, sampler = KVPool(layout, bases, device), Sampler(spec.vocab_size, device)
+    pool, sampler = KVPool(layout, bases, device, sizing.scales), Sampler(spec.vocab_size, device)
     runner = ModelRunner(model, pool, backend, sampler, device)
     draft_runner = None
     if spec.has_drafts:

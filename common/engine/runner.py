@@ -88,6 +88,10 @@ class ModelRunner:
         """Copy whole blocks, after what was run before and before what is run next."""
         self._pool.copy_blocks(copies)
 
+    def observe(self, wrap: Callable[[AttentionBackend, KVPool], AttentionBackend]) -> None:
+        """Attention goes through what `wrap` makes of the backend, from the next step on."""
+        self._backend = wrap(self._backend, self._pool)
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Pending:
         """Compute new KV and the logits of the rows that are sampled."""

@@ -5,6 +5,7 @@ No torch and no weights: `nanodeploy up` asks here before it starts anything, th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -12,7 +13,9 @@ import psutil
 from common.config import EngineConfig
 from common.errors import ConfigError
 from common.kvcache.layout import KVLayout
-from common.models.kv import kv_layout, size_num_blocks
+from common.kvcache.scales import KVScales
+from common.models.kv import kv_layout, region_scales, size_num_blocks
+from common.models.kv_scales import FLOAT8, find_scales
 from common.models.spec import ModelSpec
 from common.types import Role
 
@@ -30,6 +33,7 @@ class EngineSizing:
     max_model_len: int
     layout: KVLayout
     budget_nbytes: int  # what the layout was cut from
+    scales: Mapping[str, tuple[KVScales, ...]]  # by region, of an 8-bit cache
 
 
 def check_device(config: EngineConfig) -> None:
@@ -49,7 +53,8 @@ def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizi
         spec = spec.with_dense_attention()
     spec = _with_drafts(config, spec)
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
-    kv_dtype = dtype if config.kv_dtype == "auto" else config.kv_dtype
+    kv_dtype = {"auto": dtype, "fp8_e4m3": FLOAT8}.get(config.kv_dtype, config.kv_dtype)
+    scales = _scales(config, spec) if kv_dtype == FLOAT8 else {}
     max_model_len = _max_model_len(config, spec)
     budget = config.kv_cache_memory_bytes
     if not budget:
@@ -66,9 +71,21 @@ def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizi
         num_tails=config.max_num_seqs * (LEASED_TAILS if role is Role.PREFILL else 2),
         # Orders reserve their whole prompt, in window groups too.
         max_num_batched_tokens=max_model_len if role is Role.PREFILL else config.max_num_batched_tokens,
+        scales=scales,
     )
-    layout = kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=config.block_size, num_blocks=num_blocks)
-    return EngineSizing(spec, dtype, kv_dtype, max_model_len, layout, budget)
+    layout = kv_layout(
+        spec, kv_dtype=kv_dtype, dtype=dtype, block_size=config.block_size, num_blocks=num_blocks, scales=scales
+    )
+    return EngineSizing(spec, dtype, kv_dtype, max_model_len, layout, budget, region_scales(spec, layout, scales))
+
+
+def _scales(config: EngineConfig, spec: ModelSpec) -> dict[int, KVScales]:
+    """By layer; all 1 for dummy weights, none where rows carry their own."""
+    if not any(r.holds_kv for r in spec.cache.regions):
+        return {}
+    if config.load_format == "dummy" and not config.kv_scales:
+        return {layer: KVScales(k=1.0, v=1.0) for r in spec.cache.regions if r.holds_kv for layer in r.layers}
+    return find_scales(spec, config.kv_scales)
 
 
 def _with_drafts(config: EngineConfig, spec: ModelSpec) -> ModelSpec:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from common.kernels import cpu
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # nd::Dtype
-CACHE_DTYPES = DTYPES | {torch.uint8: 4}
+CACHE_DTYPES = DTYPES | {torch.float8_e4m3fn: 3, torch.uint8: 4}
 
 _LINEAR = struct.Struct("@10q3i4x")  # nd::LinearCall
 _NORM = struct.Struct("@10qf2i4x")  # nd::NormCall

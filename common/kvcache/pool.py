@@ -13,14 +13,28 @@ import torch
 from torch import Tensor
 
 from common.kvcache.layout import ALIGN, TAIL_GROUP, KVLayout, RegionSpec
+from common.kvcache.scales import KVScales, scales_hash
 from common.kvcache.tables import BlockCopy
 
 
 class KVPool:
-    """`addresses`: group -> address of `nbytes(group)` zeroed bytes, which must outlive the pool (CPU only)."""
+    """`addresses`: group -> address of `nbytes(group)` zeroed bytes, which must outlive the pool (CPU only).
 
-    def __init__(self, layout: KVLayout, addresses: Mapping[str, int] | None, device: torch.device) -> None:
+    `scales`: of the layers of each region that is declared with a `scales_hash`, the same ones.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        addresses: Mapping[str, int] | None,
+        device: torch.device,
+        scales: Mapping[str, Sequence[KVScales]] | None = None,
+    ) -> None:
         self.layout = layout
+        self._scales = scales or {}
+        for region in layout.regions:
+            found = scales_hash(self._scales[region.name]) if region.name in self._scales else b""
+            assert found == region.scales_hash, f"region {region.name}: scales that its declaration does not have"
         self._memory: dict[str, Tensor] = {}
         for group in layout.groups:
             size = self.nbytes(group.name)
@@ -53,6 +67,10 @@ class KVPool:
                 rows[target].zero_()
             else:
                 rows[target].copy_(rows[source])
+
+    def scales(self, name: str) -> Sequence[KVScales] | None:
+        """By layer of the region, None where its numbers are stored as they are."""
+        return self._scales.get(name)
 
     def write_tail(self, block_ids: Sequence[int], hidden_RD: Tensor) -> None:
         """Keep one last hidden row in each of these tail blocks."""

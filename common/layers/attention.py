@@ -49,6 +49,7 @@ class Attention(Layer):
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         ctx, cache, tables = step.ctx, step.cache(self._place), step.tables(self._place)
+        scales = step.scales(self._place)
         num_tokens, num_heads = x_TD.shape[0], self._heads
         num_qk = num_heads + self._kv_heads
         qkv_THD = self.qkv_proj(x_TD).view(num_tokens, -1, self._width)
@@ -56,6 +57,6 @@ class Attention(Layer):
         if self.qk_norm is not None:
             qk_THD = self.qk_norm(qk_THD)
         qk_THD = apply_rope(qk_THD, *step.rope[MAIN_ROPE])
-        ctx.backend.write(qk_THD[:, num_heads:], qkv_THD[:, num_qk:], cache, tables)
-        out_THD = ctx.backend.attend(qk_THD[:, :num_heads], cache, tables, ctx, self._scale)
+        ctx.backend.write(qk_THD[:, num_heads:], qkv_THD[:, num_qk:], cache, tables, scales)
+        out_THD = ctx.backend.attend(qk_THD[:, :num_heads], cache, tables, ctx, self._scale, scales)
         return self.o_proj(out_THD.reshape(num_tokens, -1))

@@ -46,7 +46,8 @@ class GatedAttention(Layer):
         cos_T1D, sin_T1D = step.rope[MAIN_ROPE]
         for heads in (q_THD, k_TUD):
             apply_rope_(heads[..., : cos_T1D.shape[-1]], cos_T1D, sin_T1D, interleaved=False)
-        ctx.backend.write(k_TUD, v_TUD, cache, tables)
-        out_THD = ctx.backend.attend(q_THD, cache, tables, ctx, self._scale)
+        scales = step.scales(self._place)
+        ctx.backend.write(k_TUD, v_TUD, cache, tables, scales)
+        out_THD = ctx.backend.attend(q_THD, cache, tables, ctx, self._scale, scales)
         out_TD = sigmoid_mul(out_THD.reshape(num_tokens, -1), gate_THD.reshape(num_tokens, -1))
         return self.o_proj(out_TD)

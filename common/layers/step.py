@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.attention.context import AttentionContext, GroupTables
 from common.kvcache.layout import KVPlace
+from common.kvcache.scales import KVScales
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, signed sin) rows of the tokens, each [T, 1, D], as `common.layers.rope` makes them."""
@@ -71,6 +72,11 @@ class Step:
         if views is None:
             views = self._views[place.region] = self.ctx.kv.region(place.region).unbind(1)
         return views[place.index]
+
+    def scales(self, place: KVPlace) -> KVScales | None:
+        """A layer's scales of a region, None where numbers are stored as they are."""
+        scales = self.ctx.kv.scales(place.region)
+        return None if scales is None else scales[place.index]
 
     def tables(self, place: KVPlace) -> GroupTables:
         """Where the positions of a region of a full or window group lie."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from common.kvcache.layout import FULL_GROUP, KVPlace, Retention
+from common.kvcache.packing import RowPacking
 from common.types.prefix import UNIT
 
 WINDOW_GROUP = "window"
@@ -49,7 +50,8 @@ class CacheRegion:
 
     `layers`: the model's layers that have it; a layer's place among them is its index. `dtype`: "kv" is the cache's
     (--kv-dtype), "model" what the model computes in, else a name of `common.kvcache.layout.DTYPE_NBYTES`.
-    `per_head`: units are heads, dealt to the ranks; without it every rank holds all.
+    `per_head`: units are heads, dealt to the ranks; without it every rank holds all. `packing`: how a row lies in an
+    8-bit cache, where it carries its own scales.
     """
 
     name: str
@@ -61,6 +63,12 @@ class CacheRegion:
     dtype: str = "kv"
     per_head: bool = False
     required: bool = True
+    packing: RowPacking | None = None
+
+    @property
+    def holds_kv(self) -> bool:
+        """Keys and values of heads: what scales of an 8-bit cache are made for."""
+        return self.per_head and self.num_parts == 2
 
 
 @dataclass(frozen=True)
@@ -117,13 +125,14 @@ def attention_cache(windows: tuple[int, ...], num_kv_heads: int, head_dim: int) 
 
 
 def latent_cache(
-    num_layers: int, row_dim: int, indexer_layers: tuple[int, ...] = (), indexer_dim: int = 0
+    num_layers: int, rows: RowPacking, indexer_layers: tuple[int, ...] = (), keys: RowPacking | None = None
 ) -> CacheSpec:
     """One row per token and layer, the same on every rank; and the keys of the layers that have an indexer.
 
-    Indexer keys stay in the model's own type: what is selected depends on them.
+    `rows` and `keys`: their forms in an 8-bit cache. Indexer keys stay in the model's own type in every other one:
+    what is selected depends on them.
     """
-    regions = [CacheRegion(LATENT_REGION, FULL_GROUP, tuple(range(num_layers)), row_dim)]
-    if indexer_layers:
-        regions.append(CacheRegion(INDEXER_REGION, FULL_GROUP, indexer_layers, indexer_dim, dtype="model"))
+    regions = [CacheRegion(LATENT_REGION, FULL_GROUP, tuple(range(num_layers)), rows.dim, packing=rows)]
+    if keys is not None:
+        regions.append(CacheRegion(INDEXER_REGION, FULL_GROUP, indexer_layers, keys.dim, dtype="model", packing=keys))
     return CacheSpec((CacheGroup(FULL_GROUP),), tuple(regions))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.errors import ConfigError
 from common.kvcache.layout import (
@@ -20,7 +20,10 @@ from common.kvcache.layout import (
     Retention,
     Sharding,
 )
+from common.kvcache.packing import RowPacking
+from common.kvcache.scales import SCALE_FORMAT, KVScales, scales_hash
 from common.models.cache_spec import CacheGroup, CacheRegion
+from common.models.kv_scales import FLOAT8
 from common.models.spec import ModelSpec
 
 TAIL_REGION = "last_hidden"
@@ -29,13 +32,39 @@ MAX_STATE_SHARE = 0.5  # of the budget, for the states of sequences and their sn
 
 @dataclass(frozen=True)
 class KVTypes:
-    """`kv_dtype`: of regions that leave it open. `dtype`: what the model computes in, hidden rows included."""
+    """`kv_dtype`: of regions that leave it open. `dtype`: what the model computes in, hidden rows included.
+
+    `scales`: by layer, for a `kv_dtype` of 8 bits. An optional region (drafts) without any stays in `dtype`.
+    """
 
     kv_dtype: str
     dtype: str
+    scales: Mapping[int, KVScales] = field(default_factory=dict)
+
+    def packing_of(self, region: CacheRegion) -> RowPacking | None:
+        """Of rows that carry their own scales."""
+        return region.packing if self.kv_dtype == FLOAT8 else None
 
     def of(self, region: CacheRegion) -> str:
-        return {"kv": self.kv_dtype, "model": self.dtype}.get(region.dtype, region.dtype)
+        """ConfigError for a region that has no form in 8 bits."""
+        if self.packing_of(region) is not None:
+            return "uint8"
+        if region.dtype != "kv" or self.kv_dtype != FLOAT8:
+            return {"kv": self.kv_dtype, "model": self.dtype}.get(region.dtype, region.dtype)
+        if not region.holds_kv:
+            raise ConfigError(f"kv_dtype {self.kv_dtype}: {region.name} has no form in 8 bits", param="kv_dtype")
+        missing = [layer for layer in region.layers if layer not in self.scales]
+        if missing and not region.required:
+            return self.dtype
+        if missing:
+            raise ConfigError(
+                f"layers {', '.join(map(str, missing[:10]))} have no scales for an 8-bit KV cache", param="kv_dtype"
+            )
+        return FLOAT8
+
+    def scales_of(self, region: CacheRegion) -> tuple[KVScales, ...]:
+        """Of a region's layers in order; empty where numbers are stored as they are."""
+        return tuple(self.scales[layer] for layer in region.layers) if self.of(region) == FLOAT8 else ()
 
 
 def kv_layout(
@@ -48,12 +77,14 @@ def kv_layout(
     tp_size: int = 1,
     tp_rank: int = 0,
     adapter_id: str = "",
+    scales: Mapping[int, KVScales] | None = None,
 ) -> KVLayout:
     """Layout of one rank. `dtype` is that of the hidden rows; `num_blocks` by group (see `size_num_blocks`).
 
-    ConfigError where a row is not a whole number of 8-byte words (digests need that) or heads do not divide.
+    `scales`: by layer, where `kv_dtype` needs them. ConfigError where a row is not a whole number of 8-byte words
+    (digests need that) or heads do not divide.
     """
-    types = KVTypes(kv_dtype, dtype)
+    types = KVTypes(kv_dtype, dtype, scales or {})
     if spec.hidden_size * DTYPE_NBYTES[dtype] % 8:
         raise ConfigError(
             f"hidden_size {spec.hidden_size} in {dtype} is not a multiple of 8 bytes", param="hidden_size"
@@ -62,7 +93,7 @@ def kv_layout(
     groups.append(
         GroupSpec(name=TAIL_GROUP, retention=Retention.SNAPSHOT, block_size=1, num_blocks=num_blocks[TAIL_GROUP])
     )
-    regions = [_region(r, types.of(r), tp_size) for r in spec.cache.regions]
+    regions = [_region(r, types, tp_size) for r in spec.cache.regions]
     regions.append(
         RegionSpec(
             name=TAIL_REGION,
@@ -88,6 +119,12 @@ def kv_layout(
         raise ConfigError(f"no KV layout for {spec.model_type}: {e}") from None
 
 
+def region_scales(spec: ModelSpec, layout: KVLayout, scales: Mapping[int, KVScales]) -> dict[str, tuple[KVScales, ...]]:
+    """By region of `layout` that is declared with scales, those of its layers."""
+    scaled = {r.name for r in layout.regions if r.scales_hash}
+    return {r.name: tuple(scales[i] for i in r.layers) for r in spec.cache.regions if r.name in scaled}
+
+
 def nbytes_per_token(layout: KVLayout) -> dict[str, float]:
     """Bytes on this rank of one cached token, by positional group, block padding included."""
     return {
@@ -109,6 +146,7 @@ def size_num_blocks(
     num_tails: int,
     max_num_batched_tokens: int,
     tp_size: int = 1,
+    scales: Mapping[int, KVScales] | None = None,
 ) -> dict[str, int]:
     """Blocks per group that fit into `budget_nbytes` on one rank.
 
@@ -119,7 +157,15 @@ def size_num_blocks(
     one sequence of `max_model_len` tokens fits.
     """
     one = {TAIL_GROUP: 1} | {g.name: 1 for g in spec.cache.groups}
-    layout = kv_layout(spec, kv_dtype=kv_dtype, dtype=dtype, block_size=block_size, num_blocks=one, tp_size=tp_size)
+    layout = kv_layout(
+        spec,
+        kv_dtype=kv_dtype,
+        dtype=dtype,
+        block_size=block_size,
+        num_blocks=one,
+        tp_size=tp_size,
+        scales=scales,
+    )
     block = {g.name: layout.block_nbytes(g.name) for g in layout.groups}
     out = {TAIL_GROUP: num_tails}
     rest = budget_nbytes - num_tails * block[TAIL_GROUP]
@@ -169,9 +215,11 @@ def _group(group: CacheGroup, block_size: int, num_blocks: int) -> GroupSpec:
     )
 
 
-def _region(region: CacheRegion, dtype: str, tp_size: int) -> RegionSpec:
-    if region.width * DTYPE_NBYTES[dtype] % 8:
-        raise ConfigError(f"rows of {region.name}: {region.width} in {dtype} is not a multiple of 8 bytes")
+def _region(region: CacheRegion, types: KVTypes, tp_size: int) -> RegionSpec:
+    dtype, scales, packing = types.of(region), types.scales_of(region), types.packing_of(region)
+    width = region.width if packing is None else packing.nbytes
+    if width * DTYPE_NBYTES[dtype] % 8:
+        raise ConfigError(f"rows of {region.name}: {width} in {dtype} is not a multiple of 8 bytes")
     sharding = Sharding.REPLICATED
     if region.per_head:
         sharding = Sharding.GROUPED if tp_size > region.num_units else Sharding.SPLIT
@@ -182,7 +230,9 @@ def _region(region: CacheRegion, dtype: str, tp_size: int) -> RegionSpec:
         num_layers=len(region.layers),
         num_parts=region.num_parts,
         num_units=region.num_units,
-        width=region.width,
+        width=width,
         sharding=sharding,
+        scale_format=packing.scale_format if packing is not None else SCALE_FORMAT if scales else "",
         required=region.required,
+        scales_hash=scales_hash(scales) if scales else b"",
     )

@@ -24,6 +24,7 @@ from common.layers.base import Build, Init, Slot, TensorParallel
 from common.layers.quant_spec import QuantSpec
 from common.models.checkpoint import TensorInfo, read_index
 from common.models.decoder import DecoderModel
+from common.models.kv_scales import is_scale
 from common.models.registry import model_class
 from common.models.spec import ModelSpec
 from common.models.stored import Assembled, Files, Stored, assemble, box
@@ -183,7 +184,7 @@ def _check(slots: list[Slot], found: Assembled, ignored: tuple[str, ...], mixed:
             wrong.append(f"of the wrong type: {slot.name} is {stored.parts[0].dtype}")
     skip = re.compile("|".join(ignored)) if ignored else None
     for name, stored in found.stored.items():
-        if name not in wanted and not (skip and skip.fullmatch(name)):
+        if name not in wanted and not (skip and skip.fullmatch(name)) and not is_scale(name):
             wrong.append(f"unknown: {stored.parts[0].name_in_file} {list(stored.shape)}")
     if wrong:
         more = f" and {len(wrong) - _MAX_LISTED} more" if len(wrong) > _MAX_LISTED else ""

@@ -45,8 +45,8 @@ struct Work {
 
   static size_t nbytes(const AttendCall& call) {
     const int64_t q_padded = whole_pairs(call.width), padded = whole_pairs(call.value_width);
-    const int64_t tile =
-        call.selected || call.cache_dtype == kPacked ? kTile * std::max(call.width, call.value_width) : 0;
+    const bool has_tile = call.selected != nullptr || call.cache_dtype == kPacked || call.cache_dtype == kFloat8;
+    const int64_t tile = has_tile ? kTile * std::max(q_padded, padded) : 0;
     return (kMaxRows * (q_padded + 2 * padded + kTile + 4) + tile) * sizeof(float);
   }
 
@@ -74,12 +74,13 @@ struct Work {
     rows.highest = take(kMaxRows), rows.total = take(kMaxRows), highest = take(kMaxRows), total = take(kMaxRows);
     rows.tile = p;
     const int64_t token = call.query_starts[item.sequence] + item.first_token;
+    const float scale = call.scale * gain_of(call.cache_dtype);
     for (int64_t row = 0; row < rows.count; ++row) {
       float* to = q + row * q_padded;
       const int64_t head = item.head * group + row % group;
       load_arranged(call.q, (token + row / group) * call.q_token_stride + head * call.q_head_stride, call.q_dtype,
                     call.width, is_split(call.cache_dtype), to);
-      for (int64_t d = 0; d < q_padded; ++d) to[d] *= call.scale;
+      for (int64_t d = 0; d < q_padded; ++d) to[d] *= scale;
     }
   }
 };
@@ -88,10 +89,11 @@ void store_item(const AttendCall& call, const Item& item, int64_t padded, const 
                 float* out) {
   const int64_t group = call.heads / call.units;
   const int64_t token = call.query_starts[item.sequence] + item.first_token;
+  const float scale = call.value_scale * gain_of(call.cache_dtype);
   for (int64_t row = 0; row < item.num_tokens * group; ++row) {
     float* from = out + row * padded;
-    const float inverse = 1.0f / total[row];
-    for (int64_t d = 0; d < padded; ++d) from[d] *= inverse;
+    const float factor = scale / total[row];
+    for (int64_t d = 0; d < padded; ++d) from[d] *= factor;
     unarrange(from, padded, is_split(call.cache_dtype));
     const int64_t at = (token + row / group) * call.heads + item.head * group + row % group;
     store_row(call.out, at * call.value_width, call.q_dtype, call.value_width, from);
@@ -214,6 +216,7 @@ void attend(const AttendCall& call, int threads) {
   if (call.cache_dtype == kFloat32) return attend_of<float>(call, threads);
   if (call.cache_dtype == kBfloat16) return attend_of<Bfloat>(call, threads);
   if (call.cache_dtype == kPacked) return attend_of<Packed>(call, threads);
+  if (call.cache_dtype == kFloat8) return attend_of<Float8>(call, threads);
   attend_of<Half>(call, threads);
 }
 

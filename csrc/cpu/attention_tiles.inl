@@ -24,7 +24,7 @@ struct Rows {
   float* highest;          // [count]
   float* total;            // [count]
   float* out;              // [count, padded], arranged
-  void* tile;              // [kTile, width] of chosen or unpacked keys or values
+  void* tile;              // [kTile, width] of chosen or unpacked keys or values; float8: of a run, as floats
 
   int64_t position(int64_t row) const { return first_position + row / group; }
 };
@@ -200,6 +200,49 @@ void prefetch_run(const T* rows, int64_t stride, int64_t count) {
   for (int64_t i = 0; i < count * stride * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
+// A run of float8 as floats in the order of pairs, filled up to whole ones.
+inline void unpack_run(const Float8* from, int64_t stride, int64_t count, int64_t width, float* to) {
+  for (int64_t j = 0; j < count; ++j, from += stride) {
+    for (int64_t d = 0; d < width; d += kPair, to += kPair) {
+      const Float8* pair = from + d;
+      Float8 rest[kPair];
+      if (width - d < kPair) {
+        std::memset(rest, 0, sizeof(rest));
+        std::memcpy(rest, pair, width - d);
+        pair = rest;
+      }
+      F::store(to, Element<Float8>::pair0(pair));
+      F::store(to + F::W, Element<Float8>::pair1(pair));
+    }
+  }
+}
+
+// score_run and mix_run of a run in the cache. Float8 is unpacked first where more rows than one step's take it: the
+// same sums in the same order, and each number is converted once.
+template <typename T>
+void score_cached(const Rows& rows, const T* keys, int64_t stride, int64_t count, int64_t width, int64_t column) {
+  if constexpr (std::is_same_v<T, Float8>) {
+    if (rows.count > kKeysM) {
+      float* tile = static_cast<float*>(rows.tile);
+      unpack_run(keys, stride, count, width, tile);
+      return score_run<float>(rows, tile, rows.q_padded, count, rows.q_padded, column);
+    }
+  }
+  score_run<T>(rows, keys, stride, count, width, column);
+}
+
+template <typename T>
+void mix_cached(const Rows& rows, const T* values, int64_t stride, int64_t count, int64_t width, int64_t column) {
+  if constexpr (std::is_same_v<T, Float8>) {
+    if (rows.count > kKeysM) {
+      float* tile = static_cast<float*>(rows.tile);
+      unpack_run(values, stride, count, width, tile);
+      return mix_run<float>(rows, tile, rows.padded, count, rows.padded, column);
+    }
+  }
+  mix_run<T>(rows, values, stride, count, width, column);
+}
+
 // Attention of `rows` over positions [low, high) of one span, from nothing.
 template <typename T>
 void attend_span(const Keys& keys, const Rows& rows, int64_t low, int64_t high) {
@@ -221,12 +264,12 @@ void attend_span(const Keys& keys, const Rows& rows, int64_t low, int64_t high) 
     if constexpr (!std::is_same_v<T, Packed>) {
       keys.runs(from, to, [&](int64_t position, int64_t count) {
         prefetch_run(keys.at<T>(1, position), call.token_stride, count);
-        score_run<T>(rows, keys.at<T>(0, position), call.token_stride, count, call.width, position - first);
+        score_cached<T>(rows, keys.at<T>(0, position), call.token_stride, count, call.width, position - first);
       });
       soften(rows, first, from - first, to - first, call.window);
       keys.runs(from, to, [&](int64_t position, int64_t count) {
         if (position + kTile < high) prefetch_run(keys.at<T>(0, position + kTile), call.token_stride, count);
-        mix_run<T>(rows, keys.at<T>(1, position), call.token_stride, count, call.value_width, position - first);
+        mix_cached<T>(rows, keys.at<T>(1, position), call.token_stride, count, call.value_width, position - first);
       });
     }
   }

@@ -9,10 +9,14 @@ struct Half {
 struct Bfloat {
   uint16_t bits;
 };
+struct Float8 {  // e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, NaN is all ones
+  uint8_t bits;
+};
 
 // How elements of a tensor become floats. A *pair* is 2 * W neighbours as two vectors: the first and the second
-// half of them, or, for bfloat16, the even and the odd ones, which cost one instruction each. `kSplit` says
-// which; what is multiplied with a pair, or made from products with it, lies in the same order (`arrange`).
+// half of them, or, for bfloat16 and float8, the even and the odd ones, which cost fewer instructions. `kSplit`
+// says which; what is multiplied with a pair, or made from products with it, lies in the same order (`arrange`).
+// A pair of float8 is `gain_of` times too small: whoever reads pairs has a factor of his own to put it into.
 template <typename T>
 struct Element;
 
@@ -51,8 +55,19 @@ struct Element<Half> {
   static V pair1(const Half* p) { return F::load_f16(raw(p) + F::W); }
 };
 
+template <>
+struct Element<Float8> {
+  static constexpr bool kSplit = true;
+  static const uint8_t* raw(const Float8* p) { return reinterpret_cast<const uint8_t*>(p); }
+  static float get(Float8 x) { return e4m3_to_float(x.bits) * 256.0f; }
+  static Float8 put(float x) { return {float_to_e4m3(x)}; }
+  static V pair0(const Float8* p) { return F::even_e4m3(raw(p)); }
+  static V pair1(const Float8* p) { return F::odd_e4m3(raw(p)); }
+};
+
 // Are rows of a cache of this type read in split pairs? Packed rows become bfloat16 first.
-inline bool is_split(Dtype dtype) { return dtype == kBfloat16 || dtype == kPacked; }
+inline bool is_split(Dtype dtype) { return dtype == kBfloat16 || dtype == kFloat8 || dtype == kPacked; }
+inline float gain_of(Dtype dtype) { return dtype == kFloat8 ? 256.0f : 1.0f; }
 
 constexpr int kPair = 2 * F::W;
 
@@ -76,12 +91,22 @@ void from_floats(const float* in, int64_t n, T* out) {
 inline void load_row(const void* base, int64_t offset, Dtype dtype, int64_t n, float* out) {
   if (dtype == kFloat32) return to_floats(static_cast<const float*>(base) + offset, n, out);
   if (dtype == kBfloat16) return to_floats(static_cast<const Bfloat*>(base) + offset, n, out);
+  if (dtype == kFloat8) {
+    const Float8* in = static_cast<const Float8*>(base) + offset;
+    for (int64_t i = 0; i < n; ++i) out[i] = Element<Float8>::get(in[i]);
+    return;
+  }
   to_floats(static_cast<const Half*>(base) + offset, n, out);
 }
 
 inline void store_row(void* base, int64_t offset, Dtype dtype, int64_t n, const float* in) {
   if (dtype == kFloat32) return from_floats(in, n, static_cast<float*>(base) + offset);
   if (dtype == kBfloat16) return from_floats(in, n, static_cast<Bfloat*>(base) + offset);
+  if (dtype == kFloat8) {
+    Float8* out = static_cast<Float8*>(base) + offset;
+    for (int64_t i = 0; i < n; ++i) out[i] = Element<Float8>::put(in[i]);
+    return;
+  }
   from_floats(in, n, static_cast<Half*>(base) + offset);
 }
 

@@ -12,9 +12,9 @@ namespace nd {
 
 enum DrawStatus : int { kDrawOk = 0, kDrawEmpty = 1, kDrawNotANumber = 2 };
 
-// kPacked: bytes of rows in 8 bits with their own scales (packed.inl), in caches of latents and of indexers' keys
-// alone.
-enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kPacked = 4 };
+// kFloat8: e4m3fn, in caches of keys and values alone. kPacked: bytes of rows in 8 bits with their own scales
+// (packed.inl), in caches of latents and of indexers' keys alone.
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat8 = 3, kPacked = 4 };
 
 struct DrawSpec {
   uint64_t key;
@@ -48,11 +48,13 @@ struct LinearBatchCall {
 // columns of its key, one of 0 between units shares keys among them. `selected`: the positions each new token sees,
 // [T, selected_stride], ascending, the first selected_counts[t] of a row; null is all up to its own. `log_sums`, unless
 // null: the logarithm of each sum of exponentials, [T, heads]. In a packed cache the value is the row's latent and what
-// else a key has is its rope part; strides are in bytes.
+// else a key has is its rope part; strides are in bytes. `scale`: of scores; `value_scale`: of results. Both hold the
+// scales of a float8 cache.
 struct AttendCall {
   const void* q;
   void* out;
   const void* cache;
+  float scale, value_scale;
   const int32_t* block_tables;
   const int32_t* query_starts;
   const int32_t* seq_lens;
@@ -62,7 +64,6 @@ struct AttendCall {
   int64_t num_seqs, heads, units, width, value_width, block_size, window, first;
   int64_t q_token_stride, q_head_stride, table_stride, selected_stride;
   int64_t block_stride, part_stride, unit_stride, token_stride;
-  float scale;
   Dtype q_dtype, cache_dtype;
 };
 
@@ -87,10 +88,12 @@ struct SelectCall {
 };
 
 // New keys and values of `num_tokens` tokens go to their slots (block * block_size + offset). `parts`: 1 is keys alone.
+// Where the types differ, what is stored is key / k_scale and value / v_scale; kFloat8 takes its nearest number.
 struct WriteCall {
   const void* k;
   const void* v;
   void* cache;
+  float k_scale, v_scale;
   const int64_t* slots;
   int64_t num_tokens, parts, units, width, block_size;
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;

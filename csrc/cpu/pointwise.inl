@@ -126,6 +126,10 @@ void write_rows(const WriteCall& call, int threads) {
         } else {
           float* floats = static_cast<float*>(thread_arena()->get(call.width * sizeof(float)));
           load_row(from, source, call.dtype, call.width, floats);
+          const float scale = part == 0 ? call.k_scale : call.v_scale;
+          if (scale != 1.0f) {
+            for (int64_t i = 0; i < call.width; ++i) floats[i] /= scale;
+          }
           store_row(call.cache, target, call.cache_dtype, call.width, floats);
         }
       }

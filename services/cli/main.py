@@ -68,6 +68,8 @@ def up(
     kv_cache_memory_bytes: opt.KvCacheMemoryBytes = None,
     tensor_parallel_size: opt.TensorParallelSize = None,
     dtype: opt.Dtype = None,
+    kv_dtype: opt.KvDtype = None,
+    kv_scales: opt.KvScales = None,
     device: opt.Device = None,
     block_size: opt.BlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = None,
@@ -93,6 +95,8 @@ def up(
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             tensor_parallel_size=tensor_parallel_size,
             dtype=dtype,
+            kv_dtype=kv_dtype,
+            kv_scales=kv_scales,
             device=device,
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
@@ -123,6 +127,8 @@ def serve(
     kv_cache_memory_bytes: opt.KvCacheMemoryBytes = None,
     tensor_parallel_size: opt.TensorParallelSize = None,
     dtype: opt.Dtype = None,
+    kv_dtype: opt.KvDtype = None,
+    kv_scales: opt.KvScales = None,
     device: opt.Device = None,
     block_size: opt.BlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = None,
@@ -187,6 +193,8 @@ def generate(
     gpu_memory_utilization: opt.GpuMemoryUtilization = None,
     kv_cache_memory_bytes: opt.KvCacheMemoryBytes = None,
     dtype: opt.Dtype = None,
+    kv_dtype: opt.KvDtype = None,
+    kv_scales: opt.KvScales = None,
     device: opt.Device = None,
     block_size: opt.BlockSize = None,
     enable_prefix_caching: opt.EnablePrefixCaching = None,
@@ -202,6 +210,8 @@ def generate(
         gpu_memory_utilization=gpu_memory_utilization,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         dtype=dtype,
+        kv_dtype=kv_dtype,
+        kv_scales=kv_scales,
         device=device,
         block_size=block_size,
         enable_prefix_caching=enable_prefix_caching,
@@ -216,6 +226,21 @@ def generate(
         "ignore_eos": ignore_eos,
     }
     raise typer.Exit(run_generate(model, engine, flags, input, output))
+
+
+@app.command("calibrate-kv")
+def calibrate_kv(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint; by default the demo model.")] = "",
+    text: Annotated[str, typer.Option(help="File to read, like what will be served; by default a text of ours.")] = "",
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write; by default beside the model.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to read.")] = 8192,
+    dtype: opt.Dtype = None,
+) -> None:
+    """Measure the scales of an 8-bit KV cache (`--kv-dtype fp8_e4m3`), once per model."""
+    from services.cli.calibrate import run_calibrate
+
+    engine = opt.engine_fields(dtype=dtype)
+    raise typer.Exit(run_calibrate(model, text, output, max_tokens, engine, make_console()))
 
 
 @app.command()

@@ -50,6 +50,11 @@ KvCacheMemoryBytes = Annotated[int | None, _engine("Bytes of the KV pool of each
 TensorParallelSize = Annotated[int | None, _engine("Devices that share one model.")]
 Dtype = Annotated[str | None, _engine("auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, _engine("auto or cpu; this version refuses cuda.")]
+KvDtype = Annotated[
+    str | None,
+    _engine("Of the KV cache: auto, float32, bfloat16, float16 or fp8_e4m3.", "--kv-dtype", "--kv-cache-dtype"),
+]
+KvScales = Annotated[str | None, _engine("File that `calibrate-kv` wrote; by default the checkpoint's own scales.")]
 BlockSize = Annotated[int | None, _engine("Tokens in a KV block, a multiple of 16.")]
 EnablePrefixCaching = Annotated[
     bool | None, _engine("Reuse KV of equal prefixes.", "--enable-prefix-caching/--no-enable-prefix-caching")
@@ -64,8 +69,11 @@ _DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other names
 def engine_fields(**flags: Any) -> dict[str, Any]:
     """The flags that were given, as fields of `EngineConfig`."""
     fields = {name: value for name, value in flags.items() if value is not None}
-    if "dtype" in fields:
-        fields["dtype"] = _DTYPES.get(fields["dtype"], fields["dtype"])
+    for name in ("dtype", "kv_dtype"):
+        if name in fields:
+            fields[name] = _DTYPES.get(fields[name], fields[name])
+    if "kv_scales" in fields:
+        fields["kv_scales"] = str(Path(fields["kv_scales"]).expanduser().resolve())
     if "speculative_config" in fields:
         fields["speculative_config"] = _json_object("--speculative-config", fields["speculative_config"])
     return fields

@@ -222,7 +222,7 @@ def _workers(
                 port=ports.take(section.host, section.port and section.port + 2 * index),
                 http_port=ports.take(section.host, section.http_port and section.http_port + 2 * index),
                 controllers=controllers,
-                engine=_section(section.engine, **engine),
+                engine=_section(section.engine, **{"kv_scales": _absolute(section.engine.kv_scales), **engine}),
             )
             workers.append((role, worker))
     return workers

@@ -25,7 +25,7 @@ def read_deepseek_v3(source: SpecSource, text: ConfigReader | None = None) -> Mo
     config = text or source.config
     spec = _read_latent(source, config, interleaved=config.flag("rope_interleave", True))
     assert spec.mla is not None
-    return replace(spec, cache=latent_cache(spec.num_layers, spec.mla.row_dim))
+    return replace(spec, cache=latent_cache(spec.num_layers, spec.mla.packing))
 
 
 def read_deepseek_v32(source: SpecSource) -> ModelSpec:
@@ -107,7 +107,9 @@ def _with_indexer(config: ConfigReader, spec: ModelSpec, owners: tuple[bool, ...
     except ValueError as e:
         raise config.error("indexer_types", f"is not supported: {e}") from None
     layers = tuple(i for i, owner in enumerate(owners) if owner)
-    return replace(spec, indexer=indexer, cache=latent_cache(spec.num_layers, spec.mla.row_dim, layers, head_dim))
+    return replace(
+        spec, indexer=indexer, cache=latent_cache(spec.num_layers, spec.mla.packing, layers, indexer.packing)
+    )
 
 
 def _owners(config: ConfigReader, num_layers: int) -> tuple[bool, ...]:
