@@ -11,13 +11,14 @@ import torch
 from common.attention.capability import Needs
 from common.attention.select import choose
 from common.config import WorkerConfig
+from common.engine.counters import EngineCounters
 from common.engine.demand import Demand
 from common.engine.draft_runner import DraftRunner
 from common.engine.drafting import Drafting
 from common.engine.engine import Engine, EngineParts
 from common.engine.load import LoadMeter
 from common.engine.media import Media, MediaSource
-from common.engine.messages import EngineReady, LabelledCounter, PeerTraffic
+from common.engine.messages import EngineReady
 from common.engine.outbox import Outbox
 from common.engine.requests import ModelLimits, Requests
 from common.engine.runner import ModelRunner
@@ -25,8 +26,8 @@ from common.engine.sampler import Sampler
 from common.engine.scheduler import Scheduler, SchedulerLimits
 from common.engine.selftest import self_test
 from common.engine.sequence import Sequence
-from common.engine.sizing import check_device, size_engine
-from common.engine.speculative import MadeAhead, Speculator, accepted_by_pos, draft_counters, make_speculator
+from common.engine.sizing import EngineSizing, check_device, size_engine
+from common.engine.speculative import MadeAhead, Speculator, make_speculator
 from common.engine.supply import Supply, SupplyParts
 from common.errors import ConfigError
 from common.kvcache.layout import FULL_GROUP, KVLayout
@@ -112,17 +113,7 @@ def build_engine(
     dtype, layout, max_model_len = sizing.dtype, sizing.layout, sizing.max_model_len
     blocks = {g.name: g.num_blocks for g in layout.groups}
     log.info("kv cache sized", budget_bytes=sizing.budget_nbytes, blocks=blocks, dtype=sizing.kv_dtype)
-    needs = Needs(
-        device=device.type,
-        dtype=dtype,
-        kv_dtype=sizing.kv_dtype,
-        head_dim=spec.head_dim if spec.mla is None else spec.mla.row_dim,
-        group_size=spec.num_heads // spec.num_kv_heads if spec.mla is None and spec.compress is None else 1,
-        block_size=engine.block_size,
-        has_windows=spec.cache.has_windows,
-        latent=spec.mla is not None or spec.compress is not None,
-    )
-    backend = choose(engine.attention_backend, needs).backend
+    backend = choose(engine.attention_backend, _needs(sizing, engine.block_size, device)).backend
     model = load_model(
         spec,
         dtype=dtype,
@@ -150,8 +141,7 @@ def build_engine(
         max_num_seqs=engine.max_num_seqs,
     )
     images = Media(spec.media, spec.hidden_size, media, clock)
-    speculator = _speculator(config, layout, spec, max_model_len, role)
-    drafter = Drafter(speculator, draft_runner)
+    drafter = Drafter(_speculator(config, sizing, role), draft_runner)
     parts = assemble(config, layout, bases, limits, runner, transport, images, clock, drafter)
     progress("self-test", 0, 1)
     built = Engine(parts)
@@ -197,35 +187,9 @@ def assemble(
     supply = Supply(SupplyParts(limits, scheduler, media, leases, publisher, outbox, clock), requests.next_id)
     speculator = drafter.speculator
 
-    def counters() -> dict[str, float]:
-        c = reader.counters
-        named = {
-            "generation_tokens_total": requests.tokens_out,
-            "kv_leases_active": leases.num_active,
-            "kv_leases_expired_total": leases.counters.expired,
-            "kv_transfer_bytes_total": c.nbytes,
-            "kv_transfer_reads_total": c.reads,
-            "kv_digest_mismatches_total": c.mismatches,
-            "kv_unknown_leases_total": leases.counters.lost,
-            "state_snapshots_total": cache.checkpoints_made,
-            "state_snapshots_skipped_total": cache.checkpoints_skipped,
-            "handoff_orders_total": c.placed,
-            "handoff_fallbacks_total": sum(demand.fallbacks.values()),
-            "prefill_orders_finished_total": supply.finished,
-            "prefill_orders_failed_total": sum(supply.failed.values()),
-            **draft_counters(speculator),
-        }
-        return {k: float(v) for k, v in named.items()}
-
-    def traffic() -> tuple[PeerTraffic, ...]:
-        return tuple(PeerTraffic(t.peer, t.transport, t.nbytes, t.reads, t.mismatches) for t in reader.traffic())
-
-    def labelled() -> tuple[LabelledCounter, ...]:
-        cold = tuple((region, float(count)) for region, count in reader.counters.cold.items())
-        found = (LabelledCounter("handoff_cold_regions_total", "region", cold),) if cold else ()
-        return found + accepted_by_pos(speculator)
-
-    meter = LoadMeter(scheduler, cache, layout.groups[0].name, outbox, clock, counters, traffic, labelled)
+    counted = EngineCounters(requests, cache, reader, demand, leases, supply, speculator)
+    main_group = layout.groups[0].name
+    meter = LoadMeter(scheduler, cache, main_group, outbox, clock, counted.values, counted.traffic, counted.labelled)
 
     def started(seq: Sequence, hit: PrefixHit) -> None:
         (requests if seq.order is None else supply).started(seq, hit)
@@ -250,15 +214,28 @@ def assemble(
     )
 
 
-def _speculator(
-    config: WorkerConfig, layout: KVLayout, spec: ModelSpec, max_model_len: int, role: Role
-) -> Speculator | None:
+def _needs(sizing: EngineSizing, block_size: int, device: torch.device) -> Needs:
+    """What attention has to be able to do."""
+    spec = sizing.spec
+    return Needs(
+        device=device.type,
+        dtype=sizing.dtype,
+        kv_dtype=sizing.kv_dtype,
+        head_dim=spec.head_dim if spec.mla is None else spec.mla.row_dim,
+        group_size=spec.num_heads // spec.num_kv_heads if spec.mla is None and spec.compress is None else 1,
+        block_size=block_size,
+        has_windows=spec.cache.has_windows,
+        latent=spec.mla is not None or spec.compress is not None,
+    )
+
+
+def _speculator(config: WorkerConfig, sizing: EngineSizing, role: Role) -> Speculator | None:
     if role is not Role.DECODE:
         return None
     return make_speculator(
         config.engine.speculative_config,
-        layout,
-        num_layers=spec.num_layers,
-        vocab_size=spec.vocab_size,
-        max_model_len=max_model_len,
+        sizing.layout,
+        num_layers=sizing.spec.num_layers,
+        vocab_size=sizing.spec.vocab_size,
+        max_model_len=sizing.max_model_len,
     )
