@@ -181,7 +181,8 @@ class PagedModel:
 
     def _spoil(self, group: str, block_ids: Sequence[int]) -> None:
         for r in self.layout.regions_of(group):
-            self.pool.region(r.name)[list(block_ids)] = float("nan")
+            view = self.pool.region(r.name)
+            view[list(block_ids)] = 255 if view.dtype == torch.uint8 else float("nan")  # packed rows' scales are NaN
 
 
 class Sum:

@@ -25,6 +25,7 @@ from common.config import EngineConfig
 from common.engine.sizing import size_engine
 from common.errors import ConfigError
 from common.kvcache.layout import Sharding
+from common.kvcache.packing import RowPacking
 from common.layers.mla_spec import IndexerSpec, MLASpec
 from common.layers.rope_spec import yarn_mscale
 from common.models.cache_spec import latent_cache
@@ -32,6 +33,7 @@ from common.models.spec import ModelSpec
 from common.types import Role
 
 TOLERANCE = 1e-4
+ROW, KEY = RowPacking(512, 64), RowPacking(128)
 WEIGHTS = "model.safetensors"
 MAKERS: dict[str, Callable[..., Path]] = {
     "deepseek_v3": make_deepseek_v3,
@@ -104,7 +106,7 @@ def test_a_release_of_deepseek_v3(tmp_path: Path) -> None:
     assert spec.head_dim == 64
     assert spec.rope.attention_factor == 1.0
     assert spec.indexer is None
-    assert spec.cache == latent_cache(61, 576)
+    assert spec.cache == latent_cache(61, ROW)
     assert spec.moe is not None
     assert spec.moe.is_moe_layer == (False,) * 3 + (True,) * 58
     kimi = read(tmp_path, R1 | {"model_type": "kimi_k2"})
@@ -126,11 +128,11 @@ def test_queries_without_a_latent(tmp_path: Path) -> None:
 def test_a_release_of_deepseek_v32(tmp_path: Path) -> None:
     spec = read(tmp_path, V32)
     assert spec.indexer == IndexerSpec(64, 128, 2048, 64, interleaved=False, owners=(True,) * 61)
-    assert spec.cache == latent_cache(61, 576, tuple(range(61)), 128)
+    assert spec.cache == latent_cache(61, ROW, tuple(range(61)), KEY)
     dense = spec.with_dense_attention()
     assert dense.indexer is not None
     assert dense.indexer.dense
-    assert dense.cache == latent_cache(61, 576)
+    assert dense.cache == latent_cache(61, ROW)
     assert read(tmp_path, R1).with_dense_attention() == read(tmp_path, R1)
 
 
@@ -149,7 +151,7 @@ def test_layers_that_share_a_choice(tmp_path: Path, fields: dict[str, Any], owne
     assert spec.indexer is not None
     assert spec.indexer.interleaved
     assert tuple(i for i, owner in enumerate(spec.indexer.owners) if owner) == owners
-    assert spec.cache == latent_cache(6, 576, owners, 128)
+    assert spec.cache == latent_cache(6, ROW, owners, KEY)
     assert sorted(spec.cache.places(5)) == ["indexer_key", "mla_latent"][1 - (5 in owners) :]
 
 

@@ -47,7 +47,9 @@ class EngineConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cpu; cuda is refused by this version")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = Field(
-        "auto", description="auto is dtype; fp8_e4m3 (or fp8) keeps a byte per number and needs scales"
+        "auto",
+        description="auto is dtype; fp8_e4m3 (or fp8) keeps a byte per number: keys and values need scales, latent "
+        "attention makes its own",
     )
     kv_scales: str = Field(
         "",

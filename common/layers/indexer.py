@@ -5,7 +5,10 @@
 Queries come from attention's own query latent, keys and weights from the hidden state; keys have a cache region of
 their own. The best `top_k` positions up to a query's own are taken, exactly; of equal scores the lower positions (the
 reference implementation in transformers takes those that torch.topk happens to take, which is not specified). The
-Hadamard rotation of the released code is left out: it turns queries and keys alike and changes no product.
+Hadamard rotation of the released code is left out: it turns queries and keys alike and changes no product. In an 8-bit
+cache keys have 8 bits too, as released: at 256 bytes beside a row of 656 they would take away most of what is saved.
+There as well nothing is rotated: float8 loses the same share of a number whatever its neighbours are. Queries keep
+their type.
 
 Only sequences longer than `top_k` are scored. What is selected for them is left in `Step.shared`, for layers that share
 it. The indexer is whole on every rank: all ranks must select the same.

@@ -9,6 +9,9 @@ and kv_b_proj_v behind the sum over positions, so that rows are read as they are
 of the whole sequence are made from its rows, some heads at a time, and attention is ordinary. The two differ in
 rounding only. See `common.attention.latent` for who goes which way.
 
+In an 8-bit cache rows are packed (`common.kvcache.packing`) as they are written and everything reads what is left of
+them, a prompt's own tokens included. A rounding may there become a step of 8 bits in a later layer's row, rarely.
+
 Shape letters: T new tokens, N those of a part, H heads of this rank, D width of a query, R latent width, V value width,
 P positions gathered, G heads expanded at once, E width of what is expanded for a head.
 """

@@ -46,13 +46,11 @@ class KVTypes:
         return region.packing if self.kv_dtype == FLOAT8 else None
 
     def of(self, region: CacheRegion) -> str:
-        """ConfigError for a region that has no form in 8 bits."""
+        """ConfigError for layers without scales that need them."""
         if self.packing_of(region) is not None:
             return "uint8"
         if region.dtype != "kv" or self.kv_dtype != FLOAT8:
             return {"kv": self.kv_dtype, "model": self.dtype}.get(region.dtype, region.dtype)
-        if not region.holds_kv:
-            raise ConfigError(f"kv_dtype {self.kv_dtype}: {region.name} has no form in 8 bits", param="kv_dtype")
         missing = [layer for layer in region.layers if layer not in self.scales]
         if missing and not region.required:
             return self.dtype
@@ -85,6 +83,8 @@ def kv_layout(
     (digests need that) or heads do not divide.
     """
     types = KVTypes(kv_dtype, dtype, scales or {})
+    if kv_dtype == FLOAT8:
+        _check_forms(spec)
     if spec.hidden_size * DTYPE_NBYTES[dtype] % 8:
         raise ConfigError(
             f"hidden_size {spec.hidden_size} in {dtype} is not a multiple of 8 bytes", param="hidden_size"
@@ -206,6 +206,17 @@ def _even(budget_nbytes: int, groups: list[GroupSpec], block_nbytes: Mapping[str
     unit_nbytes = sum(block_nbytes[g.name] * (unit // g.block_size) for g in groups)
     num_units = max(budget_nbytes, 0) // unit_nbytes if groups else 0
     return {g.name: num_units * (unit // g.block_size) for g in groups}
+
+
+def _check_forms(spec: ModelSpec) -> None:
+    bare = [r.name for r in spec.cache.regions if r.dtype == "kv" and not r.holds_kv and r.packing is None]
+    if bare:
+        raise ConfigError(
+            f"kv_dtype fp8_e4m3 is not possible for {spec.model_type}: windows and compressed entries "
+            f"({', '.join(bare)}) have no form in 8 bits, since an entry lies over the rows of its tokens and those "
+            "are whole 8-byte words; use auto or bfloat16",
+            param="kv_dtype",
+        )
 
 
 def _group(group: CacheGroup, block_size: int, num_blocks: int) -> GroupSpec:
