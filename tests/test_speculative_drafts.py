@@ -11,16 +11,14 @@ import pytest
 from engine_support import llama
 from hypothesis import given
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from common.config import SpeculativeConfig
 from common.config.load import load
 from common.engine.pace import MAX_WAIT_STEPS, MIN_WAIT_STEPS, Pace, price
 from common.engine.sequence import Sequence
-from common.engine.speculative import NgramDrafter, continuation, lookup_lengths, make_speculator
+from common.engine.speculative import NgramDrafter, continuation, lookup_lengths
 from common.errors import ConfigError
-from common.kvcache.layout import GroupSpec, KVLayout, Retention
 from common.types import SamplingParams
 from nanodeploy import LLM
 from services.cli.main import app
@@ -162,28 +160,6 @@ def test_a_pace_without_room_makes_no_draft() -> None:
 def test_lookup_lengths_that_are_not_given_are_vllms(given_: dict[str, Any], wanted: tuple[int, int]) -> None:
     assert lookup_lengths(SpeculativeConfig(method="ngram", **given_)) == wanted
     assert lookup_lengths(SpeculativeConfig(prompt_lookup_min=2, prompt_lookup_max=3)) == (2, 3)
-
-
-def layout(*groups: GroupSpec) -> KVLayout:
-    return KVLayout(model_hash=b"m", groups=groups, regions=())
-
-
-FULL = GroupSpec(name="full", retention=Retention.FULL, block_size=16, num_blocks=4)
-WINDOW = GroupSpec(name="window", retention=Retention.WINDOW, block_size=16, num_blocks=4, window=24)
-TAIL = GroupSpec(name="tail", retention=Retention.SNAPSHOT, block_size=1, num_blocks=4)
-STATE = GroupSpec(name="state", retention=Retention.SNAPSHOT, block_size=1, num_blocks=4)
-
-
-def test_mtp_beside_a_state_means_no_drafts_and_the_log_says_why() -> None:
-    config = SpeculativeConfig(method="ngram")
-    sizes = {"num_layers": 2, "vocab_size": 8, "max_model_len": 100}
-    with capture_logs() as lines:
-        assert make_speculator(SpeculativeConfig(method="mtp"), layout(FULL, STATE, TAIL), **sizes) is None
-    assert [line["event"] for line in lines] == ["speculation is off"]
-    assert "group state" in lines[0]["reason"]
-    assert make_speculator(config, layout(FULL, STATE, TAIL), **sizes) is not None
-    assert make_speculator(config, layout(FULL, WINDOW, TAIL), **sizes) is not None
-    assert make_speculator(SpeculativeConfig(), layout(FULL, TAIL), **sizes) is None
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

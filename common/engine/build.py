@@ -234,7 +234,6 @@ def _speculator(config: WorkerConfig, sizing: EngineSizing, role: Role) -> Specu
         return None
     return make_speculator(
         config.engine.speculative_config,
-        sizing.layout,
         num_layers=sizing.spec.num_layers,
         vocab_size=sizing.spec.vocab_size,
         max_model_len=sizing.max_model_len,

@@ -11,6 +11,9 @@ with the row that it was drawn from gives the next one.
 Where no draft is wanted, rows wait: those of a block are made in one pass when it is full, so that a layer that is
 always wrong costs little.
 
+A sequence that goes back (`Engine._advance`) has no rows for that: its next step, which has no drafts, computes the
+same positions again and brings them.
+
 Rows of drafts are written over by the next step. A row that is missing or wrong (an optional region that a peer does
 not have) may make drafts wrong, and nothing else.
 """
@@ -35,7 +38,8 @@ FIRST = 1  # position of a sequence's first row
 
 class Moved(NamedTuple):
     """What a step did to a sequence: positions from `start` on are computed, the first of them in row `row` of the
-    step; `num_tokens` were appended, and if it `goes_on`, more will follow.
+    step; `num_tokens` were appended, and if it `goes_on`, more will follow. If it `goes_back`, nothing is computed:
+    the next step begins at `start` again.
     """
 
     seq: Sequence
@@ -43,6 +47,7 @@ class Moved(NamedTuple):
     row: int
     num_tokens: int
     goes_on: bool
+    goes_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,8 @@ class Drafting:
         running = [m for m in moved if m.seq.phase is Phase.RUNNING]
         for m in running:
             m.seq.drafts = ()
+            if m.goes_back:
+                continue
             self._keep(m, work)
             row = self._row(hidden, m, len(running))
             if row is not None:

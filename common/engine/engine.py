@@ -237,14 +237,15 @@ class Engine:
                 if num_tokens <= len(item.drafts):
                     p.cache.truncate(seq.seq_id, seq.num_tokens)
             goes_on = drawn.failure is None and num_tokens > 0 and p.requests.goes_on(seq)
-            moved.append(Moved(seq, start, first_row, num_tokens, goes_on))
+            moved.append(Moved(seq, start, first_row, num_tokens, goes_on, goes_back))
             first_row += item.num_new + len(item.drafts)
         return moved
 
     def _deliver(self, result: StepResult, moved: list[Moved]) -> None:
         """Bring tokens to requests, and what is computed to readers."""
         p = self._p
-        for index, (drawn, (seq, _, _, num_tokens, _)) in enumerate(zip(result.drawn, moved, strict=True)):
+        for index, (drawn, m) in enumerate(zip(result.drawn, moved, strict=True)):
+            seq, num_tokens = m.seq, m.num_tokens
             if seq.phase is not Phase.RUNNING:
                 continue  # a failure of another choice ended it
             if seq.order is not None:

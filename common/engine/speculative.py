@@ -22,7 +22,6 @@ from common.config import SpeculativeConfig
 from common.engine.messages import LabelledCounter
 from common.engine.pace import Pace, price
 from common.engine.sequence import Sequence
-from common.kvcache.layout import TAIL_GROUP, KVLayout, Retention
 from common.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -180,18 +179,10 @@ def lookup_lengths(config: SpeculativeConfig) -> tuple[int, int]:
 
 
 def make_speculator(
-    config: SpeculativeConfig, layout: KVLayout, *, num_layers: int, vocab_size: int, max_model_len: int
+    config: SpeculativeConfig, *, num_layers: int, vocab_size: int, max_model_len: int
 ) -> Speculator | None:
-    """The speculator that a config asks for; None for none, and where the model's state could not be rolled back."""
+    """The speculator that a config asks for; None for none."""
     if config.method == "none":
-        return None
-    states = [g.name for g in layout.groups if g.retention is Retention.SNAPSHOT and g.name != TAIL_GROUP]
-    if states and config.method == "mtp":
-        log.warning(
-            "speculation is off",
-            method=config.method,
-            reason=f"multi-token-prediction layers beside states (group {states[0]}) are not supported; ngram is",
-        )
         return None
     most = config.num_speculative_tokens
     log.info("speculation is on", method=config.method, max_drafts=most)

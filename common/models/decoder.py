@@ -21,7 +21,7 @@ from common.layers.embedding import Embedding, Head
 from common.layers.rms_norm import RMSNorm
 from common.layers.rope import Rope
 from common.layers.step import MAIN_ROPE, Rotation, Step, StepMedia
-from common.models.mtp import DraftBlock, MTPLayer
+from common.models.mtp import DraftBlock, DraftLayer, MTPLayer
 from common.models.spec import ModelSpec
 
 
@@ -51,14 +51,17 @@ class DecoderModel(Layer, ABC):
     prefixes: ClassVar[Mapping[str, str]] = {}
     """By what a tensor's name starts with here, what it starts with in checkpoints: a text tower is a part of one."""
 
+    mtp_prefix: ClassVar[str] = ""
+    """What names of the multi-token-prediction layer start with; empty: those of a layer behind the last."""
+
     def __init__(self, spec: ModelSpec, build: Build, max_positions: int) -> None:
         self.model = DecoderBody(spec, build, [self.make_layer(spec, build, i) for i in range(spec.num_layers)])
         self.lm_head = Head(
             build, spec.vocab_size, spec.hidden_size, self.model.embed_tokens if spec.tie_word_embeddings else None
         )
         self._ropes = self.make_ropes(spec, build, max_positions)
-        self._mtp_prefix = f"model.layers.{spec.num_layers}."
-        self._mtp = MTPLayer(spec, build, self.make_draft_layer(spec, build)) if spec.has_drafts else None
+        self._mtp_prefix = self.mtp_prefix or f"model.layers.{spec.num_layers}."
+        self._mtp = self.make_mtp(spec, build) if spec.has_drafts else None
 
     def own_slots(self) -> Iterable[Slot]:
         return () if self._mtp is None else self._mtp.slots(self._mtp_prefix)
@@ -75,6 +78,10 @@ class DecoderModel(Layer, ABC):
     @abstractmethod
     def make_layer(self, spec: ModelSpec, build: Build, layer_idx: int) -> DecoderLayer:
         """One layer of the family, with empty tensors. `spec.cache.places(layer_idx)` is where it keeps its cache."""
+
+    def make_mtp(self, spec: ModelSpec, build: Build) -> DraftLayer:
+        """The multi-token-prediction layer, with empty tensors."""
+        return MTPLayer(spec, build, self.make_draft_layer(spec, build))
 
     def make_draft_layer(self, spec: ModelSpec, build: Build) -> DraftBlock:
         """The layer inside of the multi-token-prediction layer; its index is `spec.num_layers`."""

@@ -42,6 +42,16 @@ class DraftBlock(Protocol):
     def __call__(self, hidden_TD: Tensor, step: Step, /) -> None: ...
 
 
+class DraftLayer(Protocol):
+    """A multi-token-prediction layer as a family has it; `MTPLayer` is that of most."""
+
+    def slots(self, prefix: str = "") -> Iterator[Slot]: ...
+
+    def derive(self) -> None: ...
+
+    def __call__(self, rows_TD: Tensor, embeds_TD: Tensor, step: Step, /) -> Tensor: ...
+
+
 class MTPLayer(Layer):
     """Checkpoint names under `model.layers.N.` for the N of the model's layers; `block`'s are among them."""
 

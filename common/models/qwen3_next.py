@@ -1,17 +1,21 @@
 """Qwen3-Next (Qwen Team 2025): three layers of gated delta net to one of gated attention, each followed by a mixture
 of experts with a gated shared expert; all norms are zero-centred but the one inside the delta net.
+
+What predicts further tokens is a layer that attends (`common.models.mtp` has the formula).
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from common.layers.attention import AttentionShape
 from common.layers.base import Build, Layer
 from common.layers.gated_attention import GatedAttention
 from common.layers.gated_delta import GatedDeltaNet
+from common.layers.linear import ColumnLinear
 from common.layers.mlp import SwiGLU
 from common.layers.moe import MoE, MoENames
 from common.layers.rms_norm import RMSNorm
@@ -54,8 +58,39 @@ class Qwen3NextLayer(Layer):
         hidden_TD += self.mlp(self.post_attention_layernorm(hidden_TD))
 
 
+class Qwen3NextMTP(Layer):
+    """Checkpoint names under `mtp.`. The embedding and the head are the model's."""
+
+    ignored = (
+        r"mtp\.(embed_tokens|lm_head)\.weight",
+        r"mtp\.layers\.[1-9]\d*\..+",
+        r"mtp\.layers\.0\.self_attn\..*[kv]_scale",  # its cache is in the model's own type
+    )
+
+    def __init__(self, spec: ModelSpec, build: Build, layer: Qwen3NextLayer) -> None:
+        size, eps = spec.hidden_size, spec.rms_norm_eps
+        self.pre_fc_norm_embedding = RMSNorm(build, size, eps, zero_centred=True)
+        self.pre_fc_norm_hidden = RMSNorm(build, size, eps, zero_centred=True)
+        self.fc = ColumnLinear(build, 2 * size, {"fc": (1, size)}, bias=False)
+        self.layers = [layer]
+        self.norm = RMSNorm(build, size, eps, zero_centred=True)
+
+    def __call__(self, rows_TD: Tensor, embeds_TD: Tensor, step: Step) -> Tensor:
+        """As `common.models.mtp.MTPLayer`'s."""
+        hidden_TD = self.fc(torch.cat((self.pre_fc_norm_embedding(embeds_TD), self.pre_fc_norm_hidden(rows_TD)), -1))
+        self.layers[0](hidden_TD, step)
+        return self.norm(hidden_TD)
+
+
 class Qwen3NextForCausalLM(DecoderModel):
-    ignored = (*DecoderModel.ignored, r"mtp\..+")
+    mtp_prefix = "mtp."
+
+    def __init__(self, spec: ModelSpec, build: Build, max_positions: int) -> None:
+        super().__init__(spec, build, max_positions)
+        self.ignored = (*self.ignored, *(Qwen3NextMTP.ignored if spec.has_drafts else (r"mtp\..+",)))
 
     def make_layer(self, spec: ModelSpec, build: Build, layer_idx: int) -> Qwen3NextLayer:
         return Qwen3NextLayer(spec, build, layer_idx)
+
+    def make_mtp(self, spec: ModelSpec, build: Build) -> Qwen3NextMTP:
+        return Qwen3NextMTP(spec, build, self.make_layer(spec, build, spec.num_layers))

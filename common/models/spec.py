@@ -111,8 +111,11 @@ class ModelSpec:
         moe = self.moe
         if moe is not None:
             moe = replace(moe, is_moe_layer=(*moe.is_moe_layer, True))
+        delta = self.delta
+        if delta is not None:
+            delta = replace(delta, is_delta_layer=(*delta.is_delta_layer, False))
         cache = self.cache.with_drafts(self.num_layers, self.hidden_size)
-        return replace(self, has_drafts=True, moe=moe, cache=cache)
+        return replace(self, has_drafts=True, moe=moe, delta=delta, cache=cache)
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,22 @@ def _hybrid(source: SpecSource, config: ConfigReader) -> ModelSpec:
         rope=replace(spec.rope, rotary_dim=read_partial(config, spec.head_dim, _TURNING)),
         zero_centred_norm=True,
         delta=delta,
+        mtp_layers=_mtp_layers(source, config),
         cache=hybrid_cache(delta, spec.num_kv_heads, spec.head_dim),
     )
+
+
+def _mtp_layers(source: SpecSource, config: ConfigReader) -> int:
+    """Those that the checkpoint has, whatever its config calls them: many that were converted have lost them.
+
+    One with an embedding of its own is left unread.
+    """
+    if config.flag("mtp_use_dedicated_embeddings"):
+        return 0
+    named = max(config.integer(field, 0, least=0) for field in ("mtp_num_hidden_layers", "num_nextn_predict_layers"))
+    if not source.tensors:
+        return named
+    return max(named, 1) if any(name.startswith("mtp.") for name in source.tensors) else 0
 
 
 def read_delta(config: ConfigReader, num_layers: int) -> DeltaSpec:
