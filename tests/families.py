@@ -6,6 +6,12 @@ which writes the table in docs/models.md). The first configuration is the plain 
 
 Checkpoints allow 1024 positions, so that prompts of 700 tokens and their answers fit. Where the best two logits of
 a reference's answer are nearly equal, the tests say so: give that configuration another `seed`.
+
+Where an indexer selects positions, two scores at the edge of the selection may be equal to a rounding, and then the
+reference itself is undecided: its cached and uncached passes, or its fp32 and fp64, differ by units of logit. The seeds
+of `deepseek_v32` and `glm_moe_dsa` are the first for which transformers alone has more than 5e-6 between the last score
+taken and the first left out, over the prompts of `test_models_logits.py` and of both matrices with its own answers.
+Our results take no part in that choice; whoever changes lengths or prompts there has to look for seeds again.
 """
 
 from __future__ import annotations
@@ -228,21 +234,27 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "deepseek_v32",
         {
-            "24 positions of all": _deepseek_v32,
+            "24 positions of all": partial(_deepseek_v32, seed=7),
             "9 positions, 32 indexer heads, YaRN, bias": partial(
-                _deepseek_v32, seed=1, index_topk=9, index_n_heads=32, rope_parameters=YARN_MSCALE, attention_bias=True
+                _deepseek_v32, seed=4, index_topk=9, index_n_heads=32, rope_parameters=YARN_MSCALE, attention_bias=True
             ),
             "64 positions, one group, tied, 8 heads": partial(
-                _deepseek_v32, index_topk=64, n_group=1, topk_group=1, tie_word_embeddings=True, num_attention_heads=8
+                _deepseek_v32,
+                seed=7,
+                index_topk=64,
+                n_group=1,
+                topk_group=1,
+                tie_word_embeddings=True,
+                num_attention_heads=8,
             ),
         },
     ),
     Family(
         "glm_moe_dsa",
         {
-            "every layer selects": _glm_moe_dsa,
+            "every layer selects": partial(_glm_moe_dsa, seed=12),
             "layers share, by a pattern": partial(
-                _glm_moe_dsa, num_hidden_layers=4, indexer_types=["full", "shared", "full", "shared"]
+                _glm_moe_dsa, seed=1, num_hidden_layers=4, indexer_types=["full", "shared", "full", "shared"]
             ),
             "layers share, every third selects": partial(
                 _glm_moe_dsa, num_hidden_layers=5, index_topk_freq=3, index_topk=40, tie_word_embeddings=True
