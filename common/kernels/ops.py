@@ -152,14 +152,16 @@ def rope(
     """
     lib = cpu.library()
     tokens, heads, width = x_THD.shape
-    if out_THD is None:
-        out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
-    fits = cos_T1D.shape == sin_T1D.shape == (tokens, 1, width) and cos_T1D.stride() == sin_T1D.stride()
-    rows = (x_THD.stride(2), out_THD.stride(2))
-    if lib is None or not fits or x_THD.device.type != "cpu" or rows != (1, 1):
+    x_stride, table_stride = x_THD.stride(), cos_T1D.stride()
+    out_stride = (heads * width, width, 1) if out_THD is None else out_THD.stride()
+    fits = cos_T1D.shape == sin_T1D.shape == (tokens, 1, width) and table_stride == sin_T1D.stride()
+    if lib is None or not fits or x_THD.device.type != "cpu" or x_stride[2] != 1 or out_stride[2] != 1:
         low, high = (x_THD[..., 0::2], x_THD[..., 1::2]) if interleaved else x_THD.chunk(2, dim=-1)
         straight, exchanged = torch.cat((low, high), dim=-1), torch.cat((high, low), dim=-1)
-        return out_THD.copy_(straight.mul_(cos_T1D).addcmul_(exchanged, sin_T1D))
+        turned = straight.mul_(cos_T1D).addcmul_(exchanged, sin_T1D)
+        return turned if out_THD is None else out_THD.copy_(turned)
+    if out_THD is None:
+        out_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype)
     call = _ROPE.pack(
         x_THD.data_ptr(),
         cos_T1D.data_ptr(),
@@ -168,9 +170,11 @@ def rope(
         tokens,
         heads,
         width,
-        *x_THD.stride()[:2],
-        *out_THD.stride()[:2],
-        cos_T1D.stride(0),
+        x_stride[0],
+        x_stride[1],
+        out_stride[0],
+        out_stride[1],
+        table_stride[0],
         DTYPES[x_THD.dtype],
         DTYPES[cos_T1D.dtype],
         interleaved,

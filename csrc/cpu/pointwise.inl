@@ -33,20 +33,30 @@ void rms_norm(const NormCall& call, int threads) {
   });
 }
 
+// A function of its own: the compiler must know that these do not overlap.
+void turn(const float* __restrict x, const float* __restrict cos, const float* __restrict sin, float* __restrict out,
+          int64_t half) {
+  for (int64_t i = 0; i < half; ++i) {
+    out[i] = x[i] * cos[i] + x[i + half] * sin[i];
+    out[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
+  }
+}
+
 void rope(const RopeCall& call, int threads) {
   const int64_t padded = whole_pairs(call.width), half = call.width / 2;
-  each_row(threads, call.tokens, call.heads * call.width, 5 * padded, [&](int64_t token, float* cos) {
-    float *sin = cos + padded, *out = sin + padded, *raw = out + padded;
-    float* x = call.interleaved ? raw + padded : raw;
+  const int64_t rows = call.interleaved ? 5 : 4;
+  each_row(threads, call.tokens, call.heads * call.width, rows * padded, [&](int64_t token, float* cos) {
+    float *sin = cos + padded, *x = sin + padded, *out = x + padded;
     load_row(call.cos, token * call.table_stride, call.table_dtype, call.width, cos);
     load_row(call.sin, token * call.table_stride, call.table_dtype, call.width, sin);
     for (int64_t head = 0; head < call.heads; ++head) {
-      load_row(call.x, token * call.x_token_stride + head * call.x_head_stride, call.x_dtype, call.width, raw);
-      for (int64_t i = 0; call.interleaved && i < half; ++i) x[i] = raw[2 * i], x[i + half] = raw[2 * i + 1];
-      for (int64_t i = 0; i < half; ++i) {
-        out[i] = x[i] * cos[i] + x[i + half] * sin[i];
-        out[i + half] = x[i + half] * cos[i + half] + x[i] * sin[i + half];
+      const int64_t from = token * call.x_token_stride + head * call.x_head_stride;
+      load_row(call.x, from, call.x_dtype, call.width, call.interleaved ? out + padded : x);
+      if (call.interleaved) {
+        const float* pairs = out + padded;
+        for (int64_t i = 0; i < half; ++i) x[i] = pairs[2 * i], x[i + half] = pairs[2 * i + 1];
       }
+      turn(x, cos, sin, out, half);
       store_row(call.out, token * call.out_token_stride + head * call.out_head_stride, call.x_dtype, call.width, out);
     }
   });
