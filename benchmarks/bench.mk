@@ -16,6 +16,8 @@ bench-cpu: setup ## Measure throughput, cost at rest, router, KV transfer and sp
 	@$(SAY) "Cost at rest"; $(PY) benchmarks/at_rest.py
 	@$(SAY) "Router"; $(PY) benchmarks/router.py
 	@$(SAY) "KV transfer"; $(PY) benchmarks/kv_transfer.py
+	@$(SAY) "Speculation"; $(PY) benchmarks/speculation.py
+	@$(SAY) "Sparse attention"; $(PY) benchmarks/sparse_attention.py
 	@$(SAY) "Sparse attention"; $(PY) benchmarks/sparse_attention.py
 
 bench-llama: setup ## Build llama-cpp-python in the cache folder, for benchmarks/throughput.py
