@@ -255,6 +255,22 @@ class Pair(Solo):
             self.prefill.parts.cache.check_idle()
 
 
+def abort_after(pair: Pair, steps: int, prompt: tuple[int, ...], count: int) -> Answer:
+    """Cancel a hand-off some steps after it was asked for, its bytes still held back; another answer, still to come."""
+    pair.network.held = True
+    answer = pair.submit(prompt, greedy(count))
+    bystander = pair.submit(prompt[:50], greedy(count))
+    for _ in range(steps):
+        pair.step()
+        pair.network.step()
+    pair.cancel(answer)
+    pair.network.held = False
+    pair.network.advance()
+    pair.run(bystander)
+    assert answer.ended
+    return bystander
+
+
 def make_engine(
     folder: Path, role: Role, network: MemoryNetwork, clock: Clock, media: MediaSource | None = None, **options: Any
 ) -> BuiltEngine:

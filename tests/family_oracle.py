@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from teacher_forced import generate_greedily
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -80,18 +81,7 @@ class FamilyOracle:
 
     @torch.inference_mode()
     def _compute(self, prompt: Sequence[int], count: int) -> dict[str, Tensor]:
-        ids = torch.tensor([list(prompt)])
-        out = self._model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            eos_token_id=None,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        out = generate_greedily(self._model, prompt, count)
         logits = self._model(out.sequences[:, :-1]).logits[0].float()
         generated = torch.cat(out.logits).float()
         return {

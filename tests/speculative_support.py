@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,17 @@ class Outcome:
     def of(cls, answer: Answer) -> Outcome:
         assert answer.failure is None, answer.failure
         return cls(answer.tokens, answer.finish, answer.logprobs)
+
+
+def check_mixture(running: Tokens[tuple[Answer, Outcome]], cancelled: Collection[int]) -> None:
+    """All have ended, with the tokens that were wanted; those of `cancelled` with a beginning of them."""
+    for index, (answer, wanted) in enumerate(running):
+        assert answer.failure is None
+        for choice, tokens in wanted.tokens.items():
+            got = answer.tokens.get(choice, [])
+            assert got == (tokens[: len(got)] if index in cancelled else tokens)
+            if index not in cancelled:
+                assert answer.finish[choice] == wanted.finish[choice]
 
 
 @dataclass

@@ -35,6 +35,23 @@ LIMIT = 0.5  # logits
 MAX_NEAR_TIES = 0.01
 
 
+@torch.inference_mode()
+def generate_greedily(model: Any, prompt: Sequence[int], count: int) -> Any:
+    """Exactly `count` tokens by transformers' cached generation: `sequences` [1, all], `logits` count x [1, vocab]."""
+    ids = torch.tensor([list(prompt)])
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
 @dataclass(frozen=True)
 class Greedy:
     """Greedy tokens, and how far in logits each was ahead of the second best."""
@@ -102,19 +119,7 @@ class Oracle:
         return model.eval()
 
     def _greedy(self, prompt: Sequence[int], count: int) -> Greedy:
-        ids = torch.tensor([list(prompt)])
-        with torch.inference_mode():
-            out = self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=count,
-                min_new_tokens=count,
-                eos_token_id=None,
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+        out = generate_greedily(self._model, prompt, count)
         best = [logits[0].topk(2).values.tolist() for logits in out.logits]
         return Greedy(out.sequences[0, len(prompt) :].tolist(), [first - second for first, second in best])
 

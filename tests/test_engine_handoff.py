@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_support import PEER, READER, Answer, Pair, greedy, llama, prompts, reference_tokens, windowed
+from engine_support import PEER, READER, Answer, Pair, abort_after, greedy, llama, prompts, reference_tokens, windowed
 
 from common.engine.messages import PeerEvent
 from common.kvtransfer.memory import Fault
@@ -176,17 +176,8 @@ def test_events_of_unknown_orders_and_leases_change_nothing(llama: Path) -> None
 @pytest.mark.parametrize("steps", range(8))
 def test_an_abort_in_every_state_gives_everything_back(llama: Path, steps: int) -> None:
     pair = Pair(llama, prefill=SMALL_CHUNKS, max_num_batched_tokens=32)
-    pair.network.held = True
-    answer = pair.submit(PROMPT, greedy(COUNT))
-    bystander = pair.submit(PROMPT[:50], greedy(COUNT))
-    for _ in range(steps):
-        pair.step()
-        pair.network.step()
-    pair.cancel(answer)
-    pair.network.held = False
-    pair.network.advance()
+    bystander = abort_after(pair, steps, PROMPT, COUNT)
     settle(pair, bystander, llama, PROMPT[:50])
-    assert answer.ended
     pair.check_idle()
 
 

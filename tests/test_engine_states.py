@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tiny_models
-from engine_support import PEER, Answer, Pair, Solo, greedy, prompts, reference_tokens
+from engine_support import PEER, Answer, Pair, Solo, abort_after, greedy, prompts, reference_tokens
 from speculative_support import TestDrafter, use
 
 from common.kvtransfer.memory import Fault
@@ -274,17 +274,8 @@ def test_a_prefill_worker_killed_at_any_moment_is_invisible(hybrid: Path, after:
 @pytest.mark.parametrize("steps", range(9))
 def test_an_abort_in_every_state_gives_everything_back(hybrid: Path, steps: int) -> None:
     pair = Pair(hybrid, prefill=SMALL_CHUNKS, max_num_batched_tokens=32)
-    pair.network.held = True
-    answer = pair.submit(PROMPT, greedy(COUNT))
-    bystander = pair.submit(PROMPT[:50], greedy(COUNT))
-    for _ in range(steps):
-        pair.step()
-        pair.network.step()
-    pair.cancel(answer)
-    pair.network.held = False
-    pair.network.advance()
+    bystander = abort_after(pair, steps, PROMPT, COUNT)
     settle(pair, bystander, hybrid, PROMPT[:50])
-    assert answer.ended
     pair.check_idle()
 
 

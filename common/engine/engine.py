@@ -40,7 +40,7 @@ from common.engine.sequence import Phase, Sequence
 from common.engine.speculative import Speculator
 from common.engine.supply import Supply
 from common.errors import InternalError
-from common.kvcache.layout import TAIL_GROUP, KVLayout, Retention
+from common.kvcache.layout import KVLayout, Retention
 from common.kvcache.manager import BlockCopy, KVCacheManager
 from common.kvtransfer.orders import DropOrder, PlaceOrder, ReleaseLease
 from common.kvtransfer.session import HandoffReader
@@ -81,7 +81,6 @@ class Engine:
         self._groups: Mapping[str, tuple[int, int]] = {
             g.name: (g.block_size, g.window) for g in parts.layout.groups if g.retention is not Retention.SNAPSHOT
         }
-        self._has_states = any(g.retention is Retention.SNAPSHOT and g.name != TAIL_GROUP for g in parts.layout.groups)
         self._failed_steps = 0
         self._stalled = False
         self.steps = 0
@@ -222,7 +221,7 @@ class Engine:
             seq, start = item.seq, item.seq.num_computed
             num_tokens = p.requests.num_standing(seq, drawn.token_ids, item.drafts)
             seq.token_ids += drawn.token_ids[:num_tokens]
-            goes_back = self._has_states and num_tokens <= len(item.drafts) > 0
+            goes_back = p.cache.has_states and num_tokens <= len(item.drafts) > 0
             if item.num_new and not goes_back:
                 seq.num_computed += item.num_new + max(num_tokens - 1, 0)
                 seq.grow_chain()
@@ -233,7 +232,7 @@ class Engine:
                 assert p.speculator is not None
                 num_right = sum(map(operator.eq, item.drafts, drawn.token_ids[:num_tokens]))
                 p.speculator.observe(seq, len(item.drafts), num_right)
-                p.cache.end_step(seq.seq_id, go_back=goes_back)
+                p.cache.release_backup(seq.seq_id, go_back=goes_back)
                 if num_tokens <= len(item.drafts):
                     p.cache.truncate(seq.seq_id, seq.num_tokens)
             goes_on = drawn.failure is None and num_tokens > 0 and p.requests.goes_on(seq)

@@ -170,7 +170,7 @@ class Scheduler:
             room = 0 if seq.num_tokens in seq.checkpoints else cut(seq.checkpoints, seq.num_tokens, budget)
             drafts = propose(seq, room, len(self.running)) if room else ()
             fits = drafts and self._cache.reserve(seq.seq_id, seq.num_tokens + len(drafts))
-            if fits and self._cache.can_go_back(seq.seq_id):
+            if fits and self._cache.reserve_backup(seq.seq_id):
                 items[index] = StepItem(seq, 1, drafts)
                 budget -= len(drafts)
         return budget

@@ -66,6 +66,11 @@ class KVCacheManager:
         self._leases: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
         self._reads: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
 
+    @property
+    def has_states(self) -> bool:
+        """Is there something that cannot be cut back to an earlier position?"""
+        return bool(self._states)
+
     def open(self, seq_id: int, owner: str) -> None:
         """Start a sequence that holds nothing. `owner` is the name its blocks have in the ledger."""
         assert seq_id not in self._seqs, f"sequence {seq_id} is open"
@@ -205,7 +210,7 @@ class KVCacheManager:
         begins = not self._seqs[seq_id].num_computed
         return [BlockCopy(name, s.source, s.own) for name, s in slots if begins or s.source >= 0]
 
-    def can_go_back(self, seq_id: int) -> bool:
+    def reserve_backup(self, seq_id: int) -> bool:
         """Keep room for the states as they are, so that a step's drafts may turn out wrong. False: there is none.
 
         True at once where nothing is a state: what lies behind the computed position is written over.
@@ -223,8 +228,8 @@ class KVCacheManager:
         slots = [(name, self._slot(seq_id, name)[0]) for name in self._states]
         return [BlockCopy(name, s.own, s.backup) for name, s in slots if s.backup >= 0]
 
-    def end_step(self, seq_id: int, *, go_back: bool) -> None:
-        """After a step that `can_go_back`: the states are those it has left, or again those from before it."""
+    def release_backup(self, seq_id: int, *, go_back: bool) -> None:
+        """After a step that had one: the states are those that the step has left, or again those from before it."""
         for name in self._states:
             slot, pool = self._slot(seq_id, name)
             if go_back:

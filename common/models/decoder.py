@@ -85,7 +85,7 @@ class DecoderModel(Layer, ABC):
 
     def make_draft_layer(self, spec: ModelSpec, build: Build) -> DraftBlock:
         """The layer inside of the multi-token-prediction layer; its index is `spec.num_layers`."""
-        raise NotImplementedError(f"{spec.model_type} has no multi-token-prediction layer here")
+        raise AssertionError(f"the reader of {spec.model_type} promised a draft layer that its model does not have")
 
     def make_ropes(self, spec: ModelSpec, build: Build, max_positions: int) -> Mapping[str, Rope]:
         """The rotations that layers find in `Step.rope`."""
