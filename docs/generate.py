@@ -101,7 +101,7 @@ def _type(annotation: object) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
-        return "list of text"
+        return "list of integers" if int in typing.get_args(annotation) else "list of text"
     return {str: "text", int: "integer", float: "number", bool: "true, false"}[typing.cast(type, annotation)]
 
 

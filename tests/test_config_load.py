@@ -99,6 +99,6 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(write(tmp_path, "router: {port: x}\ndecode: {engine: {max_num_seqs: 0}}"), {})
+        load(write(tmp_path, "router: {port: x}\ndecode: {engine: {max_num_seqs: -1}}"), {})
     assert "router.port" in caught.value.message
     assert "decode.engine.max_num_seqs" in caught.value.message

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.kvcache.packing import RowPacking
@@ -26,6 +28,7 @@ class GroupTables:
     the group no longer keeps, or that lie past the end, are 0 and never read.
     `slots_T`: int64, block_id * block_size + offset of each new token.
     Positions below `first` hold nothing: no query sees them, and none is at one of them.
+    `host_tables_SB`: the same tables on the host, where the step was made from them.
     """
 
     block_tables_SB: Tensor
@@ -33,6 +36,7 @@ class GroupTables:
     block_size: int
     window: int = 0  # tokens a query sees, itself included; 0 is all
     first: int = 0
+    host_tables_SB: NDArray[np.int32] | None = None
 
     @cached_property
     def new_block_ids(self) -> Tensor:
@@ -46,6 +50,14 @@ class GroupTables:
 
 
 @dataclass(frozen=True)
+class HostLengths:
+    """`query_starts_S1` and `seq_lens_S` of a step as they are on the host."""
+
+    query_starts_S1: NDArray[np.int32]
+    seq_lens_S: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
 class AttentionContext:
     """`query_starts_S1` and `seq_lens_S` are int32 on the device; seq_lens count the new tokens too.
 
@@ -53,6 +65,10 @@ class AttentionContext:
     to its own. `kv` gives the pool views, `backend` does the work. `states`: by snapshot group, int64 [S], the block
     with each sequence's state. `scratch` holds what the backend worked out for this step in the first layer and needs
     in the others. `on_layer` is called before each layer: a long step is not a hung one.
+
+    `graph`: 0, or the number of sequences of a step that is recorded once and replayed: shapes and tensors stay, what
+    they hold changes. All its sequences have equally many new tokens; those that only pad it have nothing before them
+    and lie in the pool's padding block. `host` is set wherever the device is not the host.
     """
 
     query_starts_S1: Tensor
@@ -65,6 +81,8 @@ class AttentionContext:
     states: Mapping[str, Tensor] = field(default_factory=dict)
     scratch: dict[object, Any] = field(default_factory=dict)
     on_layer: Callable[[], None] = lambda: None
+    host: HostLengths | None = None
+    graph: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,12 @@ class AttentionBackend(Protocol):
     """
 
     name: str
+
+    def plan(self, ctx: AttentionContext) -> None:
+        """Called before each forward, and before each replay of a recorded one: what needs the host is done here.
+
+        The step before may still be running: pinned memory is written again only when its copy has been made.
+        """
 
     def write(
         self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None

@@ -93,6 +93,9 @@ class CpuBackend:
         self._isa = isa
         self._writes: dict[Signature, _Call] = {}
 
+    def plan(self, ctx: AttentionContext) -> None:
+        """Nothing is prepared."""
+
     def write(
         self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
     ) -> None:

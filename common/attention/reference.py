@@ -66,6 +66,9 @@ _TOKENS_AT_ONCE = 64  # with selected positions
 class ReferenceBackend:
     name = "reference"
 
+    def plan(self, ctx: AttentionContext) -> None:
+        """Nothing is prepared."""
+
     def write(
         self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
     ) -> None:

@@ -44,7 +44,12 @@ class EngineConfig(_Section):
 
     model: str = Field("", description="folder of a Hugging Face checkpoint")
     served_model_name: str = Field("", description="name in the API; the folder's name when empty")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cpu; cuda is refused by this version")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto is cuda where an NVIDIA driver and a torch for it are found, else cpu"
+    )
+    devices: tuple[int, ...] = Field(
+        (), description="GPUs by number, one for each rank; empty: the first tensor_parallel_size ones"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8_e4m3"] = Field(
         "auto",
@@ -57,10 +62,14 @@ class EngineConfig(_Section):
     )
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, for benchmarks")
     max_model_len: int = Field(0, ge=0, description="tokens; 0 takes the checkpoint's")
-    max_num_seqs: int = Field(64, ge=1, description="sequences in a batch")
-    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens computed in one step")
+    max_num_seqs: int = Field(0, ge=0, description="sequences in a batch; 0 is 64 on the CPU and 512 on a GPU")
+    max_num_batched_tokens: int = Field(
+        0, ge=0, description="tokens computed in one step; 0 is 2048 on the CPU and 8192 on a GPU"
+    )
     max_waiting_seqs: int = Field(1024, ge=1, description="sequences queued before requests are refused")
-    block_size: int = Field(16, ge=16, multiple_of=16, description="tokens in a KV block")
+    block_size: int = Field(
+        0, ge=0, multiple_of=16, description="tokens in a KV block; 0 is 16 on the CPU and 64 on a GPU"
+    )
     kv_cache_memory_bytes: int = Field(0, ge=0, description="KV pool; 0 sizes it from gpu_memory_utilization")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of device memory to use")
     enable_prefix_caching: bool = True
@@ -69,7 +78,17 @@ class EngineConfig(_Section):
         2048, ge=1, description="recurrent layers: tokens of a long prompt between two cached copies of their state"
     )
     tensor_parallel_size: int = Field(1, ge=1)
-    attention_backend: Literal["auto", "reference", "cpu"] = "auto"
+    attention_backend: Literal["auto", "reference", "cpu", "flashinfer", "flashmla", "fixed"] = "auto"
+    enforce_eager: bool = Field(False, description="record no CUDA graphs: slower decode steps, less memory")
+    cuda_graph_sizes: tuple[int, ...] = Field(
+        (), description="batch sizes to record decode steps for; empty: close to each other up to max_num_seqs"
+    )
+    async_scheduling: Literal["auto", "on", "off"] = Field(
+        "auto", description="plan a step while the one before runs; auto: on a GPU, and not on the CPU"
+    )
+    deterministic: bool = Field(
+        False, description="kernels that add in a fixed order: the same tokens in every batch, slower on a GPU"
+    )
     sparse_attention: bool = Field(True, description="false: models that select positions attend to all of them")
     num_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 is all cores")
     lease_ttl_s: float = Field(30.0, gt=0, description="life of published KV after its last extent")

@@ -26,7 +26,7 @@ from common.engine.sampler import Sampler
 from common.engine.scheduler import Scheduler, SchedulerLimits
 from common.engine.selftest import self_test
 from common.engine.sequence import Sequence
-from common.engine.sizing import EngineSizing, check_device, size_engine
+from common.engine.sizing import EngineSizing, resolve_engine, size_engine
 from common.engine.speculative import MadeAhead, Speculator, make_speculator
 from common.engine.supply import Supply, SupplyParts
 from common.errors import ConfigError
@@ -103,10 +103,10 @@ def build_engine(
     Raises ConfigError for a bad checkpoint or setting. `transport` is given in tests that join engines. `media`: where
     image embeddings come from; without it requests with images are refused.
     """
-    engine = config.engine
+    engine = resolve_engine(config.engine)
+    config = config.model_copy(update={"engine": engine})
     if engine.num_threads:
         torch.set_num_threads(engine.num_threads)
-    check_device(engine)
     device = torch.device("cpu")  # the transfer layer and the kernels address the cache
     sizing = size_engine(engine, ModelSpec.from_folder(engine.model, weights=engine.load_format != "dummy"), role)
     spec = sizing.spec

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -21,6 +23,23 @@ from common.types import Role
 
 # CPU memory is shared with everything else, so `gpu_memory_utilization` of what is available is an upper bound.
 CPU_KV_BYTES = 2 << 30
+ANY_GPU_NBYTES = 1 << 40
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True)
+class DeviceDefaults:
+    """What a config that leaves it open gets."""
+
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+DEFAULTS = {
+    "cpu": DeviceDefaults(block_size=16, max_num_seqs=64, max_num_batched_tokens=2048),
+    "cuda": DeviceDefaults(block_size=64, max_num_seqs=512, max_num_batched_tokens=8192),  # latent kernels want 64
+}
 LEASED_TAILS = 8  # tail rows of published prompts outlive their sequences on a prefill worker
 MIN_MODEL_LEN = 3  # a prompt token and two of output, which the self-test takes
 
@@ -36,19 +55,39 @@ class EngineSizing:
     scales: Mapping[str, tuple[KVScales, ...]]  # by region, of an 8-bit cache
 
 
-def check_device(config: EngineConfig) -> None:
-    """The CPU, also for auto where there is a GPU. Raises `ConfigError` for what this version cannot do."""
-    if config.device == "cuda":
-        raise ConfigError("device is cuda; this version computes on the CPU: say cpu or auto", param="device")
-    if config.tensor_parallel_size > 1:
+def resolve_engine(config: EngineConfig) -> EngineConfig:
+    """The config with its device, and what follows from that, filled in. Raises `ConfigError` for what is not possible
+    on this machine; without torch, so an engine may still find that its torch has no CUDA.
+    """
+    has_driver = NVIDIA_DRIVER.exists()
+    if config.device == "cuda" and not has_driver:
+        raise ConfigError("device is cuda; this machine has no NVIDIA driver: say cpu or auto", param="device")
+    device: Literal["cpu", "cuda"] = "cuda" if has_driver and config.device != "cpu" else "cpu"
+    if device == "cpu" and config.tensor_parallel_size > 1:
         raise ConfigError(
             f"tensor_parallel_size is {config.tensor_parallel_size}; one rank is possible on CPU",
             param="tensor_parallel_size",
         )
+    default = DEFAULTS[device]
+    overlap = "on" if device == "cuda" else "off"
+    return config.model_copy(
+        update={
+            "device": device,
+            "block_size": config.block_size or default.block_size,
+            "max_num_seqs": config.max_num_seqs or default.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens or default.max_num_batched_tokens,
+            "async_scheduling": {"auto": overlap}.get(config.async_scheduling, config.async_scheduling),
+        }
+    )
 
 
-def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizing:
-    """The engine of a worker of `role`; its device was checked. `ConfigError` if settings and checkpoint do not fit."""
+def size_engine(config: EngineConfig, spec: ModelSpec, role: Role, budget_nbytes: int = 0) -> EngineSizing:
+    """The engine of a worker of `role`. `ConfigError` if settings and checkpoint do not fit.
+
+    `budget_nbytes`: of the KV pool, where the config leaves it open; 0: what the CPU's memory allows, and on a GPU, of
+    which nothing is known here, no limit.
+    """
+    config = resolve_engine(config)
     if not config.sparse_attention:
         spec = spec.with_dense_attention()
     spec = _with_drafts(config, spec)
@@ -56,8 +95,10 @@ def size_engine(config: EngineConfig, spec: ModelSpec, role: Role) -> EngineSizi
     kv_dtype = {"auto": dtype, "fp8_e4m3": FLOAT8}.get(config.kv_dtype, config.kv_dtype)
     scales = _scales(config, spec) if kv_dtype == FLOAT8 else {}
     max_model_len = _max_model_len(config, spec)
-    budget = config.kv_cache_memory_bytes
-    if not budget:
+    budget = config.kv_cache_memory_bytes or budget_nbytes
+    if not budget and config.device == "cuda":
+        budget = ANY_GPU_NBYTES
+    elif not budget:
         available = psutil.virtual_memory().available
         budget = int(min(CPU_KV_BYTES, config.gpu_memory_utilization * available / 2))
     num_blocks = size_num_blocks(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import httpx
 from rich.markup import escape
 
+from common.engine.sizing import resolve_engine
 from common.errors import NanoDeployError, UnavailableError
 from services.cli.plan import ClusterPlan
 from services.cli.probe import Answer, complete_once, wait_until_ready
@@ -188,7 +189,8 @@ class Launcher:
     async def _prove(self, client: httpx.AsyncClient) -> None:
         """One real completion, long enough that prefill workers and the transfer take part."""
         self._report.start("first token", "waiting for a completion through the whole path")
-        num_tokens = self._plan.config.decode.handoff.min_remote_tokens + 2 * self._plan.config.decode.engine.block_size
+        block_size = resolve_engine(self._plan.config.decode.engine).block_size
+        num_tokens = self._plan.config.decode.handoff.min_remote_tokens + 2 * block_size
         for attempt in range(1, PROOFS + 1):
             answer = await complete_once(client, self._plan.url, self._plan.model, num_tokens, PROOF_TIMEOUT_S)
             try:

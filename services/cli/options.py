@@ -49,7 +49,7 @@ GpuMemoryUtilization = Annotated[float | None, _engine("Share of device memory t
 KvCacheMemoryBytes = Annotated[int | None, _engine("Bytes of the KV pool of each worker.")]
 TensorParallelSize = Annotated[int | None, _engine("Devices that share one model.")]
 Dtype = Annotated[str | None, _engine("auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, _engine("auto or cpu; this version refuses cuda.")]
+Device = Annotated[str | None, _engine("auto, cpu or cuda.")]
 KvDtype = Annotated[
     str | None,
     _engine("Of the KV cache: auto, float32, bfloat16, float16 or fp8_e4m3.", "--kv-dtype", "--kv-cache-dtype"),

@@ -24,7 +24,7 @@ import nanodeploy
 import services
 from common.config.load import load_named
 from common.config.schema import EngineConfig
-from common.engine.sizing import check_device, size_engine
+from common.engine.sizing import resolve_engine, size_engine
 from common.errors import UnavailableError
 from common.models.spec import ModelSpec
 from common.types import Role
@@ -68,7 +68,7 @@ def run_up(request: ClusterRequest, options: UpOptions, detach: bool, console: C
             plan = build_plan(base, request, folder.path, ports, os.environ, named)
         engines = _engines(plan, request)
         for engine, _ in engines:
-            check_device(engine)
+            resolve_engine(engine)
         request = replace(request, model=resolve_model(request.model or base.decode.engine.model, console))
         spec = ModelSpec.from_folder(request.model, weights=False)  # an unknown family is said first
         for engine, role in engines:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import uvloop
 
 from common.config.load import load
+from common.engine.sizing import resolve_engine
 from common.errors import ConfigError, NanoDeployError
 from common.telemetry import configure_logging
 from common.types import Role
@@ -25,6 +26,7 @@ def run_worker(
     try:
         config = load(arguments.config, environ)
         worker = config.prefill if role is Role.PREFILL else config.decode
+        worker = worker.model_copy(update={"engine": resolve_engine(worker.engine)})
         configure_logging(config.log, f"{role.value}_worker")
 
         async def serve() -> None:
