@@ -1,4 +1,4 @@
-"""Operations of layers that have a kernel of their own on CPU, with torch's as the fallback elsewhere.
+"""Operations of layers that have kernels of their own on CPU and on GPUs, with torch's as the fallback.
 
 The CPU kernels add in fixed orders: a row's result is bitwise the same whatever else is in the batch and however
 many threads there are. Which instruction set runs is the library's choice; tests force one by `isa`.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.kernels import cpu
+from common.kernels import cpu, gpu
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # nd::Dtype
 CACHE_DTYPES = DTYPES | {torch.float8_e4m3fn: 3, torch.uint8: 4}
@@ -108,6 +108,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, split: int = 0, isa: cpu.
     `x` is [T, D] or [T, H, D]. `weight` is [D], or [2, D]: the first `split` heads take its first row, the others
     the second.
     """
+    if gpu.enabled(x) and x.stride(-1) == 1:
+        return gpu.norms.rms_norm(x, weight, eps, split)
     lib = cpu.library()
     if lib is None or x.device.type != "cpu" or x.stride(-1) != 1:
         if weight.dim() == 1:
@@ -135,6 +137,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, split: int = 0, isa: cpu.
     return out
 
 
+def add_rms_norm(residual_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Add to the residual stream, in place and rounded to its type, and norm it: `rms_norm` of the sum."""
+    if gpu.enabled(residual_TD) and residual_TD.stride(1) == delta_TD.stride(1) == 1:
+        return gpu.norms.add_rms_norm(residual_TD, delta_TD, weight_D, eps)
+    residual_TD += delta_TD
+    return rms_norm(residual_TD, weight_D, eps)
+
+
+def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """Norm of the last dimension to mean 0 and variance 1: a new contiguous [T, D]."""
+    if gpu.enabled(x_TD) and x_TD.dim() == 2 and x_TD.stride(1) == 1:
+        return gpu.norms.layer_norm(x_TD, weight_D, bias_D, eps)
+    return functional.layer_norm(x_TD, weight_D.shape, weight_D, bias_D, eps)
+
+
 def rope(
     x_THD: Tensor,
     cos_T1D: Tensor,
@@ -155,6 +172,8 @@ def rope(
     x_stride, table_stride = x_THD.stride(), cos_T1D.stride()
     out_stride = (heads * width, width, 1) if out_THD is None else out_THD.stride()
     fits = cos_T1D.shape == sin_T1D.shape == (tokens, 1, width) and table_stride == sin_T1D.stride()
+    if gpu.enabled(x_THD) and fits and x_stride[2] == out_stride[2] == table_stride[2] == 1:
+        return gpu.rope.rope(x_THD, cos_T1D, sin_T1D, interleaved, out_THD)
     if lib is None or not fits or x_THD.device.type != "cpu" or x_stride[2] != 1 or out_stride[2] != 1:
         low, high = (x_THD[..., 0::2], x_THD[..., 1::2]) if interleaved else x_THD.chunk(2, dim=-1)
         straight, exchanged = torch.cat((low, high), dim=-1), torch.cat((high, low), dim=-1)
@@ -188,6 +207,8 @@ def silu_mul(gate_up_TI: Tensor, limit: float = 0.0, *, isa: cpu.Isa = cpu.Isa.B
 
     With a `limit` above 0 the gate is cut off above it, and up beyond plus and minus it, before anything else.
     """
+    if gpu.enabled(gate_up_TI) and gate_up_TI.stride(1) == 1:
+        return gpu.pointwise.silu_mul(gate_up_TI, limit)
     lib = cpu.library()
     if lib is None or gate_up_TI.device.type != "cpu" or gate_up_TI.stride(1) != 1:
         gate, up = gate_up_TI.chunk(2, dim=-1)
@@ -204,6 +225,8 @@ def silu_mul(gate_up_TI: Tensor, limit: float = 0.0, *, isa: cpu.Isa = cpu.Isa.B
 
 def sigmoid_mul(x_TD: Tensor, gate_TG: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
     """Rows times sigmoid(gate): a new contiguous [T, D] of x's type. The gate is [T, D], or [T, 1] for whole rows."""
+    if gpu.enabled(x_TD) and x_TD.stride(1) == gate_TG.stride(1) == 1:
+        return gpu.pointwise.sigmoid_mul(x_TD, gate_TG)
     lib = cpu.library()
     is_cpu = x_TD.device.type == "cpu" and gate_TG.device.type == "cpu"
     if lib is None or not is_cpu or x_TD.stride(1) != 1 or gate_TG.stride(1) != 1:

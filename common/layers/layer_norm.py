@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor
-from torch.nn import functional
 
+from common.kernels.ops import layer_norm
 from common.layers.base import Build, Init, Layer, Slot
 
 
@@ -22,4 +22,4 @@ class LayerNorm(Layer):
         yield Slot("bias", self.bias, self._width, init=Init.ZEROS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.layer_norm(x, self._width, self.weight, self.bias, self._eps)
+        return layer_norm(x, self.weight, self.bias, self._eps)

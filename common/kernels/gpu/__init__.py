@@ -1,0 +1,43 @@
+"""Kernels of NVIDIA GPUs, written in Triton: one module for each concern, imported when it is first used.
+
+    if gpu.enabled(x):
+        return gpu.norms.rms_norm(x, weight, eps)
+
+A machine without Triton never imports one of them: there `enabled` is false, and plain torch does the work.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:  # what `__getattr__` finds, for the type checker
+    from common.kernels.gpu import norms as norms
+    from common.kernels.gpu import pointwise as pointwise
+    from common.kernels.gpu import rope as rope
+
+
+def enabled(x: Tensor) -> bool:
+    """Do the kernels of this package compute on `x`?"""
+    return x.is_cuda and not unavailable()
+
+
+@functools.cache
+def unavailable() -> str:
+    """Why the kernels cannot run on this machine's GPUs; empty if they can."""
+    return "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def __getattr__(name: str) -> ModuleType:
+    full_name = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(full_name)
+    except ModuleNotFoundError as error:
+        if error.name != full_name:
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
