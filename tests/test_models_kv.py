@@ -192,6 +192,18 @@ def test_memory_given_by_address(llama: ModelSpec) -> None:
         KVPool(layout, bases, torch.device("meta"))
 
 
+def test_off_the_cpu_each_group_has_a_padding_block(llama: ModelSpec) -> None:
+    """One more than the layout counts, of which peers hear nothing."""
+    layout = layout_of(llama)
+    pool = KVPool(layout, None, torch.device("meta"))
+    for group in layout.groups:
+        assert pool.padding_block(group.name) == group.num_blocks
+        assert pool.nbytes(group.name) == group.num_blocks * layout.block_nbytes(group.name)
+    assert pool.region("kv").shape[0] == layout.group("full").num_blocks + 1
+    with pytest.raises(AssertionError, match="on a GPU only"):
+        KVPool(layout, None, CPU).padding_block("full")
+
+
 def test_tails(llama: ModelSpec) -> None:
     pool = KVPool(layout_of(llama), None, CPU)
     rows = torch.randn(2, 64)

@@ -8,7 +8,7 @@ bin=$(mktemp -d)/probe
 extra="-DCUDA -isystem $CUDA/include -L$CUDA/lib64 -L$CUDA/lib -lcudart -Wl,-rpath,$CUDA/lib64"
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
 [ "$HOST" = 1 ] && extra="" && gpus=1
-gcc -O2 -isystem "$LIBUCX/include" "$here/ucx_cuda_probe.c" -o "$bin" -L"$LIBUCX/lib" -lucp -luct -lucs \
+gcc -O2 -isystem "$LIBUCX/include" "$here/ucx_cuda_probe.c" -o "$bin" "$LIBUCX"/lib/libuc{p,t,s,m}.so.0 \
   -Wl,-rpath,"$LIBUCX/lib" $extra || exit 1
 last=$((gpus - 1))
 export UCX_MEM_EVENTS=n UCX_CUDA_IPC_ENABLE_GET_ZCOPY=on UCX_RNDV_THRESH=inf UCX_WARN_UNUSED_ENV_VARS=n

@@ -1,7 +1,13 @@
 """The memory of one rank's KV cache as tensors: one allocation per group, a strided view per region.
 
-The bytes belong to a transport (which registered them for peers, see `Transport.allocate`) or, without one, to
-the pool itself. What lies where is the layout's business; who owns a block, the manager's.
+The bytes belong to a transport (see `Transport.allocate`) or, without one, to the pool itself; on a GPU they are always
+the pool's, and the transport registers them (`Transport.register`). What lies where is the layout's business; who owns
+a block, the manager's.
+
+On a GPU each group has one block more than the layout counts: the padding block. It belongs to nobody, no peer may read
+it, and what only fills up a step of fixed size writes there.
+
+    block 0 | ... | block num_blocks - 1 | padding block | GUARD_NBYTES for the transport
 """
 
 from __future__ import annotations
@@ -15,6 +21,8 @@ from torch import Tensor
 from common.kvcache.layout import ALIGN, TAIL_GROUP, KVLayout, RegionSpec
 from common.kvcache.scales import KVScales, scales_hash
 from common.kvcache.tables import BlockCopy
+
+GUARD_NBYTES = 4096
 
 
 class KVPool:
@@ -35,11 +43,12 @@ class KVPool:
         for region in layout.regions:
             found = scales_hash(self._scales[region.name]) if region.name in self._scales else b""
             assert found == region.scales_hash, f"region {region.name}: scales that its declaration does not have"
+        self._num_padding = 0 if device.type == "cpu" else 1
         self._memory: dict[str, Tensor] = {}
         for group in layout.groups:
-            size = self.nbytes(group.name)
+            size = layout.block_nbytes(group.name) * (group.num_blocks + self._num_padding)
             if addresses is None:
-                self._memory[group.name] = torch.zeros(size, dtype=torch.uint8, device=device)
+                self._memory[group.name] = _allocate(size, device)
             else:
                 self._memory[group.name] = _wrap(addresses[group.name], size, device)
             assert self._memory[group.name].data_ptr() % ALIGN == 0, "KV memory is not aligned"
@@ -48,21 +57,34 @@ class KVPool:
         self._tail_BD = self._regions[tails[0].name].flatten(1) if tails else None
 
     def nbytes(self, group: str) -> int:
-        """Bytes of all blocks of a group."""
+        """Bytes of all blocks of a group that are handed out: the padding block is not among them."""
         return self.layout.block_nbytes(group) * self.layout.group(group).num_blocks
+
+    def padding_block(self, group: str) -> int:
+        """The block that nobody owns; only on a GPU."""
+        assert self._num_padding, "there is a padding block on a GPU only"
+        return self.layout.group(group).num_blocks
+
+    def guards(self) -> dict[str, int]:
+        """Address of `GUARD_NBYTES` behind each group's blocks; only on a GPU."""
+        assert self._num_padding, "there are guards on a GPU only"
+        return {name: memory.data_ptr() + memory.numel() for name, memory in self._memory.items()}
 
     def bases(self) -> dict[str, int]:
         """Address of block 0 of each group."""
         return {name: memory.data_ptr() for name, memory in self._memory.items()}
 
     def region(self, name: str) -> Tensor:
-        """[num_blocks, num_layers, num_parts, units, block_size, width], strided over the pool. KeyError."""
+        """[num_blocks, num_layers, num_parts, units, block_size, width], strided over the pool. KeyError.
+
+        On a GPU with one more, the padding block.
+        """
         return self._regions[name]
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Make these copies, whole blocks with all regions, in this order."""
         for group, source, target in copies:
-            rows = self._memory[group].view(self.layout.group(group).num_blocks, -1)
+            rows = self._memory[group].view(-1, self.layout.block_nbytes(group))
             if source < 0:
                 rows[target].zero_()
             else:
@@ -100,7 +122,7 @@ class KVPool:
             item,
         )
         shape = (
-            group.num_blocks,
+            group.num_blocks + self._num_padding,
             region.num_layers,
             region.num_parts,
             place.local_units,
@@ -108,6 +130,13 @@ class KVPool:
             region.width,
         )
         return typed.as_strided(shape, [s // item for s in strides], place.offset // item)
+
+
+def _allocate(nbytes: int, device: torch.device) -> Tensor:
+    """Zeros. On a GPU with a guard behind them, in memory that other processes can map: by cudaMalloc."""
+    if device.type != "cuda":
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    return torch.zeros(nbytes + GUARD_NBYTES, dtype=torch.uint8, device=device)[:nbytes]
 
 
 def _wrap(address: int, nbytes: int, device: torch.device) -> Tensor:
