@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from common.layers.base import Build, TensorParallel
 from common.layers.linear import ColumnLinear, RowLinear
 from common.layers.mlp import SwiGLU
+from common.layers.residual import ResidualStream
 from common.layers.rms_norm import QKNorm, RMSNorm
 from common.layers.rope import Rope, apply_rope, rope_table
 from common.layers.rope_spec import RopeSpec
@@ -114,3 +115,23 @@ def test_slices_of_all_ranks_make_the_whole() -> None:
             rows.append(whole.narrow(row.dim, row.start, row.target.shape[row.dim]))
         assert torch.equal(torch.cat(columns), whole[:16])
         assert torch.equal(torch.cat(rows, 1), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_stream_adds_late_and_gives_the_bits_of_adding_at_once(dtype: torch.dtype) -> None:
+    norm = RMSNorm(Build(dtype, CPU), 24, 1e-6)
+    norm.weight.normal_()
+    rows, *deltas = torch.randn(5, 7, 24).to(dtype).unbind()
+    wanted = rows.clone()
+    stream = ResidualStream(rows)
+    assert torch.equal(stream.normed(norm), norm(wanted))
+    for delta in deltas[:2]:
+        stream.add(delta)
+        wanted += delta
+        assert torch.equal(stream.normed(norm), norm(wanted))
+        assert torch.equal(stream.normed(norm), norm(wanted))
+    for delta in deltas[2:]:
+        stream.add(delta)
+        wanted += delta
+    assert stream.rows is rows
+    assert torch.equal(rows, wanted)

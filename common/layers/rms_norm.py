@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from common.kernels.ops import rms_norm
+from common.kernels.ops import add_rms_norm, rms_norm
 from common.layers.base import Build, Init, Layer, Slot
 
 
@@ -30,6 +30,10 @@ class RMSNorm(Layer):
 
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self._eps)
+
+    def of_sum(self, residual_TD: Tensor, delta_TD: Tensor) -> Tensor:
+        """The norm of both together; `residual_TD` takes the sum."""
+        return add_rms_norm(residual_TD, delta_TD, self.weight, self._eps)
 
 
 class QKNorm(Layer):

@@ -15,6 +15,7 @@ from torch import Tensor
 from common.attention.context import AttentionContext, GroupTables
 from common.kvcache.layout import KVPlace
 from common.kvcache.scales import KVScales
+from common.layers.residual import ResidualStream
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, signed sin) rows of the tokens, each [T, 1, D], as `common.layers.rope` makes them."""
@@ -40,9 +41,10 @@ class StepMedia:
         if len(self.rows_N):
             hidden_TD.index_copy_(0, self.rows_N, self._part(hidden_TD, 0))
 
-    def add_features(self, hidden_TD: Tensor, layer_idx: int) -> None:
+    def add_features(self, stream: ResidualStream, layer_idx: int) -> None:
         """Add the features that layer `layer_idx` is followed by, if there are any."""
-        if (layer_idx + 1) * hidden_TD.shape[1] < self.embeds_NW.shape[1]:
+        if (layer_idx + 1) * stream.width < self.embeds_NW.shape[1]:
+            hidden_TD = stream.rows
             hidden_TD.index_add_(0, self.rows_N, self._part(hidden_TD, layer_idx + 1))
 
     def _part(self, hidden_TD: Tensor, index: int) -> Tensor:

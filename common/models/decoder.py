@@ -18,6 +18,7 @@ from torch import Tensor
 from common.attention.context import AttentionContext
 from common.layers.base import Build, Layer, Slot
 from common.layers.embedding import Embedding, Head
+from common.layers.residual import ResidualStream
 from common.layers.rms_norm import RMSNorm
 from common.layers.rope import Rope
 from common.layers.step import MAIN_ROPE, Rotation, Step, StepMedia
@@ -26,8 +27,8 @@ from common.models.spec import ModelSpec
 
 
 class DecoderLayer(Protocol):
-    def __call__(self, hidden_TD: Tensor, step: Step, /) -> None:
-        """Add this layer's output to `hidden_TD` in place."""
+    def __call__(self, stream: ResidualStream, step: Step, /) -> None:
+        """Add what this layer's blocks give to the stream."""
 
 
 class DecoderBody(Layer):
@@ -117,11 +118,11 @@ class DecoderModel(Layer, ABC):
             if media.rope_positions_3T is not None:
                 rope_positions = media.rope_positions_3T
         step = Step(input_ids_T, positions_T, ctx, self.rotations(rope_positions), media)
-        hidden = self.enter(embeds_TD)
+        stream = ResidualStream(self.enter(embeds_TD))
         for layer in self.model.layers:
             ctx.on_layer()
-            layer(hidden, step)
-        return self.leave(hidden)
+            layer(stream, step)
+        return self.leave(stream.rows)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Final norm and head over rows of `forward`: float32 [R, vocab]."""

@@ -7,12 +7,11 @@ best, experts within the groups left; weights are divided by their sum and scale
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from common.layers.base import Build, Layer
 from common.layers.mla import MLA
 from common.layers.mlp import SwiGLU
 from common.layers.moe import MoE
+from common.layers.residual import ResidualStream
 from common.layers.rms_norm import RMSNorm
 from common.layers.step import Step
 from common.models.cache_spec import LATENT_REGION
@@ -40,9 +39,9 @@ class DeepseekV3Layer(Layer):
         place = spec.cache.places(layer_idx)[LATENT_REGION]
         return MLA(build, spec.hidden_size, spec.num_heads, spec.mla, place)
 
-    def __call__(self, hidden_TD: Tensor, step: Step) -> None:
-        hidden_TD += self.self_attn(self.input_layernorm(hidden_TD), step)
-        hidden_TD += self.mlp(self.post_attention_layernorm(hidden_TD))
+    def __call__(self, stream: ResidualStream, step: Step) -> None:
+        stream.add(self.self_attn(stream.normed(self.input_layernorm), step))
+        stream.add(self.mlp(stream.normed(self.post_attention_layernorm)))
 
 
 class DeepseekV3ForCausalLM(DecoderModel):

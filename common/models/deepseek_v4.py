@@ -24,6 +24,7 @@ from common.layers.entries import COMPRESS_ROPE, HEAVY_ROPE, SPARSE_ROPE
 from common.layers.hyper_connection import HyperConnection, HyperHead
 from common.layers.mlp import SwiGLUNames
 from common.layers.moe import MoE, MoENames
+from common.layers.residual import ResidualStream
 from common.layers.rms_norm import RMSNorm
 from common.layers.rope import Rope
 from common.layers.step import MAIN_ROPE, Rotation, Step
@@ -52,7 +53,8 @@ class DeepseekV4Layer(Layer):
         hash_vocab = spec.vocab_size if layer_idx < spec.moe.num_hash_layers else 0
         self.ffn = MoE(build, size, spec.moe, _NAMES, hash_vocab=hash_vocab)
 
-    def __call__(self, streams_TSD: Tensor, step: Step) -> None:
+    def __call__(self, stream: ResidualStream, step: Step) -> None:
+        streams_TSD = stream.rows
         x_TD, post_TS, comb_TSS = self.hc_attn.collapse(streams_TSD)
         self.hc_attn.expand(streams_TSD, self.attn(self.attn_norm(x_TD), step), post_TS, comb_TSS)
         x_TD, post_TS, comb_TSS = self.hc_ffn.collapse(streams_TSD)

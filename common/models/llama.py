@@ -12,6 +12,7 @@ from torch import Tensor
 from common.layers.attention import Attention, AttentionShape
 from common.layers.base import Build, Layer
 from common.layers.mlp import SwiGLU
+from common.layers.residual import ResidualStream
 from common.layers.rms_norm import RMSNorm
 from common.layers.step import Step
 from common.models.cache_spec import KV_REGION, WINDOW_REGION
@@ -30,9 +31,9 @@ class LlamaLayer(Layer):
             build, spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias
         )
 
-    def __call__(self, hidden_TD: Tensor, step: Step) -> None:
-        hidden_TD += self.self_attn(self.input_layernorm(hidden_TD), step)
-        hidden_TD += self.mlp(self.post_attention_layernorm(hidden_TD))
+    def __call__(self, stream: ResidualStream, step: Step) -> None:
+        stream.add(self.self_attn(stream.normed(self.input_layernorm), step))
+        stream.add(self.mlp(stream.normed(self.post_attention_layernorm)))
 
 
 def make_attention(spec: ModelSpec, build: Build, layer_idx: int, *, qk_norm: bool = False) -> Attention:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.layers.base import Build, Layer, Slot
 from common.layers.linear import ColumnLinear
+from common.layers.residual import ResidualStream
 from common.layers.rms_norm import RMSNorm
 from common.layers.step import Step
 from common.models.spec import ModelSpec
@@ -39,7 +40,7 @@ class DraftBlock(Protocol):
 
     def derive(self) -> None: ...
 
-    def __call__(self, hidden_TD: Tensor, step: Step, /) -> None: ...
+    def __call__(self, stream: ResidualStream, step: Step, /) -> None: ...
 
 
 class DraftLayer(Protocol):
@@ -74,5 +75,6 @@ class MTPLayer(Layer):
     def __call__(self, rows_TD: Tensor, embeds_TD: Tensor, step: Step) -> Tensor:
         """`rows_TD`: after a norm, of the token before each of `embeds_TD`. A new [T, D], after the layer's norm."""
         hidden_TD = self.eh_proj(torch.cat((self.enorm(embeds_TD), self.hnorm(rows_TD)), dim=-1))
-        self._block(hidden_TD, step)
-        return self.shared_head.norm(hidden_TD)
+        stream = ResidualStream(hidden_TD)
+        self._block(stream, step)
+        return stream.normed(self.shared_head.norm)

@@ -18,6 +18,7 @@ from common.layers.gated_delta import GatedDeltaNet
 from common.layers.linear import ColumnLinear
 from common.layers.mlp import SwiGLU
 from common.layers.moe import MoE, MoENames
+from common.layers.residual import ResidualStream
 from common.layers.rms_norm import RMSNorm
 from common.layers.step import Step
 from common.models.cache_spec import KV_REGION
@@ -53,9 +54,9 @@ class Qwen3NextLayer(Layer):
         else:
             self.mlp = SwiGLU(build, hidden_size, spec.intermediate_size)
 
-    def __call__(self, hidden_TD: Tensor, step: Step) -> None:
-        hidden_TD += self._mixer(self.input_layernorm(hidden_TD), step)
-        hidden_TD += self.mlp(self.post_attention_layernorm(hidden_TD))
+    def __call__(self, stream: ResidualStream, step: Step) -> None:
+        stream.add(self._mixer(stream.normed(self.input_layernorm), step))
+        stream.add(self.mlp(stream.normed(self.post_attention_layernorm)))
 
 
 class Qwen3NextMTP(Layer):
@@ -78,8 +79,9 @@ class Qwen3NextMTP(Layer):
     def __call__(self, rows_TD: Tensor, embeds_TD: Tensor, step: Step) -> Tensor:
         """As `common.models.mtp.MTPLayer`'s."""
         hidden_TD = self.fc(torch.cat((self.pre_fc_norm_embedding(embeds_TD), self.pre_fc_norm_hidden(rows_TD)), -1))
-        self.layers[0](hidden_TD, step)
-        return self.norm(hidden_TD)
+        stream = ResidualStream(hidden_TD)
+        self.layers[0](stream, step)
+        return stream.normed(self.norm)
 
 
 class Qwen3NextForCausalLM(DecoderModel):

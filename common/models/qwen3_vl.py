@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from common.layers.base import Build
+from common.layers.residual import ResidualStream
 from common.layers.step import Step
 from common.models.decoder import DecoderModel
 from common.models.llama import LlamaLayer
@@ -25,10 +24,10 @@ class DeepstackLayer(LlamaLayer):
         super().__init__(spec, build, layer_idx)
         self._layer_idx = layer_idx
 
-    def __call__(self, hidden_TD: Tensor, step: Step) -> None:
-        super().__call__(hidden_TD, step)
+    def __call__(self, stream: ResidualStream, step: Step) -> None:
+        super().__call__(stream, step)
         if step.media is not None:
-            step.media.add_features(hidden_TD, self._layer_idx)
+            step.media.add_features(stream, self._layer_idx)
 
 
 class Qwen3VLLayer(DeepstackLayer, Qwen3Layer):
