@@ -1,6 +1,7 @@
 """Operations of mixture-of-experts layers: choose, sort, multiply by groups, add up.
 
 As in `common.kernels.ops`, the CPU kernels give a token the same bits in every batch, and torch is the fallback.
+A GPU's kernels read nothing back to the host: all of a layer can be captured in a graph.
 
 Shape letters: T tokens, E experts, K experts of a token, P = T x K (token, expert) pairs, D and N widths.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.kernels import cpu
+from common.kernels import cpu, gpu
 from common.kernels.ops import DTYPES, linear
 
 Scoring = Literal["softmax", "sigmoid", "sqrt_softplus"]
@@ -42,6 +43,10 @@ def route(
 
     `ids_TK`: the experts are given, and only their weights wanted.
     """
+    if gpu.enabled(logits_TE):
+        return gpu.routing.route(
+            logits_TE, top_k, scoring, bias_E, num_groups, topk_groups, normalized, scale, ids_TK
+        )
     lib = cpu.library()
     if lib is None or logits_TE.device.type != "cpu" or logits_TE.stride(1) != 1:
         return _route(logits_TE, top_k, scoring, bias_E, num_groups, topk_groups, normalized, scale, ids_TK)
@@ -78,6 +83,10 @@ def sort_by_expert(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     """
     flat = ids_TK.reshape(-1)
     pairs = flat.numel()
+    if gpu.enabled(flat):
+        places = torch.empty_like(flat)
+        sort = gpu.routing.tile_map(flat, num_experts, 128, places)
+        return sort.starts_E1.long(), sort.order_P.long(), places
     lib = cpu.library()
     if lib is None or flat.device.type != "cpu":
         order = flat.argsort(dim=0, stable=True)
@@ -103,6 +112,8 @@ def linear_experts(
 
     Experts without rows are not touched.
     """
+    if gpu.enabled(x_PK):
+        return gpu.experts.linear_experts(x_PK, weight_ENK, starts_E1)
     lib = cpu.library()
     experts, n, k = weight_ENK.shape
     fits = x_PK.device.type == "cpu" and x_PK.dtype in DTYPES and weight_ENK.dtype in DTYPES
@@ -133,6 +144,8 @@ def linear_experts(
 
 def combine(y_PD: Tensor, places_TK: Tensor, weights_TK: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
     """Of each token the sum of weights[t, k] * y[places[t, k]] in the order of k, in fp32: [T, D] of y's type."""
+    if gpu.enabled(y_PD):
+        return gpu.experts.combine(y_PD, places_TK, weights_TK)
     lib = cpu.library()
     tokens, top_k = weights_TK.shape
     if lib is None or y_PD.device.type != "cpu" or y_PD.stride(1) != 1 or y_PD.dtype not in DTYPES:
@@ -155,6 +168,27 @@ def combine(y_PD: Tensor, places_TK: Tensor, weights_TK: Tensor, *, isa: cpu.Isa
     )
     lib.nd_combine(isa, torch.get_num_threads(), call)
     return out
+
+
+def fuses_experts(x_TD: Tensor) -> bool:
+    """Is there a kernel for `swiglu_moe`?"""
+    return gpu.enabled(x_TD)
+
+
+def swiglu_moe(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_ELD: Tensor,
+    down_EDI: Tensor,
+    limit: float = 0.0,
+    added_TD: Tensor | None = None,
+) -> Tensor:
+    """Sort, both products of SwiGLU experts and `combine` in one, plus `added_TD`: a new [T, D] of x's type.
+
+    Rows are gathered where they are multiplied. `limit`: see `common.kernels.ops.silu_mul`.
+    """
+    return gpu.experts.swiglu_moe(x_TD, ids_TK, weights_TK, gate_up_ELD, down_EDI, limit, added_TD)
 
 
 def _route(

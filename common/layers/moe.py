@@ -25,7 +25,7 @@ from common.layers.base import Build, Init, Layer, Slot
 from common.layers.mlp import SWIGLU_NAMES, SwiGLU, SwiGLUNames
 from common.layers.moe_spec import MoESpec
 from common.moe.dispatch import LocalDispatcher
-from common.moe.experts import swiglu_experts
+from common.moe.experts import run_experts
 from common.moe.routing import RoutingRule, choose, weigh
 
 _SEPARATE, _FUSED, _TURNED = "one tensor per expert", "fused", "fused and transposed"
@@ -123,10 +123,10 @@ class Experts(Layer):
         yield Slot("gate_up_proj", up_EID, wide, wide_dim, self._width + self._first, form=form)
         yield Slot("down_proj", down_EDI, tall, tall_dim, self._first, form=form)
 
-    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        sent = self._dispatcher.dispatch(x_TD, ids_TK, weights_TK)
-        y_PD = swiglu_experts(sent.rows_PD, sent.starts_E1, self.gate_up_ELD, self.down_EDI, self._limit)
-        return self._dispatcher.combine(y_PD, sent)
+    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, added_TD: Tensor | None) -> Tensor:
+        """A new [T, D], with `added_TD` in the sum."""
+        weights = self.gate_up_ELD, self.down_EDI, self._limit
+        return run_experts(self._dispatcher, x_TD, ids_TK, weights_TK, *weights, added_TD)
 
 
 class MoE(Layer):
@@ -161,10 +161,9 @@ class MoE(Layer):
 
     def __call__(self, x_TD: Tensor, input_ids_T: Tensor | None = None) -> Tensor:
         """A new [T, D]. `input_ids_T` int64 is read by a hash layer only."""
-        out_TD = self.experts(x_TD, *self.gate(x_TD, input_ids_T))
+        shared_TD: Tensor | None = None
         if self._shared is not None:
             shared_TD = self._shared(x_TD)
             if self._shared_gate_1D is not None:
                 shared_TD = sigmoid_mul(shared_TD, linear(x_TD, self._shared_gate_1D, out_dtype=torch.float32))
-            out_TD += shared_TD
-        return self._tp.reduce(out_TD)
+        return self._tp.reduce(self.experts(x_TD, *self.gate(x_TD, input_ids_T), shared_TD))

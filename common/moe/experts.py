@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from common.kernels.moe_ops import linear_experts
+from common.kernels.moe_ops import fuses_experts, linear_experts, swiglu_moe
 from common.kernels.ops import silu_mul
+from common.moe.dispatch import LocalDispatcher
 
 
 def swiglu_experts(
@@ -17,3 +18,24 @@ def swiglu_experts(
     """
     inner_PI = silu_mul(linear_experts(rows_PD, gate_up_ELD, starts_E1), limit)
     return linear_experts(inner_PI, down_EDI, starts_E1)
+
+
+def run_experts(
+    dispatcher: LocalDispatcher,
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_ELD: Tensor,
+    down_EDI: Tensor,
+    limit: float = 0.0,
+    added_TD: Tensor | None = None,
+) -> Tensor:
+    """Of each token the weighted sum of its experts' results, plus `added_TD`: a new [T, D].
+
+    Where a kernel does it all and no token has to move, none is copied.
+    """
+    if fuses_experts(x_TD):
+        return swiglu_moe(x_TD, ids_TK, weights_TK, gate_up_ELD, down_EDI, limit, added_TD)
+    sent = dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+    out_TD = dispatcher.combine(swiglu_experts(sent.rows_PD, sent.starts_E1, gate_up_ELD, down_EDI, limit), sent)
+    return out_TD if added_TD is None else out_TD.add_(added_TD)
