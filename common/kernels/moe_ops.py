@@ -44,9 +44,7 @@ def route(
     `ids_TK`: the experts are given, and only their weights wanted.
     """
     if gpu.enabled(logits_TE):
-        return gpu.routing.route(
-            logits_TE, top_k, scoring, bias_E, num_groups, topk_groups, normalized, scale, ids_TK
-        )
+        return gpu.routing.route(logits_TE, top_k, scoring, bias_E, num_groups, topk_groups, normalized, scale, ids_TK)
     lib = cpu.library()
     if lib is None or logits_TE.device.type != "cpu" or logits_TE.stride(1) != 1:
         return _route(logits_TE, top_k, scoring, bias_E, num_groups, topk_groups, normalized, scale, ids_TK)

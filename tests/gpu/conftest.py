@@ -21,7 +21,22 @@ def kernel_device() -> torch.device:
     """Where a Triton kernel runs: the CPU under Triton's interpreter, else a GPU; skips without either."""
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
+        _let_numbers_be_bounds()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU, or TRITON_INTERPRET=1")
     return torch.device("cuda")
+
+
+def _let_numbers_be_bounds() -> None:
+    """The interpreter keeps a number as an array of one element, which newer numpy does not take for an index."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+    if patch.__module__ == interpreter.__name__:
+
+        def patched(tensor: type, scope: interpreter._LangPatchScope) -> None:
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        interpreter._patch_lang_tensor = patched

@@ -159,7 +159,7 @@ def combine(
     added_TD: Tensor | None = None,
     out_TD: Tensor | None = None,
 ) -> Tensor:
-    """Of each token the sum of weights[t, k] * y[places[t, k]] in the order of k, in fp32, plus `added_TD`, rounded once.
+    """Of each token the sum of weights[t, k] * y[places[t, k]] in the order of k, plus `added_TD`: rounded once.
 
     Without `places_P` row p of `y_PD` is pair p.
     """
@@ -167,7 +167,8 @@ def combine(
     width = y_PD.shape[1]
     if out_TD is None:
         out_TD = y_PD.new_empty(tokens, width)
-    assert y_PD.stride(1) == out_TD.stride(1) == 1 and weights_TK.is_contiguous()
+    assert y_PD.stride(1) == out_TD.stride(1) == weights_TK.stride(1) == 1
+    assert weights_TK.stride(0) == top_k
     if tokens:
         block = min(triton.next_power_of_2(width), 256 if tokens < 64 else 1024)
         _combine[(tokens, triton.cdiv(width, block))](

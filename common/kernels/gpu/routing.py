@@ -200,7 +200,9 @@ def _route(
 
 
 @triton.jit
-def _lay_out(counts_E, e, starts_ptr, expert_ptr, first_ptr, end_ptr, experts, tiles, ROWS: tl.constexpr, EP: tl.constexpr):
+def _lay_out(
+    counts_E, e, starts_ptr, expert_ptr, first_ptr, end_ptr, experts, tiles, ROWS: tl.constexpr, EP: tl.constexpr
+):
     """Expert e's first row, its entry of `starts`, and its tiles; program `experts` says which tiles there are not."""
     e_E = tl.arange(0, EP)
     first = tl.sum(tl.where(e_E < e, counts_E, 0), 0)
@@ -302,7 +304,7 @@ def _sum_chunks(
 def _place_chunks(
     ids_ptr, bases_ptr, order_ptr, places_ptr, pairs, experts, HAS_PLACES: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """A pair's row: its expert's first one in the chunk, and how many pairs before it in the chunk are of that expert."""
+    """A pair's row: its expert's first one in the chunk, and how many pairs of that expert the chunk has before it."""
     c = tl.program_id(0)
     i_C = tl.arange(0, CHUNK)
     i = c * CHUNK + i_C
