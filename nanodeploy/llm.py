@@ -264,7 +264,8 @@ class _Run:
         finally:
             if self._by_slot:
                 self._engine.handle(Cancel(tuple(self._by_slot)))
-                self._engine.drain()
+            self._engine.settle()
+            self._engine.drain()
             for handle in self._handles:
                 self._llm._media.drop(handle)
         return self._outputs

@@ -207,14 +207,14 @@ def test_off_the_cpu_each_group_has_a_padding_block(llama: ModelSpec) -> None:
 def test_tails(llama: ModelSpec) -> None:
     pool = KVPool(layout_of(llama), None, CPU)
     rows = torch.randn(2, 64)
-    pool.write_tail([2, 0], rows)
-    assert torch.equal(pool.read_tail([0, 2, 0]), rows[[1, 0, 1]])
-    assert not pool.read_tail([1]).any()
-    got = pool.read_tail([2])
+    pool.write_tail(torch.tensor([2, 0]), rows)
+    assert torch.equal(pool.read_tail(torch.tensor([0, 2, 0])), rows[[1, 0, 1]])
+    assert not pool.read_tail(torch.tensor([1])).any()
+    got = pool.read_tail(torch.tensor([2]))
     got.zero_()
-    assert torch.equal(pool.read_tail([2])[0], rows[0])
-    pool.write_tail([1], rows[:1].bfloat16())
-    assert torch.equal(pool.read_tail([1]), rows[:1].bfloat16().float())
+    assert torch.equal(pool.read_tail(torch.tensor([2]))[0], rows[0])
+    pool.write_tail(torch.tensor([1]), rows[:1].bfloat16())
+    assert torch.equal(pool.read_tail(torch.tensor([1])), rows[:1].bfloat16().float())
 
 
 def test_whole_blocks_are_copied_in_order() -> None:

@@ -34,7 +34,8 @@ class BatchRow:
     """Compute `token_ids` from position `start`. `tables`: block ids by group, at least up to the last position.
 
     `samples`: draws from the last rows, one for each: from the last row alone, or also from those of drafts.
-    `states`: by snapshot group of the model, the block with the sequence's state.
+    `states`: by snapshot group of the model, the block with the sequence's state. `pending`: the last token is the
+    one that this draw of the step before gives; what `token_ids` has there is not looked at.
     """
 
     token_ids: Sequence[int]
@@ -48,6 +49,7 @@ class BatchRow:
     media: Sequence[MediaRows] = ()  # images among the new tokens
     rope_positions_3T: NDArray[np.int64] | None = None  # of the new tokens, where they are not their indices
     states: Mapping[str, int] = field(default_factory=dict)
+    pending: int = -1
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Batch:
     """`last_rows[i]`: index in T of row i's last token, -1 for rows without new tokens.
 
     `input_ids_T` is 0 for the tokens that images stand for. `media`: None where no image is in the step or before.
-    `states_S`: blocks by group.
+    `states_S`: blocks by group. `pending_T`: draws of the step before that give tokens, -1 for those that are known;
+    None where all are.
     """
 
     rows: Sequence[BatchRow]
@@ -89,6 +92,7 @@ class Batch:
     last_rows: Sequence[int] = field(default_factory=list)
     media: BatchMedia | None = None
     states_S: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    pending_T: NDArray[np.int64] | None = None
 
 
 def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]]) -> Batch:
@@ -133,7 +137,17 @@ def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]])
         last_rows=last_rows,
         media=media,
         states_S={name: np.fromiter((r.states[name] for r in active), np.int64, len(active)) for name in states},
+        pending_T=_pending(active, query_starts),
     )
+
+
+def _pending(active: Sequence[BatchRow], query_starts_S1: NDArray[np.int32]) -> NDArray[np.int64] | None:
+    draws = np.fromiter((r.pending for r in active), np.int64, len(active))
+    if not len(draws) or draws.max() < 0:
+        return None
+    out = np.full(query_starts_S1[-1], -1, np.int64)
+    out[query_starts_S1[1:] - 1] = draws
+    return out
 
 
 def _media(

@@ -130,7 +130,7 @@ def build_engine(
     if spec.has_drafts:
         groups = {FULL_GROUP: (layout.group(FULL_GROUP).block_size, 0)}
         draft_runner = DraftRunner(
-            model, pool, backend, sampler, spec.hidden_size, groups, lambda: runner.on_progress()
+            model, pool, backend, sampler, runner.inputs, spec.hidden_size, groups, lambda: runner.on_progress()
         )
     limits = ModelLimits(
         model_hash=spec.model_hash,
@@ -176,7 +176,7 @@ def assemble(
     outbox = Outbox()
     cache = KVCacheManager(layout, clock, enable_prefix_caching=engine.enable_prefix_caching)
     scheduler_limits = SchedulerLimits(
-        engine.max_num_seqs, engine.max_num_batched_tokens, engine.state_snapshot_interval
+        engine.max_num_seqs, engine.max_num_batched_tokens, engine.state_snapshot_interval, limits.max_model_len
     )
     scheduler = Scheduler(cache, scheduler_limits, clock)
     requests = Requests(limits, scheduler, media, outbox, clock)
@@ -211,6 +211,7 @@ def assemble(
         speculator=speculator,
         drafting=drafter.drafting(cache, layout),
         check_ledger=engine.check_ledger,
+        overlap=engine.async_scheduling == "on",
     )
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from common.attention.context import AttentionBackend, AttentionContext, GroupTables
+from common.attention.context import AttentionBackend, AttentionContext
 from common.engine.batch import Batch, BatchRow, build_batch
 from common.engine.drafting import FIRST, DraftRow, DraftWork, Held, KeptRow
+from common.engine.inputs import Inputs, arrays_of, context_of
 from common.engine.sampler import Sampler
 from common.kvcache.pool import KVPool
 from common.models.cache_spec import DRAFT_ROWS_REGION
@@ -40,6 +42,7 @@ class DraftRunner:
         pool: KVPool,
         backend: AttentionBackend,
         sampler: Sampler,
+        inputs: Inputs,
         hidden_size: int,
         groups: Mapping[str, tuple[int, int]],
         on_progress: Callable[[], None],
@@ -48,6 +51,7 @@ class DraftRunner:
         self._pool = pool
         self._backend = backend
         self._sampler = sampler
+        self._inputs = inputs
         self._groups = groups
         self._hidden_size = hidden_size
         rows = pool.region(DRAFT_ROWS_REGION)[:, 0, 0, 0]
@@ -72,7 +76,7 @@ class DraftRunner:
         rows_ND = self._pass(rows_ND, batch)
         drafts: list[list[int]] = [[] for _ in rows]
         going = [i for i, r in enumerate(rows) if r.num_drafts]
-        rows_RD = rows_ND[torch.tensor([batch.last_rows[i] for i in going])] if going else rows_ND[:0]
+        rows_RD = rows_ND.index_select(0, self._index([batch.last_rows[i] for i in going])) if going else rows_ND[:0]
         while going:
             drawn = self._draw(rows_RD, rows, going, drafts)
             for i, token_id in zip(going, drawn, strict=True):
@@ -81,7 +85,7 @@ class DraftRunner:
             on = [r for r, i in enumerate(going) if drawn[r] >= 0 and len(drafts[i]) < rows[i].num_drafts]
             if not on:
                 break
-            rows_RD, going = rows_RD[torch.tensor(on)], [going[r] for r in on]
+            rows_RD, going = rows_RD.index_select(0, self._index(on)), [going[r] for r in on]
             last = [drafts[i][-1:] for i in going]
             starts = [rows[i].start + len(rows[i].token_ids) + len(drafts[i]) - 1 for i in going]
             rows_RD = self._pass(rows_RD, self._batch([rows[i] for i in going], last, starts))
@@ -97,28 +101,10 @@ class DraftRunner:
         return token_ids
 
     def _pass(self, rows_ND: Tensor, batch: Batch) -> Tensor:
-        dev = rows_ND.device
-        ctx = AttentionContext(
-            query_starts_S1=torch.from_numpy(batch.query_starts_S1).to(dev),
-            seq_lens_S=torch.from_numpy(batch.seq_lens_S).to(dev),
-            max_query_len=batch.max_query_len,
-            max_seq_len=batch.max_seq_len,
-            groups={
-                name: GroupTables(
-                    torch.from_numpy(g.tables_SB).to(dev),
-                    torch.from_numpy(g.slots_T).to(dev),
-                    g.block_size,
-                    g.window,
-                    FIRST,
-                )
-                for name, g in batch.groups.items()
-            },
-            kv=self._pool,
-            backend=self._backend,
-            on_layer=self._on_progress,
-        )
-        input_ids = torch.from_numpy(batch.input_ids_T).to(dev)
-        return self._model.draft(rows_ND, input_ids, torch.from_numpy(batch.positions_T).to(dev), ctx)
+        tensors = self._inputs.put(arrays_of(batch))
+        ctx = context_of(batch, tensors, self._pool, self._backend, self._on_progress, FIRST)
+        self._backend.plan(ctx)
+        return self._model.draft(rows_ND, tensors["input_ids"], tensors["positions"], ctx)
 
     def _batch(self, rows: Sequence[DraftRow], token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Batch:
         vocab_size = self._sampler.vocab_size
@@ -134,7 +120,7 @@ class DraftRunner:
         """The hidden rows before all tokens of `rows`: [N, D]."""
         if hidden_TD is not None and all(r.before is None for r in rows):
             index = [i for r in rows for i in range(r.row, r.row + len(r.token_ids))]
-            return hidden_TD.index_select(0, torch.tensor(index, device=hidden_TD.device))
+            return hidden_TD.index_select(0, self._index(index))
         parts: list[Tensor] = []
         for r in rows:
             others = len(r.token_ids)
@@ -151,14 +137,16 @@ class DraftRunner:
             return [self._kept_BUD[before.block_id, before.unit, : self._hidden_size].unsqueeze(0)]
         if isinstance(before, Held):
             return [part for part in before.parts if isinstance(part, Tensor)]
-        return [] if before is None else [self._pool.read_tail([before])]
+        return [] if before is None else [self._pool.read_tail(self._index([before]))]
 
     def _keep(self, hidden_TD: Tensor | None, kept: Sequence[tuple[int, KeptRow]]) -> None:
         if not kept:
             return
         assert hidden_TD is not None
-        dev = hidden_TD.device
-        rows_RD = hidden_TD.index_select(0, torch.tensor([row for row, _ in kept], device=dev))
-        block_ids = torch.tensor([place.block_id for _, place in kept], device=dev)
-        units = torch.tensor([place.unit for _, place in kept], device=dev)
+        rows_RD = hidden_TD.index_select(0, self._index([row for row, _ in kept]))
+        block_ids = self._index([place.block_id for _, place in kept])
+        units = self._index([place.unit for _, place in kept])
         self._kept_BUD[block_ids, units, : self._hidden_size] = rows_RD.to(self._kept_BUD.dtype)
+
+    def _index(self, numbers: Sequence[int]) -> Tensor:
+        return self._inputs.put({"index": np.array(numbers, np.int64)})["index"]

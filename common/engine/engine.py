@@ -2,8 +2,11 @@
 
     handle(message)* -> step() -> drain() -> ... ; sleep until `next_deadline` or a message when not `has_work`
 
-A step plans, runs, and brings tokens to requests and extents to readers. A step that raises fails the
-requests that were in it; the engine gives up after several in a row.
+A step is planned, launched, and collected: then it brings tokens to requests and extents to readers. Where the device
+works by itself the next step is planned and launched before this one is collected (decision 5), whose tokens are known
+to the device alone until then. What follows from tokens beside the tokens themselves (drafts, penalties, states that go
+back) has the step collected first. A step that raises fails the requests that were in it; the engine gives up after
+several in a row.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ from common.engine.messages import (
 )
 from common.engine.outbox import Outbox
 from common.engine.requests import Requests
-from common.engine.runner import ModelRunner, StepResult
-from common.engine.samples import sample_rows
+from common.engine.runner import ModelRunner, Pending, StepResult
+from common.engine.samples import needs_history, sample_rows
 from common.engine.scheduler import Scheduler, StepItem, StepPlan
 from common.engine.sequence import Phase, Sequence
 from common.engine.speculative import Speculator
@@ -73,6 +76,15 @@ class EngineParts:
     speculator: Speculator | None = None
     drafting: Drafting | None = None
     check_ledger: bool = False
+    overlap: bool = False  # a step is launched before the one before is collected
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step under way."""
+
+    plan: StepPlan
+    pending: Pending
 
 
 class Engine:
@@ -83,6 +95,7 @@ class Engine:
         }
         self._failed_steps = 0
         self._stalled = False
+        self._under_way: _Launched | None = None
         self.steps = 0
 
     # -- messages --
@@ -125,8 +138,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True if a step now would compute something."""
-        return self._p.scheduler.has_work and not self._stalled
+        """True if a step now would compute something, or bring what is computed."""
+        return self._under_way is not None or (self._p.scheduler.has_work and not self._stalled)
 
     @property
     def stalled(self) -> bool:
@@ -147,40 +160,80 @@ class Engine:
         p.media.poll()
         p.requests.expire()
         p.supply.expire()
-        plan = p.scheduler.schedule()
-        if plan.items:
-            self.steps += 1
-            self._run(plan)
+        if self._under_way is not None and not self._may_go_ahead(self._under_way.plan):
+            self.settle()
+        plan = p.scheduler.schedule(ahead=self._under_way is not None)
+        if plan.short_of_blocks:
+            self.settle()
+            plan = p.scheduler.schedule()
+        launched = self._launch(plan) if plan.items else None
+        worked = launched is not None or self._under_way is not None
+        self.settle()
+        self._under_way = launched
+        if not p.overlap:
+            self.settle()
         self._stalled = not plan.items and p.scheduler.has_work
         p.meter.report(self.steps, idle=not p.scheduler.has_work)
         if p.check_ledger:
             p.cache.check()
-        return bool(plan.items)
+        return worked
+
+    def _may_go_ahead(self, plan: StepPlan) -> bool:
+        """Can the next step be planned without the tokens of this one?"""
+        p = self._p
+        if p.speculator is not None or p.drafting is not None or p.cache.has_states:
+            return False
+        return not any(item.draws and needs_history(item.seq) for item in plan.items)
 
     def drain(self) -> list[FromEngine]:
         """Messages since the last call."""
         return self._p.outbox.drain(self.steps)
 
-    def _run(self, plan: StepPlan) -> None:
+    def _launch(self, plan: StepPlan) -> _Launched | None:
+        """Start a step; None if that failed."""
+        self.steps += 1
         runner = self._p.runner
         try:
             runner.copy_blocks(self._state_copies(plan))
             pending = runner.forward(build_batch([self._row(i) for i in plan.items], self._groups))
             runner.sample(pending)
-            result = runner.collect(pending)
         except Exception as error:  # noqa: BLE001 - edge of the step: fails what was in it
             self._step_failed(plan, error)
+            return None
+        num_draws = 0
+        for item in plan.items:
+            seq = item.seq
+            seq.steps_under_way += 1
+            seq.num_launched += item.num_new
+            if item.draws:
+                seq.num_pending += 1
+                seq.pending_sample = num_draws
+                num_draws += 1 + len(item.drafts)
+        return _Launched(plan, pending)
+
+    def settle(self) -> None:
+        """Bring what the step under way has computed, if there is one."""
+        if self._under_way is None:
             return
-        moved = self._advance(plan, result)
-        if self._p.drafting is not None:
-            try:
-                self._p.drafting.follow(pending.hidden_TD, moved)
-            except Exception as error:  # noqa: BLE001 - the same edge
-                self._step_failed(plan, error)
-                return
-        self._failed_steps = 0
-        self._p.meter.step(plan)
-        self._deliver(result, moved)
+        p, plan, pending = self._p, self._under_way.plan, self._under_way.pending
+        self._under_way = None
+        for item in plan.items:
+            item.seq.steps_under_way -= 1
+            item.seq.num_launched -= item.num_new
+            item.seq.num_pending -= item.draws
+        try:
+            result = p.runner.collect(pending)
+            moved = self._advance(plan, result)
+            if p.drafting is not None:
+                p.drafting.follow(pending.hidden_TD, moved)
+        except Exception as error:  # noqa: BLE001 - the same edge
+            self._step_failed(plan, error)
+        else:
+            self._failed_steps = 0
+            p.meter.step(plan)
+            self._deliver(result, moved)
+        for item in plan.items:
+            p.scheduler.settle(item.seq)
 
     def _state_copies(self, plan: StepPlan) -> list[BlockCopy]:
         """What gives the states of sequences that start now their first values, and keeps those that may go back."""
@@ -194,31 +247,36 @@ class Engine:
 
     def _row(self, item: StepItem) -> BatchRow:
         seq, cache = item.seq, self._p.cache
-        end = seq.num_computed + item.num_new
-        ends = end == seq.num_tokens
+        end = item.start + item.num_new
+        is_pending = end > seq.num_tokens
         tail = cache.tail_block(seq.seq_id)
         tail_id = -1 if tail is None else tail
         embeds = seq.embeds
-        wants_logprobs = seq.wants_prompt_logprobs and seq.num_computed < seq.num_prompt - 1
+        wants_logprobs = seq.wants_prompt_logprobs and item.start < seq.num_prompt - 1
         return BatchRow(
-            token_ids=seq.token_ids[seq.num_computed : end] + list(item.drafts),
-            start=seq.num_computed,
+            token_ids=seq.token_ids[item.start : end] + [0] * is_pending + list(item.drafts),
+            start=item.start,
             tables={g: cache.block_table(seq.seq_id, g) for g in self._groups},
-            samples=sample_rows(seq, item.drafts) if ends and seq.order is None else (),
-            tail_read=tail_id if seq.tail_ready else -1,
-            tail_write=tail_id if ends and seq.order is not None else -1,
+            samples=sample_rows(seq, item.drafts) if item.draws else (),
+            tail_read=tail_id if seq.tail_ready and not item.num_new else -1,
+            tail_write=tail_id if item.reaches_end and seq.order is not None else -1,
             prompt_logprobs=(seq.sampling.prompt_logprobs or 0) if wants_logprobs else -1,
-            prompt_targets=seq.token_ids[seq.num_computed + 1 : min(end + 1, seq.num_prompt)] if wants_logprobs else (),
-            media=embeds.rows_between(seq.num_computed, end) if embeds else (),
-            rope_positions_3T=embeds.rope_positions(seq.num_computed, end + len(item.drafts)) if embeds else None,
+            prompt_targets=seq.token_ids[item.start + 1 : min(end + 1, seq.num_prompt)] if wants_logprobs else (),
+            media=embeds.rows_between(item.start, end) if embeds else (),
+            rope_positions_3T=embeds.rope_positions(item.start, end + len(item.drafts)) if embeds else None,
             states=cache.state_blocks(seq.seq_id),
+            pending=seq.pending_sample if is_pending else -1,
         )
 
     def _advance(self, plan: StepPlan, result: StepResult) -> list[Moved]:
         """Append the tokens that stand, and make final what was computed of those before the last."""
         p, moved, first_row = self._p, [], 0
         for item, drawn in zip(plan.items, result.drawn, strict=True):
-            seq, start = item.seq, item.seq.num_computed
+            seq, start = item.seq, item.start
+            if seq.phase is not Phase.RUNNING:  # it ended while the step was under way
+                moved.append(Moved(seq, start, first_row, 0, goes_on=False))
+                first_row += item.num_new + len(item.drafts)
+                continue
             num_tokens = p.requests.num_standing(seq, drawn.token_ids, item.drafts)
             seq.token_ids += drawn.token_ids[:num_tokens]
             goes_back = p.cache.has_states and num_tokens <= len(item.drafts) > 0

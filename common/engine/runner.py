@@ -3,7 +3,7 @@
     pending = forward(batch) -> sample(pending) -> collect(pending)
 
 The three are apart so that a device may overlap them with the next step's planning; on CPU they happen
-back to back.
+back to back. A step may read tokens that the step before has drawn and nobody has collected: they stay on the device.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from common.attention.context import AttentionBackend, AttentionContext, GroupTables
+from common.attention.context import AttentionBackend, AttentionContext
 from common.engine.batch import Batch, BatchMedia, SampleRow
+from common.engine.graphs import DecodeGraphs, known_or_drawn
+from common.engine.inputs import HostInputs, Inputs, PinnedInputs, arrays_of, context_of
 from common.engine.logprobs import prompt_logprobs
 from common.engine.sampler import Sampler, SampleResult
 from common.kvcache.manager import BlockCopy
@@ -72,14 +75,25 @@ _NOTHING = Drawn()
 
 
 class ModelRunner:
+    """`max_seqs`: tokens that a step draws at most for steps behind it."""
+
     def __init__(
-        self, model: CausalModel, pool: KVPool, backend: AttentionBackend, sampler: Sampler, device: torch.device
+        self,
+        model: CausalModel,
+        pool: KVPool,
+        backend: AttentionBackend,
+        sampler: Sampler,
+        device: torch.device,
+        max_seqs: int = 1024,
     ) -> None:
         self._model = model
         self._pool = pool
         self._backend = backend
         self._sampler = sampler
         self._device = device
+        self.inputs: Inputs = HostInputs() if device.type == "cpu" else PinnedInputs(device)
+        self.drawn_R = torch.zeros(max_seqs, dtype=torch.int64, device=device)
+        self.graphs: DecodeGraphs | None = None
         self.on_progress: Callable[[], None] = lambda: None
         """Called at each layer of a step: a long step is not a hung one."""
 
@@ -98,7 +112,7 @@ class ModelRunner:
         hidden_TD = self._run_model(batch) if len(batch.input_ids_T) else None
         self._write_tails(batch, hidden_TD)
         rows = [sample for r in batch.rows for sample in r.samples]
-        logits = self._model.logits(self._gather(batch, hidden_TD)) if rows else None
+        logits = self._model.logits(self._gather(batch, hidden_TD, len(rows))) if rows else None
         return Pending(batch, hidden_TD, logits, rows, self._prompt_logprobs(batch, hidden_TD))
 
     @torch.inference_mode()
@@ -106,6 +120,8 @@ class ModelRunner:
         """Draw the next token of each sampled row. `masks`: bool [R, vocab], True is allowed."""
         if pending.logits_RV is not None:
             pending.result = self._sampler.sample(pending.logits_RV, pending.sample_rows, masks)
+            count = min(len(pending.sample_rows), len(self.drawn_R))
+            self.drawn_R[:count].copy_(pending.result.token_ids_R[:count])
 
     def collect(self, pending: Pending) -> StepResult:
         """Wait for the step and bring its results to the host."""
@@ -123,27 +139,18 @@ class ModelRunner:
         return StepResult(drawn, pending.prompt_logprobs)
 
     def _run_model(self, batch: Batch) -> Tensor:
-        dev = self._device
-        groups = {
-            name: GroupTables(
-                torch.from_numpy(g.tables_SB).to(dev), torch.from_numpy(g.slots_T).to(dev), g.block_size, g.window
-            )
-            for name, g in batch.groups.items()
-        }
-        ctx = AttentionContext(
-            query_starts_S1=torch.from_numpy(batch.query_starts_S1).to(dev),
-            seq_lens_S=torch.from_numpy(batch.seq_lens_S).to(dev),
-            max_query_len=batch.max_query_len,
-            max_seq_len=batch.max_seq_len,
-            groups=groups,
-            kv=self._pool,
-            backend=self._backend,
-            on_layer=self.on_progress,
-            states={name: torch.from_numpy(ids).to(dev) for name, ids in batch.states_S.items()},
-        )
-        input_ids = torch.from_numpy(batch.input_ids_T).to(dev)
+        size = self.graphs.size_for(batch) if self.graphs is not None else 0
+        if size:
+            assert self.graphs is not None
+            return self.graphs.replay(batch, size)
+        tensors = self.inputs.put(arrays_of(batch))
+        ctx = context_of(batch, tensors, self._pool, self._backend, self.on_progress)
+        self._backend.plan(ctx)
+        input_ids = tensors["input_ids"]
+        if "pending" in tensors:
+            input_ids = known_or_drawn(input_ids, tensors["pending"], self.drawn_R)
         media = self._media(batch.media) if batch.media is not None else None
-        return self._model.forward(input_ids, torch.from_numpy(batch.positions_T).to(dev), ctx, media)
+        return self._model.forward(input_ids, tensors["positions"], ctx, media)
 
     def _media(self, media: BatchMedia) -> StepMedia:
         dev, turned = self._device, media.rope_positions_3T
@@ -154,29 +161,35 @@ class ModelRunner:
             torch.from_numpy(turned).to(dev) if turned is not None else None,
         )
 
-    def _gather(self, batch: Batch, hidden_TD: Tensor | None) -> Tensor:
+    def _gather(self, batch: Batch, hidden_TD: Tensor | None, num_samples: int) -> Tensor:
         """Hidden rows of all samples, from this step's forward or, one a sequence, from the tail pool."""
+        if hidden_TD is not None and all(len(r.samples) == len(r.token_ids) for r in batch.rows):
+            return hidden_TD
         sampled = [(r, last) for r, last in zip(batch.rows, batch.last_rows, strict=True) if r.samples]
         tails = [r.tail_read for r, _ in sampled if r.tail_read >= 0]
         computed = [i for r, last in sampled if r.tail_read < 0 for i in range(last + 1 - len(r.samples), last + 1)]
         if not tails:
             assert hidden_TD is not None
-            return hidden_TD[torch.tensor(computed, device=self._device)]
-        tail_RD = self._pool.read_tail(tails)
-        out = tail_RD.new_empty(len(tails) + len(computed), tail_RD.shape[1])
-        is_tail = torch.tensor([r.tail_read >= 0 for r, _ in sampled for _ in r.samples], device=self._device)
-        out[is_tail] = tail_RD
+            return hidden_TD.index_select(0, self._index(computed))
+        tail_RD = self._pool.read_tail(self._index(tails))
+        out = tail_RD.new_empty(num_samples, tail_RD.shape[1])
+        is_tail = [r.tail_read >= 0 for r, _ in sampled for _ in r.samples]
+        out.index_copy_(0, self._index([i for i, tail in enumerate(is_tail) if tail]), tail_RD)
         if computed:
             assert hidden_TD is not None
-            out[~is_tail] = hidden_TD[torch.tensor(computed, device=self._device)]
+            rows = hidden_TD.index_select(0, self._index(computed))
+            out.index_copy_(0, self._index([i for i, tail in enumerate(is_tail) if not tail]), rows)
         return out
 
     def _write_tails(self, batch: Batch, hidden_TD: Tensor | None) -> None:
         writers = [i for i, r in enumerate(batch.rows) if r.tail_write >= 0]
         if writers:
             assert hidden_TD is not None
-            rows = hidden_TD[torch.tensor([batch.last_rows[i] for i in writers], device=self._device)]
-            self._pool.write_tail([batch.rows[i].tail_write for i in writers], rows)
+            rows = hidden_TD.index_select(0, self._index([batch.last_rows[i] for i in writers]))
+            self._pool.write_tail(self._index([batch.rows[i].tail_write for i in writers]), rows)
+
+    def _index(self, numbers: Sequence[int]) -> Tensor:
+        return self.inputs.put({"index": np.array(numbers, np.int64)})["index"]
 
     def _prompt_logprobs(self, batch: Batch, hidden_TD: Tensor | None) -> dict[int, list[TokenLogprobs]]:
         out: dict[int, list[TokenLogprobs]] = {}

@@ -10,11 +10,11 @@ from common.engine.sequence import Sequence
 
 def sample_row(seq: Sequence, drafts: Tokens[int] = ()) -> SampleRow:
     """The draw behind the tokens of `seq` and these drafts, as if they were right."""
-    history = _needs_history(seq)
+    history = needs_history(seq)
     return SampleRow(
         seed=(seq.sampling.seed or 0) % 2**64,
         choice=seq.choice,
-        output_index=seq.num_output + len(drafts),
+        output_index=seq.num_output + seq.num_pending + len(drafts),
         params=seq.sampling,
         prompt_ids=seq.token_ids[: seq.num_prompt] if history else (),
         output_ids=[*seq.token_ids[seq.num_prompt :], *drafts] if history else (),
@@ -27,6 +27,7 @@ def sample_rows(seq: Sequence, drafts: Tokens[int]) -> list[SampleRow]:
     return [sample_row(seq, drafts[:i]) for i in range(len(drafts) + 1)]
 
 
-def _needs_history(seq: Sequence) -> bool:
+def needs_history(seq: Sequence) -> bool:
+    """Does its next draw depend on which tokens it has?"""
     params = seq.sampling
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0

@@ -12,13 +12,17 @@ A running sequence that lacks one token only may carry drafts behind it, from wh
 budget and of the free blocks: nobody is preempted for a guess. Where a state cannot be cut back, a copy is kept for the
 step; if a draft was wrong the sequence goes back to it, and its next step computes the tokens that stand again, with
 no drafts.
+
+A step may be planned while another is under way (`schedule(ahead=True)`): nobody is preempted then, since what the
+running step writes must not be another's, and a sequence that ends keeps its blocks until `settle`.
 """
 
 from __future__ import annotations
 
 import bisect
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.engine.checkpoints import checkpoint_after, checkpoints, cut
 from common.engine.sequence import Phase, Sequence
@@ -31,28 +35,40 @@ class SchedulerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     state_snapshot_interval: int = 2048
+    max_model_len: int = sys.maxsize
 
 
 @dataclass(frozen=True)
 class StepItem:
-    """Compute `num_new` tokens of `seq` from its `num_computed`; 0 means only the head on its tail row.
+    """Compute `num_new` tokens of `seq` from position `start` on; 0 means only the head on its tail row.
 
-    `drafts` follow its last token and are verified; only where `num_new` reaches that.
+    `reaches_end`: the last of them is the last it has, or will have when the step before is over. `drafts` follow it
+    and are verified.
     """
 
     seq: Sequence
+    start: int
     num_new: int
+    reaches_end: bool
     drafts: tuple[int, ...] = ()
 
+    @staticmethod
+    def of(seq: Sequence, num_new: int) -> StepItem:
+        start = seq.num_scheduled
+        return StepItem(seq, start, num_new, start + num_new == seq.num_expected)
+
     @property
-    def reaches_end(self) -> bool:
-        return self.seq.num_computed + self.num_new == self.seq.num_tokens
+    def draws(self) -> bool:
+        return self.reaches_end and self.seq.order is None
 
 
 @dataclass(frozen=True)
 class StepPlan:
+    """`short_of_blocks`: made ahead, and nothing is planned, because somebody would have to be preempted."""
+
     items: tuple[StepItem, ...]
-    preempted: tuple[Sequence, ...]
+    preempted: tuple[Sequence, ...] = ()
+    short_of_blocks: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -111,14 +127,19 @@ class Scheduler:
         bisect.insort(self.waiting, seq, key=_rank)
 
     def finish(self, seq: Sequence) -> None:
-        """Take a sequence out, in whatever phase; its blocks go back to the cache. Idempotent."""
+        """Take a sequence out, in whatever phase; its blocks go back to the cache, now or by `settle`. Idempotent."""
         if seq.phase is Phase.ENDED:
             return
         if seq.phase is Phase.REMOTE:
             self._abandon(seq)
         self._unlink(seq)
         seq.phase = Phase.ENDED
-        self._cache.close(seq.seq_id)
+        self.settle(seq)
+
+    def settle(self, seq: Sequence) -> None:
+        """A step is over: a sequence that has ended gives its blocks back if that was the last one it was in."""
+        if seq.phase is Phase.ENDED and not seq.steps_under_way:
+            self._cache.close(seq.seq_id)
 
     def remote_done(self, seq: Sequence) -> None:
         """A hand-off brought all KV and the tail row: only the head is missing."""
@@ -139,25 +160,38 @@ class Scheduler:
         seq.remote_peer = 0
         self.add(seq)
 
-    def schedule(self) -> StepPlan:
-        """Plan a step; an empty plan means that nothing can run now."""
+    def schedule(self, *, ahead: bool = False) -> StepPlan:
+        """Plan a step; an empty plan means that nothing can run now. `ahead`: while another is under way."""
         budget = self._limits.max_num_batched_tokens
         items: list[StepItem] = []
         preempted: list[Sequence] = []
         index = 0
         while index < len(self.running) and budget > 0:
             seq = self.running[index]
-            num_new = cut(seq.checkpoints, seq.num_computed, min(seq.gap, budget))
-            if not self._make_room(seq, num_new, preempted):
+            if ahead and self._must_wait(seq):
+                index += 1
                 continue
-            items.append(StepItem(seq, num_new))
+            num_new = cut(seq.checkpoints, seq.num_scheduled, min(seq.num_expected - seq.num_scheduled, budget))
+            if ahead and not self._cache.reserve(seq.seq_id, seq.num_scheduled + num_new):
+                return StepPlan((), short_of_blocks=True)
+            if not ahead and not self._make_room(seq, num_new, preempted):
+                continue
+            items.append(StepItem.of(seq, num_new))
             budget -= max(num_new, 1)
             index += 1
         if not preempted:
-            if self._propose is not None:
+            if self._propose is not None and not ahead:
                 budget = self._add_drafts(self._propose, items, budget)
             self._admit(items, budget)
+        items.sort(key=lambda item: item.num_new > 1)  # kernels take sequences with one new token together
         return StepPlan(tuple(items), tuple(preempted))
+
+    def _must_wait(self, seq: Sequence) -> bool:
+        """Does the step under way bring all that can be computed of `seq`, or draw the last token it may have?"""
+        if not seq.num_pending:
+            return seq.steps_under_way > 0 and seq.num_scheduled == seq.num_expected
+        longest = min(seq.num_prompt + seq.sampling.max_tokens, self._limits.max_model_len)
+        return seq.num_expected >= longest
 
     def _add_drafts(self, propose: Propose, items: list[StepItem], budget: int) -> int:
         """Drafts for those of `items` that generate; returns the budget that is left."""
@@ -171,7 +205,7 @@ class Scheduler:
             drafts = propose(seq, room, len(self.running)) if room else ()
             fits = drafts and self._cache.reserve(seq.seq_id, seq.num_tokens + len(drafts))
             if fits and self._cache.reserve_backup(seq.seq_id):
-                items[index] = StepItem(seq, 1, drafts)
+                items[index] = replace(item, drafts=drafts)
                 budget -= len(drafts)
         return budget
 
@@ -221,7 +255,7 @@ class Scheduler:
             seq.phase = Phase.RUNNING
             seq.num_computed = seq.num_drafted = hit.num_tokens
             bisect.insort(self.running, seq, key=_rank)
-            items.append(StepItem(seq, num_new))
+            items.append(StepItem.of(seq, num_new))
             budget -= num_new
             self._on_started(seq, hit)
 

@@ -6,7 +6,10 @@
                RUNNING -> WAITING                preempted: blocks given back, recomputed later
     HELD -> WAITING                              a further choice of n, until the one that leads has its prompt KV
 
-One rule moves them all: each step closes part of the gap between `num_computed` and `num_tokens`.
+One rule moves them all: each step closes part of the gap between `num_computed` and `num_tokens`. While a step is
+under way the next one may be planned: positions that it computes count as computed then (`num_scheduled`), and the
+token that it draws as one that is there (`num_expected`), though nobody knows it yet. A sequence that ends meanwhile
+keeps its blocks until the steps it is in are over.
 """
 
 from __future__ import annotations
@@ -75,6 +78,10 @@ class Sequence:
     order: OrderState | None = None
     phase: Phase = Phase.WAITING
     num_computed: int = 0
+    steps_under_way: int = 0
+    num_launched: int = 0  # positions behind `num_computed` that steps under way compute
+    num_pending: int = 0  # tokens that a step under way draws
+    pending_sample: int = -1  # which of that step's draws
     num_sent: int = 0  # output tokens the client already had (resume)
     tail_ready: bool = False  # the last hidden row lies in the tail block: only the head is missing
     preemptions: int = 0
@@ -98,6 +105,16 @@ class Sequence:
     def gap(self) -> int:
         """Tokens whose KV is missing."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_scheduled(self) -> int:
+        """Positions that are computed when the steps under way are over."""
+        return self.num_computed + self.num_launched
+
+    @property
+    def num_expected(self) -> int:
+        """Tokens when the steps under way are over, if none of them ends the sequence."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def awaits_media(self) -> bool:

@@ -94,19 +94,15 @@ class KVPool:
         """By layer of the region, None where its numbers are stored as they are."""
         return self._scales.get(name)
 
-    def write_tail(self, block_ids: Sequence[int], hidden_RD: Tensor) -> None:
-        """Keep one last hidden row in each of these tail blocks."""
+    def write_tail(self, block_ids_R: Tensor, hidden_RD: Tensor) -> None:
+        """Keep one last hidden row in each of these tail blocks (int64)."""
         assert self._tail_BD is not None, "the layout has no tail group"
-        self._tail_BD[self._index(block_ids)] = hidden_RD.to(self._tail_BD.dtype)
+        self._tail_BD.index_copy_(0, block_ids_R, hidden_RD.to(self._tail_BD.dtype))
 
-    def read_tail(self, block_ids: Sequence[int]) -> Tensor:
-        """The rows of these tail blocks: a new [R, hidden]."""
+    def read_tail(self, block_ids_R: Tensor) -> Tensor:
+        """The rows of these tail blocks (int64): a new [R, hidden]."""
         assert self._tail_BD is not None, "the layout has no tail group"
-        return self._tail_BD[self._index(block_ids)]
-
-    def _index(self, block_ids: Sequence[int]) -> Tensor:
-        assert self._tail_BD is not None
-        return torch.tensor(list(block_ids), dtype=torch.int64, device=self._tail_BD.device)
+        return self._tail_BD.index_select(0, block_ids_R)
 
     def _view(self, region: RegionSpec) -> Tensor:
         group = self.layout.group(region.group)

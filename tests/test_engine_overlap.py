@@ -1,0 +1,110 @@
+"""Steps planned while another is under way: the same tokens, and nothing held by a sequence that has ended."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_support import Pair, Solo, greedy, llama, prompts, windowed
+
+from common.types import FinishReason, SamplingParams
+
+__all__ = ["llama", "windowed"]
+
+OVERLAP = {"async_scheduling": "on"}
+
+
+def mixed(seed: int) -> list[SamplingParams]:
+    """Requests of many kinds: greedy and drawn, with penalties, logprobs, stops and choices."""
+    rng = random.Random(seed)
+    out = []
+    for i in range(12):
+        kind: dict[str, Any] = rng.choice(
+            [
+                {},
+                {"temperature": 0.9},
+                {"temperature": 1.1, "top_k": 20, "top_p": 0.9},
+                {"temperature": 0.8, "frequency_penalty": 0.7, "repetition_penalty": 1.2},
+                {"logprobs": 2},
+                {"stop_token_ids": tuple(range(4, 40))},
+                {"n": 2, "temperature": 1.0},
+            ]
+        )
+        out.append(greedy(rng.randrange(1, 24), **kind | {"seed": i}))
+    return out
+
+
+def answers(engine: Solo, seed: int) -> list[dict[int, list[int]]]:
+    params = mixed(seed)
+    texts = prompts(seed, [random.Random(seed + i).randrange(1, 60) for i in range(len(params))])
+    got = [engine.submit(text, one) for text, one in zip(texts, params, strict=True)]
+    engine.run()
+    engine.check_idle()
+    assert all(a.failure is None for a in got)
+    return [a.tokens for a in got]
+
+
+@pytest.mark.parametrize("model", ["llama", "windowed"])
+@pytest.mark.parametrize("few_blocks", [False, True])
+def test_tokens_do_not_depend_on_overlap(model: str, few_blocks: bool, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(model)
+    options: dict[str, Any] = {"max_num_batched_tokens": 24}
+    if few_blocks:
+        options |= {"max_model_len": 128, "kv_cache_memory_bytes": 192 << 10, "max_num_seqs": 8}
+    seed = 11 if few_blocks else 12
+    assert answers(Solo(folder, **OVERLAP, **options), seed) == answers(Solo(folder, **options), seed)
+
+
+def test_a_handed_over_prompt_goes_on_with_overlap(llama: Path) -> None:
+    pair = Pair(llama, prefill=OVERLAP | {"max_num_batched_tokens": 16}, **OVERLAP)
+    assert answers(pair, 13) == answers(Solo(llama), 13)
+
+
+def test_what_runs_past_a_stop_is_never_shown(llama: Path) -> None:
+    (prompt,) = prompts(14, [20])
+    plain = Solo(llama)
+    whole = plain.submit(prompt, greedy(12))
+    plain.run()
+    stop = whole.tokens[0][5]
+    solo = Solo(llama, **OVERLAP)
+    answer = solo.submit(prompt, greedy(12, stop_token_ids=(stop,)))
+    solo.run()
+    end = whole.tokens[0].index(stop) + 1
+    assert answer.tokens[0] == whole.tokens[0][:end]
+    assert answer.finish[0] is FinishReason.STOP
+    solo.check_idle()
+
+
+def test_a_step_is_launched_before_the_one_before_is_collected(llama: Path) -> None:
+    solo = Solo(llama, **OVERLAP)
+    order: list[str] = []
+    runner = solo.decode.parts.runner
+    forward, collect = runner.forward, runner.collect
+    runner.forward = lambda batch: (order.append("launch"), forward(batch))[1]  # type: ignore[method-assign]
+    runner.collect = lambda pending: (order.append("collect"), collect(pending))[1]  # type: ignore[method-assign]
+    solo.submit(prompts(15, [20])[0], greedy(4))
+    solo.run()
+    assert order == ["launch", "launch", "collect", "launch", "collect", "launch", "collect", "collect"]
+
+
+def test_cancelled_under_way_frees_its_blocks_when_the_step_is_over(llama: Path) -> None:
+    solo = Solo(llama, **OVERLAP)
+    (prompt,) = prompts(16, [40])
+    answer = solo.submit(prompt, greedy(50))
+    for _ in range(5):
+        solo.step()
+    solo.cancel(answer)
+    solo.decode.parts.cache.check()
+    assert not _is_idle(solo)  # the step under way still writes
+    solo.step()
+    solo.check_idle()
+
+
+def _is_idle(solo: Solo) -> bool:
+    try:
+        solo.decode.parts.cache.check_idle()
+    except AssertionError:
+        return False
+    return True
