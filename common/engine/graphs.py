@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ class DecodeGraphs:
         recorded.graph.replay()
         return recorded.hidden_TD[: len(batch.input_ids_T)]
 
-    def _record(self, size: int, query_len: int, memory_pool: object) -> _Recorded:
+    def _record(self, size: int, query_len: int, memory_pool: Any) -> _Recorded:
         arrays = self._padding(size, query_len)
         memory = torch.zeros(nbytes_of(arrays), dtype=torch.uint8, device=self._drawn_R.device)
         tensors = view(memory, arrays)
@@ -157,7 +157,10 @@ class DecodeGraphs:
         )
 
     def _with_host(self, ctx: AttentionContext, arrays: Arrays) -> AttentionContext:
-        groups = {name: replace(tables, host_tables_SB=arrays[f"tables.{name}"]) for name, tables in ctx.groups.items()}
+        groups = {
+            name: replace(tables, host_tables_SB=_int32(arrays[f"tables.{name}"]))
+            for name, tables in ctx.groups.items()
+        }
         host = HostLengths(_int32(arrays["query_starts"]), _int32(arrays["seq_lens"]))
         return replace(ctx, groups=groups, host=host)
 

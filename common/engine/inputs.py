@@ -70,7 +70,7 @@ class PinnedInputs:
     def _take(self, nbytes: int) -> _Pinned:
         """The memory that was used longest ago, once its copy is made."""
         if len(self._ring) < _DEPTH:
-            self._ring.append(_Pinned(_pin(nbytes), torch.cuda.Event()))
+            self._ring.append(_Pinned(_pin(nbytes), torch.cuda.Event()))  # type: ignore[no-untyped-call]
         pinned = self._ring[self._next]
         self._next = (self._next + 1) % _DEPTH
         pinned.copied.synchronize()
