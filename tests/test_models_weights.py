@@ -15,7 +15,8 @@ from tiny_models import make_llama, make_qwen3
 from torch import Tensor
 
 from common.errors import ConfigError
-from common.layers.base import Layer, TensorParallel
+from common.layers.base import Layer, Slot, TensorParallel
+from common.models import weights
 from common.models.spec import ModelSpec
 from common.models.weights import load_model
 
@@ -211,3 +212,25 @@ def test_ranks_must_divide_heads(tmp_path: Path) -> None:
         TensorParallel(0, 2)
     with pytest.raises(ValueError, match="rank 2"):
         TensorParallel(2, 2, lambda x: x)
+
+
+def test_ranks_draw_on_a_device_what_one_rank_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of rows at a time, whatever part of it a rank keeps."""
+    monkeypatch.setattr(weights, "_DRAWN_AT_ONCE", 40)
+    for dim, size in ((0, 24), (1, 7)):
+        whole = torch.full((24, 7), float("nan"), dtype=torch.bfloat16)
+        weights._draw_on_device(Slot("name", whole, (24, 7), dim), 3)
+        assert not whole.isnan().any()
+        for start in range(size):
+            part = torch.full_like(whole.narrow(dim, 0, min(5, size - start)), float("nan"))
+            weights._draw_on_device(Slot("name", part, (24, 7), dim, start), 3)
+            assert torch.equal(part, whole.narrow(dim, start, part.shape[dim]))
+    assert abs(whole.float().std() - 0.02) < 0.01
+
+
+def test_drawn_on_a_device_experts_are_one_tensor() -> None:
+    def slot(name: str, form: str = "", owner: str = "") -> Slot:
+        return Slot(name, torch.empty(2, device="meta"), (2,), form=form, owner=owner)
+
+    experts = [slot("a", "many", "m"), slot("b", "many", "m"), slot("c", "one", "m"), slot("d", "turned", "m")]
+    assert [s.name for s in weights.drawn_slots([slot("x"), *experts, slot("y")])] == ["x", "c", "y"]

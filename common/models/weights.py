@@ -11,8 +11,10 @@ are touched.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -33,6 +35,7 @@ Progress = Callable[[str, int, int], None]
 """(tensor name, bytes done, bytes in all), after each tensor."""
 
 _DUMMY_STD = 0.02
+_DRAWN_AT_ONCE = 2**26  # elements that are drawn on a GPU beside the model
 _MAX_LISTED = 40
 
 
@@ -137,19 +140,56 @@ def choose_forms(slots: Iterable[Slot], tensors: Mapping[str, Stored]) -> tuple[
 
 @torch.inference_mode()
 def draw_weights(model: DecoderModel, seed: int) -> None:
-    """Random weights that depend on seed, tensor name and shape alone: ranks draw the same and keep their part."""
-    for slot in choose_forms(model.slots(), {})[0]:
+    """Random weights that depend on seed, tensor name and shape alone: ranks draw the same and keep their part.
+
+    Where they are drawn on a GPU they also depend on its kind.
+    """
+    for slot in drawn_slots(model.slots()):
         if slot.twin:
             continue
         if slot.init in (Init.ONES, Init.ZEROS):
             slot.target.fill_(1.0 if slot.init is Init.ONES else 0.0)
-            continue
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {slot.name}".encode()))
-        if slot.init is Init.INDEX:
-            whole = torch.randint(slot.num_values, slot.shape, generator=generator)
+        elif slot.target.device.type == "cpu":
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {slot.name}".encode()))
+            whole = _drawn(slot, slot.shape, torch.float32, generator)
+            slot.target.copy_(whole.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
         else:
-            whole = torch.empty(slot.shape, dtype=torch.float32).normal_(0.0, _DUMMY_STD, generator=generator)
-        slot.target.copy_(whole.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
+            _draw_on_device(slot, seed)
+
+
+def drawn_slots(slots: Iterable[Slot]) -> list[Slot]:
+    """Those to draw. On a GPU a layer's form of the fewest tensors: each costs a few launches, whatever its size."""
+    slots = list(slots)
+    if not slots or slots[0].target.device.type == "cpu":
+        return choose_forms(slots, {})[0]
+    counts = Counter((slot.owner, slot.form) for slot in slots)
+    forms: dict[str, str] = {}
+    for (owner, form), count in counts.items():
+        if owner not in forms or count < counts[owner, forms[owner]]:
+            forms[owner] = form
+    return [slot for slot in slots if forms[slot.owner] == slot.form]
+
+
+def _draw_on_device(slot: Slot, seed: int) -> None:
+    """A run of rows at a time, each from a seed of its own: what another rank holds is skipped."""
+    rows = slot.shape[0]
+    step = max(1, _DRAWN_AT_ONCE // max(1, math.prod(slot.shape[1:])))
+    first, end = (slot.start, slot.start + slot.target.shape[0]) if slot.dim == 0 else (0, rows)
+    for row in range(first - first % step, end, step):
+        generator = torch.Generator(slot.target.device).manual_seed(zlib.crc32(f"{seed} {slot.name} {row}".encode()))
+        run = _drawn(slot, (min(step, rows - row), *slot.shape[1:]), slot.target.dtype, generator)
+        here = slice(max(row, first), min(row + run.shape[0], end))
+        run = run[here.start - row : here.stop - row]
+        if slot.dim:
+            run = run.narrow(slot.dim, slot.start, slot.target.shape[slot.dim])
+        slot.target[here.start - first : here.stop - first].copy_(run)
+
+
+def _drawn(slot: Slot, shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    device = generator.device
+    if slot.init is Init.INDEX:
+        return torch.randint(slot.num_values, shape, generator=generator, device=device)
+    return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, _DUMMY_STD, generator=generator)
 
 
 def _place(info: TensorInfo, slot: Slot) -> tuple[bool, str, int]:
