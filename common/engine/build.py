@@ -9,13 +9,16 @@ from dataclasses import dataclass
 import torch
 
 from common.attention.capability import Needs
+from common.attention.context import AttentionBackend
 from common.attention.select import choose
-from common.config import WorkerConfig
+from common.config import EngineConfig, WorkerConfig
 from common.engine.counters import EngineCounters
 from common.engine.demand import Demand
 from common.engine.draft_runner import DraftRunner
 from common.engine.drafting import Drafting
 from common.engine.engine import Engine, EngineParts
+from common.engine.gpu_memory import measure, run_largest_step, weights_nbytes
+from common.engine.graphs import DecodeGraphs, GraphShape, graph_sizes
 from common.engine.load import LoadMeter
 from common.engine.media import Media, MediaSource
 from common.engine.messages import EngineReady
@@ -30,7 +33,7 @@ from common.engine.sizing import EngineSizing, resolve_engine, size_engine
 from common.engine.speculative import MadeAhead, Speculator, make_speculator
 from common.engine.supply import Supply, SupplyParts
 from common.errors import ConfigError
-from common.kvcache.layout import FULL_GROUP, KVLayout
+from common.kvcache.layout import FULL_GROUP, TAIL_GROUP, KVLayout, Retention
 from common.kvcache.manager import KVCacheManager, PrefixHit
 from common.kvcache.pool import KVPool
 from common.kvtransfer.digester import digest
@@ -40,6 +43,7 @@ from common.kvtransfer.publish import Publisher
 from common.kvtransfer.session import HandoffReader
 from common.kvtransfer.transport import Transport
 from common.kvtransfer.ucx import UcxTransport
+from common.models.decoder import DecoderModel
 from common.models.spec import ModelSpec
 from common.models.weights import load_model
 from common.telemetry import get_logger
@@ -107,12 +111,11 @@ def build_engine(
     config = config.model_copy(update={"engine": engine})
     if engine.num_threads:
         torch.set_num_threads(engine.num_threads)
-    device = torch.device("cpu")  # the transfer layer and the kernels address the cache
-    sizing = size_engine(engine, ModelSpec.from_folder(engine.model, weights=engine.load_format != "dummy"), role)
-    spec = sizing.spec
-    dtype, layout, max_model_len = sizing.dtype, sizing.layout, sizing.max_model_len
-    blocks = {g.name: g.num_blocks for g in layout.groups}
-    log.info("kv cache sized", budget_bytes=sizing.budget_nbytes, blocks=blocks, dtype=sizing.kv_dtype)
+    device = _device(engine)
+    spec = ModelSpec.from_folder(engine.model, weights=engine.load_format != "dummy")
+    sizing = size_engine(engine, spec, role)
+    spec, max_model_len = sizing.spec, sizing.max_model_len
+    dtype = sizing.dtype
     backend = choose(engine.attention_backend, _needs(sizing, engine.block_size, device)).backend
     model = load_model(
         spec,
@@ -122,10 +125,23 @@ def build_engine(
         load_format=engine.load_format,
         progress=lambda name, done, total: progress("loading weights", done, total),
     )
+    sampler = Sampler(spec.vocab_size, device)
+    if device.type == "cuda":
+        progress("measuring memory", 0, 1)
+        sizing = _size_for_gpu(engine, spec, role, sizing, model, backend, sampler)
+    layout = sizing.layout
+    blocks = {g.name: g.num_blocks for g in layout.groups}
+    log.info("kv cache sized", budget_bytes=sizing.budget_nbytes, blocks=blocks, dtype=sizing.kv_dtype)
     transport = transport or make_transport(config, clock)
-    bases = {g.name: transport.allocate(g.name, layout.block_nbytes(g.name) * g.num_blocks) for g in layout.groups}
-    pool, sampler = KVPool(layout, bases, device, sizing.scales), Sampler(spec.vocab_size, device)
-    runner = ModelRunner(model, pool, backend, sampler, device)
+    if device.type == "cpu":
+        bases = {g.name: transport.allocate(g.name, layout.block_nbytes(g.name) * g.num_blocks) for g in layout.groups}
+        pool = KVPool(layout, bases, device, sizing.scales)
+    else:
+        pool = KVPool(layout, None, device, sizing.scales)
+        bases = pool.bases()
+    runner = ModelRunner(model, pool, backend, sampler, device, engine.max_num_seqs)
+    if device.type == "cuda" and not engine.enforce_eager:
+        runner.graphs = _record(runner, model, engine, layout, pool, backend, max_model_len, progress)
     draft_runner = None
     if spec.has_drafts:
         groups = {FULL_GROUP: (layout.group(FULL_GROUP).block_size, 0)}
@@ -145,7 +161,7 @@ def build_engine(
     parts = assemble(config, layout, bases, limits, runner, transport, images, clock, drafter)
     progress("self-test", 0, 1)
     built = Engine(parts)
-    self_test(built, parts, transport, bases, max_model_len)
+    self_test(built, parts, transport if device.type == "cpu" else None, bases, max_model_len)
     ready = EngineReady(
         layout=layout,
         endpoints=(transport.endpoint(),),
@@ -213,6 +229,83 @@ def assemble(
         check_ledger=engine.check_ledger,
         overlap=engine.async_scheduling == "on",
     )
+
+
+def _device(engine: EngineConfig) -> torch.device:
+    """Where a config with its device filled in computes. ConfigError where torch cannot."""
+    if engine.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is cuda; torch {torch.__version__} finds no GPU here: install a torch for CUDA, or say cpu",
+            param="device",
+        )
+    device = torch.device("cuda", engine.devices[0] if engine.devices else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _size_for_gpu(
+    engine: EngineConfig,
+    spec: ModelSpec,
+    role: Role,
+    sizing: EngineSizing,
+    model: DecoderModel,
+    backend: AttentionBackend,
+    sampler: Sampler,
+) -> EngineSizing:
+    """The sizing with a pool that fits beside weights and steps on the current GPU."""
+    weights, tokens = weights_nbytes(), engine.max_num_batched_tokens
+    small = _smallest_sizing(engine, spec, role, min(sizing.max_model_len, tokens))
+    device = torch.device("cuda", torch.cuda.current_device())
+    pool = KVPool(small.layout, None, device, small.scales)
+    beside = weights_nbytes() - weights
+    runner = ModelRunner(model, pool, backend, sampler, device, engine.max_num_seqs)
+    run_largest_step(
+        runner, small.layout, max_tokens=tokens, max_seqs=engine.max_num_seqs, max_model_len=small.max_model_len
+    )
+    del pool, runner
+    memory = measure(weights, graphs=not engine.enforce_eager, beside=beside)
+    budget = memory.pool_nbytes(engine.gpu_memory_utilization)
+    log.info("gpu memory", total_mib=memory.total >> 20, pool_mib=budget >> 20, taken=memory.describe())
+    return size_engine(engine, spec, role, budget)
+
+
+def _smallest_sizing(engine: EngineConfig, spec: ModelSpec, role: Role, max_model_len: int) -> EngineSizing:
+    """A pool for one sequence of this length, and little more."""
+    small = engine.model_copy(update={"max_model_len": max_model_len, "kv_cache_memory_bytes": 0})
+    budget = 1 << 28
+    while True:
+        try:
+            return size_engine(small, spec, role, budget)
+        except ConfigError as error:
+            if error.param != "kv_cache_memory_bytes":
+                raise
+            budget *= 2
+
+
+def _record(
+    runner: ModelRunner,
+    model: DecoderModel,
+    engine: EngineConfig,
+    layout: KVLayout,
+    pool: KVPool,
+    backend: AttentionBackend,
+    max_model_len: int,
+    progress: Progress,
+) -> DecodeGraphs:
+    """Decode steps of all sizes, and those that verify drafts."""
+    shape = GraphShape(
+        groups={g.name: (g.block_size, g.window) for g in layout.groups if g.retention is not Retention.SNAPSHOT},
+        states=[g.name for g in layout.groups if g.retention is Retention.SNAPSHOT and g.name != TAIL_GROUP],
+        max_seq_len=max_model_len,
+    )
+    speculative = engine.speculative_config
+    most = 1 + (speculative.num_speculative_tokens if speculative.method != "none" else 0)
+    sizes = engine.cuda_graph_sizes or graph_sizes(engine.max_num_seqs)
+    graphs = DecodeGraphs(model.forward, pool, backend, runner.inputs, runner.drawn_R, shape, sizes, range(1, most + 1))
+    graphs.record(lambda done, total: progress("recording decode steps", done, total))
+    return graphs
 
 
 def _needs(sizing: EngineSizing, block_size: int, device: torch.device) -> Needs:

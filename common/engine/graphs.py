@@ -40,7 +40,6 @@ class GraphShape:
     groups: Mapping[str, tuple[int, int]]
     states: Sequence[str]
     max_seq_len: int
-    max_seqs: int
 
 
 @dataclass
@@ -62,7 +61,7 @@ def graph_sizes(max_seqs: int) -> tuple[int, ...]:
 
 
 class DecodeGraphs:
-    """Recorded steps of up to `shape.max_seqs` sequences with `query_len` new tokens each, for each of `query_lens`.
+    """Recorded steps of each of `sizes` sequences with each of `query_lens` new tokens in every one of them.
 
     `drawn_R`: the tokens that the step before has drawn, which replays read where a batch says so.
     """
