@@ -15,6 +15,7 @@
     ├── LayoutMismatchError      the pair's KV layouts do not convert; names the field
     ├── ConfigError              bad flag, file or checkpoint; the process does not start
     └── InternalError            our bug, or an engine that died                 500
+        └── RankLostError        a rank of the engine is gone, and the engine with it
 
 `ValueError` is for bad arguments inside Python, `assert` for our own bugs.
 """
@@ -89,6 +90,10 @@ class ConfigError(NanoDeployError):
 
 class InternalError(NanoDeployError):
     code = "internal"
+
+
+class RankLostError(InternalError):
+    pass
 
 
 _BY_CODE: dict[str, type[NanoDeployError]] = {

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 import tiny_models
 import torch
+from parallel_support import ThreadRanks
 from transformers import AutoModelForCausalLM
 from worker_support import ManualClock
 
@@ -277,6 +278,8 @@ def make_engine(
     handoff = {"transports": ("memory",), "min_remote_tokens": 1} | options.pop("handoff", {})
     engine = {"dtype": "float32", "check_ledger": True, "num_threads": 1, "kv_cache_memory_bytes": KV_BYTES} | options
     config = WorkerConfig(engine=EngineConfig(model=str(folder), **engine), handoff=HandoffConfig(**handoff))
-    built = build_engine(config, role, clock, lambda stage, done, total: None, MemoryTransport(network, digest), media)
+    transport = MemoryTransport(network, digest)
+    ranks = ThreadRanks(network, clock) if config.engine.tensor_parallel_size > 1 else None
+    built = build_engine(config, role, clock, lambda stage, done, total: None, transport, media, ranks)
     built.engine.drain()
     return built

@@ -41,8 +41,8 @@ def refused(request: ClusterRequest, *, detach: bool = False, config: str | None
 @pytest.mark.parametrize(
     ("engine", "cause"),
     [
-        ({"device": "cuda"}, "device is cuda; this version computes on the CPU"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2; one rank is possible"),
+        ({"device": "cuda"}, "device is cuda; this machine has no NVIDIA driver"),
+        ({"tensor_parallel_size": 3}, "3 ranks do not group over 2 units"),
         ({"max_model_len": 100000}, "max_model_len is 100000; the checkpoint allows"),
         ({"max_model_len": 2}, "max_model_len is 2; the least is 3"),
         ({"kv_cache_memory_bytes": 1000}, "a KV cache of 1000 bytes cannot hold one sequence"),

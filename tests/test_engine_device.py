@@ -27,7 +27,7 @@ def test_a_gpu_beside_it_does_not_change_where_an_engine_computes(llama: Path, m
     assert answer.tokens[0] == expected
 
 
-@pytest.mark.parametrize("setting", [{"device": "cuda"}, {"tensor_parallel_size": 2}])
+@pytest.mark.parametrize("setting", [{"device": "cuda"}, {"devices": (0, 1)}])
 def test_what_the_cpu_cannot_do_is_refused_by_name(llama: Path, setting: dict[str, object]) -> None:
     clock = ManualClock()
     with pytest.raises(ConfigError, match=next(iter(setting))):

@@ -35,14 +35,15 @@ from common.engine.messages import (
     ToEngine,
 )
 from common.engine.outbox import Outbox
+from common.engine.rank_runner import Runner
 from common.engine.requests import Requests
-from common.engine.runner import ModelRunner, Pending, StepResult
+from common.engine.runner import Pending, StepResult
 from common.engine.samples import needs_history, sample_rows
 from common.engine.scheduler import Scheduler, StepItem, StepPlan
 from common.engine.sequence import Phase, Sequence
 from common.engine.speculative import Speculator
 from common.engine.supply import Supply
-from common.errors import InternalError
+from common.errors import InternalError, RankLostError
 from common.kvcache.layout import KVLayout, Retention
 from common.kvcache.manager import BlockCopy, KVCacheManager
 from common.kvtransfer.orders import DropOrder, PlaceOrder, ReleaseLease
@@ -69,7 +70,7 @@ class EngineParts:
     demand: Demand
     reader: HandoffReader
     supply: Supply
-    runner: ModelRunner
+    runner: Runner
     outbox: Outbox
     meter: LoadMeter
     clock: Clock
@@ -326,7 +327,7 @@ class Engine:
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         self._failed_steps += 1
         log.error("step failed", step=self.steps, sequences=len(plan.items), exc_info=error)
-        if self._failed_steps >= MAX_FAILED_STEPS:
+        if self._failed_steps >= MAX_FAILED_STEPS or isinstance(error, RankLostError):
             raise error
         reason = InternalError(f"the engine step failed: {type(error).__name__}")
         for item in plan.items:

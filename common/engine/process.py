@@ -9,9 +9,6 @@ nothing and the channel is congested, messages are still taken, but no step is m
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
 import socket
 import sys
 
@@ -22,20 +19,20 @@ from common.engine.build import BuiltEngine, build_engine
 from common.engine.channel import EngineChannel
 from common.engine.engine import IDLE_WAIT_S, sleep_until
 from common.engine.messages import EngineFatal, EngineProgress, Setup, Shutdown, ToEngine
-from common.errors import NanoDeployError
+from common.errors import NanoDeployError, RankLostError
+from common.parallel.lifeline import die_with_parent
 from common.telemetry import configure_logging, get_logger
 from common.types import Clock, Failure, MonotonicClock, Role
 
 log = get_logger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 BEAT_S = 1.0
 
 
 def main() -> int:
     """Serve one parent; the exit code is 0 for a shutdown, 1 for a failure that was reported."""
     fd, parent = int(sys.argv[1]), int(sys.argv[2])
-    _die_with_parent(parent)
+    die_with_parent(parent)
     channel = EngineChannel(socket.socket(fileno=fd), msgspec.msgpack.Decoder(ToEngine))
     messages: list[ToEngine] = []
     while not messages and not channel.closed:
@@ -56,6 +53,9 @@ def main() -> int:
         return 1
     try:
         return serve(built, channel, messages)
+    except RankLostError as error:
+        channel.send([EngineFatal(Failure.of(error))])
+        return 1
     finally:
         built.close()
 
@@ -67,7 +67,8 @@ def _build(setup: Setup, channel: EngineChannel) -> BuiltEngine:
         channel.send([EngineProgress(stage, done, total)])
 
     built = build_engine(config, Role(setup.role), MonotonicClock(), progress)
-    channel.watch(built.wakeup_fd)
+    for fd in built.wakeup_fds:
+        channel.watch(fd)
     channel.send([built.ready])
     built.parts.runner.on_progress = _Beat(channel, built.clock)
     return built
@@ -96,6 +97,7 @@ def serve(built: BuiltEngine, channel: EngineChannel, messages: list[ToEngine]) 
             if isinstance(message, Shutdown):
                 return 0
             engine.handle(message)
+        built.check()
         if channel.congested:
             messages = channel.wait(IDLE_WAIT_S)
             continue
@@ -103,14 +105,6 @@ def serve(built: BuiltEngine, channel: EngineChannel, messages: list[ToEngine]) 
         channel.send(engine.drain())
         messages = channel.wait(sleep_until(engine, clock.now()))
     return 0
-
-
-def _die_with_parent(parent: int) -> None:
-    """Linux: be killed when the parent ends, however it ends. Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -63,10 +63,16 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
     if config.device == "cuda" and not has_driver:
         raise ConfigError("device is cuda; this machine has no NVIDIA driver: say cpu or auto", param="device")
     device: Literal["cpu", "cuda"] = "cuda" if has_driver and config.device != "cpu" else "cpu"
-    if device == "cpu" and config.tensor_parallel_size > 1:
+    if config.devices and len(config.devices) != config.tensor_parallel_size:
         raise ConfigError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}; one rank is possible on CPU",
-            param="tensor_parallel_size",
+            f"devices names {len(config.devices)} GPUs; tensor_parallel_size is {config.tensor_parallel_size}",
+            param="devices",
+        )
+    if config.tensor_parallel_size > 1 and config.speculative_config.method == "mtp":
+        raise ConfigError(
+            f"speculative_config.method is mtp, which runs on one rank; tensor_parallel_size is "
+            f"{config.tensor_parallel_size}: say ngram",
+            param="speculative_config",
         )
     default = DEFAULTS[device]
     overlap = "on" if device == "cuda" else "off"
@@ -81,8 +87,10 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
     )
 
 
-def size_engine(config: EngineConfig, spec: ModelSpec, role: Role, budget_nbytes: int = 0) -> EngineSizing:
-    """The engine of a worker of `role`. `ConfigError` if settings and checkpoint do not fit.
+def size_engine(
+    config: EngineConfig, spec: ModelSpec, role: Role, budget_nbytes: int = 0, tp_rank: int = 0
+) -> EngineSizing:
+    """Rank `tp_rank` of the engine of a worker of `role`. `ConfigError` if settings and checkpoint do not fit.
 
     `budget_nbytes`: of the KV pool, where the config leaves it open; 0: what the CPU's memory allows, and on a GPU, of
     which nothing is known here, no limit.
@@ -112,10 +120,18 @@ def size_engine(config: EngineConfig, spec: ModelSpec, role: Role, budget_nbytes
         num_tails=config.max_num_seqs * (LEASED_TAILS if role is Role.PREFILL else 2),
         # Orders reserve their whole prompt, in window groups too.
         max_num_batched_tokens=max_model_len if role is Role.PREFILL else config.max_num_batched_tokens,
+        tp_size=config.tensor_parallel_size,
         scales=scales,
     )
     layout = kv_layout(
-        spec, kv_dtype=kv_dtype, dtype=dtype, block_size=config.block_size, num_blocks=num_blocks, scales=scales
+        spec,
+        kv_dtype=kv_dtype,
+        dtype=dtype,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        tp_size=config.tensor_parallel_size,
+        tp_rank=tp_rank,
+        scales=scales,
     )
     return EngineSizing(spec, dtype, kv_dtype, max_model_len, layout, budget, region_scales(spec, layout, scales))
 

@@ -164,6 +164,11 @@ class Peers:
         verdict = compare(layout, self._layout)
         if not verdict.ok:
             return verdict.reason, ()
+        if self._layout.tp_size > 1:
+            return (
+                f"tp_size: source has {layout.tp_size}, reader has {self._layout.tp_size}, which only one can read",
+                (),
+            )
         region = uncovered_region(layout, self._layout)
         if region:
             return f"region {region}: rank {layout.tp_rank} of {layout.tp_size} lacks units of the reader", ()

@@ -21,11 +21,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The place of a rank, and the sum over ranks (in place, returned) that partial products go through."""
+    """The place of a rank, and the sum over ranks (in place, returned) that partial products go through.
+
+    `all_gather` gives every rank's tensor: [ranks, *shape].
+    """
 
     rank: int = 0
     size: int = 1
     all_reduce: Callable[[Tensor], Tensor] | None = None
+    all_gather: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:

@@ -1,0 +1,208 @@
+"""One rank's part of an engine: its share of the weights and of the cache, its transport, and what runs steps on them.
+
+Every rank makes it the same way, from the same config; the ranks of one engine agree on the number of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from common.attention.capability import Needs
+from common.attention.context import AttentionBackend
+from common.attention.select import choose
+from common.config import EngineConfig, WorkerConfig
+from common.engine.draft_runner import DraftRunner
+from common.engine.gpu_memory import measure, run_largest_step, weights_nbytes
+from common.engine.graphs import DecodeGraphs, GraphShape, graph_sizes
+from common.engine.runner import ModelRunner
+from common.engine.sampler import Sampler
+from common.engine.sizing import EngineSizing, size_engine
+from common.errors import ConfigError
+from common.kvcache.layout import FULL_GROUP, TAIL_GROUP, KVLayout, Retention
+from common.kvcache.pool import KVPool
+from common.kvtransfer.digester import digest
+from common.kvtransfer.memory import MemoryNetwork, MemoryTransport
+from common.kvtransfer.transport import Transport
+from common.kvtransfer.ucx import UcxTransport
+from common.layers.base import TensorParallel
+from common.models.decoder import DecoderModel
+from common.models.spec import ModelSpec
+from common.models.weights import load_model
+from common.parallel.mesh import Mesh
+from common.telemetry import get_logger
+from common.types import Clock, Role
+
+log = get_logger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """`bases`: group -> address of its block 0. `draft_runner` is None without a multi-token-prediction layer."""
+
+    sizing: EngineSizing
+    bases: dict[str, int]
+    transport: Transport
+    runner: ModelRunner
+    draft_runner: DraftRunner | None
+
+    @property
+    def layout(self) -> KVLayout:
+        return self.sizing.layout
+
+
+def make_transport(config: WorkerConfig, clock: Clock) -> Transport:
+    """The first configured transport. ConfigError names one that does not exist."""
+    name = config.handoff.transports[0] if config.handoff.transports else "memory"
+    if name == "ucx":
+        return UcxTransport(config.ucx)
+    if name == "memory":
+        return MemoryTransport(MemoryNetwork(clock), digest)
+    raise ConfigError(f"handoff.transports: unknown transport {name!r}; there are ucx and memory")
+
+
+def make_compute(
+    config: WorkerConfig,
+    role: Role,
+    mesh: Mesh,
+    clock: Clock,
+    progress: Progress = lambda *_: None,
+    transport: Transport | None = None,
+) -> Compute:
+    """Load the model and lay out the cache of one rank. The engine's config is resolved.
+
+    ConfigError for a bad checkpoint or setting.
+    """
+    engine, device = config.engine, mesh.device
+    spec = ModelSpec.from_folder(engine.model, weights=engine.load_format != "dummy")
+    sizing = _size(engine, spec, role, mesh)
+    spec = sizing.spec
+    backend = choose(engine.attention_backend, _needs(sizing, engine.block_size, device)).backend
+    model = load_model(
+        spec,
+        dtype=sizing.dtype,
+        device=device,
+        max_positions=sizing.max_model_len,
+        tp=_tensor_parallel(mesh),
+        load_format=engine.load_format,
+        progress=lambda name, done, total: progress("loading weights", done, total),
+    )
+    sampler = Sampler(spec.vocab_size, device)
+    if device.type == "cuda":
+        progress("measuring memory", 0, 1)
+        sizing = _size_for_gpu(engine, spec, role, mesh, sizing, model, backend, sampler)
+    layout = sizing.layout
+    blocks = {g.name: g.num_blocks for g in layout.groups}
+    log.info("kv cache sized", budget_bytes=sizing.budget_nbytes, blocks=blocks, dtype=sizing.kv_dtype)
+    transport = transport or make_transport(config, clock)
+    if device.type == "cpu":
+        bases = {g.name: transport.allocate(g.name, layout.block_nbytes(g.name) * g.num_blocks) for g in layout.groups}
+        pool = KVPool(layout, bases, device, sizing.scales)
+    else:
+        pool = KVPool(layout, None, device, sizing.scales)
+        bases = pool.bases()
+    runner = ModelRunner(model, pool, backend, sampler, device, engine.max_num_seqs)
+    if device.type == "cuda" and not engine.enforce_eager:
+        runner.graphs = _record(runner, model, engine, layout, pool, backend, sizing.max_model_len, progress)
+    draft_runner = None
+    if spec.has_drafts:
+        groups = {FULL_GROUP: (layout.group(FULL_GROUP).block_size, 0)}
+        draft_runner = DraftRunner(
+            model, pool, backend, sampler, runner.inputs, spec.hidden_size, groups, lambda: runner.on_progress()
+        )
+    return Compute(sizing, bases, transport, runner, draft_runner)
+
+
+def _size(engine: EngineConfig, spec: ModelSpec, role: Role, mesh: Mesh) -> EngineSizing:
+    """Before anything is on the device: the same number of blocks on all ranks."""
+    sizing = size_engine(engine, spec, role, tp_rank=mesh.rank)
+    (budget,) = mesh.least([sizing.budget_nbytes])
+    return sizing if budget == sizing.budget_nbytes else size_engine(engine, spec, role, budget, mesh.rank)
+
+
+def _size_for_gpu(
+    engine: EngineConfig,
+    spec: ModelSpec,
+    role: Role,
+    mesh: Mesh,
+    sizing: EngineSizing,
+    model: DecoderModel,
+    backend: AttentionBackend,
+    sampler: Sampler,
+) -> EngineSizing:
+    """The sizing with a pool that fits beside weights and steps on the GPU of every rank, which measure it together."""
+    weights, tokens = weights_nbytes(), engine.max_num_batched_tokens
+    small = _smallest_sizing(engine, spec, role, mesh.rank, min(sizing.max_model_len, tokens))
+    pool = KVPool(small.layout, None, mesh.device, small.scales)
+    beside = weights_nbytes() - weights
+    runner = ModelRunner(model, pool, backend, sampler, mesh.device, engine.max_num_seqs)
+    run_largest_step(
+        runner, small.layout, max_tokens=tokens, max_seqs=engine.max_num_seqs, max_model_len=small.max_model_len
+    )
+    del pool, runner
+    memory = measure(weights, graphs=not engine.enforce_eager, beside=beside)
+    (budget,) = mesh.least([memory.pool_nbytes(engine.gpu_memory_utilization)])
+    log.info("gpu memory", total_mib=memory.total >> 20, pool_mib=budget >> 20, taken=memory.describe())
+    return size_engine(engine, spec, role, budget, mesh.rank)
+
+
+def _smallest_sizing(engine: EngineConfig, spec: ModelSpec, role: Role, rank: int, max_model_len: int) -> EngineSizing:
+    """A pool for one sequence of this length, and little more."""
+    small = engine.model_copy(update={"max_model_len": max_model_len, "kv_cache_memory_bytes": 0})
+    budget = 1 << 28
+    while True:
+        try:
+            return size_engine(small, spec, role, budget, rank)
+        except ConfigError as error:
+            if error.param != "kv_cache_memory_bytes":
+                raise
+            budget *= 2
+
+
+def _record(
+    runner: ModelRunner,
+    model: DecoderModel,
+    engine: EngineConfig,
+    layout: KVLayout,
+    pool: KVPool,
+    backend: AttentionBackend,
+    max_model_len: int,
+    progress: Progress,
+) -> DecodeGraphs:
+    """Decode steps of all sizes, and those that verify drafts."""
+    shape = GraphShape(
+        groups={g.name: (g.block_size, g.window) for g in layout.groups if g.retention is not Retention.SNAPSHOT},
+        states=[g.name for g in layout.groups if g.retention is Retention.SNAPSHOT and g.name != TAIL_GROUP],
+        max_seq_len=max_model_len,
+    )
+    speculative = engine.speculative_config
+    most = 1 + (speculative.num_speculative_tokens if speculative.method != "none" else 0)
+    sizes = engine.cuda_graph_sizes or graph_sizes(engine.max_num_seqs)
+    graphs = DecodeGraphs(model.forward, pool, backend, runner.inputs, runner.drawn_R, shape, sizes, range(1, most + 1))
+    graphs.record(lambda done, total: progress("recording decode steps", done, total))
+    return graphs
+
+
+def _tensor_parallel(mesh: Mesh) -> TensorParallel:
+    if mesh.collectives is None:
+        return TensorParallel()
+    return TensorParallel(mesh.rank, mesh.size, mesh.collectives.all_reduce, mesh.collectives.all_gather)
+
+
+def _needs(sizing: EngineSizing, block_size: int, device: torch.device) -> Needs:
+    """What attention has to be able to do."""
+    spec = sizing.spec
+    return Needs(
+        device=device.type,
+        dtype=sizing.dtype,
+        kv_dtype=sizing.kv_dtype,
+        head_dim=spec.head_dim if spec.mla is None else spec.mla.row_dim,
+        group_size=spec.num_heads // spec.num_kv_heads if spec.mla is None and spec.compress is None else 1,
+        block_size=block_size,
+        has_windows=spec.cache.has_windows,
+        latent=spec.mla is not None or spec.compress is not None,
+    )

@@ -1,0 +1,208 @@
+"""Ranks beside the first: how they start, and the process of one.
+
+    rank 0: start_ranks -> each rank: RankSetup -> mesh -> its part of the model and cache -> meet -> orders ... -> end
+
+A rank's process, `python -m common.engine.rank FD PARENT_PID`, ends with the engine process that started it. It has no
+scheduler and no requests; what it is told to run is all that it knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import torch
+from torch._C._distributed_c10d import Store
+
+from common.config import EngineConfig, LogConfig, WorkerConfig
+from common.engine.compute import make_compute
+from common.engine.rank_runner import RankLoop
+from common.errors import ConfigError
+from common.kvtransfer.transport import Transport
+from common.parallel.lifeline import die_with_parent
+from common.parallel.link import Link, LinkClosedError
+from common.parallel.mesh import Mesh, join
+from common.parallel.ranks import FAILED, Rank, RankBody, Ranks
+from common.parallel.store import Rendezvous, file_store
+from common.telemetry import configure_logging, get_logger
+from common.types import Clock, MonotonicClock, Role
+
+log = get_logger(__name__)
+
+SETUP = 1
+
+
+class RankSetup(msgspec.Struct, frozen=True):
+    """First frame to a new rank. `worker_json`: the config, resolved. `store`: path of the file where ranks meet."""
+
+    rank: int
+    role: str
+    worker_json: bytes
+    log_json: bytes
+    store: str
+
+
+class RankStarter(Protocol):
+    """What ranks run in."""
+
+    def store(self, size: int) -> Store: ...
+
+    def start(self, setup: RankSetup, sock: socket.socket) -> RankBody:
+        """`sock` is the rank's end; whoever starts it closes it."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The ranks of one engine, seen from rank 0."""
+
+    mesh: Mesh
+    ranks: Ranks
+    starter: RankStarter
+
+    def meet(self) -> None:
+        """All ranks have made their part; raises if one could not."""
+        self.mesh.least([])
+
+    def close(self) -> None:
+        self.ranks.close()
+        self.mesh.close()
+        self.starter.close()
+
+
+def rank_device(engine: EngineConfig, rank: int) -> torch.device:
+    """Where a rank computes; `engine` is resolved. ConfigError where torch cannot."""
+    if engine.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is cuda; torch {torch.__version__} finds no GPU here: install a torch for CUDA, or say cpu",
+            param="device",
+        )
+    index = engine.devices[rank] if engine.devices else rank
+    if index >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(f"rank {rank} computes on GPU {index}; torch finds {found}", param="devices")
+    return torch.device("cuda", index)
+
+
+def start_ranks(config: WorkerConfig, role: Role, starter: RankStarter) -> Fleet:
+    """Start all ranks but the first, and meet them."""
+    engine = config.engine
+    size, ranks = engine.tensor_parallel_size, []
+    rank_device(engine, size - 1)
+    store = starter.store(size)
+    for number in range(1, size):
+        setup = RankSetup(
+            rank=number,
+            role=role.value,
+            worker_json=config.model_dump_json().encode(),
+            log_json=LogConfig(level="warning").model_dump_json().encode(),
+            store=starter.path if isinstance(starter, ProcessRanks) else "",
+        )
+        ours, theirs = socket.socketpair()
+        with theirs:
+            body = starter.start(setup, theirs)
+        link = Link(ours, engine.hang_timeout_s)
+        link.send(SETUP, msgspec.msgpack.encode(setup))
+        ranks.append(Rank(number, link, body))
+    started = Ranks(ranks, engine.hang_timeout_s)
+    try:
+        meeting = Rendezvous(store, 0, size, started.check)
+        meeting.share(os.getpid())
+        mesh = join(meeting, 0, size, rank_device(engine, 0), engine.hang_timeout_s)
+    except BaseException:
+        started.close()
+        starter.close()
+        raise
+    assert mesh.collectives is not None
+    started.on_lost = mesh.collectives.abort
+    return Fleet(mesh, started, starter)
+
+
+def serve_rank(setup: RankSetup, link: Link, store: Store, clock: Clock, transport: Transport | None = None) -> None:
+    """The life of a rank, in a process or a thread. Says on the link why it ended, if not because it was told to."""
+    config = WorkerConfig.model_validate_json(setup.worker_json)
+    engine, mesh = config.engine, None
+    try:
+        if engine.num_threads:
+            torch.set_num_threads(engine.num_threads)
+        meeting = Rendezvous(store, setup.rank, engine.tensor_parallel_size)
+        meeting.share(os.getpid())
+        mesh = join(
+            meeting, setup.rank, engine.tensor_parallel_size, rank_device(engine, setup.rank), engine.hang_timeout_s
+        )
+        compute = make_compute(config, Role(setup.role), mesh, clock, transport=transport)
+        mesh.least([])
+        RankLoop(compute.runner, link).serve()
+    except Exception as error:  # the edge of the rank: rank 0 is told, and ends the engine
+        log.exception("rank failed", rank=setup.rank)
+        with contextlib.suppress(LinkClosedError):
+            link.send(FAILED, f"{type(error).__name__}: {error}".encode())
+    finally:
+        if mesh is not None:
+            mesh.close()
+
+
+class ProcessRanks:
+    """Each rank in a child process."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="nanodeploy-ranks-"))
+        self.path = str(self._folder / "store")
+
+    def store(self, size: int) -> Store:
+        return file_store(self.path, size)
+
+    def start(self, setup: RankSetup, sock: socket.socket) -> RankBody:
+        sock.set_inheritable(True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "common.engine.rank", str(sock.fileno()), str(os.getpid())],
+            pass_fds=[sock.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        return _Child(process)
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Child:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def end(self, timeout_s: float) -> None:
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout_s)
+
+
+def main() -> int:
+    """Serve the engine process that started this one."""
+    fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(parent)
+    link = Link(socket.socket(fileno=fd), 60.0)
+    kind, payload = link.receive()
+    assert kind == SETUP
+    setup = msgspec.msgpack.decode(payload, type=RankSetup)
+    configure_logging(LogConfig.model_validate_json(setup.log_json), f"{setup.role}-rank{setup.rank}")
+    config = WorkerConfig.model_validate_json(setup.worker_json)
+    serve_rank(setup, link, file_store(setup.store, config.engine.tensor_parallel_size), MonotonicClock())
+    link.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

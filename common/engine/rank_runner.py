@@ -1,0 +1,142 @@
+"""One model on several ranks: rank 0 tells the others what it runs, and they run the same.
+
+    rank 0   forward(batch)   sample   collect   copy_blocks      each told before it is done here
+    others   the same calls of the same runner, in the same order
+
+Every rank draws every token itself, from logits that are equal to the bit and noise keyed by place, so the next step
+finds its tokens on each device. Whatever goes wrong in a step on one rank leaves the others in another state: all are
+lost then, and the engine ends.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor
+
+from common.attention.context import AttentionBackend
+from common.engine.batch import Batch
+from common.engine.rank_wire import BatchDecoder, BatchEncoder
+from common.engine.runner import ModelRunner, Pending, StepResult
+from common.errors import ConfigError, RankLostError
+from common.kvcache.manager import BlockCopy
+from common.kvcache.pool import KVPool
+from common.parallel.link import Link, LinkClosedError
+from common.parallel.ranks import DONE, Ranks
+
+FORWARD, SAMPLE, COLLECT, COPY = 16, 17, 18, 19
+_IDLE_S = 5.0
+
+
+class Runner(Protocol):
+    """What an engine calls: see `common.engine.runner.ModelRunner`."""
+
+    on_progress: Callable[[], None]
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None: ...
+
+    def forward(self, batch: Batch) -> Pending: ...
+
+    def sample(self, pending: Pending, masks: Tensor | None = None) -> None: ...
+
+    def collect(self, pending: Pending) -> StepResult: ...
+
+    def observe(self, wrap: Callable[[AttentionBackend, KVPool], AttentionBackend]) -> None: ...
+
+
+class RankedRunner:
+    """The runner of rank 0, and with it those of all ranks."""
+
+    def __init__(self, inner: ModelRunner, ranks: Ranks) -> None:
+        self._inner = inner
+        self._ranks = ranks
+        self._encoder = BatchEncoder()
+        self._on_progress: Callable[[], None] = lambda: None
+        inner.on_progress = self._progressed
+
+    @property
+    def on_progress(self) -> Callable[[], None]:
+        return self._on_progress
+
+    @on_progress.setter
+    def on_progress(self, call: Callable[[], None]) -> None:
+        self._on_progress = call
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        if copies:
+            self._ranks.tell(COPY, pickle.dumps([tuple(c) for c in copies]))
+        with _together():
+            self._inner.copy_blocks(copies)
+
+    def forward(self, batch: Batch) -> Pending:
+        self._ranks.tell(FORWARD, self._encoder.encode(batch), is_step=True)
+        with _together():
+            return self._inner.forward(batch)
+
+    def sample(self, pending: Pending, masks: Tensor | None = None) -> None:
+        assert masks is None, "masks do not go to other ranks"
+        self._ranks.tell(SAMPLE)
+        with _together():
+            self._inner.sample(pending)
+
+    def collect(self, pending: Pending) -> StepResult:
+        self._ranks.tell(COLLECT)
+        with _together():
+            result = self._inner.collect(pending)
+        self._ranks.check()
+        return result
+
+    def observe(self, wrap: Callable[[AttentionBackend, KVPool], AttentionBackend]) -> None:
+        raise ConfigError("scales are calibrated on one rank: say tensor_parallel_size 1", param="tensor_parallel_size")
+
+    def _progressed(self) -> None:
+        self._ranks.progressed()
+        self._on_progress()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RankLostError:
+        raise
+    except Exception as error:
+        raise RankLostError(f"a step failed on rank 0 of several: {type(error).__name__}: {error}") from error
+
+
+class RankLoop:
+    """The life of another rank: does what rank 0 tells it until the link ends."""
+
+    def __init__(self, runner: ModelRunner, link: Link) -> None:
+        self._runner = runner
+        self._link = link
+        self._decoder = BatchDecoder()
+        self._pending: deque[Pending] = deque()
+
+    def serve(self) -> None:
+        """Until rank 0 ends the link. What a step raises is raised."""
+        while True:
+            try:
+                if not self._link.wait(_IDLE_S):
+                    continue
+                kind, payload = self._link.receive()
+            except LinkClosedError:
+                return
+            self._do(kind, payload)
+
+    def _do(self, kind: int, payload: bytes) -> None:
+        if kind == FORWARD:
+            self._pending.append(self._runner.forward(self._decoder.decode(payload)))
+        elif kind == SAMPLE:
+            self._runner.sample(self._pending[-1])
+        elif kind == COLLECT:
+            self._runner.collect(self._pending.popleft())
+            self._link.send(DONE)
+        elif kind == COPY:
+            self._runner.copy_blocks([BlockCopy(*c) for c in pickle.loads(payload)])
+        else:
+            raise AssertionError(f"order {kind} is not known")

@@ -1,0 +1,119 @@
+"""Sums and gathers over NCCL, on the stream that everything else is computed on.
+
+NCCL's C face is called as it is (nccl.h, 2.18 and later): a call costs microseconds, nothing waits in a stream of its
+own, and what is recorded in a CUDA graph is replayed like a kernel. Torch brings the library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+
+from common.errors import ConfigError
+from common.parallel.store import put
+
+_ID_NBYTES = 128
+_SUM = 0
+_TYPES = {
+    torch.uint8: 1,
+    torch.int32: 2,
+    torch.int64: 4,
+    torch.float16: 6,
+    torch.float32: 7,
+    torch.bfloat16: 9,
+}  # ncclDataType_t
+
+
+class _UniqueId(ctypes.Structure):
+    _fields_ = (("internal", ctypes.c_byte * _ID_NBYTES),)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """libnccl.so.2, which torch's own library has brought into the process."""
+    try:
+        lib = ctypes.CDLL("libnccl.so.2")
+    except OSError as error:
+        raise ConfigError(f"several GPUs need NCCL: {error}", param="tensor_parallel_size") from None
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    lib.ncclGetErrorString.restype = ctypes.c_char_p
+    lib.ncclGetErrorString.argtypes = [number]
+    lib.ncclGetUniqueId.argtypes = [ctypes.POINTER(_UniqueId)]
+    lib.ncclCommInitRank.argtypes = [ctypes.POINTER(pointer), number, _UniqueId, number]
+    lib.ncclAllReduce.argtypes = [pointer, pointer, size, number, number, pointer, pointer]
+    lib.ncclAllGather.argtypes = [pointer, pointer, size, number, pointer, pointer]
+    lib.ncclCommAbort.argtypes = [pointer]
+    lib.ncclCommDestroy.argtypes = [pointer]
+    return lib
+
+
+class NcclCollectives:
+    """One communicator on one GPU; made by all ranks at once."""
+
+    def __init__(self, store: Store, rank: int, size: int, device: torch.device) -> None:
+        self._lib = _library()
+        self._size = size
+        self._device = device
+        torch.cuda.set_device(device)
+        unique = _UniqueId()
+        if rank == 0:
+            self._check(self._lib.ncclGetUniqueId(ctypes.byref(unique)))
+            put(store, "nccl", bytes(unique))
+        else:
+            ctypes.memmove(ctypes.byref(unique), store.get("nccl"), _ID_NBYTES)
+        self._comm = ctypes.c_void_p()
+        self._check(self._lib.ncclCommInitRank(ctypes.byref(self._comm), size, unique, rank))
+        self._warm_up()
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        assert x.is_contiguous(), "a sum over ranks takes contiguous tensors"
+        at = x.data_ptr()
+        self._check(self._lib.ncclAllReduce(at, at, x.numel(), _TYPES[x.dtype], _SUM, self._open(), self._stream()))
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = x.new_empty(self._size, *x.shape)
+        self._check(
+            self._lib.ncclAllGather(
+                x.data_ptr(), out.data_ptr(), x.numel(), _TYPES[x.dtype], self._open(), self._stream()
+            )
+        )
+        return out
+
+    def abort(self) -> None:
+        comm, self._comm = self._comm, ctypes.c_void_p()
+        if comm:
+            self._lib.ncclCommAbort(comm)
+
+    def close(self) -> None:
+        """All that was queued has ended."""
+        comm, self._comm = self._comm, ctypes.c_void_p()
+        if comm:
+            torch.cuda.synchronize(self._device)
+            self._lib.ncclCommDestroy(comm)
+
+    def _warm_up(self) -> None:
+        """Connections are made by the first call of a kind, which must not be one that is recorded."""
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(self._size << 20, dtype=dtype, device=self._device)
+            self.all_reduce(x)
+            self.all_reduce(x[:64])
+            self.all_gather(x[:64])
+        torch.cuda.synchronize(self._device)
+
+    def _open(self) -> ctypes.c_void_p:
+        if not self._comm:
+            raise RuntimeError("the group of ranks is closed")
+        return self._comm
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self._device).cuda_stream
+
+    def _check(self, result: int) -> None:
+        if result:
+            raise RuntimeError(f"NCCL: {self._lib.ncclGetErrorString(result).decode()}")
