@@ -115,6 +115,9 @@ class AttentionBackend(Protocol):
 
     name: str
 
+    plain_writes: bool
+    """Does `write` store its rows and nothing else, so that a layer may store them in a kernel of its own?"""
+
     def plan(self, ctx: AttentionContext) -> None:
         """Called before each forward, and before each replay of a recorded one: what needs the host is done here.
 

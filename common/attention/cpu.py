@@ -83,6 +83,7 @@ class _Rows:
 
 class CpuBackend:
     name = "cpu"
+    plain_writes = True
 
     def __init__(self, isa: cpu.Isa = cpu.Isa.BEST) -> None:
         lib = cpu.library()

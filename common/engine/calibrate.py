@@ -48,6 +48,8 @@ class _Measured:
 class KVMeter:
     """A backend that measures the keys and values of each layer, and leaves the work to another one."""
 
+    plain_writes = False
+
     def __init__(self, spec: ModelSpec, backend: AttentionBackend, pool: KVPool) -> None:
         """ConfigError if the cache holds no keys and values of heads, or is an 8-bit one already."""
         regions = [r for r in spec.cache.regions if r.holds_kv]

@@ -14,6 +14,7 @@ from torch import Tensor
 from common.kvcache.layout import KVPlace
 from common.layers.base import Build, Layer
 from common.layers.linear import ColumnLinear, RowLinear
+from common.layers.qkv import store_in_one
 from common.layers.rms_norm import QKNorm
 from common.layers.rope import apply_rope
 from common.layers.step import MAIN_ROPE, Step
@@ -50,13 +51,23 @@ class Attention(Layer):
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         ctx, cache, tables = step.ctx, step.cache(self._place), step.tables(self._place)
         scales = step.scales(self._place)
-        num_tokens, num_heads = x_TD.shape[0], self._heads
-        num_qk = num_heads + self._kv_heads
-        qkv_THD = self.qkv_proj(x_TD).view(num_tokens, -1, self._width)
-        qk_THD = qkv_THD[:, :num_qk]
-        if self.qk_norm is not None:
-            qk_THD = self.qk_norm(qk_THD)
-        qk_THD = apply_rope(qk_THD, *step.rope[MAIN_ROPE])
-        ctx.backend.write(qk_THD[:, num_heads:], qkv_THD[:, num_qk:], cache, tables, scales)
-        out_THD = ctx.backend.attend(qk_THD[:, :num_heads], cache, tables, ctx, self._scale, scales)
+        num_tokens = x_TD.shape[0]
+        q_THD = self._store(self.qkv_proj(x_TD).view(num_tokens, -1, self._width), step)
+        out_THD = ctx.backend.attend(q_THD, cache, tables, ctx, self._scale, scales)
         return self.o_proj(out_THD.reshape(num_tokens, -1))
+
+    def _store(self, qkv_THD: Tensor, step: Step) -> Tensor:
+        """Put keys and values in the cache; the queries, [T, H, D]."""
+        num_heads, num_qk, norm = self._heads, self._heads + self._kv_heads, self.qk_norm
+        q_THD, k_TUD, v_TUD = qkv_THD.tensor_split((num_heads, num_qk), 1)
+        weights, eps = (None, 0.0) if norm is None else (norm.weights, norm.eps)
+        stored = store_in_one(q_THD, k_TUD, v_TUD, weights, eps, step, self._place)
+        if stored is not None:
+            return stored
+        qk_THD = qkv_THD[:, :num_qk]
+        if norm is not None:
+            qk_THD = norm(qk_THD)
+        qk_THD = apply_rope(qk_THD, *step.rope[MAIN_ROPE])
+        cache, tables, scales = step.cache(self._place), step.tables(self._place), step.scales(self._place)
+        step.ctx.backend.write(qk_THD[:, num_heads:], v_TUD, cache, tables, scales)
+        return qk_THD[:, :num_heads]

@@ -13,6 +13,7 @@ from common.kvcache.layout import KVPlace
 from common.layers.attention import AttentionShape
 from common.layers.base import Build, Layer
 from common.layers.linear import ColumnLinear, RowLinear
+from common.layers.qkv import store_in_one
 from common.layers.rms_norm import RMSNorm
 from common.layers.rope import apply_rope_
 from common.layers.step import MAIN_ROPE, Step
@@ -42,12 +43,21 @@ class GatedAttention(Layer):
         q_TE, k_TE, v_TE = self.qkv_proj(x_TD).split_with_sizes(self._sizes, 1)
         q_THD, gate_THD = q_TE.view(num_tokens, -1, 2, self._width).unbind(2)
         k_TUD, v_TUD = (x.view(num_tokens, -1, self._width) for x in (k_TE, v_TE))
+        q_THD = self._store(q_THD, k_TUD, v_TUD, step)
+        out_THD = ctx.backend.attend(q_THD, cache, tables, ctx, self._scale, step.scales(self._place))
+        out_TD = sigmoid_mul(out_THD.reshape(num_tokens, -1), gate_THD.reshape(num_tokens, -1))
+        return self.o_proj(out_TD)
+
+    def _store(self, q_THD: Tensor, k_TUD: Tensor, v_TUD: Tensor, step: Step) -> Tensor:
+        """Put keys and values in the cache; the queries, [T, H, D]."""
+        weights = self.q_norm.weight, self.k_norm.weight
+        stored = store_in_one(q_THD, k_TUD, v_TUD, weights, self.q_norm.eps, step, self._place)
+        if stored is not None:
+            return stored
         q_THD, k_TUD = self.q_norm(q_THD), self.k_norm(k_TUD)
         cos_T1D, sin_T1D = step.rope[MAIN_ROPE]
         for heads in (q_THD, k_TUD):
             apply_rope_(heads[..., : cos_T1D.shape[-1]], cos_T1D, sin_T1D, interleaved=False)
-        scales = step.scales(self._place)
-        ctx.backend.write(k_TUD, v_TUD, cache, tables, scales)
-        out_THD = ctx.backend.attend(q_THD, cache, tables, ctx, self._scale, scales)
-        out_TD = sigmoid_mul(out_THD.reshape(num_tokens, -1), gate_THD.reshape(num_tokens, -1))
-        return self.o_proj(out_TD)
+        cache, tables, scales = step.cache(self._place), step.tables(self._place), step.scales(self._place)
+        step.ctx.backend.write(k_TUD, v_TUD, cache, tables, scales)
+        return q_THD

@@ -17,7 +17,7 @@ from common.layers.base import Build, Init, Layer, Slot
 class RMSNorm(Layer):
     def __init__(self, build: Build, width: int, eps: float, *, zero_centred: bool = False) -> None:
         self._width = (width,)
-        self._eps = eps
+        self.eps = eps
         self._zero_centred = zero_centred
         self.weight = torch.empty(width, dtype=_dtype(build, zero_centred), device=build.device)
 
@@ -29,11 +29,11 @@ class RMSNorm(Layer):
             self.weight += 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self._eps)
+        return rms_norm(x, self.weight, self.eps)
 
     def of_sum(self, residual_TD: Tensor, delta_TD: Tensor) -> Tensor:
         """The norm of both together; `residual_TD` takes the sum."""
-        return add_rms_norm(residual_TD, delta_TD, self.weight, self._eps)
+        return add_rms_norm(residual_TD, delta_TD, self.weight, self.eps)
 
 
 class QKNorm(Layer):
@@ -43,9 +43,10 @@ class QKNorm(Layer):
 
     def __init__(self, build: Build, num_heads: int, num_kv_heads: int, head_dim: int, eps: float) -> None:
         self._width = (head_dim,)
-        self._eps = eps
+        self.eps = eps
         self._num_heads = num_heads
         self.weight_2D = build.empty(2, head_dim)
+        self.weights = (self.weight_2D[0], self.weight_2D[1])
 
     def own_slots(self) -> Iterator[Slot]:
         yield Slot("q_norm.weight", self.weight_2D[0], self._width, init=Init.ONES)
@@ -53,7 +54,7 @@ class QKNorm(Layer):
 
     def __call__(self, qk_THD: Tensor) -> Tensor:
         """`qk_THD`: query heads, then key heads; the same shape comes back, contiguous."""
-        return rms_norm(qk_THD, self.weight_2D, self._eps, split=self._num_heads)
+        return rms_norm(qk_THD, self.weight_2D, self.eps, split=self._num_heads)
 
 
 def _dtype(build: Build, zero_centred: bool) -> torch.dtype:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for the type checker
     from common.kernels.gpu import experts as experts
     from common.kernels.gpu import norms as norms
     from common.kernels.gpu import pointwise as pointwise
+    from common.kernels.gpu import qkv as qkv
     from common.kernels.gpu import rope as rope
     from common.kernels.gpu import routing as routing
 
