@@ -281,6 +281,30 @@ def test_a_small_read_is_not_stuck_behind_a_large_one(owner: Owner, transport: U
     assert order.index(999) < 30
 
 
+def test_memory_of_the_caller_is_registered_with_a_guard_behind_it(transport: UcxTransport) -> None:
+    """What lies between the memory and its guard is no peer's business, and no cookie is written there."""
+    nbytes, gap, guard_nbytes = 3 * BLOCK, 5000, 4096
+    memory = random_bytes(8, nbytes + gap + guard_nbytes)
+    before, base = memory.copy(), memory.ctypes.data
+    local = allocate(transport, "full", nbytes)
+    with closing(make_transport("cma")) as owner:
+        owner.register("full", base, nbytes, base + nbytes + gap, guard_nbytes)
+        np.testing.assert_array_equal(memory[: nbytes + gap], before[: nbytes + gap])
+        (handle,) = owner.endpoint().memory
+        assert (handle.base, handle.nbytes) == (base, nbytes)
+        peer = transport.connect(owner.endpoint())
+        transport.read(peer, 1, [piece(local, "full", 0, 0, nbytes)], [])
+        assert only(wait_for(transport, 1)).status is ReadStatus.OK
+        np.testing.assert_array_equal(local, memory[:nbytes])
+        transport.read(peer, 2, [piece(local, "full", nbytes - 8, 0, 16)], [])
+        assert only(wait_for(transport, 1)).status is ReadStatus.FAILED
+        with pytest.raises(ValueError, match="allocated already"):
+            owner.register("full", base, nbytes, base + nbytes, guard_nbytes)
+        with pytest.raises(ValueError, match="guard"):
+            owner.register("other", base, nbytes, base + nbytes - 1, guard_nbytes)
+        transport.disconnect(peer)
+
+
 # -- peers that go ------------------------------------------------------------------------------------
 
 
@@ -422,13 +446,17 @@ def corrupt(endpoint: Endpoint, how: str) -> Endpoint:
             return with_memory(nbytes=memory.nbytes + 4096)
         case "other cookie":
             return with_memory(remote_key=ucx._seal(key[:16] + os.urandom(16) + key[32:]))
+        case "memory of a GPU":
+            on_device = ucx._KEY.pack(*ucx._KEY.unpack_from(key)[:-1], True) + key[ucx._KEY.size :]
+            return with_memory(remote_key=ucx._seal(on_device))
         case "unmapped memory":
-            forged = ucx._KEY.pack(4096, memory.nbytes, key[16:32]) + key[32:]
+            forged = ucx._KEY.pack(4096, memory.nbytes, key[16:32], 4096 + memory.nbytes, False) + key[ucx._KEY.size :]
             return with_memory(base=4096, remote_key=ucx._seal(forged))
     raise AssertionError(how)
 
 
 FAULTS = ["random address", "empty address", "cut address", "random key", "short key", "longer memory", "other cookie"]
+FAULTS += ["memory of a GPU"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -453,6 +481,11 @@ def test_pieces_outside_of_the_peers_memory_fail(
     peer = transport.connect(owner.endpoint)
     transport.read(peer, 1, [ReadPiece(group, offset, transport.allocate("full", 64), nbytes)], [])
     assert only(wait_for(transport, 1)).status is ReadStatus.FAILED
+
+
+def test_a_gpu_that_is_not_there_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"libcuda|GPU 99"):
+        UcxTransport(UcxConfig(), device=99)
 
 
 def test_bad_settings_are_config_errors() -> None:

@@ -217,6 +217,12 @@ class MemoryTransport:
         self._memory[group] = (array, MemoryHandle(group, base, nbytes, self.address))
         return base
 
+    def register(self, group: str, address: int, nbytes: int, guard: int, guard_nbytes: int) -> None:
+        if group in self._memory:
+            raise ValueError(f"group {group} is allocated already")
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+        self._memory[group] = (array, MemoryHandle(group, address, nbytes, self.address))
+
     def endpoint(self) -> Endpoint:
         return Endpoint(self.name, self.address, tuple(h for _, h in self._memory.values()), hint="copy")
 

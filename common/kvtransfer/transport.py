@@ -1,6 +1,6 @@
 """What moves bytes: registers memory, reads one-sided, flushes, reports peer death. Nothing else.
 
-    open -> register(group memory) -> endpoint() ... connect(peer) -> read(...) -> completions -> close
+    open -> allocate or register (group memory) -> endpoint() ... connect(peer) -> read(...) -> completions -> close
 
 A transport runs its own progress thread. It never blocks the caller: `read` queues work, `poll` returns
 what has ended since the last call, and `wakeup_fd` becomes readable when there is something to poll.
@@ -93,6 +93,12 @@ class Transport(Protocol):
 
     def allocate(self, group: str, nbytes: int) -> int:
         """Allocate and register zeroed memory that peers can read; returns its address (64-byte aligned)."""
+
+    def register(self, group: str, address: int, nbytes: int, guard: int, guard_nbytes: int) -> None:
+        """Register the caller's memory, which outlives the transport, in place of `allocate`.
+
+        `guard`: address of `guard_nbytes` behind it, in the same allocation, for the transport's own use.
+        """
 
     def endpoint(self) -> Endpoint:
         """Describe all registered memory to a peer."""

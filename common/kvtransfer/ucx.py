@@ -4,6 +4,8 @@ This module translates between the transport's words and the C structures of `li
 comes from peers: addresses and remote keys travel sealed (magic, checksum), because libucp trusts what it
 is given. A sealed key names the memory it belongs to, and a random cookie behind that memory, which the
 native side reads back before the first read: a key that leads elsewhere is refused.
+
+All memory of a transport is on one device: the host, where it allocates, or a GPU, where it registers the pool's.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ from common.kvtransfer.transport import (
 LIBRARY_PATH = Path(__file__).parent / "libnd_ucx.so"
 
 _SEAL = struct.Struct("<4s8s")
-_MAGIC = b"NDU1"
-_KEY = struct.Struct("<QQ16s")  # base, nbytes, cookie; the packed UCX key follows
+_MAGIC = b"NDU2"
+_KEY = struct.Struct("<QQ16sQB")  # base, nbytes, cookie, its address, is it a GPU's memory; the packed UCX key follows
+_COOKIE_NBYTES = 16
+_CUDA_TLS = ("cuda_copy", "cuda_ipc")
 _STATUS = (ReadStatus.OK, ReadStatus.MISMATCH, ReadStatus.FAILED, ReadStatus.FENCED)
-_ALIGN = 64
 _POLL_EVENTS = 64
 
 
@@ -51,7 +54,7 @@ class _Memory(ctypes.Structure):
         ("cookie_address", ctypes.c_uint64),
         ("cookie", ctypes.c_uint8 * 16),
         ("key_nbytes", ctypes.c_uint32),
-        ("key", ctypes.c_uint8 * 236),
+        ("key", ctypes.c_uint8 * 1004),
     )
 
 
@@ -62,6 +65,7 @@ class _Remote(ctypes.Structure):
         ("cookie", ctypes.c_uint8 * 16),
         ("key", ctypes.c_char_p),
         ("key_nbytes", ctypes.c_uint64),
+        ("on_device", ctypes.c_uint64),
     )
 
 
@@ -81,12 +85,13 @@ class _Event(ctypes.Structure):
 def _library() -> ctypes.CDLL:
     pointer, text, size, u64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint64
     signatures: Signatures = {
-        "nd_ucx_open": (pointer, [text, text, text, text, size]),
+        "nd_ucx_open": (pointer, [text, text, text, ctypes.c_int, text, size]),
         "nd_ucx_close": (None, [pointer]),
         "nd_ucx_wakeup_fd": (ctypes.c_int, [pointer]),
         "nd_ucx_version": (None, [pointer, text, size]),
         "nd_ucx_address": (size, [pointer, text, size]),
         "nd_ucx_allocate": (ctypes.c_bool, [pointer, u64, pointer, text, size]),
+        "nd_ucx_register": (ctypes.c_bool, [pointer, u64, u64, u64, pointer, text, size]),
         "nd_ucx_connect": (None, [pointer, u64, text, size, pointer, size]),
         "nd_ucx_disconnect": (None, [pointer, u64]),
         "nd_ucx_read": (None, [pointer, u64, u64, pointer, size, pointer, size, pointer, size]),
@@ -109,17 +114,26 @@ def default_library() -> str:
 class UcxTransport:
     """Implements `common.kvtransfer.transport.Transport`. Methods may be called from any thread, but not beside close.
 
+    `device`: number of the GPU that all memory is on, None for the host's. A GPU's transport looks at no digests: reads
+    are queued without checks (see `common.kvtransfer.device`).
     Raises `ConfigError` if UCX does not start with this configuration.
     """
 
     name = "ucx"
 
-    def __init__(self, config: UcxConfig) -> None:
+    def __init__(self, config: UcxConfig, device: int | None = None) -> None:
         self._lib = _library()
+        self._device = device
         error = ctypes.create_string_buffer(512)
         library = config.library or default_library()
+        tls = config.tls if device is None else _with_cuda(config.tls)
         handle: int | None = self._lib.nd_ucx_open(
-            library.encode(), config.tls.encode(), config.net_devices.encode(), error, len(error)
+            library.encode(),
+            tls.encode(),
+            config.net_devices.encode(),
+            -1 if device is None else device,
+            error,
+            len(error),
         )
         if not handle:
             raise ConfigError(error.value.decode(errors="replace"), param="ucx")
@@ -144,16 +158,36 @@ class UcxTransport:
         return out.value.decode()
 
     def allocate(self, group: str, nbytes: int) -> int:
+        self._check_new(group, nbytes)
+        if self._device is not None:
+            raise ValueError(f"group {group!r}: a GPU's memory is registered, not allocated here")
+        memory, error = _Memory(), ctypes.create_string_buffer(512)
+        if not self._lib.nd_ucx_allocate(self._open_handle(), nbytes, ctypes.byref(memory), error, len(error)):
+            raise KVTransferError(f"group {group}: {error.value.decode(errors='replace')}")
+        self._add(group, nbytes, memory)
+        return int(memory.address)
+
+    def register(self, group: str, address: int, nbytes: int, guard: int, guard_nbytes: int) -> None:
+        self._check_new(group, nbytes)
+        if address + nbytes > guard or guard_nbytes < _COOKIE_NBYTES:
+            raise ValueError(f"group {group!r}: the guard is not behind the memory, or too small")
+        memory, error = _Memory(), ctypes.create_string_buffer(512)
+        arguments = (address, guard, guard_nbytes, ctypes.byref(memory), error, len(error))
+        if not self._lib.nd_ucx_register(self._open_handle(), *arguments):
+            raise KVTransferError(f"group {group}: {error.value.decode(errors='replace')}")
+        self._add(group, nbytes, memory)
+
+    def _check_new(self, group: str, nbytes: int) -> None:
         if group in self._memory:
             raise ValueError(f"group {group!r} is allocated already")
         if nbytes <= 0:
             raise ValueError(f"group {group!r}: cannot allocate {nbytes} bytes")
-        memory, error = _Memory(), ctypes.create_string_buffer(512)
-        if not self._lib.nd_ucx_allocate(self._open_handle(), nbytes, ctypes.byref(memory), error, len(error)):
-            raise KVTransferError(f"group {group}: {error.value.decode(errors='replace')}")
-        key = _KEY.pack(memory.address, nbytes, bytes(memory.cookie)) + bytes(memory.key[: memory.key_nbytes])
-        self._memory[group] = MemoryHandle(group, memory.address, nbytes, _seal(key))
-        return int(memory.address)
+
+    def _add(self, group: str, nbytes: int, memory: _Memory) -> None:
+        is_device = self._device is not None
+        key = _KEY.pack(memory.address, nbytes, bytes(memory.cookie), memory.cookie_address, is_device)
+        sealed = _seal(key + bytes(memory.key[: memory.key_nbytes]))
+        self._memory[group] = MemoryHandle(group, memory.address, nbytes, sealed)
 
     def endpoint(self) -> Endpoint:
         out = ctypes.create_string_buffer(4096)
@@ -190,6 +224,7 @@ class UcxTransport:
         except ValueError as error:
             self._refuse(ReadResult(read_id, ReadStatus.FAILED, 0, 0.0, 0.0, str(error)))
             return
+        assert self._device is None or not checks, "digests of a GPU's memory are not for the host"
         packed_checks, segments = _pack_checks(checks)
         self._lib.nd_ucx_read(
             handle,
@@ -215,7 +250,7 @@ class UcxTransport:
                     return ended
 
     def describe(self, peer_id: int) -> str:
-        """'ucx/posix', 'ucx/cma', 'ucx/tcp', ...; 'ucx/connecting' and 'ucx/gone' before and after."""
+        """'ucx/posix', 'ucx/cma', 'ucx/tcp', 'ucx/cuda_ipc', ...; 'ucx/connecting' and 'ucx/gone' before and after."""
         out = ctypes.create_string_buffer(64)
         self._lib.nd_ucx_describe(self._open_handle(), peer_id, out, len(out))
         return f"{self.name}/{out.value.decode()}"
@@ -243,6 +278,14 @@ class UcxTransport:
         return PeerDown(event.id, message)
 
 
+def _with_cuda(tls: str) -> str:
+    """With what a GPU's memory takes; a list that says what is left out (^...) or all stays as it is."""
+    names = tls.split(",")
+    if tls.startswith("^") or "all" in names:
+        return tls
+    return ",".join([*names, *(name for name in _CUDA_TLS if name not in names)])
+
+
 def _seal(payload: bytes) -> bytes:
     return _SEAL.pack(_MAGIC, hashlib.blake2b(payload, digest_size=8).digest()) + payload
 
@@ -259,12 +302,13 @@ def _remote(memory: MemoryHandle) -> _Remote:
     key = _unseal(memory.remote_key, f"remote key of group {memory.group}")
     if len(key) <= _KEY.size:
         raise ValueError(f"malformed remote key of group {memory.group}")
-    base, nbytes, cookie = _KEY.unpack_from(key)
+    base, nbytes, cookie, cookie_address, on_device = _KEY.unpack_from(key)
     if (base, nbytes) != (memory.base, memory.nbytes):
         raise ValueError(f"remote key of group {memory.group} is for other memory")
+    if cookie_address < base + nbytes:
+        raise ValueError(f"remote key of group {memory.group} has its cookie amid the memory")
     packed = key[_KEY.size :]
-    cookie_address = base + -(-nbytes // _ALIGN) * _ALIGN
-    return _Remote(base, cookie_address, (ctypes.c_uint8 * 16)(*cookie), packed, len(packed))
+    return _Remote(base, cookie_address, (ctypes.c_uint8 * 16)(*cookie), packed, len(packed), on_device)
 
 
 def _pack_pieces(pieces: Sequence[ReadPiece], remote: dict[str, tuple[int, MemoryHandle]]) -> array[int]:

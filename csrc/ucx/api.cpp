@@ -17,7 +17,7 @@ struct NdMemory {  // ours
   uint64_t cookie_address;
   uint8_t cookie[16];
   uint32_t key_nbytes;
-  uint8_t key[236];
+  uint8_t key[1004];
 };
 
 struct NdRemote {  // a peer's
@@ -26,6 +26,7 @@ struct NdRemote {  // a peer's
   uint8_t cookie[16];
   const uint8_t* key;
   uint64_t key_nbytes;
+  uint64_t on_device;
 };
 
 struct NdEvent {
@@ -40,13 +41,30 @@ struct NdEvent {
 
 void put_text(const std::string& text, char* out, size_t capacity) { std::snprintf(out, capacity, "%s", text.c_str()); }
 
+bool put_memory(bool ok, const nd::LocalMemory& memory, std::string reason, NdMemory* out, char* error,
+                size_t error_nbytes) {
+  if (ok && memory.key.size() > sizeof out->key) {
+    ok = false;
+    reason = "a remote key of " + std::to_string(memory.key.size()) + " bytes";
+  }
+  put_text(reason, error, error_nbytes);
+  if (!ok) return false;
+  out->address = memory.address;
+  out->cookie_address = memory.cookie_address;
+  std::copy(memory.cookie.begin(), memory.cookie.end(), out->cookie);
+  out->key_nbytes = static_cast<uint32_t>(memory.key.size());
+  std::copy(memory.key.begin(), memory.key.end(), out->key);
+  return true;
+}
+
 }  // namespace
 
 // A transport, or null with the reason in `error`.
-ND_EXPORT Transport* nd_ucx_open(const char* library, const char* tls, const char* net_devices, char* error,
+// `device`: the GPU that all memory is on, -1 for the host's.
+ND_EXPORT Transport* nd_ucx_open(const char* library, const char* tls, const char* net_devices, int device, char* error,
                                  size_t error_nbytes) {
   std::string reason;
-  auto transport = Transport::open({library, tls, net_devices}, &reason);
+  auto transport = Transport::open({library, tls, net_devices, device}, &reason);
   put_text(reason, error, error_nbytes);
   return transport.release();
 }
@@ -69,19 +87,17 @@ ND_EXPORT size_t nd_ucx_address(Transport* transport, uint8_t* out, size_t capac
 ND_EXPORT bool nd_ucx_allocate(Transport* transport, uint64_t nbytes, NdMemory* out, char* error, size_t error_nbytes) {
   nd::LocalMemory memory;
   std::string reason;
-  bool ok = transport->allocate(nbytes, &memory, &reason);
-  if (ok && memory.key.size() > sizeof out->key) {
-    ok = false;
-    reason = "a remote key of " + std::to_string(memory.key.size()) + " bytes";
-  }
-  put_text(reason, error, error_nbytes);
-  if (!ok) return false;
-  out->address = memory.address;
-  out->cookie_address = memory.cookie_address;
-  std::copy(memory.cookie.begin(), memory.cookie.end(), out->cookie);
-  out->key_nbytes = static_cast<uint32_t>(memory.key.size());
-  std::copy(memory.key.begin(), memory.key.end(), out->key);
-  return true;
+  const bool ok = transport->allocate(nbytes, &memory, &reason);
+  return put_memory(ok, memory, reason, out, error, error_nbytes);
+}
+
+// The caller's memory from `address` to the end of the guard, which begins behind what peers may read.
+ND_EXPORT bool nd_ucx_register(Transport* transport, uint64_t address, uint64_t guard, uint64_t guard_nbytes,
+                               NdMemory* out, char* error, size_t error_nbytes) {
+  nd::LocalMemory memory;
+  std::string reason;
+  const bool ok = transport->register_memory(address, guard, guard_nbytes, &memory, &reason);
+  return put_memory(ok, memory, reason, out, error, error_nbytes);
 }
 
 ND_EXPORT void nd_ucx_connect(Transport* transport, uint64_t peer_id, const uint8_t* address, size_t address_nbytes,
@@ -89,7 +105,7 @@ ND_EXPORT void nd_ucx_connect(Transport* transport, uint64_t peer_id, const uint
   std::vector<nd::RemoteMemory> remote;
   for (size_t i = 0; i < num_memories; ++i) {
     const NdRemote& m = memories[i];
-    nd::RemoteMemory memory{m.base, m.cookie_address, {}, nd::Bytes(m.key, m.key + m.key_nbytes)};
+    nd::RemoteMemory memory{m.base, m.cookie_address, {}, nd::Bytes(m.key, m.key + m.key_nbytes), m.on_device != 0};
     std::copy(std::begin(m.cookie), std::end(m.cookie), memory.cookie.begin());
     remote.push_back(std::move(memory));
   }
@@ -103,7 +119,8 @@ ND_EXPORT void nd_ucx_read(Transport* transport, uint64_t peer_id, uint64_t read
                            size_t num_pieces, const nd::Check* checks, size_t num_checks,
                            const nd::DigestSegment* segments, size_t num_segments) {
   const nd::Clock::time_point now = nd::Clock::now();
-  nd::ReadPlan plan({pieces, pieces + num_pieces}, {checks, checks + num_checks}, {segments, segments + num_segments});
+  nd::ReadPlan plan(transport->pace(), {pieces, pieces + num_pieces}, {checks, checks + num_checks},
+                    {segments, segments + num_segments});
   transport->read(peer_id, read_id, std::move(plan), now);
 }
 

@@ -31,8 +31,10 @@ std::string mapping_at(const void* address) {
 }
 
 // The transport of the lane that carries ucp_get, out of `ucp_ep_print_info`'s text: the first lane for bulk
-// remote memory access, else for any, else the one for messages, over which UCX emulates it.
-std::string lane_in(const std::string& info) {
+// remote memory access, else for any, else the one for messages, over which UCX emulates it. A GPU's memory is no
+// business of lanes that map or copy the host's.
+std::string lane_in(const std::string& info, bool on_device) {
+  constexpr const char* kHostOnly[] = {"cma", "knem", "xpmem", "posix", "sysv", "self"};
   for (const char* role : {" rma_bw", " rma", " am"}) {
     std::istringstream lines(info);
     for (std::string line; std::getline(lines, line);) {
@@ -40,7 +42,10 @@ std::string lane_in(const std::string& info) {
       if (lane == std::string::npos || colon == std::string::npos || line.find(role) == std::string::npos) continue;
       const size_t second = line.find(':', colon + 1);  // "lane[1]:  4:cma/memory.0 md[3] -> ..."
       const size_t slash = line.find('/', second);
-      if (second != std::string::npos && slash != std::string::npos) return line.substr(second + 1, slash - second - 1);
+      if (second == std::string::npos || slash == std::string::npos) continue;
+      const std::string name = line.substr(second + 1, slash - second - 1);
+      const bool is_hosts = std::find(std::begin(kHostOnly), std::end(kHostOnly), name) != std::end(kHostOnly);
+      if (!on_device || !is_hosts) return name;
     }
   }
   return "unknown";
@@ -70,17 +75,34 @@ void Transport::begin_connect(Peer* peer, const Bytes& address) {
   peer->handshakes = static_cast<uint32_t>(peer->memories.size()) + 1;
   for (Memory& memory : peer->memories) {
     if (peer->failed) return;
-    get(peer, nullptr, 0, memory.received.data(), memory.remote.cookie_address, memory.received.size(), memory.key);
+    memory.landing = cuda_ ? next_landing() : reinterpret_cast<uint64_t>(memory.received.data());
+    if (memory.landing == 0) return fail(peer, "no memory of this GPU is registered to read into");
+    get(peer, nullptr, 0, reinterpret_cast<void*>(memory.landing), memory.remote.cookie_address, sizeof(Cookie),
+        memory.key);
   }
   flush(peer);
 }
 
+// Peers whose cookies are on their way at the same time need places of their own: there are some 250.
+uint64_t Transport::next_landing() {
+  for (const LocalMemory& memory : memories_) {
+    const uint64_t room = (memory.end - memory.cookie_address) / sizeof(Cookie);
+    if (room > 1) return memory.cookie_address + (1 + landings_++ % (room - 1)) * sizeof(Cookie);
+  }
+  return 0;
+}
+
 std::string Transport::open_memory(Peer* peer, Memory* memory) {
+  if (memory->remote.on_device != settings_.on_device()) {
+    return memory->remote.on_device ? "its memory is a GPU's and ours is the host's"
+                                    : "its memory is the host's and ours is a GPU's";
+  }
   const ucs_status_t status = ucx_->ucp_ep_rkey_unpack(peer->endpoint, memory->remote.key.data(), &memory->key);
   if (status != UCS_OK) {
     memory->key = nullptr;
     return "remote key refused: " + why(status);
   }
+  if (cuda_) return "";
   void* mapped = nullptr;
   if (ucx_->ucp_rkey_ptr(memory->key, memory->remote.base, &mapped) == UCS_OK) {
     memory->mapped = static_cast<const uint8_t*>(mapped);
@@ -91,16 +113,24 @@ std::string Transport::open_memory(Peer* peer, Memory* memory) {
 // Every memory's cookie was read: the peer lives, its error detection is armed, and its keys lead to the
 // memory they claim. Only now may a mapping be touched.
 void Transport::end_handshake(Peer* peer) {
-  for (const Memory& memory : peer->memories) {
-    const uint64_t offset = memory.remote.cookie_address - memory.remote.base;
-    const bool same = memory.received == memory.remote.cookie &&
-                      (memory.mapped == nullptr ||
-                       std::memcmp(memory.mapped + offset, memory.remote.cookie.data(), sizeof(Cookie)) == 0);
-    if (!same) return fail(peer, "the remote key does not lead to the memory it claims");
+  for (Memory& memory : peer->memories) {
+    const std::string error = check_cookie(&memory);
+    if (!error.empty()) return fail(peer, error);
   }
   peer->state = Peer::State::kReady;
   show(peer->id, lane(*peer));
   for (auto& [order, read] : peer->reads) activate(read.get());
+}
+
+std::string Transport::check_cookie(Memory* memory) {
+  std::string error;
+  if (cuda_ && !cuda_->read(memory->received.data(), memory->landing, sizeof(Cookie), &error)) return error;
+  const uint64_t offset = memory->remote.cookie_address - memory->remote.base;
+  const Cookie& cookie = memory->remote.cookie;
+  const bool same =
+      memory->received == cookie &&
+      (memory->mapped == nullptr || std::memcmp(memory->mapped + offset, cookie.data(), sizeof(Cookie)) == 0);
+  return same ? "" : "the remote key does not lead to the memory it claims";
 }
 
 std::string Transport::lane(const Peer& peer) const {
@@ -120,7 +150,7 @@ std::string Transport::lane(const Peer& peer) const {
     if (stream == nullptr) return "unknown";
     ucx_->ucp_ep_print_info(peer.endpoint, stream);
     std::fclose(stream);
-    add(lane_in(std::string(text, nbytes)));
+    add(lane_in(std::string(text, nbytes), settings_.on_device()));
     std::free(text);
   }
   return names;
@@ -198,6 +228,7 @@ bool Transport::tend_peers() {
 
 // The endpoint is closed and every operation has completed: the memory of its reads is the caller's again.
 void Transport::bury(Peer* peer) {
+  if (cuda_ && !peer->reads.empty()) cuda_->drain();  // whatever UCX takes for ended, no copy is under way any more
   for (Memory& memory : peer->memories) {
     if (memory.key != nullptr) ucx_->ucp_rkey_destroy(memory.key);
   }

@@ -33,31 +33,32 @@ bool is_nested(const DigestGeometry& g) {
 
 }  // namespace
 
-ReadPlan::ReadPlan(std::vector<Piece> pieces, std::vector<Check> checks_in, std::vector<DigestSegment> segments_in)
+ReadPlan::ReadPlan(const Pace& pace, std::vector<Piece> pieces, std::vector<Check> checks_in,
+                   std::vector<DigestSegment> segments_in)
     : checks(std::move(checks_in)), segments(std::move(segments_in)) {
   uint32_t first = 0;
   for (const Check& check : checks) {
     first_segment.push_back(first);
     first += static_cast<uint32_t>(check.num_segments);
   }
-  cut(std::move(pieces));
+  cut(pace, std::move(pieces));
   relate();
 }
 
-void ReadPlan::cut(std::vector<Piece> pieces) {
+void ReadPlan::cut(const Pace& pace, std::vector<Piece> pieces) {
   const auto by_local = [](const Piece& a, const Piece& b) { return a.local_address < b.local_address; };
   if (!std::is_sorted(pieces.begin(), pieces.end(), by_local)) std::sort(pieces.begin(), pieces.end(), by_local);
   uint64_t end = 0;
   for (size_t i = 0; i < pieces.size();) {
     Piece run = pieces[i++];
-    while (i < pieces.size() && continues(run, pieces[i]) && run.nbytes + pieces[i].nbytes <= kChunkNbytes) {
+    while (i < pieces.size() && continues(run, pieces[i]) && run.nbytes + pieces[i].nbytes <= pace.chunk_nbytes) {
       run.nbytes += pieces[i++].nbytes;
     }
     if (run.local_address < end) verify_at_end = true;  // pieces overlap
     end = run.local_address + run.nbytes;
     nbytes += run.nbytes;
-    for (uint64_t at = 0; at < run.nbytes; at += kMaxChunkNbytes) {
-      const auto part = static_cast<uint32_t>(std::min(kMaxChunkNbytes, run.nbytes - at));
+    for (uint64_t at = 0; at < run.nbytes; at += pace.max_chunk_nbytes) {
+      const auto part = static_cast<uint32_t>(std::min(pace.max_chunk_nbytes, run.nbytes - at));
       chunks.push_back({run.remote_address + at, run.local_address + at, part, static_cast<uint32_t>(run.memory)});
     }
   }

@@ -40,8 +40,16 @@ struct Member {
   uint32_t segment, check;
 };
 
-constexpr uint64_t kChunkNbytes = 512 << 10;      // pieces are joined up to this
-constexpr uint64_t kMaxChunkNbytes = 2048 << 10;  // and cut above this
+// How much is moved at a time.
+struct Pace {
+  uint64_t chunk_nbytes;      // pieces are joined up to this, and it is a read's turn
+  uint64_t max_chunk_nbytes;  // pieces are cut above this
+  uint64_t in_flight_nbytes;  // in UCX's hands: what a new read waits behind
+};
+
+constexpr Pace kHostPace{512 << 10, 2 << 20, 8 << 20};
+// NVLink is at half its speed with copies of 4 MiB one by one, and a whole block of keys and values is one copy.
+constexpr Pace kDevicePace{16 << 20, 32 << 20, 256 << 20};
 
 struct ReadPlan {
   std::vector<Chunk> chunks;  // by local address
@@ -59,7 +67,8 @@ struct ReadPlan {
   std::vector<uint32_t> segments_summed;  // ... and how many those are
   uint64_t nbytes = 0;
 
-  ReadPlan(std::vector<Piece> pieces, std::vector<Check> checks, std::vector<DigestSegment> segments);
+  ReadPlan(const Pace& pace, std::vector<Piece> pieces, std::vector<Check> checks,
+           std::vector<DigestSegment> segments);
 
   // Copies a chunk from memory of this address space and digests its families on the way.
   void copy(uint32_t chunk, const uint8_t* source);
@@ -69,7 +78,7 @@ struct ReadPlan {
   bool matches(uint32_t check) const;  // reads local memory, unless `is_summed`
 
  private:
-  void cut(std::vector<Piece> pieces);
+  void cut(const Pace& pace, std::vector<Piece> pieces);
   void relate();
   void find_families();
 };

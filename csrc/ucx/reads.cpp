@@ -6,7 +6,6 @@ namespace nd {
 namespace {
 
 constexpr uint32_t kMaxOps = 64;
-constexpr uint64_t kMaxInFlight = 8 << 20;    // bytes in UCX's hands: what a new read waits behind
 constexpr uint64_t kMaxBacklog = 4 << 20;     // bytes read and not yet digested
 constexpr uint64_t kInlineNbytes = 32 << 10;  // checks that cost less than waking the verifier
 constexpr uint32_t kSubmitted = UINT32_MAX;   // in `waits_for`
@@ -59,7 +58,7 @@ Transport::Turn Transport::take_turn(Read* read) {
   if (read->next_chunk == 0) read->first_issue = Clock::now();
   Turn turn = Turn::kNothing;
   uint64_t taken = 0;
-  while (taken < kChunkNbytes && read->next_chunk < read->plan.chunks.size() && !read->ended && !read->peer->failed) {
+  while (taken < pace_.chunk_nbytes && read->next_chunk < read->plan.chunks.size() && !read->ended && !read->peer->failed) {
     const auto index = static_cast<uint32_t>(read->next_chunk);
     const Chunk& chunk = read->plan.chunks[index];
     const Memory& memory = read->peer->memories[chunk.memory];
@@ -68,7 +67,7 @@ Transport::Turn Transport::take_turn(Read* read) {
       copy(read, memory, index);
       turn = Turn::kCopied;
     } else {
-      if (ops_in_flight_ >= kMaxOps || nbytes_in_flight_ + chunk.nbytes > kMaxInFlight) break;
+      if (ops_in_flight_ >= kMaxOps || nbytes_in_flight_ + chunk.nbytes > pace_.in_flight_nbytes) break;
       ++read->next_chunk;
       get(read->peer, read, index, reinterpret_cast<void*>(chunk.local_address), chunk.remote_address, chunk.nbytes,
           memory.key);
@@ -101,6 +100,10 @@ void Transport::get(Peer* peer, Read* read, uint32_t chunk, void* local, uint64_
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   param.cb.send = on_op_done;
   param.user_data = op;
+  if (settings_.on_device()) {
+    param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+    param.memory_type = memory_type();
+  }
   param.memh = local_handle(reinterpret_cast<uint64_t>(local), nbytes);
   if (param.memh != nullptr) param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
   track(ucx_->ucp_get_nbx(peer->endpoint, local, nbytes, remote, key, &param), op);

@@ -26,6 +26,9 @@ constexpr uint64_t kAlign = 64;
 constexpr std::pair<const char*, const char*> kTcpSettings[] = {{"TCP_TX_SEG_SIZE", "256k"},
                                                                 {"TCP_RX_SEG_SIZE", "256k"}};
 
+// Reads over NVLink or PCIe by the reader's copy engine, also where UCX finds no NVLink: the alternative is the host.
+constexpr std::pair<const char*, const char*> kCudaSettings[] = {{"CUDA_IPC_ENABLE_GET_ZCOPY", "on"}};
+
 // Threads made while this lives leave every signal to Python's own thread.
 class SignalsBlocked {
  public:
@@ -42,35 +45,43 @@ class SignalsBlocked {
 
 }  // namespace
 
-struct Transport::AllocateCall {
-  uint64_t nbytes;
+struct Transport::MemoryCall {
+  uint64_t address;  // 0: to be allocated
+  uint64_t nbytes;   // in all
+  uint64_t cookie_address;
   std::promise<std::pair<LocalMemory, std::string>> done;
 };
 
 // -- the callers' side ------------------------------------------------------------------------------
 
-Transport::Transport(int event_fd, int call_fd)
-    : event_fd_(event_fd), call_fd_(call_fd), events_(event_fd), calls_(call_fd), verified_(call_fd) {}
+Transport::Transport(const Settings& settings, int event_fd, int call_fd)
+    : settings_(settings),
+      pace_(settings.on_device() ? kDevicePace : kHostPace),
+      event_fd_(event_fd),
+      call_fd_(call_fd),
+      events_(event_fd),
+      calls_(call_fd),
+      verified_(call_fd) {}
 
 std::unique_ptr<Transport> Transport::open(const Settings& settings, std::string* error) {
   const int event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC), call_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-  std::unique_ptr<Transport> transport(new Transport(event_fd, call_fd));
+  std::unique_ptr<Transport> transport(new Transport(settings, event_fd, call_fd));
   if (event_fd < 0 || call_fd < 0) {
     *error = "eventfd: too many open files";
     return nullptr;
   }
-  if (!transport->start(settings, error)) return nullptr;
+  if (!transport->start(error)) return nullptr;
   return transport;
 }
 
-bool Transport::start(const Settings& settings, std::string* error) {
-  ucx_ = load_ucx(settings.library, error);
+bool Transport::start(std::string* error) {
+  ucx_ = load_ucx(settings_.library, error);
   if (ucx_ == nullptr) return false;
   const SignalsBlocked blocked;
   std::promise<std::string> opened;
-  thread_ = std::thread([this, &settings, &opened] {
+  thread_ = std::thread([this, &opened] {
     pthread_setname_np(pthread_self(), "nd-ucx");
-    const std::string failure = open_ucx(settings);
+    const std::string failure = open_ucx();
     opened.set_value(failure);
     if (failure.empty()) run();
   });
@@ -88,12 +99,27 @@ Transport::~Transport() {
 }
 
 bool Transport::allocate(uint64_t nbytes, LocalMemory* out, std::string* error) {
-  auto call = std::make_shared<AllocateCall>();
-  call->nbytes = nbytes;
+  auto call = std::make_shared<MemoryCall>();
+  const uint64_t usable = (nbytes + kAlign - 1) / kAlign * kAlign;
+  call->cookie_address = usable;
+  call->nbytes = usable + sizeof(Cookie);
+  return memory_call(std::move(call), out, error);
+}
+
+bool Transport::register_memory(uint64_t address, uint64_t guard, uint64_t guard_nbytes, LocalMemory* out,
+                                std::string* error) {
+  auto call = std::make_shared<MemoryCall>();
+  call->address = address;
+  call->cookie_address = guard;
+  call->nbytes = guard + guard_nbytes - address;
+  return memory_call(std::move(call), out, error);
+}
+
+bool Transport::memory_call(std::shared_ptr<MemoryCall> call, LocalMemory* out, std::string* error) {
   auto done = call->done.get_future();
   calls_.put(std::move(call));
   if (done.wait_for(kAllocateTimeout) != std::future_status::ready) {
-    *error = "allocation did not end in time";
+    *error = "registering memory did not end in time";
     return false;
   }
   std::tie(*out, *error) = done.get();
@@ -113,7 +139,12 @@ void Transport::read(uint64_t peer_id, uint64_t read_id, ReadPlan plan, Clock::t
 
 // -- the progress thread ----------------------------------------------------------------------------
 
-std::string Transport::open_ucx(const Settings& settings) {
+std::string Transport::open_ucx() {
+  if (settings_.on_device()) {  // UCX looks at the context of this thread
+    std::string error;
+    cuda_ = Cuda::open(settings_.device, &error);
+    if (!cuda_) return error;
+  }
   ucp_config_t* config = nullptr;
   if (ucx_->ucp_config_read(nullptr, nullptr, &config) != UCS_OK) return "UCX configuration: " + take_ucx_log();
   const auto set = [&](const char* name, const std::string& value) {
@@ -122,12 +153,16 @@ std::string Transport::open_ucx(const Settings& settings) {
   // Registration caches would patch malloc's system calls in the whole process; ours is registered by hand.
   // (Older libraries do not know these names.)
   for (const char* name : {"RCACHE_ENABLE", "MEMTYPE_CACHE"}) ucx_->ucp_config_modify(config, name, "n");
-  for (const auto& [name, value] : kTcpSettings) {
-    if (getenv((std::string("UCX_") + name).c_str()) == nullptr) ucx_->ucp_config_modify(config, name, value);
-  }
+  const auto prefer = [&](const auto& defaults) {
+    for (const auto& [name, value] : defaults) {
+      if (getenv((std::string("UCX_") + name).c_str()) == nullptr) ucx_->ucp_config_modify(config, name, value);
+    }
+  };
+  prefer(kTcpSettings);
+  if (settings_.on_device()) prefer(kCudaSettings);
   // Without RNDV_THRESH=inf, endpoints that detect dead peers would leave CMA for TCP. Memory comes from
   // what peers on this host can map, and is zeroed in every case.
-  const bool valid = set("TLS", settings.tls) && set("NET_DEVICES", settings.net_devices) &&
+  const bool valid = set("TLS", settings_.tls) && set("NET_DEVICES", settings_.net_devices) &&
                      set("RNDV_THRESH", "inf") && set("ALLOC_PRIO", "md:posix,md:sysv,mmap");
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES;
@@ -135,7 +170,7 @@ std::string Transport::open_ucx(const Settings& settings) {
   ucs_status_t status = UCS_ERR_INVALID_PARAM;
   if (valid) status = ucx_->ucp_init_version(1, 13, &params, config, &context_);
   ucx_->ucp_config_release(config);
-  if (status != UCS_OK) return "UCX with TLS '" + settings.tls + "': " + why(status);
+  if (status != UCS_OK) return "UCX with TLS '" + settings_.tls + "': " + why(status);
   ucp_worker_params_t worker{};
   worker.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
   worker.thread_mode = UCS_THREAD_MODE_SINGLE;
@@ -148,7 +183,7 @@ std::string Transport::open_ucx(const Settings& settings) {
     const std::string reason = why(status);
     if (worker_ != nullptr) ucx_->ucp_worker_destroy(worker_);
     ucx_->ucp_cleanup(context_);
-    return "UCX with TLS '" + settings.tls + "': " + reason;
+    return "UCX with TLS '" + settings_.tls + "': " + reason;
   }
   const auto* bytes = reinterpret_cast<const uint8_t*>(address);
   address_.assign(bytes, bytes + nbytes);
@@ -199,9 +234,9 @@ bool Transport::take_calls() {
   return !calls.empty();
 }
 
-void Transport::handle(std::shared_ptr<AllocateCall>& call) {
+void Transport::handle(std::shared_ptr<MemoryCall>& call) {
   LocalMemory memory;
-  const std::string error = allocate_here(call->nbytes, &memory);
+  const std::string error = map_memory(*call, &memory);
   if (error.empty()) memories_.push_back(memory);
   call->done.set_value({memory, error});
 }
@@ -236,35 +271,52 @@ void Transport::handle(ReadCall& call) {
 
 void Transport::handle(StopCall&) { stopping_ = true; }
 
-std::string Transport::allocate_here(uint64_t nbytes, LocalMemory* out) {
-  const uint64_t usable = (nbytes + kAlign - 1) / kAlign * kAlign;
+std::string Transport::map_memory(const MemoryCall& call, LocalMemory* out) {
   ucp_mem_map_params_t params{};
-  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_FLAGS;
-  params.length = usable + sizeof(Cookie);
-  params.flags = UCP_MEM_MAP_ALLOCATE;
+  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH;
+  params.length = call.nbytes;
+  if (call.address == 0) {
+    params.field_mask |= UCP_MEM_MAP_PARAM_FIELD_FLAGS;
+    params.flags = UCP_MEM_MAP_ALLOCATE;
+  } else {
+    params.field_mask |= UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+    params.address = reinterpret_cast<void*>(call.address);
+    params.memory_type = memory_type();
+  }
   ucs_status_t status = ucx_->ucp_mem_map(context_, &params, &out->handle);
-  if (status != UCS_OK) return std::to_string(nbytes) + " bytes: " + why(status);
+  if (status != UCS_OK) return std::to_string(call.nbytes) + " bytes: " + why(status);
   ucp_mem_attr_t attributes{};
   attributes.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS;
   void* key = nullptr;
   size_t key_nbytes = 0;
+  std::string error;
   status = ucx_->ucp_mem_query(out->handle, &attributes);
   if (status == UCS_OK) status = ucx_->ucp_rkey_pack(context_, out->handle, &key, &key_nbytes);
   if (status == UCS_OK) {
     out->key.assign(static_cast<uint8_t*>(key), static_cast<uint8_t*>(key) + key_nbytes);
     ucx_->ucp_rkey_buffer_release(key);
     out->address = reinterpret_cast<uint64_t>(attributes.address);
-    out->cookie_address = out->address + usable;
-    out->end = out->cookie_address + sizeof(Cookie);
-    if (getrandom(out->cookie.data(), out->cookie.size(), 0) == static_cast<ssize_t>(out->cookie.size())) {
-      std::copy(out->cookie.begin(), out->cookie.end(), reinterpret_cast<uint8_t*>(out->cookie_address));
-      take_ucx_log();  // of allocators that it tried before
-      return "";
-    }
-    status = UCS_ERR_IO_ERROR;
+    out->cookie_address = call.address == 0 ? out->address + call.cookie_address : call.cookie_address;
+    out->end = out->address + call.nbytes;
+    error = place_cookie(out);
+    take_ucx_log();  // of allocators that it tried before
+    if (error.empty()) return "";
   }
+  if (error.empty()) error = why(status);
   ucx_->ucp_mem_unmap(context_, out->handle);
-  return "registering memory: " + why(status);
+  return "registering memory: " + error;
+}
+
+std::string Transport::place_cookie(LocalMemory* memory) {
+  Cookie& cookie = memory->cookie;
+  if (getrandom(cookie.data(), cookie.size(), 0) != static_cast<ssize_t>(cookie.size())) return "no random bytes";
+  std::string error;
+  if (cuda_) {
+    cuda_->write(memory->cookie_address, cookie.data(), cookie.size(), &error);
+  } else {
+    std::copy(cookie.begin(), cookie.end(), reinterpret_cast<uint8_t*>(memory->cookie_address));
+  }
+  return error;
 }
 
 void Transport::sleep() {
@@ -297,6 +349,7 @@ void Transport::shut_down() {
   for (const LocalMemory& memory : memories_) ucx_->ucp_mem_unmap(context_, memory.handle);
   ucx_->ucp_worker_destroy(worker_);
   ucx_->ucp_cleanup(context_);
+  cuda_.reset();
 }
 
 }  // namespace nd

@@ -23,6 +23,7 @@
 #include <variant>
 #include <vector>
 
+#include "ucx/cuda.h"
 #include "ucx/library.h"
 #include "ucx/mailbox.h"
 #include "ucx/plan.h"
@@ -49,6 +50,9 @@ struct Event {
 
 struct Settings {
   std::string library, tls, net_devices;
+  int device = -1;  // the GPU that all memory is on, -1 for the host's
+
+  bool on_device() const { return device >= 0; }
 };
 
 // A peer's memory as it describes it: its first byte, and behind the last one a cookie that proves the key.
@@ -57,8 +61,10 @@ struct RemoteMemory {
   uint64_t cookie_address;
   Cookie cookie;
   Bytes key;
+  bool on_device;
 };
 
+// `cookie_address`: the cookie, and on a GPU also room for the cookies of peers, up to `end`.
 struct LocalMemory {
   uint64_t address = 0;
   uint64_t cookie_address = 0;
@@ -91,6 +97,7 @@ struct Memory {
   ucp_rkey_h key = nullptr;
   const uint8_t* mapped = nullptr;  // where `remote.base` is in our own address space, if it can be mapped
   Cookie received{};
+  uint64_t landing = 0;  // where the cookie is read to, if not to `received`: a GPU's memory is read into a GPU's
 };
 
 struct Peer {
@@ -121,6 +128,10 @@ class Transport {
 
   // Zeroed, 64-byte aligned, readable by peers until close. Waits for the progress thread.
   bool allocate(uint64_t nbytes, LocalMemory* out, std::string* error);
+  // The caller's memory, which outlives the transport. `guard`: `guard_nbytes` of it, behind what peers may read, that
+  // are the transport's own.
+  bool register_memory(uint64_t address, uint64_t guard, uint64_t guard_nbytes, LocalMemory* out, std::string* error);
+  const Pace& pace() const { return pace_; }
   void connect(uint64_t peer_id, Bytes address, std::vector<RemoteMemory> memories);
   void disconnect(uint64_t peer_id);
   void read(uint64_t peer_id, uint64_t read_id, ReadPlan plan, Clock::time_point queued_at);
@@ -128,7 +139,7 @@ class Transport {
   std::string describe(uint64_t peer_id);
 
  private:
-  struct AllocateCall;
+  struct MemoryCall;
   struct ConnectCall {
     uint64_t peer_id;
     Bytes address;
@@ -142,7 +153,7 @@ class Transport {
     std::unique_ptr<Read> read;
   };
   struct StopCall {};
-  using Call = std::variant<std::shared_ptr<AllocateCall>, ConnectCall, DisconnectCall, ReadCall, StopCall>;
+  using Call = std::variant<std::shared_ptr<MemoryCall>, ConnectCall, DisconnectCall, ReadCall, StopCall>;
 
   // What a UCX completion needs to know.
   struct Op {
@@ -152,14 +163,14 @@ class Transport {
     uint32_t chunk;
   };
 
-  Transport(int event_fd, int call_fd);
+  Transport(const Settings& settings, int event_fd, int call_fd);
 
   // transport.cpp: the thread
-  bool start(const Settings& settings, std::string* error);
-  std::string open_ucx(const Settings& settings);
+  bool start(std::string* error);
+  std::string open_ucx();
   void run();
   bool take_calls();
-  void handle(std::shared_ptr<AllocateCall>& call);
+  void handle(std::shared_ptr<MemoryCall>& call);
   void handle(ConnectCall& call);
   void handle(DisconnectCall& call);
   void handle(ReadCall& call);
@@ -167,12 +178,17 @@ class Transport {
   void sleep();
   void wait(int timeout_ms, bool for_ucx);
   void shut_down();
-  std::string allocate_here(uint64_t nbytes, LocalMemory* out);
+  bool memory_call(std::shared_ptr<MemoryCall> call, LocalMemory* out, std::string* error);
+  std::string map_memory(const MemoryCall& call, LocalMemory* out);
+  std::string place_cookie(LocalMemory* memory);
   std::string why(ucs_status_t status) const;
+  ucs_memory_type_t memory_type() const { return settings_.on_device() ? UCS_MEMORY_TYPE_CUDA : UCS_MEMORY_TYPE_HOST; }
 
   // peers.cpp
   void begin_connect(Peer* peer, const Bytes& address);
   std::string open_memory(Peer* peer, Memory* memory);
+  uint64_t next_landing();
+  std::string check_cookie(Memory* memory);
   void end_handshake(Peer* peer);
   void fail(Peer* peer, std::string message);
   void close(Peer* peer, bool lost);
@@ -204,6 +220,8 @@ class Transport {
   static void on_endpoint_error(void* transport, ucp_ep_h endpoint, ucs_status_t status);
   ucp_mem_h local_handle(uint64_t address, uint64_t nbytes) const;
 
+  const Settings settings_;
+  const Pace pace_;
   const int event_fd_, call_fd_;
   Mailbox<Event> events_;
   Mailbox<Call> calls_;
@@ -217,6 +235,8 @@ class Transport {
   ucp_context_h context_ = nullptr;
   ucp_worker_h worker_ = nullptr;
   int ucx_fd_ = -1;
+  std::unique_ptr<Cuda> cuda_;  // with settings_.device
+  uint64_t landings_ = 0;       // cookies of peers that were read into a GPU's memory so far
   std::vector<LocalMemory> memories_;
   std::map<uint64_t, std::unique_ptr<Peer>> peers_;
   std::deque<Read*> active_;      // with chunks left to begin, in turn
