@@ -74,15 +74,7 @@ class ReferenceBackend:
         self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
     ) -> None:
         """Store new keys and values, cast to the cache's type. `cache`: [num_blocks, 2, U, block_size, D]."""
-        place = (tables.new_block_ids, tables.new_offsets)
-        assert (scales is not None) == (cache.dtype == torch.float8_e4m3fn)
-        for part, rows_TUD in enumerate((k_TUD, v_TUD)):
-            target = cache[:, part].transpose(1, 2)
-            if scales is None:
-                target.index_put_(place, rows_TUD.to(cache.dtype))
-                continue
-            stored = rows_TUD.float().div(scales.v if part else scales.k).clamp_(-LARGEST, LARGEST).to(cache.dtype)
-            target.view(torch.uint8).index_put_(place, stored.view(torch.uint8))
+        store(k_TUD, v_TUD, cache, (tables.new_block_ids, tables.new_offsets), scales)
 
     def attend(
         self,
@@ -172,6 +164,18 @@ class ReferenceBackend:
                 positions_TK[t, : best_K.shape[0]] = best_K
                 counts_T[t] = best_K.shape[0]
         return Selection(positions_TK, counts_T)
+
+
+def store(k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, place: tuple[Tensor, Tensor], scales: KVScales | None) -> None:
+    """Write keys and values to `place`, the block and the offset of each token."""
+    assert (scales is not None) == (cache.dtype == torch.float8_e4m3fn)
+    for part, rows_TUD in enumerate((k_TUD, v_TUD)):
+        target = cache[:, part].transpose(1, 2)
+        if scales is None:
+            target.index_put_(place, rows_TUD.to(cache.dtype))
+            continue
+        stored = rows_TUD.float().div(scales.v if part else scales.k).clamp_(-LARGEST, LARGEST).to(cache.dtype)
+        target.view(torch.uint8).index_put_(place, stored.view(torch.uint8))
 
 
 def _attend(

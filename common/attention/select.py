@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from common.attention import cpu, reference
+from common.attention import cpu, flashinfer, reference
 from common.attention.capability import Capability, Needs
 from common.attention.context import AttentionBackend
 from common.errors import ConfigError
@@ -23,6 +23,7 @@ class Registration:
 
 REGISTERED: tuple[Registration, ...] = (
     Registration(cpu.capability, cpu.CpuBackend),
+    Registration(flashinfer.capability, flashinfer.FlashInferBackend),
     Registration(reference.capability, reference.ReferenceBackend),
 )
 """Best first: `auto` takes the first that can."""

@@ -1,0 +1,320 @@
+"""Grouped-query attention on NVIDIA GPUs by FlashInfer's paged kernels.
+
+    plan(ctx)      on the host, from the step's lengths and tables: one copy to the GPU, nothing waits for the GPU
+    attend(...)    in each layer, and in recorded steps: launches what was planned
+
+Sequences at a step's start with one new token each (decode) and the others are two launches: `fa2` packs the query
+heads of a key head into one tile and splits long keys over the GPU, so that one new token costs a read of its keys;
+`fa3` is the faster kernel where there are many new tokens to a key, but has neither, and would take a tile of 128
+rows for each query head of each decode sequence. Few new tokens (a check of drafts) go to `fa2` too, as do 8-bit
+caches and positions that hold nothing, which `fa3` does not know.
+
+A recorded step (`ctx.graph`) has launches of a fixed shape whose arrays lie in memory that is filled again before
+each replay. That memory, like the workspace of partial results, is shared by all recorded steps: they run one after
+another on one stream. Copies read pinned memory, a piece of which is used again only once its copy is done.
+
+The number of heads is not known before the first layer of the first step: that one plans for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.attention import flashinfer_modules
+from common.attention.capability import Capability
+from common.attention.context import AttentionContext, GroupTables, HostLengths
+from common.attention.flashinfer_modules import Launch, Module
+from common.attention.flashinfer_plan import Cut, Heads, Ints, Pages
+from common.attention.reference import ReferenceBackend, store
+from common.kvcache.scales import KVScales
+
+HEAD_DIMS = (64, 128, 256)
+MANY_NEW_TOKENS = 64  # a sequence's, on average, from which on tiles of one query head are full enough
+
+_Part = tuple[slice, tuple[Tensor, Tensor, Tensor, Tensor], Launch]  # tokens, pages, launch
+_Key = tuple[str, int]  # group, first position that holds something
+
+
+def capability() -> Capability:
+    floats = ("bfloat16", "float16")
+    return Capability(
+        "flashinfer",
+        devices=("cuda",),
+        dtypes=floats,
+        kv_dtypes=(*floats, "float8_e4m3fn"),
+        head_dims=HEAD_DIMS,
+        unavailable=flashinfer_modules.missing(),
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a layer's tensors say that a step does not. `dtype`: of the kernels, the cache's unless that is 8-bit."""
+
+    heads: Heads
+    head_dim: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+
+class FlashInferBackend(ReferenceBackend):
+    """Latent attention is not declared: what the protocol asks for it is the reference's."""
+
+    name = "flashinfer"
+
+    def __init__(self) -> None:
+        self._shapes: dict[_Key, _Shape] = {}
+        self._recorded: dict[tuple[_Key, int, int], list[_Part]] = {}
+        self._memory: dict[object, Tensor] = {}
+        self._staging = _Staging()
+        self._latest: AttentionContext | None = None
+        device = torch.cuda.current_device()
+        self._num_slots = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        self._hopper = torch.cuda.get_device_capability(device)[0] == 9
+
+    def plan(self, ctx: AttentionContext) -> None:
+        """Prepare the launches of a step. `ctx.host` and tables on the host are needed in recorded steps."""
+        self._latest = ctx
+        for name, tables in ctx.groups.items():
+            if (name, tables.first) in self._shapes:
+                self._plan_group(name, tables, ctx)
+
+    def write(
+        self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
+    ) -> None:
+        """As the reference, with places worked out at each call: a recorded step must do it in each replay."""
+        slots_T, size = tables.slots_T, tables.block_size
+        store(k_TUD, v_TUD, cache, (slots_T // size, slots_T % size), scales)
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        cache: Tensor,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        scales: KVScales | None = None,
+    ) -> Tensor:
+        """Causal attention of the new tokens over the cache: a new [T, H, D]."""
+        assert (scales is not None) == (cache.dtype == torch.float8_e4m3fn)
+        name = next(name for name, group in ctx.groups.items() if group is tables)
+        parts = self._launches(name, tables, ctx)
+        if parts is None:
+            parts = self._plan_for_itself(name, tables, ctx, q_THD, cache)
+        k, v, v_scale = cache[:, 0], cache[:, 1], 1.0
+        if scales is not None:
+            scale, v_scale = scale * scales.k, scales.v
+        dtype = self._shapes[name, tables.first].dtype
+        query_THD = q_THD.to(dtype)
+        out_THD = torch.empty(q_THD.shape, dtype=dtype, device=q_THD.device)
+        for tokens, pages, launch in parts:
+            launch.run(query_THD[tokens], k, v, pages, out_THD[tokens], scale, v_scale)
+        return out_THD.to(q_THD.dtype)
+
+    def _launches(self, name: str, tables: GroupTables, ctx: AttentionContext) -> list[_Part] | None:
+        key = (name, tables.first)
+        if ctx.graph:
+            return self._recorded.get((key, ctx.graph, ctx.max_query_len))
+        found: list[_Part] | None = ctx.scratch.get((FlashInferBackend, key))
+        return found
+
+    def _plan_for_itself(
+        self, name: str, tables: GroupTables, ctx: AttentionContext, q_THD: Tensor, cache: Tensor
+    ) -> list[_Part]:
+        assert not torch.cuda.is_current_stream_capturing(), "a step is recorded that was never run"
+        dtype = q_THD.dtype if cache.dtype == torch.float8_e4m3fn else cache.dtype
+        heads = Heads(q_THD.shape[1], cache.shape[1])
+        self._shapes[name, tables.first] = _Shape(heads, q_THD.shape[2], dtype, cache.dtype)
+        planned = self._latest if self._latest is not None and ctx.graph else ctx
+        assert planned.graph == ctx.graph
+        self._plan_group(name, planned.groups[name], planned)
+        parts = self._launches(name, tables, ctx) or self._launches(name, tables, planned)
+        assert parts is not None
+        return parts
+
+    def _plan_group(self, name: str, tables: GroupTables, ctx: AttentionContext) -> None:
+        key = (name, tables.first)
+        shape, host, tables_SB = self._shapes[key], _lengths(ctx), _host_tables(tables)
+        if ctx.graph:
+            pages = Pages.of(tables_SB, host.query_starts_S1, host.seq_lens_S, tables.block_size, tables.window)
+            at = (key, ctx.graph, ctx.max_query_len)
+            part = self._plan_fa2(shape, pages, tables, slice(None), recorded=at)
+            self._recorded.setdefault(at, [part])
+            return
+        parts = []
+        starts_S1, lens_S = host.query_starts_S1, host.seq_lens_S
+        for first, end in _runs(np.diff(starts_S1)):
+            part_starts = starts_S1[first : end + 1]
+            pages = Pages.of(tables_SB[first:end], part_starts, lens_S[first:end], tables.block_size, tables.window)
+            tokens = slice(int(part_starts[0]), int(part_starts[-1]))
+            if tokens.start == tokens.stop:
+                continue
+            mean = (tokens.stop - tokens.start) // (end - first)
+            plan = self._plan_fa3 if self._takes_fa3(shape, tables, mean) else self._plan_fa2
+            parts.append(plan(shape, pages, tables, tokens))
+        ctx.scratch[FlashInferBackend, key] = parts
+
+    def _takes_fa3(self, shape: _Shape, tables: GroupTables, mean_new_tokens: int) -> bool:
+        plain = shape.kv_dtype == shape.dtype and not tables.first
+        return self._hopper and plain and mean_new_tokens >= MANY_NEW_TOKENS
+
+    def _plan_fa2(
+        self, shape: _Shape, pages: Pages, tables: GroupTables, tokens: slice, recorded: tuple[Any, ...] | None = None
+    ) -> _Part:
+        cut = Cut.of(pages, shape.heads, shape.head_dim, tables.window, self._num_slots, fixed=recorded is not None)
+        num_sequences = len(pages.last_S)
+        head = cut.num_ints
+        used = head + 3 * num_sequences + 2 + len(pages.block_ids_N)
+        staged = self._staging.take(used)
+        info = cut.write(staged.array)
+        views = _lay_out(pages, staged.array, head)
+        known = self._recorded.get(recorded) if recorded is not None else None
+        if known is not None:
+            staged.send(known[0][2].ints.view(torch.int32)[:used])
+            return known[0]
+        last = len(pages.block_ids_N)
+        if recorded is None:
+            target = torch.empty(used, dtype=torch.int32, device=tables.slots_T.device)
+        else:
+            last = tables.block_tables_SB.numel()
+            target = self._lasting(recorded[0], used - len(pages.block_ids_N) + last, tables.slots_T.device)
+        staged.send(target[:used])
+        heads, item = shape.heads.num_heads, shape.dtype.itemsize
+        info[11] = (cut.num_parts * heads * shape.head_dim * item + 15) // 16 * 16
+        room = info[11] + cut.num_parts * heads * 4 + 16
+        if recorded is None:
+            floats = torch.empty(room, dtype=torch.uint8, device=target.device)
+        else:
+            floats = self._lasting("partial results", room // 4 + 1, target.device).view(torch.uint8)
+        module = Module("fa2", shape.dtype, shape.kv_dtype, shape.head_dim, tables.window > 0, first=tables.first > 0)
+        launch = Launch(module, _vector(info), target.view(torch.uint8), floats, tables.window, tables.first)
+        starts, blocks, lasts, ids = views
+        return tokens, (target[starts], target[blocks], target[ids : ids + last], target[lasts]), launch
+
+    def _plan_fa3(self, shape: _Shape, pages: Pages, tables: GroupTables, tokens: slice) -> _Part:
+        """FlashInfer's own plan: it sorts the work over the GPU by a heap, and copies from memory that we give it."""
+        device, num_sequences = tables.slots_T.device, len(pages.last_S)
+        used = 3 * num_sequences + 2 + len(pages.block_ids_N)
+        staged = self._staging.take(used)
+        starts, blocks, lasts, ids = _lay_out(pages, staged.array, 0)
+        target = torch.empty(used, dtype=torch.int32, device=device)
+        staged.send(target)
+        heads, dim = shape.heads, shape.head_dim
+        module = Module("fa3", shape.dtype, shape.kv_dtype, dim, tables.window > 0)
+        tile = 192 if dim == 64 else 128
+        works = heads.num_heads * int((-(-np.diff(pages.query_starts_S1) // tile)).sum())
+        ints = torch.empty(7 * 4 * (works + 8) + 4 * (self._num_slots + 8), dtype=torch.uint8, device=device)
+        pinned = self._staging.take(ints.numel() // 4)
+        floats = torch.empty(16, dtype=torch.uint8, device=device)
+        info = module.load().plan(
+            floats,
+            ints,
+            pinned.tensor.view(torch.uint8),
+            *(torch.from_numpy(a) for a in (pages.query_starts_S1, pages.block_starts_S1, pages.kv_lens_S)),
+            int(pages.query_starts_S1[-1]),
+            num_sequences,
+            heads.num_heads,
+            heads.num_kv_heads,
+            tables.block_size,
+            False,  # not for a graph
+            dim,
+            dim,
+            True,  # causal
+            tables.window - 1,
+        )
+        pinned.sent()
+        launch = Launch(module, info, ints, floats, tables.window, 0)
+        return tokens, (target[starts], target[blocks], target[ids:], target[lasts]), launch
+
+    def _lasting(self, key: object, num_ints: int, device: torch.device) -> Tensor:
+        """Memory for recorded steps; a larger one takes its place, which those recorded before keep."""
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < num_ints:
+            memory = self._memory[key] = torch.empty(num_ints, dtype=torch.int32, device=device)
+        return memory
+
+
+class _Staging:
+    """Pinned memory for copies to the GPU, in turns."""
+
+    def __init__(self, num_pieces: int = 16) -> None:
+        self._pieces = [_Staged() for _ in range(num_pieces)]
+        self._next = 0
+
+    def take(self, num_ints: int) -> _Staged:
+        piece = self._pieces[self._next]
+        self._next = (self._next + 1) % len(self._pieces)
+        piece.make_room(num_ints)
+        return piece
+
+
+class _Staged:
+    """One piece. `array` is its memory."""
+
+    def __init__(self) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self.tensor = torch.empty(0, dtype=torch.int32)
+        self.array: Ints = self.tensor.numpy()
+
+    def make_room(self, num_ints: int) -> None:
+        """Waits for the copy before: it was made many steps ago."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self.tensor.numel() < num_ints:
+            self.tensor = torch.empty(2 * num_ints, dtype=torch.int32, pin_memory=True)
+            self.array = self.tensor.numpy()
+
+    def send(self, target: Tensor) -> None:
+        target.copy_(self.tensor[: target.numel()], non_blocking=True)
+        self.sent()
+
+    def sent(self) -> None:
+        """A copy from here was queued on the current stream."""
+        if self._copied is None:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record()
+
+
+def _lay_out(pages: Pages, out: Ints, start: int) -> tuple[slice, slice, slice, int]:
+    """Write the pages from `start` on: where the starts of queries and of blocks, last lengths and blocks then are."""
+    count = len(pages.last_S)
+    blocks, lasts, ids = start + count + 1, start + 2 * count + 2, start + 3 * count + 2
+    out[start:blocks] = pages.query_starts_S1
+    out[blocks:lasts] = pages.block_starts_S1
+    out[lasts:ids] = pages.last_S
+    out[ids : ids + len(pages.block_ids_N)] = pages.block_ids_N
+    return slice(start, blocks), slice(blocks, lasts), slice(lasts, ids), ids
+
+
+def _runs(counts_S: Ints) -> Sequence[tuple[int, int]]:
+    """Sequences that are one launch: those before the first with more than one new token, and from there on."""
+    more = counts_S > 1
+    lead = int(more.argmax()) if more.any() else len(counts_S)
+    return [run for run in ((0, lead), (lead, len(counts_S))) if run[0] < run[1]]
+
+
+def _lengths(ctx: AttentionContext) -> HostLengths:
+    if ctx.host is not None:
+        return ctx.host
+    assert not ctx.graph
+    return HostLengths(ctx.query_starts_S1.cpu().numpy(), ctx.seq_lens_S.cpu().numpy())
+
+
+def _host_tables(tables: GroupTables) -> Ints:
+    if tables.host_tables_SB is not None:
+        return tables.host_tables_SB
+    found: Ints = tables.block_tables_SB.cpu().numpy()
+    return found
+
+
+def _vector(values: list[int]) -> Any:
+    """An array of FlashInfer's calls, made once rather than in each."""
+    import tvm_ffi
+
+    return tvm_ffi.convert(values)
