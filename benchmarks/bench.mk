@@ -1,6 +1,6 @@
-# Benchmarks on this machine's CPU; see benchmarks/README.md. On a machine that does nothing else.
+# Benchmarks on this machine's CPU or GPUs; see benchmarks/README.md. On a machine that does nothing else.
 
-.PHONY: bench-cpu bench-llama
+.PHONY: bench-cpu bench-llama bench-gpu bench-gpu2
 
 THROUGHPUT := $(PY) benchmarks/throughput.py
 
@@ -18,7 +18,12 @@ bench-cpu: setup ## Measure throughput, cost at rest, router, KV transfer and sp
 	@$(SAY) "KV transfer"; $(PY) benchmarks/kv_transfer.py
 	@$(SAY) "Speculation"; $(PY) benchmarks/speculation.py
 	@$(SAY) "Sparse attention"; $(PY) benchmarks/sparse_attention.py
-	@$(SAY) "Sparse attention"; $(PY) benchmarks/sparse_attention.py
 
 bench-llama: setup ## Build llama-cpp-python in the cache folder, for benchmarks/throughput.py
 	@$(PY) benchmarks/throughput.py --install-llama
+
+bench-gpu: setup ## Measure one GPU into benchmarks/results/gpu.json, in 10 minutes; GPU_FLAGS for run.py
+	@$(PY) benchmarks/gpu/run.py --gpus 1 $(GPU_FLAGS)
+
+bench-gpu2: setup ## Measure prefill on one GPU and decode on another, and two as one, in 10 minutes
+	@$(PY) benchmarks/gpu/run.py --gpus 2 $(GPU_FLAGS)

@@ -49,10 +49,15 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Short hash, with a + when tracked Python, C++ or proto files differ from it; empty outside a checkout."""
+    """Short hash, with a + when tracked Python, C++ or proto files differ from it.
+
+    Outside a checkout what NANODEPLOY_COMMIT says, or nothing.
+    """
     sources = ["*.py", "*.cpp", "*.h", "*.proto", "pyproject.toml"]
     head = _git("rev-parse", "--short", "HEAD")
-    return head + ("+" if head and _git("status", "--porcelain", "-uno", "--", *sources) else "")
+    if not head:
+        return os.environ.get("NANODEPLOY_COMMIT", "")
+    return head + ("+" if _git("status", "--porcelain", "-uno", "--", *sources) else "")
 
 
 def _git(*words: str) -> str:

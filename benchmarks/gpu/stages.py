@@ -1,0 +1,130 @@
+"""What `run.py` can measure, in the order in which it does: each stage is a process of its own, with a time limit.
+
+A stage that dies or outlives its limit is reported and the next one begins, with the whole GPU to itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import ROOT
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """`folder`: where models are written. `earlier`: results of stages that have run, by name."""
+
+    folder: Path
+    dry_run: bool
+    earlier: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`seconds`: about what it takes; it is stopped after `limit_s`, and not begun when `seconds` do not fit."""
+
+    name: str
+    gpus: int
+    seconds: int
+    limit_s: int
+    call: Callable[[Context], Result]
+
+
+def offline(shape: str, *parts: str, **options: Any) -> Callable[[Context], Result]:
+    """Parts of `benchmarks.gpu.offline` on one engine. `config` of the options goes into the config.json."""
+    overrides = options.pop("config", {})
+
+    def call(context: Context) -> Result:
+        from benchmarks.gpu import offline as measured
+        from benchmarks.gpu.shapes import write_model
+
+        folder = write_model(context.folder, shape, dry_run=context.dry_run, **overrides)
+        given = {key: value for key, value in options.items() if not (context.dry_run and key in _GPU_ONLY)}
+        return measured.measure(shape, folder, parts, dry_run=context.dry_run, options=given)
+
+    return call
+
+
+_GPU_ONLY = ("max_model_len", "tensor_parallel_size")  # sizes that a dry run has no room for
+
+
+def limits(context: Context) -> Result:
+    from benchmarks.gpu.limits import measure
+
+    return measure(dry_run=context.dry_run)
+
+
+def tests(context: Context) -> Result:
+    """The suite of the GPU: nothing is measured of kernels that are wrong."""
+    if context.dry_run:
+        return {"outcome": "not run in a dry run"}
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+    print(done.stdout[-6000:], done.stderr[-2000:])
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout)}
+    return {"exit_code": done.returncode, **counts}
+
+
+def http(context: Context) -> Result:
+    from benchmarks.gpu import served
+    from benchmarks.gpu.shapes import with_tokenizer, write_model
+
+    folder = with_tokenizer(write_model(context.folder / "served", "qwen3-8b", dry_run=context.dry_run))
+    return served.http(folder, dry_run=context.dry_run)
+
+
+def apart(context: Context) -> Result:
+    from benchmarks.gpu import served
+    from benchmarks.gpu.shapes import with_tokenizer, write_model
+
+    folder = with_tokenizer(write_model(context.folder / "served", "qwen3-8b", dry_run=context.dry_run))
+    alone = context.earlier.get("tp1", {}).get("one_prompt", {})
+    return served.apart(folder, alone.get("ms", 0.0), dry_run=context.dry_run)
+
+
+_ALL = ("ready", "decode", "prefill", "nano", "batch")
+_DRAFTS = {"num_speculative_tokens": 3}
+_LONG = {"max_model_len": 20_000, "max_num_seqs": 64}
+_CONTEXTS = {"max_model_len": 66_000, "max_num_seqs": 16}
+STAGES = (
+    Stage("limits", 1, 15, 60, limits),
+    Stage("tests", 1, 120, 200, tests),
+    Stage("qwen3-8b", 1, 80, 170, offline("qwen3-8b", *_ALL)),
+    Stage("http", 1, 75, 200, http),
+    Stage("qwen3-0.6b", 1, 45, 120, offline("qwen3-0.6b", *_ALL)),
+    Stage("moonlight-16b-a3b", 1, 70, 150, offline("moonlight-16b-a3b", *_ALL)),
+    Stage("qwen3-30b-a3b", 1, 100, 200, offline("qwen3-30b-a3b", *_ALL)),
+    Stage("deterministic", 1, 60, 150, offline("qwen3-8b", "decode", "batch", deterministic=True)),
+    Stage("long", 1, 50, 120, offline("qwen3-8b", "ready", "long_context", **_LONG)),
+    Stage("long-fp8", 1, 50, 120, offline("qwen3-8b", "ready", "long_context", kv_dtype="fp8_e4m3", **_LONG)),
+    Stage("moonlight-fp8", 1, 30, 90, offline("moonlight-16b-a3b", "ready", kv_dtype="fp8_e4m3")),
+    Stage("drafts", 1, 50, 120, offline("qwen3-8b", "drafts", speculative_config={"method": "ngram", **_DRAFTS})),
+    Stage(
+        "drafts-mtp",
+        1,
+        50,
+        120,
+        offline(
+            "moonlight-16b-a3b",
+            "drafts",
+            speculative_config={"method": "mtp", **_DRAFTS},
+            config={"num_nextn_predict_layers": 1},
+        ),
+    ),
+    Stage("sparse", 1, 80, 180, offline("deepseek-v3.2-cut", "by_context", **_CONTEXTS)),
+    Stage("dense", 1, 90, 180, offline("deepseek-v3.2-cut", "by_context", sparse_attention=False, **_CONTEXTS)),
+    Stage("tp1", 2, 45, 120, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill")),
+    Stage("apart", 2, 200, 330, apart),
+    Stage("tp2", 2, 60, 150, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill", tensor_parallel_size=2)),
+)
+SINGLE = tuple(stage.name for stage in STAGES if stage.gpus == 1)
+DOUBLE = ("limits", *(stage.name for stage in STAGES if stage.gpus == 2))

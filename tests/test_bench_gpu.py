@@ -1,0 +1,81 @@
+"""The GPU benchmark: its arithmetic, how it judges, and one dry run on the CPU, since a GPU is rarely at hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import show
+from benchmarks.gpu.arithmetic import Shape, prompt_flops, step_nbytes
+from benchmarks.gpu.ideal import first_come
+from benchmarks.gpu.shapes import SHAPES, with_tokenizer, write_model
+from benchmarks.gpu.stages import DOUBLE, SINGLE, STAGES
+from common.models.spec import ModelSpec
+from common.text.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = json.loads((ROOT / "benchmarks/gpu/targets.json").read_text(encoding="utf-8"))
+
+
+def test_limits_are_those_of_the_published_table() -> None:
+    """3.9 and 13.9 ms for Qwen3-8B at 4.27 TB/s and a context of 1152."""
+    shape = SHAPES["qwen3-8b"]
+    assert step_nbytes(shape, 1, 1152) / 4.27e9 == pytest.approx(3.9, abs=0.05)
+    assert step_nbytes(shape, 256, 1152) / 4.27e9 == pytest.approx(13.9, abs=0.2)
+    assert Shape.of(SHAPES["qwen3-30b-a3b"]).weights == pytest.approx(30.5e9, rel=0.01)
+    assert prompt_flops(shape, 1024) == pytest.approx(2 * 6.95e9 * 1024, rel=0.05)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_every_shape_is_a_model_that_is_read(tmp_path: Path, name: str, dry_run: bool) -> None:
+    folder = write_model(tmp_path, name, dry_run=dry_run)
+    spec = ModelSpec.from_folder(folder, weights=False)
+    assert spec.num_layers == (2 if dry_run else SHAPES[name]["num_hidden_layers"])
+
+
+def test_made_up_tokenizer_gives_text_for_every_token(tmp_path: Path) -> None:
+    folder = with_tokenizer(write_model(tmp_path, "qwen3-0.6b", dry_run=True))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.decode([300, 301], skip_special_tokens=False) == " w44 w45"
+    assert tokenizer.encode("Why?", add_special_tokens=False)
+
+
+def test_ideal_queue() -> None:
+    assert first_come([0.0, 0.1, 2.0], 1.0) == pytest.approx([1.0, 1.9, 1.0])
+
+
+def test_rows_are_judged_by_what_the_machine_can_do() -> None:
+    half = {name: value / 2 for name, value in TARGETS["limits"].items()}
+    step = {"mean": 10.36, "nbytes": 3.9e-3 * half["copy_gbps"] * 1e9}
+    results = {"limits": half, "qwen3-8b": {"decode": {"1": step}, "nano": {"error": "out of memory"}}}
+    (row,) = [row for row in show.rows(results, TARGETS) if row.group == "qwen3-8b"]
+    assert row.scaled == pytest.approx(2 * 5.18)
+    assert row.of_vllm == pytest.approx(1.0)
+    assert row.of_limit == pytest.approx(3.9 / 10.36)
+    assert row.met is False
+    assert show.errors(results["qwen3-8b"]) == [("nano", "out of memory")]
+
+
+def test_stages_have_names_of_their_own_and_fit_ten_minutes() -> None:
+    seconds = {stage.name: stage.seconds for stage in STAGES}
+    assert len(seconds) == len(STAGES)
+    assert sum(seconds[name] for name in DOUBLE) <= 560
+    assert set(SINGLE) | set(DOUBLE) == set(seconds)
+
+
+def test_dry_run_measures_and_goes_on_after_a_failure(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu/run.py", "--dry-run", "--out", str(tmp_path), "--only"]
+    done = subprocess.run(
+        [*command, "limits", "qwen3-0.6b", "deterministic"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    parts = written["results"]["qwen3-0.6b"]
+    assert {"ready", "decode", "prefill", "nano", "batch"} <= set(parts)
+    assert not show.errors(parts)
+    assert (tmp_path / "gpu.png").is_file()
