@@ -1,4 +1,4 @@
-"""Draw one token per row: truncation and the keyed Gumbel race. Native on CPU, torch elsewhere.
+"""Draw one token per row: truncation and the keyed Gumbel race. Native on CPU, Triton on GPUs, torch elsewhere.
 
 The noise is a pure function of integers, so a token's draw knows nothing of the batch, of the order of the
 vocabulary, of truncation or of the device. All arithmetic is modulo 2^64, mix64 is splitmix64's finaliser:
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.kernels import cpu
+from common.kernels import cpu, gpu
 
 MASK = (1 << 64) - 1
 C1 = 0x9E3779B97F4A7C15
@@ -79,6 +79,9 @@ def draw_rows(logits_RV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]
     """
     if logits_RV.device.type == "cpu" and cpu.library() is not None:
         return draw_rows_native(logits_RV, draws)
+    if gpu.enabled(logits_RV):
+        drawn: tuple[Tensor, Tensor] = gpu.sampling.draw_rows(logits_RV, draws)
+        return drawn
     return draw_rows_torch(logits_RV, draws)
 
 

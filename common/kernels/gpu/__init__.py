@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for the type checker
     from common.kernels.gpu import qkv as qkv
     from common.kernels.gpu import rope as rope
     from common.kernels.gpu import routing as routing
+    from common.kernels.gpu import sampling as sampling
 
 
 def enabled(x: Tensor) -> bool:
