@@ -4,6 +4,7 @@
 #   PYTHON           the interpreter to make .venv with
 #   TORCH            the torch to install                              (torch==2.13.0)
 #   TORCH_INDEX_URL  another index for torch alone, e.g. its CPU builds (pip's own)
+#   EXTRAS           groups of pyproject.toml to install; dev,gpu with TORCH=torch==2.11.0 for GPUs (dev)
 #   PYTEST_WORKERS   test processes                                    (2)
 
 SHELL := /bin/bash
@@ -12,6 +13,7 @@ SHELL := /bin/bash
 
 TORCH ?= torch==2.13.0
 TORCH_INDEX_URL ?=
+EXTRAS ?= dev
 PYTEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -87,7 +89,7 @@ $(STAMPS)/env: pyproject.toml setup.py $(STAMPS)/venv
 	@$(PIP) install "$(TORCH)" $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)")
 	@$(SAY) "Installing NanoDeploy and its tools, building csrc/: a few minutes"
 	@$(PIP) install -q $$($(PY) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'])")
-	@$(PIP) install -q "$(TORCH)" --no-build-isolation -e '.[dev]'
+	@$(PIP) install -q "$(TORCH)" --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 $(STAMPS)/stubs: $(PROTOS) $(STAMPS)/env

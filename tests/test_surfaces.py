@@ -146,3 +146,13 @@ def test_a_folder_named_like_a_package_does_not_shadow_it(tmp_path: Path) -> Non
     script.write_text(f"{add_site}\nimport nanodeploy as n; print(n.__all__)")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(importlib.import_module("nanodeploy").__all__)
+
+
+def test_the_gpu_extra_names_what_was_run_and_no_look_alike() -> None:
+    """deep-ep, deep-gemm and flash-mla are other people's uploads; the libraries' own builds have longer names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert all(requirement.count("==") == 1 for requirement in extras["gpu"])
+    everything = [*project["dependencies"], *(requirement for extra in extras.values() for requirement in extra)]
+    names = {re.split(r"[<>=\[ ]", requirement)[0] for requirement in everything}
+    assert names.isdisjoint({"deep-ep", "deep-gemm", "flash-mla", "ucx-py-cu12"})
