@@ -124,6 +124,24 @@ def test_a_recorded_step_keeps_its_shape(num_sequences: int, count: int) -> None
     assert len(infos) == len(rooms) == 1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_padding_changes_no_chunk(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    real, size = int(rng.integers(1, 45)), 64
+    counts, heads = [1] * 56, Heads(8, 2)
+    _, tables_SB, lens_S = make_pages(rng, counts, size, 0, longest=3000)
+    lens_S[real:] = 1
+    starts_S1 = np.arange(57, dtype=np.int32)
+
+    def cut(num: int, fixed: bool) -> Cut:
+        pages = Pages.of(tables_SB[:num], starts_S1[: num + 1], lens_S[:num], size, 0)
+        return Cut.of(pages, heads, 128, 0, 80, fixed)
+
+    eager, recorded = cut(real, False), cut(-(-real // 8) * 8, True)
+    assert eager.chunk == recorded.chunk
+    assert recorded.num_parts or not eager.num_parts
+
+
 def test_few_sequences_are_split_over_the_gpu() -> None:
     pages, _, _ = make_pages(np.random.default_rng(0), [1], 64, 0, longest=2)
     longer = Pages(

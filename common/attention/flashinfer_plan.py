@@ -7,7 +7,8 @@ left out, which changes nothing since lengths are counted from a sequence's end.
 in each replay of a graph, travels with the pages in one copy, and costs no call that copies by itself. A work item
 is (sequence, query tile, chunk of keys); each has one thread block for each key head. A query tile is `tile` packed
 rows: row r of a sequence is token r // group, head r % group of a key head's. Keys are split in chunks where there
-are too few items to fill the GPU; parts are then put together by a second kernel. As `PrefillPlanInfo` and
+are too few items to fill the GPU; parts are then put together by a second kernel. Sequences that are not longer than
+a chunk can be do not count for its length, so padding changes no result. As `PrefillPlanInfo` and
 `BatchPrefillWithPagedKVCacheDevice` of FlashInfer have it:
 
     requests, q_tiles, kv_tiles  [grid]    of each item; items beyond the last are masked by `valid`
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int32]
 
 CHUNK_UNIT = 128  # tokens: the keys that a thread block takes at once
+PADDING = 16  # sequences that a recorded step is padded by, at most, where its keys are still split
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,12 @@ class Cut:
         seen_S = np.maximum(pages.kv_lens_S, 1)
         if window:
             seen_S = np.minimum(seen_S, window - 1 + tile)
-        num_tiles, room = int(q_tiles_S.sum()), num_slots // heads.num_kv_heads
-        longest = int(seen_S.max(initial=1))
-        chunk = longest if num_tiles >= room else _chunk(q_tiles_S, seen_S, longest, room)
-        split = num_tiles < room and (fixed or chunk < longest)
+        room, longest = num_slots // heads.num_kv_heads, int(seen_S.max(initial=1))
+        long = seen_S > CHUNK_UNIT
+        chunk = _chunk(q_tiles_S[long], seen_S[long], longest, room)
+        num_tiles = int(q_tiles_S.sum())
+        few = room + PADDING * int(q_tiles_S[0])  # with more tiles, keys were not split before padding either
+        split = num_tiles < few if fixed else chunk < longest
         chunks_S = -(-seen_S // chunk) if split else np.ones_like(seen_S)
         items_S = q_tiles_S * chunks_S
         order_S = np.argsort(-seen_S, kind="stable")  # the longest first: the last to run are short
@@ -115,10 +119,10 @@ class Cut:
         np.cumsum(counts_S * chunks_S, out=parts[1:])
         merges = np.zeros(int(counts_S.sum()) + 1, np.int32)
         np.cumsum(np.repeat(chunks_S, counts_S), out=merges[1:])
-        grid = room if fixed and split else len(requests)
+        grid = room + num_tiles if fixed and split else len(requests)
         num_parts = 0
         if split:
-            num_parts = room * int(counts_S.max()) if fixed else int(parts[-1])
+            num_parts = grid * int(counts_S[0]) if fixed else int(parts[-1])
         return cls(tile, grid, num_parts, fixed, requests, within // of_item, within % of_item, parts, merges, chunk)
 
     @property
@@ -179,12 +183,14 @@ def tile_rows(mean_rows: int, head_dim: int) -> int:
 
 
 def _chunk(q_tiles_S: Ints, seen_S: Ints, longest: int, room: int) -> int:
-    """The least chunk, in whole units, with which all items fit into `room`."""
+    """The least chunk, in whole units, with which the items of these sequences fit into `room`; `longest` if none."""
     low, high = 1, -(-longest // CHUNK_UNIT)
+    if not len(seen_S) or int(q_tiles_S.sum()) >= room:
+        return longest
     while low < high:
         middle = (low + high) // 2
         if int((q_tiles_S * -(-seen_S // (middle * CHUNK_UNIT))).sum()) > room:
             low = middle + 1
         else:
             high = middle
-    return low * CHUNK_UNIT
+    return min(low * CHUNK_UNIT, longest)
