@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.kernels import cpu, gpu
+from common.kernels.expert_weights import ExpertWeights
 from common.kernels.ops import DTYPES, linear
 
 Scoring = Literal["softmax", "sigmoid", "sqrt_softplus"]
@@ -177,8 +178,7 @@ def swiglu_moe(
     x_TD: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
-    gate_up_ELD: Tensor,
-    down_EDI: Tensor,
+    experts: ExpertWeights,
     limit: float = 0.0,
     added_TD: Tensor | None = None,
 ) -> Tensor:
@@ -186,7 +186,7 @@ def swiglu_moe(
 
     Rows are gathered where they are multiplied. `limit`: see `common.kernels.ops.silu_mul`.
     """
-    return gpu.experts.swiglu_moe(x_TD, ids_TK, weights_TK, gate_up_ELD, down_EDI, limit, added_TD)
+    return gpu.experts.swiglu_moe(x_TD, ids_TK, weights_TK, experts, limit, added_TD)
 
 
 def _route(

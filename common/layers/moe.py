@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.kernels.expert_weights import ExpertWeights
 from common.kernels.ops import linear, sigmoid_mul
 from common.layers.base import Build, Init, Layer, Slot
 from common.layers.mlp import SWIGLU_NAMES, SwiGLU, SwiGLUNames
@@ -125,8 +126,8 @@ class Experts(Layer):
 
     def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, added_TD: Tensor | None) -> Tensor:
         """A new [T, D], with `added_TD` in the sum."""
-        weights = self.gate_up_ELD, self.down_EDI, self._limit
-        return run_experts(self._dispatcher, x_TD, ids_TK, weights_TK, *weights, added_TD)
+        experts = ExpertWeights(self.gate_up_ELD, self.down_EDI)
+        return run_experts(self._dispatcher, x_TD, ids_TK, weights_TK, experts, self._limit, added_TD)
 
 
 class MoE(Layer):

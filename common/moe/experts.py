@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from common.kernels.expert_weights import ExpertWeights
 from common.kernels.moe_ops import fuses_experts, linear_experts, swiglu_moe
 from common.kernels.ops import silu_mul
 from common.moe.dispatch import LocalDispatcher
@@ -25,8 +26,7 @@ def run_experts(
     x_TD: Tensor,
     ids_TK: Tensor,
     weights_TK: Tensor,
-    gate_up_ELD: Tensor,
-    down_EDI: Tensor,
+    experts: ExpertWeights,
     limit: float = 0.0,
     added_TD: Tensor | None = None,
 ) -> Tensor:
@@ -35,7 +35,8 @@ def run_experts(
     Where a kernel does it all and no token has to move, none is copied.
     """
     if fuses_experts(x_TD):
-        return swiglu_moe(x_TD, ids_TK, weights_TK, gate_up_ELD, down_EDI, limit, added_TD)
+        return swiglu_moe(x_TD, ids_TK, weights_TK, experts, limit, added_TD)
     sent = dispatcher.dispatch(x_TD, ids_TK, weights_TK)
-    out_TD = dispatcher.combine(swiglu_experts(sent.rows_PD, sent.starts_E1, gate_up_ELD, down_EDI, limit), sent)
+    y_PD = swiglu_experts(sent.rows_PD, sent.starts_E1, experts.gate_up_ELD, experts.down_EDI, limit)
+    out_TD = dispatcher.combine(y_PD, sent)
     return out_TD if added_TD is None else out_TD.add_(added_TD)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.kernels import moe_ops
+from common.kernels.expert_weights import ExpertWeights
 
 pytestmark = pytest.mark.gpu
 
@@ -152,9 +153,9 @@ def test_experts(
     weights, added = torch.rand(tokens, top_k, device=kernel_device), torch.randn_like(x)
     cpu = [t.cpu() for t in (x, ids, weights, gate_up, down)]
     want = moe(*cpu, limit) if tokens < 500 else moe_on_device(x, ids, weights, gate_up, down).cpu()
-    got = kernels.swiglu_moe(x, ids, weights, gate_up, down, limit, None)
+    got = kernels.swiglu_moe(x, ids, weights, ExpertWeights(gate_up, down), limit, None)
     assert error(got, want) < (1e-5 if dtype == torch.float32 else 1e-2)
-    got = kernels.swiglu_moe(x, ids, weights, gate_up, down, limit, added)
+    got = kernels.swiglu_moe(x, ids, weights, ExpertWeights(gate_up, down), limit, added)
     assert error(got, want + added.cpu().double()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
@@ -199,7 +200,7 @@ def test_a_graph_follows_the_routing(cuda: torch.device, tokens: int) -> None:
 
     def step() -> Tensor:
         ids, weights = moe_ops.route(logits, top_k, scoring="softmax")
-        return moe_ops.swiglu_moe(x, ids, weights, gate_up, down)
+        return moe_ops.swiglu_moe(x, ids, weights, ExpertWeights(gate_up, down))
 
     step()
     torch.cuda.synchronize()

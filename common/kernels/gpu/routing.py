@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from common.kernels.gpu.launch import let_next_start, pdl, wait
+
 _SMALL = 8192  # pairs up to which one kernel sorts: each of its programs reads them all
 _CHUNK = 256  # pairs that one program of the sort of many ranks among themselves
 _SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
@@ -52,6 +54,7 @@ def route(
     ids_TK = logits_TE.new_empty(tokens, top_k, dtype=torch.int64) if given_TK is None else given_TK.long().contiguous()
     weights_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=logits_TE.device)
     size = experts // num_groups
+    use_pdl = pdl(logits_TE.device)
     if tokens:
         _route[(tokens,)](
             logits_TE,
@@ -72,6 +75,8 @@ def route(
             SP=triton.next_power_of_2(size),
             GP=triton.next_power_of_2(num_groups),
             KP=triton.next_power_of_2(top_k),
+            PDL=use_pdl,
+            launch_pdl=use_pdl,
             num_warps=1 if experts <= 256 else 2,
         )
     return ids_TK, weights_TK
@@ -88,7 +93,8 @@ def tile_map(ids_TK: Tensor, num_experts: int, rows: int, places_P: Tensor | Non
     sizes = [pairs, num_experts + 1, tiles, tiles, tiles]
     order_P, starts_E1, *map_B = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
     out = TileMap(order_P, starts_E1, map_B[0], map_B[1], map_B[2], rows)
-    has_places = places_P is not None
+    has_places, use_pdl = places_P is not None, pdl(device)
+    launch = {"PDL": use_pdl, "launch_pdl": use_pdl, "num_warps": 4}
     places = order_P if places_P is None else places_P
     padded = triton.next_power_of_2(max(128, num_experts))
     args = (flat, order_P, places, starts_E1, *map_B)
@@ -102,18 +108,18 @@ def tile_map(ids_TK: Tensor, num_experts: int, rows: int, places_P: Tensor | Non
             HAS_PLACES=has_places,
             EP=padded,
             CHUNK=min(4096, max(128, triton.next_power_of_2(pairs))),
-            num_warps=4,
+            **launch,
         )
         return out
     chunks = triton.cdiv(pairs, _CHUNK)
     counts_CE = torch.empty(chunks, num_experts, dtype=torch.int32, device=device)
     bases_CE = torch.empty_like(counts_CE)
-    _count_chunks[(chunks,)](flat, counts_CE, pairs, num_experts, EP=padded, CHUNK=_CHUNK, num_warps=4)
+    _count_chunks[(chunks,)](flat, counts_CE, pairs, num_experts, EP=padded, CHUNK=_CHUNK, **launch)
     _sum_chunks[(num_experts + 1,)](
-        counts_CE, bases_CE, starts_E1, *map_B, chunks, num_experts, tiles, ROWS=rows, EP=padded, num_warps=4
+        counts_CE, bases_CE, starts_E1, *map_B, chunks, num_experts, tiles, ROWS=rows, EP=padded, **launch
     )
     _place_chunks[(chunks,)](
-        flat, bases_CE, order_P, places, pairs, num_experts, HAS_PLACES=has_places, CHUNK=_CHUNK, num_warps=8
+        flat, bases_CE, order_P, places, pairs, num_experts, HAS_PLACES=has_places, CHUNK=_CHUNK, **launch
     )
     return out
 
@@ -152,8 +158,11 @@ def _route(
     SP: tl.constexpr,
     GP: tl.constexpr,
     KP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token: its experts as [groups, experts of one]. Equal values go to the lower id, NaN counts as the lowest."""
+    let_next_start(PDL)
+    wait(PDL)
     t = tl.program_id(0).to(tl.int64)
     g, s = tl.arange(0, GP)[:, None], tl.arange(0, SP)[None, :]
     ids = g * SIZE + s
@@ -238,8 +247,11 @@ def _sort_small(
     HAS_PLACES: tl.constexpr,
     EP: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program e counts all pairs, and places those of expert e: no program waits for another."""
+    let_next_start(PDL)
+    wait(PDL)
     e = tl.program_id(0)
     i_C = tl.arange(0, CHUNK)
     counts_E = tl.zeros((EP,), tl.int32)
@@ -260,8 +272,10 @@ def _sort_small(
 
 
 @triton.jit
-def _count_chunks(ids_ptr, counts_ptr, pairs, experts, EP: tl.constexpr, CHUNK: tl.constexpr):
+def _count_chunks(ids_ptr, counts_ptr, pairs, experts, EP: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):
     """Pairs of each expert in a chunk: [chunks, E]."""
+    let_next_start(PDL)
+    wait(PDL)
     c = tl.program_id(0)
     i = c * CHUNK + tl.arange(0, CHUNK)
     ids = tl.load(ids_ptr + i, mask=i < pairs, other=0).to(tl.int32)
@@ -282,19 +296,21 @@ def _sum_chunks(
     tiles,
     ROWS: tl.constexpr,
     EP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program e: the row of the first pair of expert e in each chunk."""
+    let_next_start(PDL)
+    wait(PDL)
     e = tl.program_id(0)
-    e_E, c_C = tl.arange(0, EP), tl.arange(0, 16)
+    e_E, c_C = tl.arange(0, EP), tl.arange(0, 32)
     counts_E = tl.zeros((EP,), tl.int32)
-    for base in range(0, chunks, 16):
+    for base in range(0, chunks, 32):
         mask = (base + c_C < chunks)[:, None] & (e_E < experts)[None, :]
         counts_E += tl.sum(tl.load(counts_ptr + (base + c_C)[:, None] * experts + e_E[None, :], mask=mask, other=0), 0)
     row = _lay_out(counts_E, e, starts_ptr, expert_ptr, first_ptr, end_ptr, experts, tiles, ROWS, EP)
     if e < experts:
-        c_C = tl.arange(0, 256)
         for base in range(0, chunks, 256):
-            c = base + c_C
+            c = base + tl.arange(0, 256)
             counts = tl.load(counts_ptr + c * experts + e, mask=c < chunks, other=0)
             tl.store(bases_ptr + c * experts + e, row + tl.cumsum(counts, 0) - counts, mask=c < chunks)
             row += tl.sum(counts, 0)
@@ -302,16 +318,30 @@ def _sum_chunks(
 
 @triton.jit
 def _place_chunks(
-    ids_ptr, bases_ptr, order_ptr, places_ptr, pairs, experts, HAS_PLACES: tl.constexpr, CHUNK: tl.constexpr
+    ids_ptr,
+    bases_ptr,
+    order_ptr,
+    places_ptr,
+    pairs,
+    experts,
+    HAS_PLACES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A pair's row: its expert's first one in the chunk, and how many pairs of that expert the chunk has before it."""
+    let_next_start(PDL)
+    wait(PDL)
     c = tl.program_id(0)
     i_C = tl.arange(0, CHUNK)
     i = c * CHUNK + i_C
     mask = i < pairs
     ids = tl.load(ids_ptr + i, mask=mask, other=-1).to(tl.int32)
-    before = (ids[:, None] == ids[None, :]) & (i_C[None, :] < i_C[:, None])
-    rows = tl.load(bases_ptr + c * experts + ids, mask=mask, other=0) + tl.sum(before.to(tl.int32), 1)
+    before_C = tl.zeros((CHUNK,), tl.int32)
+    for base in range(0, CHUNK, 16):
+        j = base + tl.arange(0, 16)
+        others = tl.load(ids_ptr + c * CHUNK + j, mask=c * CHUNK + j < pairs, other=-1).to(tl.int32)
+        before_C += tl.sum(((ids[:, None] == others[None, :]) & (j[None, :] < i_C[:, None])).to(tl.int32), 1)
+    rows = tl.load(bases_ptr + c * experts + ids, mask=mask, other=0) + before_C
     tl.store(order_ptr + rows, i, mask=mask)
     if HAS_PLACES:
         tl.store(places_ptr + i, rows.to(tl.int64), mask=mask)

@@ -1,0 +1,42 @@
+"""Weights that stay in FP8: E4M3 values [N, K] with an fp32 scale for each block of 128 x 128.
+
+Rows are quantised as they come, 128 elements with a scale of their own, as DeepSeek-V3 was trained (section 3.3.2).
+That is a GPU's way; elsewhere the weight is turned into numbers of the rows' type, and torch multiplies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common.kernels import gpu
+
+BLOCK = 128
+"""Rows and columns of a weight that share a scale."""
+
+LARGEST = 448.0
+
+
+def linear_fp8(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Matrix product x @ weight^T + bias: [T, N] of x's type. `scales` [ceil(N / 128), ceil(K / 128)]."""
+    if gpu.enabled(x_TK):
+        out_TN = gpu.fp8.linear(x_TK, weight_NK, scales, x_TK.dtype)
+        return out_TN if bias_N is None else out_TN.add_(bias_N)
+    return functional.linear(x_TK, dequantise(weight_NK, scales, x_TK.dtype), bias_N)
+
+
+def quantise_weight(values: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 and fp32 scales [..., ceil(N / 128), ceil(K / 128)] of a weight [..., N, K]: each block by its largest."""
+    *lead, rows, columns = values.shape
+    padded = functional.pad(values.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    scales = blocks.abs().amax((-3, -1)).clamp_(1e-10) / LARGEST
+    scaled = (blocks / scales[..., :, None, :, None]).reshape(*lead, *padded.shape[-2:])
+    return scaled[..., :rows, :columns].to(torch.float8_e4m3fn), scales
+
+
+def dequantise(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values times scales, rounded once."""
+    spread = scales.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+    return (weight.float() * spread[..., : weight.shape[-2], : weight.shape[-1]]).to(dtype)
