@@ -30,9 +30,9 @@ def quantise_weight(values: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 and fp32 scales [..., ceil(N / 128), ceil(K / 128)] of a weight [..., N, K]: each block by its largest."""
     *lead, rows, columns = values.shape
     padded = functional.pad(values.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    blocks = padded.reshape(*lead, -(-rows // BLOCK), BLOCK, -(-columns // BLOCK), BLOCK)
     scales = blocks.abs().amax((-3, -1)).clamp_(1e-10) / LARGEST
-    scaled = (blocks / scales[..., :, None, :, None]).reshape(*lead, *padded.shape[-2:])
+    scaled = (blocks / scales[..., :, None, :, None]).reshape(padded.shape)
     return scaled[..., :rows, :columns].to(torch.float8_e4m3fn), scales
 
 
