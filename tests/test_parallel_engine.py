@@ -1,22 +1,100 @@
-"""Engines of several ranks: the tokens of one rank alone."""
+"""Engines of several ranks make the tokens of one rank alone: every family, in fp32.
+
+Ranks are threads here (`parallel_support`); `test_parallel_process.py` has them as they are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from engine_support import Solo, greedy, llama, prompts, reference_tokens
+from engine_support import Solo, greedy, llama, prompts, reference_tokens, windowed
+from families import FAMILIES, Family
 
-__all__ = ["llama"]
+__all__ = ["llama", "windowed"]
+
+LENGTHS, COUNT = (40, 17, 1), 12
 
 
-@pytest.mark.parametrize("size", [2])
-def test_ranks_make_the_tokens_of_one(llama: Path, size: int) -> None:
-    solo = Solo(llama, tensor_parallel_size=size)
-    asked = prompts(7, [20, 50, 3])
-    answers = [solo.submit(p, greedy(8)) for p in asked]
-    solo.run()
-    for prompt, answer in zip(asked, answers, strict=True):
-        assert answer.tokens[0] == reference_tokens(llama, prompt, 8)
-    solo.check_idle()
+def answers_of(folder: Path, asked: Sequence[tuple[int, ...]], **engine: object) -> list[list[int]]:
+    solo = Solo(folder, **engine)
+    try:
+        answers = [solo.submit(p, greedy(COUNT)) for p in asked]
+        solo.run()
+        solo.check_idle()
+    finally:
+        solo.decode.close()
+    return [answer.tokens[0] for answer in answers]
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, id=f.name) for f in FAMILIES])
+def test_two_ranks_make_the_tokens_of_one(family: Family, tmp_path: Path) -> None:
+    folder = family.configurations[family.quick_configurations[0]](tmp_path / "checkpoint")
+    asked = prompts(1000, LENGTHS)
+    assert answers_of(folder, asked, **family.engine, tensor_parallel_size=2) == answers_of(
+        folder, asked, **family.engine
+    )
+
+
+def test_four_ranks_share_two_key_heads(llama: Path) -> None:
+    asked = prompts(7, [20, 50])
+    expected = [reference_tokens(llama, prompt, COUNT) for prompt in asked]
+    assert answers_of(llama, asked, tensor_parallel_size=4) == expected
+
+
+def test_draws_that_depend_on_more_than_logits(llama: Path) -> None:
+    """Penalties, bans and histories reach all ranks; a rank that drew another token would go on with another text."""
+    (prompt, other) = prompts(9, [30, 12])
+    asked = [
+        SamplingParams(temperature=0.9, seed=1, max_tokens=20, frequency_penalty=0.5, logprobs=2, prompt_logprobs=1),
+        SamplingParams(temperature=0.7, seed=2, max_tokens=20, min_tokens=15, top_p=0.9, n=2, repetition_penalty=1.2),
+        SamplingParams(temperature=1.0, seed=3, max_tokens=20, top_k=5, logit_bias=((7, 5.0),), ignore_eos=True),
+    ]
+
+    def run(**engine: object) -> list[Answer]:
+        solo = Solo(llama, speculative_config=SpeculativeConfig(method="ngram"), **engine)
+        try:
+            answers = [solo.submit(p, params) for params in asked for p in (prompt, other)]
+            solo.run()
+        finally:
+            solo.decode.close()
+        return answers
+
+    for one, two in zip(run(), run(tensor_parallel_size=2), strict=True):
+        assert two.tokens == one.tokens
+        for choice, logprobs in one.logprobs.items():
+            assert two.logprobs[choice] == pytest.approx(logprobs, abs=1e-3)
+
+
+def test_an_engine_whose_rank_failed_says_so(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank cannot do a step: the others cannot go on, and the engine ends with the reason."""
+    solo = Solo(llama, tensor_parallel_size=2, hang_timeout_s=3.0)
+    forward = RankLoop._do
+
+    def fail(self: RankLoop, kind: int, payload: bytes) -> None:
+        if kind == FORWARD:
+            raise MemoryError("no room for a step")
+        forward(self, kind, payload)
+
+    monkeypatch.setattr(RankLoop, "_do", fail)
+    solo.submit((5, 6, 7), greedy(4))
+    with pytest.raises(RankLostError):
+        for _ in range(5):
+            solo.step()
+    with pytest.raises(RankLostError, match="no room for a step"):
+        solo.decode.check()
     solo.decode.close()
+
+
+@pytest.mark.parametrize(
+    ("engine", "cause"),
+    [
+        ({"tensor_parallel_size": 3}, "3 ranks"),
+        ({"tensor_parallel_size": 2, "speculative_config": SpeculativeConfig(method="mtp")}, "mtp"),
+        ({"tensor_parallel_size": 2, "devices": (0,)}, "devices"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused(llama: Path, engine: dict[str, object], cause: str) -> None:
+    with pytest.raises(ConfigError, match=cause):
+        Solo(llama, **engine)

@@ -145,6 +145,8 @@ def serve_rank(setup: RankSetup, link: Link, store: Store, clock: Clock, transpo
         compute = make_compute(config, Role(setup.role), mesh, clock, transport=transport)
         mesh.least([])
         RankLoop(compute.runner, link).serve()
+    except LinkClosedError:
+        pass  # rank 0 has ended, or is about to
     except Exception as error:  # the edge of the rank: rank 0 is told, and ends the engine
         log.exception("rank failed", rank=setup.rank)
         with contextlib.suppress(LinkClosedError):

@@ -30,6 +30,7 @@ FAILED = 0  # kind of a rank's last frame: why it ends
 DONE = 1  # a step has ended there
 ANSWER = 2  # to what was asked
 _LOOK_S = 0.5
+_END_S = 5.0
 
 
 class RankBody(Protocol):
@@ -102,7 +103,9 @@ class Ranks:
                 self._lose(f"rank {silent} has not answered within {timeout_s:.0f} s")
             return [found.popleft() for found in self._answers.values()]
 
-    def close(self, timeout_s: float = 5.0) -> None:
+    def close(self) -> None:
+        """Ask all to end, and make them."""
+        timeout_s = _END_S if not self._lost else _LOOK_S
         self._closing = True
         for rank in self._ranks:
             rank.link.close()
