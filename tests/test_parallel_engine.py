@@ -9,8 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from engine_support import Solo, greedy, llama, prompts, reference_tokens, windowed
+from engine_support import Answer, Solo, greedy, llama, prompts, reference_tokens, windowed
 from families import FAMILIES, Family
+
+from common.config import SpeculativeConfig
+from common.engine.rank_runner import FORWARD, RankLoop
+from common.errors import ConfigError, RankLostError
+from common.types import SamplingParams
 
 __all__ = ["llama", "windowed"]
 
@@ -80,8 +85,7 @@ def test_an_engine_whose_rank_failed_says_so(llama: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(RankLoop, "_do", fail)
     solo.submit((5, 6, 7), greedy(4))
     with pytest.raises(RankLostError):
-        for _ in range(5):
-            solo.step()
+        solo.run()
     with pytest.raises(RankLostError, match="no room for a step"):
         solo.decode.check()
     solo.decode.close()
