@@ -14,6 +14,7 @@ import typer
 import nanodeploy
 from common.errors import ConfigError, NanoDeployError
 from services.cli import options as opt
+from services.cli.gpus import default_num_prefill
 from services.cli.plan import ClusterRequest
 from services.cli.report import make_console
 from services.cli.state import StateFolder, state_root
@@ -50,7 +51,7 @@ def _url(url: str, name: str) -> str:
 @app.command()
 def up(
     model: opt.ModelFolder = "",
-    prefill: opt.Prefill = 1,
+    prefill: opt.PrefillOrAuto = None,
     decode: opt.Decode = 1,
     host: opt.Host = "",
     port: opt.Port = None,
@@ -80,7 +81,7 @@ def up(
 
     request = ClusterRequest(
         model=model,
-        num_prefill=prefill,
+        num_prefill=default_num_prefill(device, os.environ) if prefill is None else prefill,
         num_decode=decode,
         host=host,
         port=port,

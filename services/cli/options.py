@@ -33,7 +33,9 @@ Host = Annotated[str, _cluster("Address the API listens on; by default 127.0.0.1
 Port = Annotated[
     int | None, _cluster("Port of the API, 0: any; by default 8000 or the next free one.", min=0, max=65535)
 ]
-Prefill = Annotated[int, _cluster("Prefill workers; 0: decode workers prefill themselves.", min=0)]
+_PREFILL = "Prefill workers; 0: decode workers prefill themselves."
+Prefill = Annotated[int, _cluster(_PREFILL, min=0)]
+PrefillOrAuto = Annotated[int | None, _cluster(f"{_PREFILL} By default 1, and 0 where there is one GPU.", min=0)]
 Decode = Annotated[int, _cluster("Decode workers.", min=1)]
 Detach = Annotated[bool, _cluster("Return when the cluster is ready; `down` stops it.", "--detach", "-d")]
 ConfigFile = Annotated[str | None, _cluster("YAML file to start from.", "--config")]

@@ -24,6 +24,7 @@ import services
 from common.config.load import to_yaml
 from common.config.schema import ClusterConfig, LogConfig, WorkerConfig
 from common.errors import ConfigError
+from services.cli.gpus import deal, num_gpus
 from services.cli.ports import Ports
 from services.cli.process import ServiceSpec
 
@@ -116,7 +117,8 @@ def build_plan(
         base.router, host=host, port=url_port, controllers=peers, model_path=_absolute(base.router.model_path)
     )
     common = _section(base, log=_log(base.log, request.log_level), controller=controller, router=router)
-    workers = _workers(base, request, peers, ports)
+    workers, shared = _workers(base, request, peers, ports, environ)
+    notes = (*notes, *shared)
     reach = f"{_reachable(router.host)}:{url_port}"
 
     build = _Builder(folder, environ)
@@ -207,8 +209,13 @@ class _Builder:
 
 
 def _workers(
-    base: ClusterConfig, request: ClusterRequest, controllers: tuple[str, ...], ports: Ports
-) -> list[tuple[str, WorkerConfig]]:
+    base: ClusterConfig,
+    request: ClusterRequest,
+    controllers: tuple[str, ...],
+    ports: Ports,
+    environ: Mapping[str, str],
+) -> tuple[list[tuple[str, WorkerConfig]], tuple[str, ...]]:
+    """Each with its role, and what to say about them."""
     engine = _engine(base, request)
     workers: list[tuple[str, WorkerConfig]] = []
     for role, count, section in (
@@ -225,7 +232,12 @@ def _workers(
                 engine=_section(section.engine, **{"kv_scales": _absolute(section.engine.kv_scales), **engine}),
             )
             workers.append((role, worker))
-    return workers
+    count = num_gpus(environ)
+    if not count or any(worker.engine.device == "cpu" for _, worker in workers):
+        return workers, ()
+    engines, notes = deal([worker.engine for _, worker in workers], count)
+    placed = [(role, _section(worker, engine=e)) for (role, worker), e in zip(workers, engines, strict=True)]
+    return placed, notes
 
 
 def _reachable(host: str) -> str:
