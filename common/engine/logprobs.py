@@ -25,19 +25,27 @@ class RawLogprobs:
     values_LN: Tensor
 
     @classmethod
-    def of(cls, logits_RV: Tensor, token_ids_R: Tensor, top_n: Sequence[int | None]) -> RawLogprobs:
-        """`logits_RV`: raw, float32; `token_ids_R`: int64, -1 where there is no token."""
-        lines = [r for r, n in enumerate(top_n) if n is not None]
-        logits_LV = logits_RV if len(lines) == len(top_n) else logits_RV[lines]
-        ids_L = token_ids_R if len(lines) == len(top_n) else token_ids_R[lines]
+    def of(
+        cls, logits_RV: Tensor, token_ids_R: Tensor, top_n: Sequence[int | None], lines_L: Tensor | None = None
+    ) -> RawLogprobs:
+        """`logits_RV`: raw, float32; `token_ids_R`: int64, -1 where there is no token.
+
+        `lines_L`: int64 on their device, the rows that ask for logprobs; None if all do.
+        """
+        logits_LV = logits_RV if lines_L is None else logits_RV.index_select(0, lines_L)
+        ids_L = token_ids_R if lines_L is None else token_ids_R.index_select(0, lines_L)
         most = min(max((n for n in top_n if n is not None), default=0), logits_RV.shape[1])
         log_sum_L, ids_LN, values_LN = top_rows(logits_LV, most)
         chosen_L = logits_LV.gather(1, ids_L.clamp(min=0).unsqueeze(1)).squeeze(1).double() - log_sum_L
         return cls(top_n, chosen_L.float(), ids_LN, (values_LN.double() - log_sum_L.unsqueeze(1)).float())
 
-    def per_row(self) -> list[TokenLogprobs | None]:
-        """One entry per row; None for rows that did not ask."""
-        lines = iter(zip(self.chosen_L.tolist(), self.ids_LN.tolist(), self.values_LN.tolist(), strict=True))
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `per_row` wants on the host."""
+        return self.chosen_L, self.ids_LN, self.values_LN
+
+    def per_row(self, chosen_L: Tensor, ids_LN: Tensor, values_LN: Tensor) -> list[TokenLogprobs | None]:
+        """One entry per row; None for rows that did not ask. The arguments: `tensors`, on the host."""
+        lines = iter(zip(chosen_L.tolist(), ids_LN.tolist(), values_LN.tolist(), strict=True))
         out: list[TokenLogprobs | None] = []
         for top_n in self.top_n:
             if top_n is None:
@@ -51,7 +59,8 @@ class RawLogprobs:
 def prompt_logprobs(logits_TV: Tensor, targets: Sequence[int], top_n: int) -> TokenLogprobs:
     """Logprobs of the token that really follows each position, and the best `top_n` of each position."""
     targets_T = logits_TV.new_tensor(targets).long()
-    lines = RawLogprobs.of(logits_TV, targets_T, [top_n] * len(targets)).per_row()
+    raw = RawLogprobs.of(logits_TV, targets_T, [top_n] * len(targets))
+    lines = raw.per_row(*raw.tensors())
     found = [line for line in lines if line is not None]
     return TokenLogprobs(
         tuple(line.token_logprobs[0] for line in found),

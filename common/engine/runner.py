@@ -128,7 +128,7 @@ class ModelRunner:
         rows, result = pending.batch.rows, pending.result
         if result is None:
             return StepResult([_NOTHING] * len(rows), pending.prompt_logprobs)
-        tokens, failures, logprobs = result.token_ids_R.tolist(), result.failures, result.logprobs
+        tokens, failures, logprobs = result.tokens, result.failures, result.logprobs
         drawn, first = [], 0
         for row in rows:
             end = first + len(row.samples)

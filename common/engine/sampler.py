@@ -9,13 +9,16 @@ vLLM and of the OpenAI API expect:
     -> argmax of logit / temperature + noise (`common.kernels.sampling` defines the noise)
 
 A row that has nothing left, or whose logits are not numbers, fails alone: its token is -1 and `failures` says
-why. `logprobs` and `failures` are read from the device on first use, so that a step can be sampled and
-collected later.
+why. On a GPU nothing of this waits: parameters of all rows go there in one copy, and what was drawn is on its way back
+when `sample` returns, so that a step can be sampled now and collected when others have been launched behind it.
+
+Rows with penalties, and grammar masks, need the tokens before them on the host; all others need only their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,11 +27,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.engine.adjust import apply_edits, edits_of
 from common.engine.batch import SampleRow
+from common.engine.inputs import HostInputs, Inputs, PinnedInputs
 from common.engine.logprobs import RawLogprobs
+from common.engine.results import Fetched
+from common.kernels.draws import any_truncated, draw_packed, noise_keys, pack_columns, to_device
+from common.kernels.masks import check_mask
 from common.kernels.sampling import Draw, DrawStatus, draw_rows, noise_key
 from common.types import TokenLogprobs
 
+_PLACE_AND_PARAMS = struct.Struct("@3Q3dq")
 _GREEDY = Draw(0, 0.0, 0, 1.0, 0.0)
 
 _REASONS = {
@@ -39,31 +48,45 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class SampleResult:
-    """`token_ids_R`: int64 on the device of the logits, -1 for a failed row."""
+    """`token_ids_R`: int64 on the device of the logits, -1 for a failed row. The rest waits for the step when used."""
 
     token_ids_R: Tensor
-    status_R: Tensor = field(repr=False)
     raw: RawLogprobs | None = field(repr=False)
+    fetched: Fetched = field(repr=False)  # tokens, status, and the tensors of `raw`
+
+    @classmethod
+    def of(cls, token_ids_R: Tensor, status_R: Tensor, raw: RawLogprobs | None) -> SampleResult:
+        tensors = [token_ids_R, status_R, *(raw.tensors() if raw is not None else ())]
+        return cls(token_ids_R, raw, Fetched.start(tensors))
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """`token_ids_R` on the host."""
+        tokens: list[int] = self.fetched.get()[0].tolist()
+        return tokens
 
     @cached_property
     def failures(self) -> dict[int, str]:
         """Rows without a token, and why."""
-        return {r: _REASONS[DrawStatus(status)] for r, status in enumerate(self.status_R.tolist()) if status}
+        status_R = self.fetched.get()[1]
+        return {r: _REASONS[DrawStatus(status)] for r, status in enumerate(status_R.tolist()) if status}
 
     @cached_property
     def logprobs(self) -> list[TokenLogprobs | None]:
         """One entry per row; None where the request asked for none or the row failed."""
         if self.raw is None:
             return [None] * self.token_ids_R.shape[0]
-        return [None if r in self.failures else entry for r, entry in enumerate(self.raw.per_row())]
+        lines = self.raw.per_row(*self.fetched.get()[2:])
+        return [None if r in self.failures else entry for r, entry in enumerate(lines)]
 
 
 class Sampler:
-    """Stateless but for its sizes; one per engine."""
+    """One per engine."""
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self._inputs: Inputs = HostInputs() if self.device.type == "cpu" else PinnedInputs(self.device)
 
     def sample(self, logits_RV: Tensor, rows: Sequence[SampleRow], masks: Tensor | None = None) -> SampleResult:
         """Draw one token per row. `logits_RV`: float32 [rows, vocab], left as it is.
@@ -76,75 +99,46 @@ class Sampler:
                 f"logits must be float32 {[len(rows), self.vocab_size]}, got {logits_RV.dtype} {list(logits_RV.shape)}"
             )
         logits_RV = logits_RV.contiguous()
-        token_ids_R, status_R = draw_rows(self._adjusted(logits_RV, rows, masks), [_draw(row) for row in rows])
         top_n = [row.params.logprobs for row in rows]
-        raw = RawLogprobs.of(logits_RV, token_ids_R, top_n) if any(n is not None for n in top_n) else None
-        return SampleResult(token_ids_R, status_R, raw)
+        arrays = edits_of(rows, self.vocab_size)
+        is_edited = bool(arrays) or masks is not None
+        draws_R6 = packed_draws(rows) if self.device.type != "cpu" else None
+        if draws_R6 is not None:
+            arrays["draws"] = draws_R6
+        lines = [r for r, n in enumerate(top_n) if n is not None]
+        if 0 < len(lines) < len(rows):
+            arrays["lines"] = np.array(lines, np.int64)
+        tensors = self._inputs.put(arrays) if arrays else {}
+        adjusted_RV = logits_RV
+        if is_edited:
+            adjusted_RV = logits_RV.clone()
+            apply_edits(adjusted_RV, tensors, self._on_device(masks, len(rows)))
+        if draws_R6 is None:
+            token_ids_R, status_R = draw_rows(adjusted_RV, [_draw(row) for row in rows])
+        else:
+            truncated = any_truncated(draws_R6)
+            token_ids_R, status_R = draw_packed(adjusted_RV, tensors["draws"], truncated=truncated)
+        raw = RawLogprobs.of(logits_RV, token_ids_R, top_n, tensors.get("lines")) if lines else None
+        return SampleResult.of(token_ids_R, status_R, raw)
 
-    def _adjusted(self, logits_RV: Tensor, rows: Sequence[SampleRow], masks: Tensor | None) -> Tensor:
-        changed = [(r, row) for r, row in enumerate(rows) if _adjusts(row)]
-        if not changed and masks is None:
-            return logits_RV
-        out_RV = logits_RV.clone()
-        for r, row in changed:
-            self._bias(out_RV[r], row)
-        if masks is not None:
-            out_RV.masked_fill_(~self._allowed(masks, len(rows)), -torch.inf)
-        for r, row in changed:
-            self._penalise(out_RV[r], row)
-        return out_RV
-
-    def _bias(self, logits_V: Tensor, row: SampleRow) -> None:
-        bias = {t: value for t, value in row.params.logit_bias if 0 <= t < self.vocab_size}
-        if bias:
-            ids_K = torch.tensor(list(bias.keys()), device=self.device)
-            logits_V[ids_K] += torch.tensor(list(bias.values()), dtype=torch.float32, device=self.device)
-        if row.output_index < row.params.min_tokens:
-            logits_V[self._tensor(self._known(row.stop_ids))] = -torch.inf
-
-    def _penalise(self, logits_V: Tensor, row: SampleRow) -> None:
-        params = row.params
-        output_ids = self._known(row.output_ids)
-        if params.repetition_penalty != 1.0:
-            ids_K = self._tensor(np.concatenate([self._known(row.prompt_ids), output_ids]))
-            x_K = logits_V[ids_K]
-            logits_V[ids_K] = torch.where(x_K > 0, x_K / params.repetition_penalty, x_K * params.repetition_penalty)
-        if params.presence_penalty or params.frequency_penalty:
-            unique, counts = np.unique(output_ids, return_counts=True)
-            cost = params.presence_penalty + params.frequency_penalty * counts
-            logits_V[self._tensor(unique)] -= torch.from_numpy(cost.astype(np.float32)).to(self.device)
-
-    def _known(self, ids: Iterable[int]) -> NDArray[np.int64]:
-        """Ids of the vocabulary; others (media placeholders past its end) have no logit."""
-        array = np.asarray(ids if isinstance(ids, Sequence) else list(ids), dtype=np.int64)
-        return array[(array >= 0) & (array < self.vocab_size)]
-
-    def _tensor(self, ids: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(ids).to(self.device)
-
-    def _allowed(self, masks: Tensor, num_rows: int) -> Tensor:
-        num_words = -(-self.vocab_size // 32)
-        if masks.dtype == torch.bool and masks.shape == (num_rows, self.vocab_size):
-            return masks.to(self.device)
-        if masks.dtype == torch.int32 and masks.shape == (num_rows, num_words):
-            bits = torch.arange(32, dtype=torch.int32, device=self.device)
-            allowed = (masks.to(self.device).unsqueeze(-1) >> bits) & 1
-            return allowed.view(num_rows, -1)[:, : self.vocab_size].bool()
-        raise ValueError(
-            f"masks must be bool {[num_rows, self.vocab_size]} or int32 {[num_rows, num_words]}, "
-            f"got {masks.dtype} {list(masks.shape)}"
-        )
+    def _on_device(self, masks: Tensor | None, num_rows: int) -> Tensor | None:
+        if masks is None:
+            return None
+        check_mask(masks, num_rows, self.vocab_size)
+        return masks if masks.device.type == self.device.type else to_device(masks.numpy(), self.device)
 
 
-def _adjusts(row: SampleRow) -> bool:
-    p = row.params
-    return bool(
-        p.logit_bias
-        or p.repetition_penalty != 1.0
-        or p.presence_penalty
-        or p.frequency_penalty
-        or row.output_index < p.min_tokens
-    )
+def packed_draws(rows: Sequence[SampleRow]) -> NDArray[np.int64]:
+    """How the rows are drawn, as `common.kernels.draws.draw_packed` takes it."""
+    pack = _PLACE_AND_PARAMS.pack
+    packed = [
+        pack(row.seed, row.choice, row.output_index, (p := row.params).temperature, p.top_p, p.min_p, max(p.top_k, 0))
+        for row in rows
+    ]
+    words_R7 = np.frombuffer(b"".join(packed), np.uint64).reshape(-1, 7)
+    floats_R7, top_k_R = words_R7.view(np.float64), words_R7.view(np.int64)[:, 6]
+    keys_R = noise_keys(words_R7[:, 0], words_R7[:, 1], words_R7[:, 2])
+    return pack_columns(keys_R, floats_R7[:, 3], top_k_R, floats_R7[:, 4], floats_R7[:, 5])
 
 
 def _draw(row: SampleRow) -> Draw:

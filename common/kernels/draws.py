@@ -25,6 +25,8 @@ from common.kernels.sampling import C1, C2, C3, M1, M2, Draw, draw_rows
 
 COLUMNS = 6
 
+_C1, _C2, _C3, _M1, _M2, _ONE, _TWO, _27, _30, _31 = (np.uint64(n) for n in (C1, C2, C3, M1, M2, 1, 2, 27, 30, 31))
+
 
 class DrawKind(enum.IntEnum):
     GREEDY = 0
@@ -57,9 +59,8 @@ def pack_columns(
     for column, values_R in ((1, temperatures_R), (2, top_p_R), (3, min_p_R)):
         floats_R6[:, column] = values_R
     out_R6[:, 4] = top_k_R
-    whole_R = (top_k_R <= 0) & (top_p_R >= 1) & (min_p_R <= 0)
-    kinds_R = np.where(whole_R, DrawKind.PLAIN, DrawKind.TRUNCATED)
-    out_R6[:, 5] = np.where(temperatures_R == 0, DrawKind.GREEDY, kinds_R)
+    limits_R = (top_k_R > 0) | (top_p_R < 1) | (min_p_R > 0)
+    out_R6[:, 5] = (temperatures_R != 0) * (limits_R + np.int64(1))  # of `DrawKind`
     return out_R6
 
 
@@ -78,15 +79,15 @@ def noise_keys(
     seeds_R: NDArray[np.uint64], choices_R: NDArray[np.uint64], indices_R: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
     """`common.kernels.sampling.noise_key` of many places."""
-    key_R = _mix64(seeds_R + np.uint64(C1))
-    key_R = _mix64(key_R + choices_R * np.uint64(C2) + np.uint64(1))
-    return _mix64(key_R + indices_R * np.uint64(C3) + np.uint64(2))
+    key_R = _mix64(seeds_R + _C1)
+    key_R = _mix64(key_R + choices_R * _C2 + _ONE)
+    return _mix64(key_R + indices_R * _C3 + _TWO)
 
 
 def _mix64(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(M1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(M2)
-    return z ^ (z >> np.uint64(31))
+    z = (z ^ (z >> _30)) * _M1
+    z = (z ^ (z >> _27)) * _M2
+    return z ^ (z >> _31)
 
 
 def draw_packed(logits_RV: Tensor, draws_R6: Tensor, *, truncated: bool = True) -> tuple[Tensor, Tensor]:

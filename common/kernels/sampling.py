@@ -37,6 +37,8 @@ C3 = 0x165667B19E3779F9
 M1 = 0xBF58476D1CE4E5B9
 M2 = 0x94D049BB133111EB
 
+_ROWS_AT_ONCE = 32  # of `top_rows`, which needs 40 bytes for each logit on the way
+
 _SPEC = struct.Struct("@Qdddq")  # nd::DrawSpec
 
 
@@ -199,7 +201,8 @@ def top_rows(logits_RV: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if logits_RV.device.type == "cpu" and cpu.library() is not None:
         return top_rows_native(logits_RV, top_n)
-    return top_rows_torch(logits_RV, top_n)
+    parts = [top_rows_torch(part_RV, top_n) for part_RV in torch.split(logits_RV, _ROWS_AT_ONCE)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def top_rows_torch(logits_RV: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
