@@ -108,7 +108,7 @@ def _type(annotation: object) -> str:
 def cli() -> str:
     group: Any = typer.main.get_command(app)
     lines = [CLI]
-    for name, command in group.commands.items():
+    for name, command in _commands(group):
         if command.hidden:
             continue
         arguments = [_argument(p) for p in command.params if p.param_type_name == "argument"]
@@ -117,6 +117,15 @@ def cli() -> str:
         lines += [_option(parameter) for parameter in command.params]
         lines.append("")
     return "\n".join(lines)
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Those of groups of commands by both names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield before + name, command
 
 
 _OPTIONS = "| option | default | meaning |\n|---|---|---|"

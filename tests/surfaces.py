@@ -105,6 +105,7 @@ FLAGS = {
     ],
     "calibrate-kv": ["model", "--text", "--output", "-o", "--max-tokens", "--dtype"],
     "doctor": ["--model", "--name", "--json"],
+    "kernels build": ["--model", "--dtype", "--kv-dtype", "--arch", "--jobs"],
 }
 
 _WORKER_METRICS = [

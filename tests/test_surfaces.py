@@ -43,11 +43,20 @@ def test_rpcs() -> None:
     assert found == surfaces.RPCS
 
 
+def commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Those of groups of commands by both names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{before}{name} ")
+        else:
+            yield before + name, command
+
+
 def test_flags() -> None:
     group: Any = typer.main.get_command(app)
     found = {
         name: [spelling for parameter in command.params for spelling in (*parameter.opts, *parameter.secondary_opts)]
-        for name, command in group.commands.items()
+        for name, command in commands(group)
         if not command.hidden
     }
     assert {name: sorted(flags) for name, flags in found.items()} == {

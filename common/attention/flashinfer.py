@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from common.attention import flashinfer_modules
-from common.attention.capability import Capability
-from common.attention.context import AttentionContext, GroupTables, HostLengths
+from common.attention.capability import Capability, Needs
+from common.attention.context import DTYPES, AttentionContext, GroupTables, HostLengths
 from common.attention.flashinfer_modules import Launch, Module
 from common.attention.flashinfer_plan import Cut, Heads, Ints, Pages
 from common.attention.reference import ReferenceBackend, store
@@ -51,6 +51,19 @@ def capability() -> Capability:
         head_dims=HEAD_DIMS,
         unavailable=flashinfer_modules.missing(),
     )
+
+
+def prepare(needs: Needs) -> None:
+    """Compile what is not there yet, all at once."""
+    modules = flashinfer_modules.wanted(
+        DTYPES[needs.dtype],
+        DTYPES[needs.kv_dtype],
+        needs.head_dim,
+        windows=needs.has_windows,
+        drafts=False,  # a draft layer's first step compiles what no other layer has
+        hopper=_is_hopper(),
+    )
+    flashinfer_modules.build_missing(modules)
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ class FlashInferBackend(ReferenceBackend):
         self._latest: AttentionContext | None = None
         device = torch.cuda.current_device()
         self._num_slots = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-        self._hopper = torch.cuda.get_device_capability(device)[0] == 9
+        self._hopper = _is_hopper()
 
     def plan(self, ctx: AttentionContext) -> None:
         """Prepare the launches of a step. `ctx.host` and tables on the host are needed in recorded steps."""
@@ -238,6 +251,10 @@ class FlashInferBackend(ReferenceBackend):
         if memory is None or memory.numel() < num_ints:
             memory = self._memory[key] = torch.empty(num_ints, dtype=torch.int32, device=device)
         return memory
+
+
+def _is_hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == 9
 
 
 class _Staging:

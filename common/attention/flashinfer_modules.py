@@ -27,7 +27,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import structlog
 import torch
+
+from common.errors import ConfigError
+
+_log = structlog.stdlib.get_logger(__name__)
 
 VERSION = "0.6.13"
 """What the arguments below and the arrays of `flashinfer_plan` were written for."""
@@ -156,12 +161,44 @@ def trimmed(spec: Any, name: str, keep: Callable[[str], bool]) -> Any:
     return replace(spec, name=name, sources=sources, extra_ldflags=[*(spec.extra_ldflags or []), "-Wl,-z,lazy"])
 
 
+def wanted(
+    dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, *, windows: bool, drafts: bool, hopper: bool
+) -> list[Module]:
+    """What a model's attention uses. `drafts`: has it a layer whose first positions hold nothing?"""
+    dtype = dtype if kv_dtype == torch.float8_e4m3fn else kv_dtype
+    kinds: list[Literal["fa2", "fa3"]] = ["fa2", "fa3"] if hopper and kv_dtype == dtype else ["fa2"]
+    found = [Module(k, dtype, kv_dtype, head_dim, w) for k in kinds for w in ((False, True) if windows else (False,))]
+    return found + ([Module("fa2", dtype, kv_dtype, head_dim, first=True)] if drafts else [])
+
+
+def build_missing(modules: Sequence[Module]) -> None:
+    """Compile those that are not there, with a line in the log. Processes that want the same wait for each other.
+
+    ConfigError if there is no compiler, or it fails.
+    """
+    if all(m.path is not None for m in modules):
+        return
+    from filelock import FileLock
+    from flashinfer.jit import env
+
+    env.FLASHINFER_JIT_DIR.mkdir(parents=True, exist_ok=True)
+    with FileLock(env.FLASHINFER_JIT_DIR / "nanodeploy.lock"):
+        missing = [m for m in modules if m.path is None]
+        if not missing:
+            return
+        names = [m.name for m in missing]
+        _log.warning("attention kernels are compiled now; `nanodeploy kernels build` does it beforehand", kernels=names)
+        try:
+            build([m.sources() for m in missing])
+        except (RuntimeError, OSError) as error:
+            raise ConfigError(f"attention kernels {', '.join(names)} are not built: {error}") from error
+
+
 @functools.cache
 def _load(module: Module) -> Any:
     import tvm_ffi
 
-    if module.path is None:
-        build([module.sources()])
+    build_missing([module])
     path = module.path
     assert path is not None
     loaded = tvm_ffi.load_module(str(path))

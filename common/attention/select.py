@@ -17,13 +17,16 @@ _log = structlog.stdlib.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Registration:
+    """`prepare`: what must be done once before `create`, as compiling kernels."""
+
     capability: Callable[[], Capability]
     create: Callable[[], AttentionBackend]
+    prepare: Callable[[Needs], None] = lambda _: None
 
 
 REGISTERED: tuple[Registration, ...] = (
     Registration(cpu.capability, cpu.CpuBackend),
-    Registration(flashinfer.capability, flashinfer.FlashInferBackend),
+    Registration(flashinfer.capability, flashinfer.FlashInferBackend, flashinfer.prepare),
     Registration(reference.capability, reference.ReferenceBackend),
 )
 """Best first: `auto` takes the first that can."""
@@ -61,6 +64,7 @@ def choose(requested: str, needs: Needs, registered: tuple[Registration, ...] = 
         tried = {n: why for n, why in refusals.items() if requested in ("auto", n)}
         reasons = "; ".join(f"{n} cannot: {why}" for n, why in tried.items())
         raise ConfigError(f"no attention backend for this model: {reasons}", param="attention_backend")
+    taken.prepare(needs)
     choice = Choice(taken.create(), refusals)
     _log.info("attention_backend", backend=choice.backend.name, not_taken=refusals)
     return choice

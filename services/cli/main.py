@@ -306,6 +306,25 @@ def doctor(
     raise typer.Exit(run_doctor(model, name, as_json, make_console()))
 
 
+kernels = typer.Typer(help="What is compiled for GPUs.", no_args_is_help=True)
+app.add_typer(kernels, name="kernels")
+
+
+@kernels.command("build")
+def kernels_build(
+    model: Annotated[str, typer.Option(help="Folder of a checkpoint; by default the usual head sizes.")] = "",
+    dtype: Annotated[str, typer.Option(help="Type that the model computes in: bfloat16 or float16.")] = "bfloat16",
+    kv_dtype: Annotated[str, typer.Option(help="Type of the KV cache: auto, fp8_e4m3, or both.")] = "both",
+    arch: Annotated[str, typer.Option(help="Compute capability of the GPUs.")] = "9.0a",
+    jobs: Annotated[int, typer.Option(min=0, help="Files compiled at once; 0: as ninja has it.")] = 0,
+) -> None:
+    """Compile the attention kernels of a model, so that no engine does at its start."""
+    from services.cli.kernels import run_build
+
+    kinds = ["auto", "fp8_e4m3"] if kv_dtype == "both" else [kv_dtype]
+    raise typer.Exit(run_build(model, dtype, kinds, arch, jobs, make_console()))
+
+
 @app.command(hidden=True)
 def launch(file: Path, lock: int) -> None:
     """The launcher of a detached cluster; `lock` is the descriptor by which it owns the cluster."""

@@ -1,0 +1,82 @@
+"""`python -m common.engine.kernels`: compiles what attention will use, so that an engine's start compiles nothing.
+
+A process of its own, because it imports torch and FlashInfer and prints what they print. Each line of its output is
+JSON: {"done", "total"} while files are compiled, then {"kernel", "path"} for each, or {"error"}. The GPU itself is
+not needed, but the CUDA toolkit (`nvcc`), a C++ compiler and ninja are.
+
+FlashInfer takes its folder and the architectures from its own variables, FLASHINFER_WORKSPACE_BASE (by default the
+home folder) and FLASHINFER_CUDA_ARCH_LIST.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from typing import Any
+
+import orjson
+import torch
+
+from common.attention.context import DTYPES
+from common.attention.flashinfer import HEAD_DIMS
+from common.attention.flashinfer_modules import Module, build, wanted
+from common.models.spec import ModelSpec
+
+_PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
+
+
+def modules_for(model: str, dtype: str, kv_dtypes: list[str], hopper: bool) -> list[Module]:
+    """Of a model, or of the usual head sizes. ValueError if FlashInfer does not serve its attention."""
+    found: list[Module] = []
+    spec = ModelSpec.from_folder(model) if model else None
+    if spec is not None and (spec.mla is not None or spec.compress is not None):
+        raise ValueError(f"{spec.model_type} has latent attention: its kernels come compiled")
+    if spec is not None and spec.head_dim not in HEAD_DIMS:
+        raise ValueError(f"FlashInfer has no kernels for heads of {spec.head_dim}, only {HEAD_DIMS}")
+    for kv_dtype in kv_dtypes:
+        kv = torch.float8_e4m3fn if kv_dtype == "fp8_e4m3" else DTYPES[dtype]
+        for dim in HEAD_DIMS if spec is None else [spec.head_dim]:
+            windows, drafts = (spec.cache.has_windows, spec.has_drafts) if spec is not None else (False, False)
+            found += wanted(DTYPES[dtype], kv, dim, windows=windows, drafts=drafts, hopper=hopper)
+    return list(dict.fromkeys(found))
+
+
+def main() -> int:
+    """Returns the exit code: 0, or 1 after an error was said."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--kv-dtype", nargs="+", default=["auto", "fp8_e4m3"])
+    parser.add_argument("--hopper", action="store_true")
+    parser.add_argument("--jobs", type=int, default=0)
+    args = parser.parse_args()
+    if importlib.util.find_spec("flashinfer") is None:
+        _say({"error": "flashinfer is not installed: there is nothing to compile"})
+        return 1
+    try:
+        modules = modules_for(args.model, args.dtype, args.kv_dtype, args.hopper)
+        missing = [m for m in modules if m.path is None]
+        if missing:
+            build([m.sources() for m in missing], args.jobs, _on_line)
+    except Exception as error:  # noqa: BLE001  the edge of this process: what failed is said in its one way
+        _say({"error": str(error)})
+        return 1
+    for module in modules:
+        _say({"kernel": module.name, "path": str(module.path), "built": module in missing})
+    return 0
+
+
+def _on_line(line: str) -> None:
+    if at := _PROGRESS.match(line):
+        _say({"done": int(at[1]), "total": int(at[2])})
+
+
+def _say(what: dict[str, Any]) -> None:
+    sys.stdout.buffer.write(orjson.dumps(what, option=orjson.OPT_APPEND_NEWLINE))
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
