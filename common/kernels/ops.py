@@ -39,8 +39,13 @@ def linear(
     """
     lib = cpu.library()
     out_dtype = out_dtype or x_TK.dtype
+    if gpu.enabled(x_TK) and gpu.linear.fits(x_TK, weight_NK):
+        return gpu.linear.linear(x_TK, weight_NK, bias_N, out_dtype)
     if lib is None or not _fits(x_TK, weight_NK, bias_N):
-        return functional.linear(x_TK.to(weight_NK.dtype), weight_NK, bias_N).to(out_dtype)
+        x_TK = x_TK.to(weight_NK.dtype)
+        if x_TK.is_cuda and out_dtype == torch.float32 != x_TK.dtype and bias_N is None:
+            return torch.mm(x_TK, weight_NK.T, out_dtype=torch.float32)
+        return functional.linear(x_TK, weight_NK, bias_N).to(out_dtype)
     m, k = x_TK.shape
     n = weight_NK.shape[0]
     out_TN = torch.empty(m, n, dtype=out_dtype)
@@ -61,6 +66,13 @@ def linear(
     )
     lib.nd_linear(isa, torch.get_num_threads(), call)
     return out_TN
+
+
+def linear_silu_mul(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, limit: float) -> Tensor:
+    """`silu_mul` of `linear`, whose rows are [gate | up]: a new contiguous [T, N / 2]."""
+    if gpu.enabled(x_TK) and gpu.linear.fits(x_TK, weight_NK):
+        return gpu.linear.linear_silu_mul(x_TK, weight_NK, bias_N, limit)
+    return silu_mul(linear(x_TK, weight_NK, bias_N), limit)
 
 
 def linear_heads(

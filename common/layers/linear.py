@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from common.kernels.ops import linear
+from common.kernels.ops import linear, linear_silu_mul
 from common.layers.base import Build, Init, Layer, Slot, TensorParallel
 
 
@@ -42,6 +42,10 @@ class ColumnLinear(Layer):
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return linear(x_TD, self.weight, self.bias)
+
+    def silu_mul(self, x_TD: Tensor, limit: float) -> Tensor:
+        """Of two parts, gate and up: silu(gate) * up (`common.kernels.ops.silu_mul`)."""
+        return linear_silu_mul(x_TD, self.weight, self.bias, limit)
 
 
 class RowLinear(Layer):

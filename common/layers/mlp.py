@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from common.kernels.ops import silu_mul
 from common.layers.base import Build, Layer, Slot
 from common.layers.linear import ColumnLinear, RowLinear
 
@@ -47,4 +46,4 @@ class SwiGLU(Layer):
         yield from self._down_proj.slots(f"{self._names.down}.")
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self._down_proj(silu_mul(self.gate_up_proj(x_TD), self._limit))
+        return self._down_proj(self.gate_up_proj.silu_mul(x_TD, self._limit))

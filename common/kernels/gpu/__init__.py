@@ -19,6 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING:  # what `__getattr__` finds, for the type checker
     from common.kernels.gpu import experts as experts
     from common.kernels.gpu import fp8 as fp8
+    from common.kernels.gpu import linear as linear
     from common.kernels.gpu import masks as masks
     from common.kernels.gpu import norms as norms
     from common.kernels.gpu import pointwise as pointwise
