@@ -29,6 +29,7 @@ from common.engine.speculative import MadeAhead, Speculator, make_speculator
 from common.engine.supply import Supply, SupplyParts
 from common.kvcache.layout import FULL_GROUP, KVLayout
 from common.kvcache.manager import KVCacheManager, PrefixHit
+from common.kvtransfer.device import DeviceDigests
 from common.kvtransfer.digester import digest
 from common.kvtransfer.leases import Leases
 from common.kvtransfer.publish import Publisher
@@ -137,10 +138,11 @@ def _build(
     )
     images = Media(spec.media, spec.hidden_size, media, clock)
     drafter = Drafter(_speculator(config, sizing, role), compute.draft_runner)
-    parts = assemble(config, layout, bases, limits, runner, transport, images, clock, drafter)
+    parts = assemble(config, layout, bases, limits, runner, transport, images, clock, drafter, mesh.device)
     progress("self-test", 0, 1)
     built = Engine(parts)
-    self_test(built, parts, transport if mesh.device.type == "cpu" else None, bases, max_model_len)
+    reads = mesh.device.type == "cpu" or transport.name != "memory"  # which copies on the host
+    self_test(built, parts, transport if reads else None, bases, max_model_len)
     ready = EngineReady(
         layout=layout,
         endpoints=(transport.endpoint(),),
@@ -165,6 +167,7 @@ def assemble(
     media: Media,
     clock: Clock,
     drafter: Drafter,
+    device: torch.device,
 ) -> EngineParts:
     """Join the parts around a runner and a transport."""
     engine = config.engine
@@ -178,7 +181,8 @@ def assemble(
     reader = HandoffReader(layout, bases, cache, transport, clock, config.handoff, outbox.send)
     demand = Demand(reader, cache, config.handoff, clock)
     leases = Leases(cache, clock, engine.lease_ttl_s)
-    publisher = Publisher(layout, bases, cache, digest)
+    launcher = DeviceDigests(device) if device.type == "cuda" else None
+    publisher = Publisher(layout, bases, cache, digest, launcher)
     supply = Supply(SupplyParts(limits, scheduler, media, leases, publisher, outbox, clock), requests.next_id)
     speculator = drafter.speculator
 

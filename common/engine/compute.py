@@ -22,7 +22,8 @@ from common.engine.sampler import Sampler
 from common.engine.sizing import EngineSizing, size_engine
 from common.errors import ConfigError
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP, KVLayout, Retention
-from common.kvcache.pool import KVPool
+from common.kvcache.pool import GUARD_NBYTES, KVPool
+from common.kvtransfer.device import over_ucx
 from common.kvtransfer.digester import digest
 from common.kvtransfer.memory import MemoryNetwork, MemoryTransport
 from common.kvtransfer.transport import Transport
@@ -55,9 +56,11 @@ class Compute:
         return self.sizing.layout
 
 
-def make_transport(config: WorkerConfig, clock: Clock) -> Transport:
-    """The first configured transport. ConfigError names one that does not exist."""
+def make_transport(config: WorkerConfig, clock: Clock, device: torch.device) -> Transport:
+    """The first configured transport, of memory of `device`. ConfigError names one that does not exist."""
     name = config.handoff.transports[0] if config.handoff.transports else "memory"
+    if name == "ucx" and device.type == "cuda":
+        return over_ucx(UcxTransport(config.ucx, device.index or 0), device)
     if name == "ucx":
         return UcxTransport(config.ucx)
     if name == "memory":
@@ -98,13 +101,15 @@ def make_compute(
     layout = sizing.layout
     blocks = {g.name: g.num_blocks for g in layout.groups}
     log.info("kv cache sized", budget_bytes=sizing.budget_nbytes, blocks=blocks, dtype=sizing.kv_dtype)
-    transport = transport or make_transport(config, clock)
+    transport = transport or make_transport(config, clock, device)
     if device.type == "cpu":
         bases = {g.name: transport.allocate(g.name, layout.block_nbytes(g.name) * g.num_blocks) for g in layout.groups}
         pool = KVPool(layout, bases, device, sizing.scales)
     else:
         pool = KVPool(layout, None, device, sizing.scales)
         bases = pool.bases()
+        for name, guard in pool.guards().items():
+            transport.register(name, bases[name], pool.nbytes(name), guard, GUARD_NBYTES)
     runner = ModelRunner(model, pool, backend, sampler, device, engine.max_num_seqs)
     if device.type == "cuda" and not engine.enforce_eager:
         runner.graphs = _record(runner, model, engine, layout, pool, backend, sizing.max_model_len, progress)

@@ -198,6 +198,9 @@ class Engine:
             runner.copy_blocks(self._state_copies(plan))
             pending = runner.forward(build_batch([self._row(i) for i in plan.items], self._groups))
             runner.sample(pending)
+            for item in plan.items:
+                if item.seq.order is not None:
+                    self._p.supply.launched(item.seq, item.start, item.start + item.num_new)
         except Exception as error:  # noqa: BLE001 - edge of the step: fails what was in it
             self._step_failed(plan, error)
             return None

@@ -94,6 +94,10 @@ class Supply:
         with contextlib.suppress(LeaseLostError):  # digesting took that long: `advanced` meets it and fails the order
             self._publish(seq)
 
+    def launched(self, seq: Sequence, start: int, end: int) -> None:
+        """A step that computes positions [start, end) of an order is under way: so are the digests of what it ends."""
+        self._p.publisher.launch(self._what(seq), start, end)
+
     def advanced(self, seq: Sequence) -> None:
         """More of the prompt is computed: publish it, and finish at its end."""
         try:
@@ -166,7 +170,15 @@ class Supply:
         assert order is not None
         if seq.num_computed <= order.num_published:
             return
-        what = PublishOrder(
+        for extent in self._p.publisher.publish(self._what(seq), order.num_published, seq.num_computed):
+            self._p.leases.extend(order.lease_id, extent.group, extent.block_ids)
+            self._tell(seq, extent)
+        order.num_published = seq.num_computed
+
+    def _what(self, seq: Sequence) -> PublishOrder:
+        order = seq.order
+        assert order is not None
+        return PublishOrder(
             seq_id=seq.seq_id,
             order_id=order.order_id,
             lease_id=order.lease_id,
@@ -175,10 +187,6 @@ class Supply:
             start_position=order.start_position,
             media=seq.media,
         )
-        for extent in self._p.publisher.publish(what, order.num_published, seq.num_computed):
-            self._p.leases.extend(order.lease_id, extent.group, extent.block_ids)
-            self._tell(seq, extent)
-        order.num_published = seq.num_computed
 
     def _drop(self, seq: Sequence) -> None:
         self._close(seq)
@@ -188,6 +196,7 @@ class Supply:
 
     def _close(self, seq: Sequence) -> None:
         assert seq.order is not None
+        self._p.publisher.forget(seq.seq_id)
         self._p.scheduler.finish(seq)
         self._p.media.close(seq.embeds)
         self._open.pop((seq.order.reader, seq.order.order_id), None)

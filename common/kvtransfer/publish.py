@@ -5,12 +5,15 @@
 Full groups publish whole blocks as they complete, window groups only those that the end of the prompt still
 sees, and both their partial last block at the end of the prompt. Snapshot groups (the tail among them)
 publish one block there. The caller pins an extent's blocks with `Leases.extend` before it announces it.
+
+Where digests are computed by a device that works by itself they are launched with the step that computes the blocks
+(`launch`) and taken when it is published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -31,6 +34,16 @@ class Digester(Protocol):
     def __call__(self, check: DigestCheck, /) -> int: ...
 
 
+class DigestsUnderWay(Protocol):
+    def values(self) -> list[int]:
+        """The digests, in the order of their checks. Waits for them."""
+
+
+class DigestLauncher(Protocol):
+    def launch(self, checks: Sequence[DigestCheck], /) -> DigestsUnderWay:
+        """Begin to digest local memory, behind all that was launched on its device before."""
+
+
 class PublishOrder(msgspec.Struct, frozen=True):
     """What the publisher must know of an order. `token_ids` is the whole prompt.
 
@@ -47,15 +60,63 @@ class PublishOrder(msgspec.Struct, frozen=True):
     media: tuple[tuple[int, bytes], ...] = ()
 
 
-class Publisher:
-    """Makes extents from the blocks of one rank. `bases`: group -> address of its block 0."""
+class _Part(NamedTuple):
+    """Valid tokens of one block: `num_tokens` from index `first_token` on, the first at absolute `position`."""
 
-    def __init__(self, layout: KVLayout, bases: Mapping[str, int], cache: CacheView, digest: Digester) -> None:
+    group: str
+    block: int
+    position: int
+    first_token: int
+    num_tokens: int
+
+
+class Publisher:
+    """Makes extents from the blocks of one rank. `bases`: group -> address of its block 0.
+
+    `launcher` digests what is still being computed, and then all; without it `digest` what is there.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        bases: Mapping[str, int],
+        cache: CacheView,
+        digest: Digester,
+        launcher: DigestLauncher | None = None,
+    ) -> None:
         self._layout = layout
         self._bases = dict(bases)
         self._cache = cache
         self._digest = digest
+        self._launcher = launcher
+        self._launched: dict[int, dict[_Part, tuple[DigestsUnderWay, slice]]] = {}  # by sequence
         self._num_digests = {g.name: layout.num_digests(g.name) for g in layout.groups}
+
+    def launch(self, order: PublishOrder, start: int, end: int) -> None:
+        """A step that computes positions [start, end) was launched: launch the digests that publishing them takes."""
+        if self._launcher is not None:
+            self._launch(self._launcher, order, start, end, known=())
+
+    def _launch(
+        self, launcher: DigestLauncher, order: PublishOrder, start: int, end: int, known: Container[_Part]
+    ) -> None:
+        launched = self._launched.setdefault(order.seq_id, {})
+        parts = [
+            part
+            for group, blocks, begin, until in self._runs(order, start, end)
+            for part in self._parts(group, blocks, begin, until)
+            if part not in known and self._stored(part) is None
+        ]
+        checks = [self._checks(part) for part in parts]
+        if checks:
+            batch, first = launcher.launch([check for of_part in checks for check in of_part]), 0
+            for part, of_part in zip(parts, checks, strict=True):
+                launched[part] = batch, slice(first, first + len(of_part))
+                first += len(of_part)
+
+    def forget(self, seq_id: int) -> None:
+        """The sequence is published, or will not be."""
+        self._launched.pop(seq_id, None)
 
     def publish(self, order: PublishOrder, start: int, end: int) -> list[OrderExtent]:
         """Extents that computed positions [start, end) complete; those below `start` were passed before.
@@ -64,31 +125,47 @@ class Publisher:
         Positions before the order's start are left out, and an empty run publishes nothing.
         Raises InternalError if the sequence does not hold a block that it must publish.
         """
+        if self._launcher is not None:  # what no step of this order computed
+            self._launch(self._launcher, order, start, end, known=self._launched.get(order.seq_id, ()))
+        extents = []
+        for group, blocks, begin, until in self._runs(order, start, end):
+            parts = self._parts(group, blocks, begin, until)
+            extents.append(
+                OrderExtent(
+                    order_id=order.order_id,
+                    lease_id=order.lease_id,
+                    group=group.name,
+                    start_position=begin,
+                    num_tokens=until - begin,
+                    block_ids=tuple(blocks),
+                    prefix_hash=hash_at(order.chain, order.token_ids, until, order.media),
+                    digests=tuple(d for part in parts for d in self._digests(order.seq_id, part)),
+                )
+            )
+        return extents
+
+    def _runs(self, order: PublishOrder, start: int, end: int) -> Iterator[tuple[GroupSpec, Sequence[int], int, int]]:
+        """(group, its blocks, first position, end) of each extent of `publish`."""
         start = max(start, order.start_position)
         if end > len(order.token_ids):
             raise ValueError(f"positions up to {end} of a prompt of {len(order.token_ids)} tokens")
         if end <= start:
-            return []
-        extents: list[OrderExtent] = []
+            return
         for group in self._layout.groups:
             if not self._num_digests[group.name]:
                 continue
             table = self._cache.block_table(order.seq_id, group.name)
             if group.retention is not Retention.SNAPSHOT:
-                extents.extend(self._blocks(order, group, table, start, end))
+                yield from self._blocks(order, group, table, start, end)
             elif end == len(order.token_ids):
-                extents.append(self._snapshot(order, group, table))
-        return extents
-
-    def _snapshot(self, order: PublishOrder, group: GroupSpec, table: Sequence[int]) -> OrderExtent:
-        block = next((b for b in reversed(table) if b >= 0), -1)
-        if block < 0:
-            raise InternalError(f"sequence {order.seq_id} holds no {group.name} block to publish")
-        return self._extent(order, group, len(order.token_ids) - 1, len(order.token_ids), [block])
+                block = next((b for b in reversed(table) if b >= 0), -1)
+                if block < 0:
+                    raise InternalError(f"sequence {order.seq_id} holds no {group.name} block to publish")
+                yield group, [block], end - 1, end
 
     def _blocks(
         self, order: PublishOrder, group: GroupSpec, table: Sequence[int], start: int, end: int
-    ) -> Iterator[OrderExtent]:
+    ) -> Iterator[tuple[GroupSpec, Sequence[int], int, int]]:
         size, total = group.block_size, len(order.token_ids)
         begin = max(order.start_position, start // size * size)
         stop = end if end == total else end // size * size
@@ -101,41 +178,39 @@ class Publisher:
             blocks = list(table[begin // size : begin // size + count])
             if len(blocks) != count or min(blocks) < 0:
                 raise InternalError(f"sequence {order.seq_id} lacks {group.name} positions [{begin}, {until})")
-            yield self._extent(order, group, begin, until, blocks)
+            yield group, blocks, begin, until
             begin = until
 
-    def _extent(
-        self, order: PublishOrder, group: GroupSpec, begin: int, end: int, blocks: Sequence[int]
-    ) -> OrderExtent:
-        digests: list[int] = []
-        position = begin
+    @staticmethod
+    def _parts(group: GroupSpec, blocks: Sequence[int], begin: int, end: int) -> list[_Part]:
+        parts, position = [], begin
         for block in blocks:
             first_token = 0 if group.retention is Retention.SNAPSHOT else position % group.block_size
             count = min(end - position, group.block_size - first_token)
-            digests.extend(self._block_digests(group, block, position, first_token, count))
+            parts.append(_Part(group.name, block, position, first_token, count))
             position += count
-        return OrderExtent(
-            order_id=order.order_id,
-            lease_id=order.lease_id,
-            group=group.name,
-            start_position=begin,
-            num_tokens=end - begin,
-            block_ids=tuple(blocks),
-            prefix_hash=hash_at(order.chain, order.token_ids, end, order.media),
-            digests=tuple(digests),
-        )
+        return parts
 
-    def _block_digests(
-        self, group: GroupSpec, block: int, position: int, first_token: int, count: int
-    ) -> tuple[int, ...]:
-        sealed = group.retention is not Retention.SNAPSHOT and count == group.block_size
-        if sealed:
-            stored = self._cache.block_digests(group.name, block)
-            if stored is not None:
-                return stored
-        base = self._bases[group.name]
-        checks = block_checks(self._layout, group.name, base, block, position, count, first_token)
-        digests = tuple(self._digest(c) for c in checks)
-        if sealed:
-            self._cache.set_block_digests(group.name, block, digests)
+    def _digests(self, seq_id: int, part: _Part) -> tuple[int, ...]:
+        stored = self._stored(part)
+        if stored is not None:
+            return stored
+        batch, where = self._launched.get(seq_id, {}).pop(part, (None, slice(0)))
+        found = batch.values()[where] if batch is not None else [self._digest(c) for c in self._checks(part)]
+        digests = tuple(found)
+        if self._is_whole(part):
+            self._cache.set_block_digests(part.group, part.block, digests)
         return digests
+
+    def _is_whole(self, part: _Part) -> bool:
+        group = self._layout.group(part.group)
+        return group.retention is not Retention.SNAPSHOT and part.num_tokens == group.block_size
+
+    def _stored(self, part: _Part) -> tuple[int, ...] | None:
+        return self._cache.block_digests(part.group, part.block) if self._is_whole(part) else None
+
+    def _checks(self, part: _Part) -> list[DigestCheck]:
+        base = self._bases[part.group]
+        return block_checks(
+            self._layout, part.group, base, part.block, part.position, part.num_tokens, part.first_token
+        )

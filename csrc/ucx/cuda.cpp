@@ -1,6 +1,7 @@
 #include "ucx/cuda.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 namespace nd {
 
@@ -16,6 +17,7 @@ struct CudaDriver {  // signatures of cuda.h, with its handles as pointers and C
   int (*cuStreamSynchronize)(void* stream);
   int (*cuMemcpyHtoDAsync_v2)(unsigned long long to, const void* from, size_t nbytes, void* stream);
   int (*cuMemcpyDtoHAsync_v2)(void* to, unsigned long long from, size_t nbytes, void* stream);
+  int (*cuLaunchHostFunc)(void* stream, void (*function)(void*), void* data);
   int (*cuGetErrorString)(int result, const char** text);
 };
 
@@ -47,6 +49,7 @@ const CudaDriver* load_driver() {
     ND_RESOLVE(cuStreamSynchronize)
     ND_RESOLVE(cuMemcpyHtoDAsync_v2)
     ND_RESOLVE(cuMemcpyDtoHAsync_v2)
+    ND_RESOLVE(cuLaunchHostFunc)
     ND_RESOLVE(cuGetErrorString)
 #undef ND_RESOLVE
     return d;
@@ -99,5 +102,14 @@ bool Cuda::read(void* to, uint64_t from, size_t nbytes, std::string* error) {
 }
 
 void Cuda::drain() { driver_->cuCtxSynchronize(); }
+
+bool wake_after(void* stream, int fd) {
+  const CudaDriver* driver = load_driver();
+  const auto wake = [](void* data) {
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t n = ::write(static_cast<int>(reinterpret_cast<intptr_t>(data)), &one, sizeof one);
+  };
+  return driver != nullptr && driver->cuLaunchHostFunc(stream, wake, reinterpret_cast<void*>(intptr_t{fd})) == 0;
+}
 
 }  // namespace nd

@@ -35,4 +35,7 @@ class Cuda {
   void* stream_ = nullptr;
 };
 
+// Makes the eventfd `fd` readable once the GPU has done what `stream` was given so far. In the stream's context.
+bool wake_after(void* stream, int fd);
+
 }  // namespace nd

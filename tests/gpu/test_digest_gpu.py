@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import select
+
+import msgspec
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from common.config.schema import UcxConfig
 from common.kernels.native import DigestGeometry
 from common.kvcache.digest import digest_reference
+from common.kvtransfer.device import DeviceDigests
+from common.kvtransfer.transport import DigestCheck
+from common.kvtransfer.ucx import UcxTransport
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +68,8 @@ def test_blocks_of_every_kind(kernel_device: torch.device, shape: tuple[int, ...
             segments.append(((base + at + unit * run) // 8, position, valid, which))
             expected[which] = (expected[which] + reference(rows[:, :, unit, :valid], position)) % 2**64
     table = torch.tensor(segments, dtype=torch.int64, device=kernel_device)
-    sums = digest.digests(anchor, table, geometry, len(expected), tokens, aligned=offset % 16 == 0 and run % 16 == 0)
+    sums = torch.zeros(len(expected), dtype=torch.int64, device=kernel_device)
+    digest.add_digests(sums, anchor, table, geometry, tokens, aligned=offset % 16 == 0 and run % 16 == 0)
     assert sums.tolist() == [signed(value) for value in expected]
 
 
@@ -73,7 +82,9 @@ def test_one_flipped_bit_is_seen(kernel_device: torch.device) -> None:
     table = torch.tensor([(0, 7, 16, 0)], dtype=torch.int64, device=kernel_device)
 
     def digest_now() -> int:
-        return int(digest.digests(memory.view(torch.int64), table, geometry, 1, 16, aligned=True).item())
+        total = torch.zeros(1, dtype=torch.int64, device=kernel_device)
+        digest.add_digests(total, memory.view(torch.int64), table, geometry, 16, aligned=True)
+        return int(total.item())
 
     before = digest_now()
     for _ in range(8):
@@ -82,3 +93,53 @@ def test_one_flipped_bit_is_seen(kernel_device: torch.device) -> None:
         assert digest_now() != before
         memory[at] ^= 1 << bit
     assert digest_now() == before
+
+
+def checks_of(memory: torch.Tensor, rng: np.random.Generator) -> list[DigestCheck]:
+    """Two regions that take turns in three blocks, as one launch gets them; the last block in part."""
+    host, checks = memory.cpu().numpy(), []
+    for block, tokens in enumerate((16, 16, 5)):
+        position = int(rng.integers(0, 2**20))
+        for shape, at in (((3, 2, 2, 16, 64), 0), ((2, 1, 1, 16, 136), 3 * 2 * 2 * 16 * 64)):
+            layers, parts, units, size, row = shape
+            start = block * 16640 + at
+            rows = host[start : start + int(np.prod(shape))].reshape(shape)
+            for unit in range(units):
+                segments = ((memory.data_ptr() + start + unit * size * row, position, tokens),)
+                strides = (parts * units * size * row, units * size * row, row)
+                expected = reference(rows[:, :, unit, :tokens], position)
+                checks.append(DigestCheck(segments, layers, parts, *strides, row, expected))
+    return checks
+
+
+def test_checks_of_several_shapes_come_back_in_their_order(kernel_device: torch.device) -> None:
+    rng = np.random.default_rng()
+    memory = torch.from_numpy(rng.integers(0, 256, 3 * 16640, dtype=np.uint8)).to(kernel_device)
+    checks = checks_of(memory, rng)
+    digests = DeviceDigests(kernel_device)
+    assert digests.launch(checks).values() == [c.expected for c in checks]
+    assert digests.compare(checks).values() == [0] * len(checks)
+    wrong = [msgspec.structs.replace(c, expected=c.expected ^ (i == 4)) for i, c in enumerate(checks)]
+    assert digests.compare(wrong).values() == [int(i == 4) for i in range(len(checks))]
+
+
+def test_a_comparison_on_a_stream_of_its_own_wakes_the_descriptor(cuda: torch.device) -> None:
+    """Launched behind nothing, while the main stream is busy: done long before it."""
+    rng = np.random.default_rng()
+    memory = torch.from_numpy(rng.integers(0, 256, 3 * 16640, dtype=np.uint8)).to(cuda)
+    checks = checks_of(memory, rng)
+    transport = UcxTransport(UcxConfig(), 0)
+    stream = torch.cuda.Stream(cuda)
+    digests = DeviceDigests(cuda, stream)
+    digests.compare(checks).values()  # compiles
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+    busy.record()
+    batch = digests.compare(checks)
+    transport.wake_after(ctypes.c_void_p(stream.cuda_stream))
+    assert select.select([transport.wakeup_fd], [], [], 0.5)[0]
+    assert batch.is_done()
+    assert not busy.query()
+    assert transport.poll() == []
+    assert not select.select([transport.wakeup_fd], [], [], 0)[0]
+    transport.close()

@@ -7,7 +7,6 @@ counted in words from an anchor, a tensor of which the address alone is used.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,7 +65,9 @@ def _digest(
                 starts = start + token * token_stride
                 if ALIGNED:
                     starts = tl.multiple_of(starts, 2)
-                x = tl.load(anchor_ptr + starts[:, None] + word[None, :], mask=mask, other=0).to(tl.uint64, bitcast=True)
+                x = tl.load(anchor_ptr + starts[:, None] + word[None, :], mask=mask, other=0).to(
+                    tl.uint64, bitcast=True
+                )
                 key = column_key[None, :] ^ _mix64(token_seed + wide_row.to(tl.uint64) * c2)[:, None]
                 low = x.to(tl.uint32) + key.to(tl.uint32)
                 high = (x >> 32).to(tl.uint32) + (key >> 32).to(tl.uint32)
@@ -75,10 +76,10 @@ def _digest(
     tl.atomic_add(sums_ptr + tl.load(segment + 3), whole, sem="relaxed")
 
 
-def digests(
-    anchor: Tensor, segments_N4: Tensor, geometry: DigestGeometry, num_digests: int, max_tokens: int, aligned: bool
-) -> Tensor:
-    """int64 [num_digests]: the sums, modulo 2^64, of what each segment's tokens have in their digest.
+def add_digests(
+    sums: Tensor, anchor: Tensor, segments_N4: Tensor, geometry: DigestGeometry, max_tokens: int, aligned: bool
+) -> None:
+    """Add to `sums` (int64) what each segment's tokens have in their digest, modulo 2^64.
 
     `segments_N4`: int64, the words from `anchor` (int64) to layer 0's, part 0's first token, its absolute position, the
     number of tokens (at most `max_tokens`), and which of the sums they belong to. `aligned`: places are even.
@@ -91,7 +92,6 @@ def digests(
     num_rows = g.num_layers * g.num_parts
     tiles_per_row = triton.cdiv(max_tokens, tokens) * triton.cdiv(num_words, words)
     rows = min(max(1, _TILES // tiles_per_row), triton.next_power_of_2(num_rows))
-    sums = torch.zeros(num_digests, dtype=torch.int64, device=segments_N4.device)
     _digest[(len(segments_N4), triton.cdiv(num_rows, rows))](
         anchor,
         segments_N4,
@@ -107,7 +107,6 @@ def digests(
         ALIGNED=aligned and not any(s % 16 for s in strides),
         num_warps=4,
     )
-    return sums
 
 
 def _tile_width(num_words: int, max_tokens: int) -> int:
