@@ -1,9 +1,9 @@
 """Products of few rows, x @ weight^T with up to 64 rows of x: their time is that of reading the weights once.
 
 Up to MAX_ROWS_IN_REGISTERS rows each program holds some rows of the weight in registers, loaded before the kernel in
-front is done (`common.kernels.gpu.launch`): while a small kernel runs, memory is already busy. With more rows the
-tensor cores take tiles of the weight from shared memory; parts of a long sum are then several programs' work, and the
-last to come adds up all parts in their order. Sums are fp32, and the same at each run.
+front is done: while a small kernel runs, memory is already busy. With more rows the tensor cores take tiles of the
+weight from shared memory; parts of a long sum are then several programs' work, and the last to come adds up all parts
+in their order. Sums are fp32, and the same at each run. Weights must be constants (`common.kernels.gpu.launch`).
 
 The product of gate and up may go through silu(gate) * up before it is stored: rows of both are taken in turns.
 """
@@ -215,7 +215,7 @@ def _add_parts(acc, parts_ptr, counter_ptr, part, PARTS: tl.constexpr, M: tl.con
     return is_last, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _in_tiles(
     x_ptr,
     weight_ptr,
