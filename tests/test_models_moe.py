@@ -105,7 +105,7 @@ def load(folder: Path) -> DecoderModel:
 
 def packed(model: DecoderModel) -> list[Tensor]:
     layers: list[Any] = model.model.layers
-    return [t for layer in layers for t in (layer.mlp.experts.gate_up_ELD, layer.mlp.experts.down_EDI)]
+    return [t for layer in layers for t in (layer.mlp.experts.weights.gate_up_ELD, layer.mlp.experts.weights.down_EDI)]
 
 
 def fuse(tensors: dict[str, Tensor], layer: int, *, transpose: bool = False) -> dict[str, Tensor]:

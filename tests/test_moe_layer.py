@@ -162,7 +162,7 @@ def test_ranks_together_equal_one(layers: tuple[nn.Module, MoE, dict[str, Tensor
         build = Build(torch.float32, CPU, TensorParallel(rank, 4, lambda partial: partial))
         part = MoE(build, D, numbers, names, hash_vocab=vocab)
         fill(part, tensors)
-        assert part.experts.gate_up_ELD.shape == (E, 2 * W // 4, D)
+        assert part.experts.weights.gate_up_ELD.shape == (E, 2 * W // 4, D)
         total += part(x, tokens)
     whole = ours(x, tokens)
     assert (total - whole).abs().max() < 3e-6 * whole.abs().max()
@@ -183,8 +183,8 @@ def test_fused_forms_fill_the_same_tensors(size: int, form: str) -> None:
         ours, other = (MoE(build, D, numbers, names) for _ in range(2))
         fill(ours, tensors)
         fill(other, fused, form)
-        assert torch.equal(ours.experts.gate_up_ELD, other.experts.gate_up_ELD)
-        assert torch.equal(ours.experts.down_EDI, other.experts.down_EDI)
+        assert torch.equal(ours.experts.weights.gate_up_ELD, other.experts.weights.gate_up_ELD)
+        assert torch.equal(ours.experts.weights.down_EDI, other.experts.weights.down_EDI)
 
 
 def test_an_expert_without_tokens_is_not_touched() -> None:
@@ -196,8 +196,8 @@ def test_an_expert_without_tokens_is_not_touched() -> None:
         want = ours(x)
         ids, _ = ours.gate(x, None)
         others = sorted(set(range(E)) - set(ids[0].tolist()))
-        ours.experts.gate_up_ELD[others] = float("nan")
-        ours.experts.down_EDI[others] = float("nan")
+        ours.experts.weights.gate_up_ELD[others] = float("nan")
+        ours.experts.weights.down_EDI[others] = float("nan")
         assert torch.equal(ours(x), want)
         assert ours(torch.empty(0, D)).shape == (0, D)
 

@@ -61,6 +61,10 @@ class EngineConfig(_Section):
         description="file of scales for fp8_e4m3; by default the checkpoint's, or kv_cache_scales.json in its folder",
     )
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, for benchmarks")
+    quantization: Literal["auto", "fp8", "none"] = Field(
+        "auto",
+        description="of weights on a GPU: auto keeps FP8 as stored, fp8 makes others so, none has dtype for all",
+    )
     max_model_len: int = Field(0, ge=0, description="tokens; 0 takes the checkpoint's")
     max_num_seqs: int = Field(0, ge=0, description="sequences in a batch; 0 is 64 on the CPU and 512 on a GPU")
     max_num_batched_tokens: int = Field(

@@ -92,6 +92,7 @@ def make_compute(
         max_positions=sizing.max_model_len,
         tp=_tensor_parallel(mesh),
         load_format=engine.load_format,
+        quantization=engine.quantization,
         progress=lambda name, done, total: progress("loading weights", done, total),
     )
     sampler = Sampler(spec.vocab_size, device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.kernels import gpu
+from common.kernels.ops import silu_mul
 
 BLOCK = 128
 """Rows and columns of a weight that share a scale."""
@@ -24,6 +25,15 @@ def linear_fp8(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, bias_N: Tensor |
         out_TN = gpu.fp8.linear(x_TK, weight_NK, scales, x_TK.dtype)
         return out_TN if bias_N is None else out_TN.add_(bias_N)
     return functional.linear(x_TK, dequantise(weight_NK, scales, x_TK.dtype), bias_N)
+
+
+def linear_fp8_silu_mul(
+    x_TK: Tensor, weight_LK: Tensor, scales: Tensor, bias_L: Tensor | None = None, limit: float = 0.0
+) -> Tensor:
+    """Of `linear_fp8` with [gate | up] silu(gate) * up, `limit` as in `common.kernels.ops.silu_mul`: [T, L / 2]."""
+    if bias_L is None and gpu.enabled(x_TK):
+        return gpu.fp8.linear_silu_mul(x_TK, weight_LK, scales, limit)
+    return silu_mul(linear_fp8(x_TK, weight_LK, scales, bias_L), limit)
 
 
 def quantise_weight(values: Tensor) -> tuple[Tensor, Tensor]:

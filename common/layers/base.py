@@ -55,11 +55,16 @@ class TensorParallel:
 
 @dataclass(frozen=True)
 class Build:
-    """How the tensors of a model are made."""
+    """How the tensors of a model are made.
+
+    `fp8_linears`, `fp8_experts`: these weights stay in FP8 where their sizes allow it (`common.layers.fp8_weight`).
+    """
 
     dtype: torch.dtype
     device: torch.device
     tp: TensorParallel = TensorParallel()
+    fp8_linears: bool = False
+    fp8_experts: bool = False
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -80,7 +85,8 @@ class Slot:
 
     The checkpoint holds `shape`; `target` (a view into a layer's tensor) takes `target.shape[dim]` entries of
     dimension `dim` from `start` on, and all of the other dimensions. A `twin` is a redundant copy of what another
-    slot has filled: it may be absent, and if it is there it must be equal.
+    slot has filled: it may be absent, and if it is there it must be equal. `scales`: of a target in FP8, those of its
+    blocks.
 
     A layer may offer its tensors in several `form`s; a checkpoint holds one of them, whole, for each layer (`owner`,
     filled in by `Layer.slots`). Slots of one form may share a name: each takes its part. `num_values` above 0: whole
@@ -97,6 +103,7 @@ class Slot:
     form: str = ""
     owner: str = ""
     num_values: int = 0
+    scales: Tensor | None = None
 
 
 class Layer:

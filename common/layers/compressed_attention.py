@@ -23,6 +23,7 @@ from common.layers.base import Build, Init, Layer, Slot
 from common.layers.compress_spec import WINDOW_ROWS, CompressSpec
 from common.layers.compressor import turn_tail_
 from common.layers.entries import COMPRESS_ROPE, HeavyEntries, SparseEntries
+from common.layers.fp8_weight import exact
 from common.layers.linear import ColumnLinear, RowLinear
 from common.layers.rms_norm import RMSNorm
 from common.layers.rope import apply_rope_
@@ -65,7 +66,7 @@ class CompressedAttention(Layer):
             made = SparseEntries if kind == "sparse" else HeavyEntries
             self.entries = made(build, hidden_size, head_dim, spec, places, eps)
         groups, width = spec.out_groups, num_heads // spec.out_groups * head_dim
-        self.o_a_proj = ColumnLinear(build, width, {"wo_a": (groups, spec.out_rank)}, bias=False)
+        self.o_a_proj = ColumnLinear(exact(build), width, {"wo_a": (groups, spec.out_rank)}, bias=False)
         self.wo_b = RowLinear(build, groups, spec.out_rank, hidden_size, bias=False)
         self._wo_a_GRK = self.o_a_proj.weight.view(-1, spec.out_rank, width)
 

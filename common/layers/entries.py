@@ -26,6 +26,7 @@ from common.layers.compress_spec import (
     CompressSpec,
 )
 from common.layers.compressor import Completed, Compressor, completed, turn_tail_
+from common.layers.fp8_weight import exact
 from common.layers.linear import ColumnLinear
 from common.layers.step import Step
 
@@ -49,7 +50,7 @@ class HeavyEntries(Layer):
         ratio = self._ratio = spec.heavy_ratio
         self._input, self._place = places[HEAVY_INPUT], places[HEAVY_ENTRIES]
         parts = {"compressor.wkv": (1, head_dim), "compressor.wgate": (1, head_dim)}
-        self.input_proj = ColumnLinear(build, hidden_size, parts, bias=False)
+        self.input_proj = ColumnLinear(exact(build), hidden_size, parts, bias=False)
         self.compressor = Compressor(build, head_dim, ratio, self._place, 0, eps, overlap=False)
 
     def __call__(self, x_TD: Tensor, q_TR: Tensor, step: Step) -> Seen:
@@ -79,7 +80,7 @@ class SparseEntries(Layer):
             "indexer.compressor.wgate": (1, 2 * spec.index_dim),
             "indexer.weights_proj": (1, spec.index_heads),
         }
-        self.input_proj = ColumnLinear(build, hidden_size, parts, bias=False)
+        self.input_proj = ColumnLinear(exact(build), hidden_size, parts, bias=False)
         self.compressor = Compressor(build, head_dim, ratio, self._place, 0, eps, overlap=True)
         self.indexer = EntryIndexer(build, spec, places[SPARSE_KEYS], 4 * head_dim, eps)
 

@@ -48,8 +48,8 @@ class Indexer(Layer):
         self.wq_b = ColumnLinear(build, q_lora_rank, {"wq_b": (1, heads * width)}, bias=False)
         self.wk = ColumnLinear(build, hidden_size, {"wk": (1, width)}, bias=False)
         self.k_norm = LayerNorm(build, width, spec.norm_eps)
-        exact = replace(build, dtype=torch.float32)
-        self.weights_proj = ColumnLinear(exact, hidden_size, {"weights_proj": (1, heads)}, bias=False)
+        in_fp32 = replace(build, dtype=torch.float32, fp8_linears=False)
+        self.weights_proj = ColumnLinear(in_fp32, hidden_size, {"weights_proj": (1, heads)}, bias=False)
 
     def __call__(self, x_TD: Tensor, q_TR: Tensor, step: Step, sparse: Part | None) -> None:
         """Store the new tokens' keys; leave a selection for the tokens of `sparse`, or None, in `Step.shared`."""

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from common.kernels.ops import linear, linear_silu_mul
 from common.layers.base import Build, Init, Layer, Slot, TensorParallel
+from common.layers.fp8_weight import blocks_of, empty_weight, fits_blocks, gated_product, product
 
 
 class ColumnLinear(Layer):
@@ -25,8 +25,11 @@ class ColumnLinear(Layer):
         self._parts = dict(parts)
         self._shares = shares
         self._in_features = in_features
-        self.out_features = sum(shares[name][1] * width for name, (_, width) in parts.items())
-        self.weight = build.empty(self.out_features, in_features)
+        rows = [shares[name][1] * width for name, (_, width) in parts.items()]
+        whole = all(shares[name][1] == units for name, (units, _) in parts.items())
+        self.out_features = sum(rows)
+        fits = build.fp8_linears and fits_blocks(in_features, *(rows[:-1] if whole else rows))
+        self.weight, self.scales = empty_weight(build, fits, self.out_features, in_features)
         self.bias = build.empty(self.out_features) if bias else None
 
     def own_slots(self) -> Iterator[Slot]:
@@ -36,16 +39,17 @@ class ColumnLinear(Layer):
             rows = slice(row, row + count * width)
             row = rows.stop
             shape = (units * width, self._in_features)
-            yield Slot(f"{name}.weight", self.weight[rows], shape, 0, first * width)
+            scales = blocks_of(self.scales, 0, rows)
+            yield Slot(f"{name}.weight", self.weight[rows], shape, 0, first * width, scales=scales)
             if self.bias is not None:
                 yield Slot(f"{name}.bias", self.bias[rows], shape[:1], 0, first * width, Init.ZEROS)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return linear(x_TD, self.weight, self.bias)
+        return product(x_TD, self.weight, self.scales, self.bias)
 
     def silu_mul(self, x_TD: Tensor, limit: float) -> Tensor:
         """Of two parts, gate and up: silu(gate) * up (`common.kernels.ops.silu_mul`)."""
-        return linear_silu_mul(x_TD, self.weight, self.bias, limit)
+        return gated_product(x_TD, self.weight, self.scales, self.bias, limit)
 
 
 class RowLinear(Layer):
@@ -63,16 +67,17 @@ class RowLinear(Layer):
         self._tp = build.tp if reduce else TensorParallel()
         self._shape = (out_features, units * width)
         self._start = first * width
-        self.weight = build.empty(out_features, count * width)
+        fits = build.fp8_linears and fits_blocks(count * width)
+        self.weight, self.scales = empty_weight(build, fits, out_features, count * width)
         self.bias = build.empty(out_features) if bias else None
 
     def own_slots(self) -> Iterator[Slot]:
-        yield Slot("weight", self.weight, self._shape, 1, self._start)
+        yield Slot("weight", self.weight, self._shape, 1, self._start, scales=self.scales)
         if self.bias is not None:
             yield Slot("bias", self.bias, self._shape[:1], init=Init.ZEROS)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         if self._tp.size == 1:
-            return linear(x_TD, self.weight, self.bias)
-        out = self._tp.reduce(linear(x_TD, self.weight))
+            return product(x_TD, self.weight, self.scales, self.bias)
+        out = self._tp.reduce(product(x_TD, self.weight, self.scales))
         return out if self.bias is None else out.add_(self.bias)

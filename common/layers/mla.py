@@ -27,6 +27,7 @@ from common.kernels.ops import linear, linear_heads
 from common.kvcache.layout import KVPlace
 from common.kvcache.packing import RowPacking
 from common.layers.base import Build, Layer
+from common.layers.fp8_weight import exact
 from common.layers.indexer import SELECTION, Indexer
 from common.layers.linear import ColumnLinear, RowLinear
 from common.layers.mla_spec import MLASpec
@@ -68,7 +69,7 @@ class MLA(Layer):
             self.q_proj = ColumnLinear(build, hidden_size, {"q_proj": (num_heads, qk)}, bias=False)
         self.kv_a_layernorm = RMSNorm(build, spec.kv_lora_rank, spec.norm_eps)
         parts = {"kv_b_proj": (num_heads, spec.nope_dim + spec.v_dim)}
-        self.kv_b_proj = ColumnLinear(build, spec.kv_lora_rank, parts, bias=False)
+        self.kv_b_proj = ColumnLinear(exact(build), spec.kv_lora_rank, parts, bias=False)
         self._kv_b_HER = self.kv_b_proj.weight.view(heads, -1, spec.kv_lora_rank)  # rows of keys, then of values
         self._to_latent_HRD = build.empty(heads, spec.kv_lora_rank, spec.nope_dim)
         self.o_proj = RowLinear(build, num_heads, spec.v_dim, hidden_size, bias=spec.bias)

@@ -23,6 +23,7 @@ from torch import Tensor
 from common.kernels.expert_weights import ExpertWeights
 from common.kernels.ops import linear, sigmoid_mul
 from common.layers.base import Build, Init, Layer, Slot
+from common.layers.fp8_weight import empty_weight, fits_blocks
 from common.layers.mlp import SWIGLU_NAMES, SwiGLU, SwiGLUNames
 from common.layers.moe_spec import MoESpec
 from common.moe.dispatch import LocalDispatcher
@@ -86,6 +87,23 @@ class Router(Layer):
         return ids_TK, weigh(logits_TE, self._rule, ids_TK)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One of the matrices of an expert, or of all of them; its scales where it is in FP8."""
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    def of(self, expert: int) -> _Part:
+        return _Part(self.values[expert], None if self.scales is None else self.scales[expert])
+
+    def turned(self) -> _Part:
+        return _Part(self.values.mT, None if self.scales is None else self.scales.mT)
+
+    def slot(self, name: str, shape: tuple[int, ...], dim: int, start: int, form: str) -> Slot:
+        return Slot(name, self.values, shape, dim, start, form=form, scales=self.scales)
+
+
 class Experts(Layer):
     """Checkpoint names under `experts.`. Gives the rank's partial sums."""
 
@@ -95,8 +113,10 @@ class Experts(Layer):
         self._names = names
         self._limit = spec.swiglu_limit
         self._dispatcher = LocalDispatcher(spec.num_experts)
-        self.gate_up_ELD = build.empty(spec.num_experts, 2 * count, hidden_size)
-        self.down_EDI = build.empty(spec.num_experts, hidden_size, count)
+        in_fp8 = build.fp8_experts and fits_blocks(count, hidden_size)
+        gate_up, gate_up_scales = empty_weight(build, in_fp8, spec.num_experts, 2 * count, hidden_size)
+        down, down_scales = empty_weight(build, in_fp8, spec.num_experts, hidden_size, count)
+        self.weights = ExpertWeights(gate_up, down, gate_up_scales, down_scales)
 
     def own_slots(self) -> Iterator[Slot]:
         yield from self._separate()
@@ -104,30 +124,38 @@ class Experts(Layer):
         yield from self._fused(_TURNED)
 
     def _separate(self) -> Iterator[Slot]:
-        experts, hidden_size = self.down_EDI.shape[:2]
+        gate, up, down = self._parts()
+        experts, hidden_size = down.values.shape[:2]
         wide, tall = (self._width, hidden_size), (hidden_size, self._width)
-        gate_EID, up_EID = self.gate_up_ELD.chunk(2, 1)
         for e in range(experts):
-            for name, target_EID in ((self._names.gate, gate_EID), (self._names.up, up_EID)):
-                yield Slot(f"{e}.{name}.weight", target_EID[e], wide, 0, self._first, form=_SEPARATE)
-            yield Slot(f"{e}.{self._names.down}.weight", self.down_EDI[e], tall, 1, self._first, form=_SEPARATE)
+            for name, part in ((self._names.gate, gate), (self._names.up, up)):
+                yield part.of(e).slot(f"{e}.{name}.weight", wide, 0, self._first, _SEPARATE)
+            yield down.of(e).slot(f"{e}.{self._names.down}.weight", tall, 1, self._first, _SEPARATE)
 
     def _fused(self, form: str) -> Iterator[Slot]:
-        experts, hidden_size = self.down_EDI.shape[:2]
+        gate, up, down = self._parts()
+        experts, hidden_size = down.values.shape[:2]
         wide, tall = (experts, 2 * self._width, hidden_size), (experts, hidden_size, self._width)
-        gate_EID, up_EID = self.gate_up_ELD.chunk(2, 1)
-        down_EDI, wide_dim, tall_dim = self.down_EDI, 1, 2
+        wide_dim, tall_dim = 1, 2
         if form == _TURNED:
-            gate_EID, up_EID, down_EDI = gate_EID.mT, up_EID.mT, down_EDI.mT
+            gate, up, down = gate.turned(), up.turned(), down.turned()
             wide, tall, wide_dim, tall_dim = (experts, *wide[:0:-1]), (experts, *tall[:0:-1]), 2, 1
-        yield Slot("gate_up_proj", gate_EID, wide, wide_dim, self._first, form=form)
-        yield Slot("gate_up_proj", up_EID, wide, wide_dim, self._width + self._first, form=form)
-        yield Slot("down_proj", down_EDI, tall, tall_dim, self._first, form=form)
+        yield gate.slot("gate_up_proj", wide, wide_dim, self._first, form)
+        yield up.slot("gate_up_proj", wide, wide_dim, self._width + self._first, form)
+        yield down.slot("down_proj", tall, tall_dim, self._first, form)
+
+    def _parts(self) -> tuple[_Part, _Part, _Part]:
+        """Gate, up and down of all experts."""
+        gate_up, down, gate_up_scales, down_scales = self.weights
+        gate, up = gate_up.chunk(2, 1)
+        if gate_up_scales is None:
+            return _Part(gate), _Part(up), _Part(down)
+        gate_scales, up_scales = gate_up_scales.chunk(2, 1)
+        return _Part(gate, gate_scales), _Part(up, up_scales), _Part(down, down_scales)
 
     def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, added_TD: Tensor | None) -> Tensor:
         """A new [T, D], with `added_TD` in the sum."""
-        experts = ExpertWeights(self.gate_up_ELD, self.down_EDI)
-        return run_experts(self._dispatcher, x_TD, ids_TK, weights_TK, experts, self._limit, added_TD)
+        return run_experts(self._dispatcher, x_TD, ids_TK, weights_TK, self.weights, self._limit, added_TD)
 
 
 class MoE(Layer):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.layers.base import Build, Layer, Slot
+from common.layers.fp8_weight import exact
 from common.layers.linear import ColumnLinear
 from common.layers.residual import ResidualStream
 from common.layers.rms_norm import RMSNorm
@@ -62,7 +63,7 @@ class MTPLayer(Layer):
         size = spec.hidden_size
         self.enorm = RMSNorm(build, size, spec.rms_norm_eps)
         self.hnorm = RMSNorm(build, size, spec.rms_norm_eps)
-        self.eh_proj = ColumnLinear(build, 2 * size, {"eh_proj": (1, size)}, bias=False)
+        self.eh_proj = ColumnLinear(exact(build), 2 * size, {"eh_proj": (1, size)}, bias=False)
         self.shared_head = SharedHead(spec, build)
         self._block = block
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.layers.attention import AttentionShape
 from common.layers.base import Build, Layer
+from common.layers.fp8_weight import exact
 from common.layers.gated_attention import GatedAttention
 from common.layers.gated_delta import GatedDeltaNet
 from common.layers.linear import ColumnLinear
@@ -72,7 +73,7 @@ class Qwen3NextMTP(Layer):
         size, eps = spec.hidden_size, spec.rms_norm_eps
         self.pre_fc_norm_embedding = RMSNorm(build, size, eps, zero_centred=True)
         self.pre_fc_norm_hidden = RMSNorm(build, size, eps, zero_centred=True)
-        self.fc = ColumnLinear(build, 2 * size, {"fc": (1, size)}, bias=False)
+        self.fc = ColumnLinear(exact(build), 2 * size, {"fc": (1, size)}, bias=False)
         self.layers = [layer]
         self.norm = RMSNorm(build, size, eps, zero_centred=True)
 

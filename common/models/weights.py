@@ -23,13 +23,14 @@ import torch
 from common.attention.context import DTYPES
 from common.errors import ConfigError
 from common.layers.base import Build, Init, Slot, TensorParallel
+from common.layers.fp8_weight import BLOCK_SHAPE, fill_drawn, fill_quantised
 from common.layers.quant_spec import QuantSpec
 from common.models.checkpoint import TensorInfo, read_index
 from common.models.decoder import DecoderModel
 from common.models.kv_scales import is_scale
 from common.models.registry import model_class
 from common.models.spec import ModelSpec
-from common.models.stored import Assembled, Files, Stored, assemble, box
+from common.models.stored import Assembled, Files, Part, Scaled, Stored, assemble, box
 
 Progress = Callable[[str, int, int], None]
 """(tensor name, bytes done, bytes in all), after each tensor."""
@@ -47,15 +48,20 @@ def load_model(
     max_positions: int = 0,
     tp: TensorParallel | None = None,
     load_format: str = "auto",
+    quantization: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> DecoderModel:
     """The model with its weights in place, ready for `forward` under inference mode.
 
     `max_positions`: 0 takes the checkpoint's. `load_format`: auto reads the folder's safetensors, dummy draws
-    weights from `seed`. ConfigError lists all that is wrong with the checkpoint.
+    weights from `seed`. `quantization`: auto keeps a checkpoint's FP8 weights as they are where the device multiplies
+    them, fp8 quantises other weights to that form, none turns all of them into `dtype`. ConfigError lists all that is
+    wrong with the checkpoint.
     """
-    build = Build(DTYPES[dtype], device, tp or TensorParallel())
+    in_fp8 = keeps_fp8(spec.quant, quantization, dtype, device)
+    in_fp4 = spec.quant is not None and spec.quant.fp4_experts
+    build = Build(DTYPES[dtype], device, tp or TensorParallel(), in_fp8, in_fp8 and not in_fp4)
     try:
         model = model_class(spec.model_type)(spec, build, max_positions or spec.max_position_embeddings)
     except ValueError as e:
@@ -69,6 +75,17 @@ def load_model(
     with torch.inference_mode():
         model.derive()
     return model
+
+
+def keeps_fp8(quant: QuantSpec | None, quantization: str, dtype: str, device: torch.device) -> bool:
+    """Are weights multiplied in FP8? ConfigError where that is asked for and cannot be."""
+    can = device.type == "cuda" and dtype == "bfloat16"
+    if quantization == "fp8" and not can:
+        raise ConfigError(
+            f"quantization fp8 needs a GPU and bfloat16, not {device.type} and {dtype}", param="quantization"
+        )
+    stored = quant is not None and quant.method == "fp8" and quant.block == BLOCK_SHAPE
+    return can and (quantization == "fp8" or (quantization == "auto" and stored))
 
 
 @torch.inference_mode()
@@ -152,7 +169,7 @@ def draw_weights(model: DecoderModel, seed: int) -> None:
         elif slot.target.device.type == "cpu":
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {slot.name}".encode()))
             whole = _drawn(slot, slot.shape, torch.float32, generator)
-            slot.target.copy_(whole.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
+            _put(slot, slot.target, whole.narrow(slot.dim, slot.start, slot.target.shape[slot.dim]))
         else:
             _draw_on_device(slot, seed)
 
@@ -177,12 +194,21 @@ def _draw_on_device(slot: Slot, seed: int) -> None:
     first, end = (slot.start, slot.start + slot.target.shape[0]) if slot.dim == 0 else (0, rows)
     for row in range(first - first % step, end, step):
         generator = torch.Generator(slot.target.device).manual_seed(zlib.crc32(f"{seed} {slot.name} {row}".encode()))
-        run = _drawn(slot, (min(step, rows - row), *slot.shape[1:]), slot.target.dtype, generator)
+        dtype = slot.target.dtype if slot.scales is None else torch.bfloat16
+        run = _drawn(slot, (min(step, rows - row), *slot.shape[1:]), dtype, generator)
         here = slice(max(row, first), min(row + run.shape[0], end))
         run = run[here.start - row : here.stop - row]
         if slot.dim:
             run = run.narrow(slot.dim, slot.start, slot.target.shape[slot.dim])
-        slot.target[here.start - first : here.stop - first].copy_(run)
+        _put(slot, slot.target[here.start - first : here.stop - first], run)
+
+
+def _put(slot: Slot, target: torch.Tensor, values: torch.Tensor) -> None:
+    """Drawn numbers into a part of the slot's target."""
+    if slot.scales is None:
+        target.copy_(values)
+    else:
+        fill_drawn(target, slot.scales, values, _DUMMY_STD)
 
 
 def _drawn(slot: Slot, shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -199,6 +225,9 @@ def _place(info: TensorInfo, slot: Slot) -> tuple[bool, str, int]:
 
 def _fill(slot: Slot, stored: Stored, files: Files) -> None:
     part = box(slot.shape, slot.dim, slot.start, slot.target.shape[slot.dim])
+    if slot.scales is not None:
+        _fill_fp8(slot, slot.scales, stored, files, part)
+        return
     for place, values in stored.read(files, part):
         target = slot.target[place]
         if slot.num_values and values.numel() and not 0 <= int(values.min()) <= int(values.max()) < slot.num_values:
@@ -207,6 +236,19 @@ def _fill(slot: Slot, stored: Stored, files: Files) -> None:
             target.copy_(values)
         elif not torch.equal(target, values.to(target.device, target.dtype)):
             raise ConfigError(f"{slot.name} differs from the embedding that config.json says it is tied to")
+
+
+def _fill_fp8(slot: Slot, scales: torch.Tensor, stored: Stored, files: Files, part: Part) -> None:
+    """Values and scales as they are stored if they have the layer's form, else quantised anew."""
+    if isinstance(stored, Scaled) and stored.block == BLOCK_SHAPE and stored.values.dtype == "F8_E4M3":
+        blocks = (slice(p.start // n, -(-p.stop // n)) for p, n in zip(part[-2:], stored.block, strict=True))
+        slot.target.copy_(files.view(stored.values)[part])
+        scales.copy_(files.view(stored.scales)[(*part[:-2], *blocks)].float())
+        return
+    whole = torch.empty(slot.target.shape, dtype=torch.bfloat16)
+    for place, values in stored.read(files, part):
+        whole[place].copy_(values)
+    fill_quantised(slot, whole)
 
 
 def _check(slots: list[Slot], found: Assembled, ignored: tuple[str, ...], mixed: list[str]) -> None:

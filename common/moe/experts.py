@@ -36,6 +36,7 @@ def run_experts(
     """
     if fuses_experts(x_TD):
         return swiglu_moe(x_TD, ids_TK, weights_TK, experts, limit, added_TD)
+    assert experts.gate_up_scales is None, "FP8 experts are a GPU's"
     sent = dispatcher.dispatch(x_TD, ids_TK, weights_TK)
     y_PD = swiglu_experts(sent.rows_PD, sent.starts_E1, experts.gate_up_ELD, experts.down_EDI, limit)
     out_TD = dispatcher.combine(y_PD, sent)

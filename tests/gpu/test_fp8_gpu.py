@@ -60,6 +60,21 @@ def test_linear(kernel_device: torch.device, dtype: torch.dtype, shape: tuple[in
     assert error(got, quantised_rows(x) @ meant.T) < allowed(6e-3, kernel_device)
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.7])
+@pytest.mark.parametrize("shape", [(1, 256, 128), (20, 512, 256), (3, 192, 128)])
+def test_linear_silu_mul(kernel_device: torch.device, limit: float, shape: tuple[int, int, int]) -> None:
+    from common.kernels.gpu import fp8
+
+    tokens, n, k = shape
+    values, scales, meant = weight(n, k, device=kernel_device)
+    x = torch.randn(tokens, k, device=kernel_device)
+    gate, up = (quantised_rows(x) @ meant.T).chunk(2, -1)
+    if limit:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    got = fp8.linear_silu_mul(x, values, scales, limit)
+    assert error(got, torch.nn.functional.silu(gate) * up) < allowed(6e-3, kernel_device)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 128), (9, 384), (70, 1408)])
 def test_quantise(kernel_device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.gpu import deepgemm, products
+from common.kernels.gpu import deepgemm, pointwise, products
 from common.kernels.gpu.launch import let_next_start, pdl, wait
 from common.kernels.gpu.pointwise import silu_times
 from common.kernels.gpu.products import Rows
@@ -35,6 +35,18 @@ def linear(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, out_dtype: torch.dty
     tile = products.tile_for(tokens, fp8=True)
     products.multiply(x_TK, weight_NK[None], out_TN, Rows(), tile, scales=scales[None])
     return out_TN
+
+
+def linear_silu_mul(x_TK: Tensor, weight_LK: Tensor, scales: Tensor, limit: float) -> Tensor:
+    """Of `linear` with [gate | up] silu(gate) * up: [T, L / 2]."""
+    tokens, size = x_TK.shape[0], weight_LK.shape[0] // 2
+    if size % 128 or (tokens > _FEW_ROWS and not _why_not(x_TK.dtype, weight_LK.shape)):
+        return pointwise.silu_mul(linear(x_TK, weight_LK, scales, x_TK.dtype), limit)
+    out_TI = torch.empty(tokens, size, dtype=x_TK.dtype, device=x_TK.device)
+    tile = products.tile_for(tokens, fp8=True)
+    weight, grid = weight_LK[None], scales[None]
+    products.multiply(x_TK, weight, out_TI, Rows(), tile, scales=grid, gated=True, limit=limit)
+    return out_TI
 
 
 def quantise(x_TK: Tensor) -> tuple[Tensor, Tensor]:
