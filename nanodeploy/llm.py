@@ -7,6 +7,7 @@ print(out.outputs[0].text)
 
 from __future__ import annotations
 
+import gc
 import itertools
 import secrets
 import sys
@@ -154,6 +155,9 @@ class LLM:
         self._media = LocalMedia()
         self._built = build_engine(config, Role.DECODE, self._clock, loading or _say_nothing, media=self._media)
         self._built.engine.drain()
+        if self._built.ready.device != "cpu":
+            gc.collect()
+            gc.freeze()  # a full collection that looks through model and libraries would hold a step up for 0.1 s
         self._slots = itertools.count(1)
         self.tokenizer = Tokenizer.load(Path(model)) if _has_tokenizer(Path(model)) else None
 

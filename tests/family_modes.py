@@ -52,22 +52,26 @@ class Watch:
         self.pieces: dict[str, list[Piece]] = defaultdict(list)
         self.samples: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
         self._runner = built.parts.runner
-        self._forward, self._run_model, self._run = self._runner.forward, self._runner._run_model, built.engine._run
-        self._plan = StepPlan((), ())
-        built.engine._run = self._on_run  # type: ignore[method-assign]
+        self._forward, self._run_model, self._launch = (
+            self._runner.forward,
+            self._runner._run_model,
+            built.engine._launch,
+        )
+        self._plan = StepPlan(())
+        built.engine._launch = self._on_launch  # type: ignore[method-assign]
         self._runner.forward = self._on_forward  # type: ignore[method-assign]
         self._runner._run_model = self._on_model  # type: ignore[method-assign]
 
-    def _on_run(self, plan: StepPlan) -> None:
+    def _on_launch(self, plan: StepPlan) -> Any:
         self._plan = plan
-        self._run(plan)
+        return self._launch(plan)
 
     def _on_model(self, batch: Any) -> Tensor:
         hidden_TD = self._run_model(batch)
         items = [item for item in self._plan.items if item.num_new]
         logits = self._runner._model.logits(hidden_TD).split([item.num_new for item in items])
         for item, rows in zip(items, logits, strict=True):
-            piece = Piece(item.seq.num_computed, rows.clone(), len(self._plan.items))
+            piece = Piece(item.start, rows.clone(), len(self._plan.items))
             self.pieces[item.seq.label].append(piece)
         return hidden_TD
 
@@ -76,7 +80,7 @@ class Watch:
         drawn = [item for item, row in zip(self._plan.items, batch.rows, strict=True) if row.samples]
         for index, item in enumerate(drawn):
             assert pending.logits_RV is not None
-            self.samples[item.seq.label].append((item.seq.num_tokens - 1, pending.logits_RV[index].clone()))
+            self.samples[item.seq.label].append((item.start + item.num_new - 1, pending.logits_RV[index].clone()))
         return pending
 
 

@@ -118,6 +118,9 @@ class AttentionBackend(Protocol):
     plain_writes: bool
     """Does `write` store its rows and nothing else, so that a layer may store them in a kernel of its own?"""
 
+    can_record: bool
+    """Does it launch the same work for the same shapes, so that a step can be recorded and replayed?"""
+
     def plan(self, ctx: AttentionContext) -> None:
         """Called before each forward, and before each replay of a recorded one: what needs the host is done here.
 

@@ -83,6 +83,7 @@ class _Rows:
 
 class CpuBackend:
     name = "cpu"
+    can_record = False
     plain_writes = True
 
     def __init__(self, isa: cpu.Isa = cpu.Isa.BEST) -> None:

@@ -80,6 +80,7 @@ class FlashInferBackend(ReferenceBackend):
     """Latent attention is not declared: what the protocol asks for it is the reference's."""
 
     name = "flashinfer"
+    can_record = True
 
     def __init__(self) -> None:
         self._shapes: dict[_Key, _Shape] = {}

@@ -65,6 +65,7 @@ _TOKENS_AT_ONCE = 64  # with selected positions
 
 class ReferenceBackend:
     name = "reference"
+    can_record = False
     plain_writes = True
 
     def plan(self, ctx: AttentionContext) -> None:

@@ -112,7 +112,7 @@ def make_compute(
         for name, guard in pool.guards().items():
             transport.register(name, bases[name], pool.nbytes(name), guard, GUARD_NBYTES)
     runner = ModelRunner(model, pool, backend, sampler, device, engine.max_num_seqs)
-    if device.type == "cuda" and not engine.enforce_eager:
+    if device.type == "cuda" and _may_record(engine, model, backend):
         runner.graphs = _record(runner, model, engine, layout, pool, backend, sizing.max_model_len, progress)
     draft_runner = None
     if spec.has_drafts:
@@ -150,7 +150,7 @@ def _size_for_gpu(
         runner, small.layout, max_tokens=tokens, max_seqs=engine.max_num_seqs, max_model_len=small.max_model_len
     )
     del pool, runner
-    memory = measure(weights, graphs=not engine.enforce_eager, beside=beside)
+    memory = measure(weights, graphs=_may_record(engine, model, backend), beside=beside)
     (budget,) = mesh.least([memory.pool_nbytes(engine.gpu_memory_utilization)])
     log.info("gpu memory", total_mib=memory.total >> 20, pool_mib=budget >> 20, taken=memory.describe())
     return size_engine(engine, spec, role, budget, mesh.rank)
@@ -191,6 +191,19 @@ def _record(
     graphs = DecodeGraphs(model.forward, pool, backend, runner.inputs, runner.drawn_R, shape, sizes, range(1, most + 1))
     graphs.record(lambda done, total: progress("recording decode steps", done, total))
     return graphs
+
+
+def _may_record(engine: EngineConfig, model: DecoderModel, backend: AttentionBackend) -> bool:
+    """Says why not."""
+    reasons = {
+        "enforce_eager": engine.enforce_eager,
+        f"attention backend {backend.name}": not backend.can_record,
+        type(model).__name__: not model.can_record,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        log.info("decode steps are not recorded", because=found)
+    return not found
 
 
 def _tensor_parallel(mesh: Mesh) -> TensorParallel:

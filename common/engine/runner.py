@@ -105,6 +105,7 @@ class ModelRunner:
     def observe(self, wrap: Callable[[AttentionBackend, KVPool], AttentionBackend]) -> None:
         """Attention goes through what `wrap` makes of the backend, from the next step on."""
         self._backend = wrap(self._backend, self._pool)
+        self.graphs = None  # recorded steps go through the backend that recorded them
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Pending:

@@ -52,6 +52,9 @@ class DecoderModel(Layer, ABC):
     prefixes: ClassVar[Mapping[str, str]] = {}
     """By what a tensor's name starts with here, what it starts with in checkpoints: a text tower is a part of one."""
 
+    can_record: ClassVar[bool] = True
+    """Do its layers launch the same work for the same shapes, whatever the lengths (`common.engine.graphs`)?"""
+
     mtp_prefix: ClassVar[str] = ""
     """What names of the multi-token-prediction layer start with; empty: those of a layer behind the last."""
 

@@ -63,6 +63,8 @@ class DeepseekV4Layer(Layer):
 
 
 class DeepseekV4ForCausalLM(DecoderModel):
+    can_record = False  # which entries a step completes follows its lengths
+
     ignored: tuple[str, ...] = (r"mtp\..*", r"model\.mtp\..*")
     renamed: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"head\.", "lm_head."),

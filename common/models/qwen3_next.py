@@ -86,6 +86,8 @@ class Qwen3NextMTP(Layer):
 
 
 class Qwen3NextForCausalLM(DecoderModel):
+    can_record = False  # the rule's chunks follow the lengths of a step
+
     mtp_prefix = "mtp."
 
     def __init__(self, spec: ModelSpec, build: Build, max_positions: int) -> None:
