@@ -43,7 +43,7 @@ def linear(
         return gpu.linear.linear(x_TK, weight_NK, bias_N, out_dtype)
     if lib is None or not _fits(x_TK, weight_NK, bias_N):
         x_TK = x_TK.to(weight_NK.dtype)
-        if x_TK.is_cuda and out_dtype == torch.float32 != x_TK.dtype and bias_N is None:
+        if x_TK.is_cuda and x_TK.dim() == 2 and out_dtype == torch.float32 != x_TK.dtype and bias_N is None:
             return torch.mm(x_TK, weight_NK.T, out_dtype=torch.float32)
         return functional.linear(x_TK, weight_NK, bias_N).to(out_dtype)
     m, k = x_TK.shape
