@@ -33,6 +33,7 @@ class Capability:
     mixed_dtypes: bool = True  # kv_dtype may differ from dtype
     windows: bool = True
     latent: bool = False  # rows of latent attention, with and without selected positions
+    heads: bool = True  # keys and values of heads
     unavailable: str = ""
 
     def refusal(self, needs: Needs) -> str:
@@ -56,6 +57,8 @@ class Capability:
             return f"{needs.group_size} query heads per key head: it has up to {self.max_group_size}"
         if needs.has_windows and not self.windows:
             return "sliding windows"
+        if not needs.latent and not self.heads:
+            return "keys and values of heads"
         if needs.latent and not self.latent:
             return "latent attention"
         return ""

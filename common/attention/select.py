@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from common.attention import cpu, flashinfer, reference
+from common.attention import cpu, flashinfer, flashmla, reference
 from common.attention.capability import Capability, Needs
 from common.attention.context import AttentionBackend
 from common.errors import ConfigError
@@ -27,6 +27,7 @@ class Registration:
 REGISTERED: tuple[Registration, ...] = (
     Registration(cpu.capability, cpu.CpuBackend),
     Registration(flashinfer.capability, flashinfer.FlashInferBackend, flashinfer.prepare),
+    Registration(flashmla.capability, flashmla.FlashMlaBackend),
     Registration(reference.capability, reference.ReferenceBackend),
 )
 """Best first: `auto` takes the first that can."""

@@ -88,6 +88,9 @@ def linear_heads(
         out_THN = x_THK.new_empty(tokens, heads, n)
     lib = cpu.library()
     rows = (x_THK.stride(2), weight_HNK.stride(2), out_THN.stride(2))
+    if x_THK.is_cuda:
+        torch.bmm(x_THK.transpose(0, 1), weight_HNK.transpose(1, 2), out=out_THN.transpose(0, 1))
+        return out_THN
     if lib is None or x_THK.device.type != "cpu" or rows != (1, 1, 1):
         out_THN.copy_(torch.matmul(x_THK.transpose(0, 1), weight_HNK.transpose(1, 2)).transpose(0, 1))
         return out_THN

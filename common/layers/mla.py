@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from common.attention.context import Selection
-from common.attention.latent import Part, split
+from common.attention.latent import Part, Parts, split
+from common.attention.ragged import RaggedBackend
+from common.kernels import gpu
 from common.kernels.ops import linear, linear_heads
 from common.kvcache.layout import KVPlace
 from common.kvcache.packing import RowPacking
@@ -35,8 +37,8 @@ from common.layers.rms_norm import RMSNorm
 from common.layers.rope import apply_rope_
 from common.layers.step import MAIN_ROPE, Step
 
+_MAX_ELEMENTS = 1 << 23
 MAX_ABSORBED = 64  # new tokens of a sequence; with more, expanding pays at DeepSeek's widths (bfloat16; fp32: 256)
-_MAX_ELEMENTS = 1 << 23  # of absorbed queries, or of expanded keys and values, at once
 
 
 class MLA(Layer):
@@ -65,8 +67,10 @@ class MLA(Layer):
             self.q_a_layernorm = RMSNorm(build, rank, spec.norm_eps)
             self.q_b_proj = ColumnLinear(build, rank, {"q_b_proj": (num_heads, qk)}, bias=False)
         else:
-            self.a_proj = ColumnLinear(build, hidden_size, row, bias=spec.bias)
-            self.q_proj = ColumnLinear(build, hidden_size, {"q_proj": (num_heads, qk)}, bias=False)
+            queries = {} if spec.bias else {"q_proj": (num_heads, qk)}  # which has no bias
+            self.a_proj = ColumnLinear(build, hidden_size, queries | row, bias=spec.bias)
+            if spec.bias:
+                self.q_proj = ColumnLinear(build, hidden_size, {"q_proj": (num_heads, qk)}, bias=False)
         self.kv_a_layernorm = RMSNorm(build, spec.kv_lora_rank, spec.norm_eps)
         parts = {"kv_b_proj": (num_heads, spec.nope_dim + spec.v_dim)}
         self.kv_b_proj = ColumnLinear(exact(build), spec.kv_lora_rank, parts, bias=False)
@@ -82,18 +86,19 @@ class MLA(Layer):
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         spec, ctx, tables = self._spec, step.ctx, step.tables(self._place)
         rows = step.cache(self._place)
-        q_TR, q_THD, row_TW = self._project(x_TD, step)
-        ctx.backend.write_rows(row_TW, rows, tables, self._packing_of(rows))
         parts = split(tables, ctx, MAX_ABSORBED, self._top_k)
+        q_TR, q_THD, row_TW = self._project(x_TD)
+        q_THW = self._latent_queries(q_THD, parts)
+        self._store(q_THD, row_TW, rows, step, q_THW)
         if self.indexer is not None:
             self.indexer(x_TD, q_TR, step, parts.sparse)
         done: list[tuple[Part, Tensor]] = []
         if parts.absorbed is not None:
-            done.append((parts.absorbed, self._absorbed(q_THD, rows, parts.absorbed)))
+            done.append((parts.absorbed, self._absorbed(q_THD, q_THW, rows, parts.absorbed)))
         if parts.expanded is not None:
-            done.append((parts.expanded, self._expanded(q_THD, rows, parts.expanded)))
+            done.append((parts.expanded, self._expanded(q_THD, row_TW, rows, parts.expanded)))
         if parts.sparse is not None:
-            done.append((parts.sparse, self._absorbed(q_THD, rows, parts.sparse, step.shared[SELECTION])))
+            done.append((parts.sparse, self._absorbed(q_THD, q_THW, rows, parts.sparse, step.shared[SELECTION])))
         if len(done) == 1:
             out_THV = done[0][1]
         else:
@@ -102,40 +107,80 @@ class MLA(Layer):
                 out_THV[part.tokens] = out_NHV
         return self.o_proj(out_THV.reshape(x_TD.shape[0], -1))
 
-    def _project(self, x_TD: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """(query latent, queries, rows to store), turned."""
-        spec, rank = self._spec, self._spec.q_lora_rank
+    def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(query latent, queries, rows), before the rows' norm and before they turn."""
+        spec, shape = self._spec, (x_TD.shape[0], self._heads, self._spec.qk_dim)
         a_T = self.a_proj(x_TD)
-        q_TR, row_TW = a_T[:, :rank], a_T[:, rank:]
-        if rank:
-            q_TR = self.q_a_layernorm(q_TR)
-            q_THD = self.q_b_proj(q_TR).view(-1, self._heads, spec.qk_dim)
-        else:
-            q_THD = self.q_proj(x_TD).view(-1, self._heads, spec.qk_dim)
-        cos, sin = step.rope[MAIN_ROPE]
-        apply_rope_(q_THD[..., spec.nope_dim :], cos, sin, interleaved=spec.interleaved)
-        row_TW[:, : spec.kv_lora_rank] = self.kv_a_layernorm(row_TW[:, : spec.kv_lora_rank])
-        apply_rope_(row_TW[:, None, spec.kv_lora_rank :], cos, sin, interleaved=spec.interleaved)
-        return q_TR, q_THD, row_TW
+        q_T, row_TW = a_T[:, : -spec.row_dim], a_T[:, -spec.row_dim :]
+        if spec.q_lora_rank:
+            q_T = self.q_a_layernorm(q_T)
+            return q_T, self.q_b_proj(q_T).view(shape), row_TW
+        return q_T, (self.q_proj(x_TD) if spec.bias else q_T).view(shape), row_TW
+
+    def _latent_queries(self, q_THD: Tensor, parts: Parts) -> Tensor | None:
+        """Room for the queries in latent space on a GPU, where all tokens go that way at once: [T, H, W]."""
+        whole = gpu.enabled(q_THD) and parts.expanded is None and (parts.absorbed is None or parts.sparse is None)
+        if not whole or q_THD.shape[0] > self._at_once(q_THD):
+            return None
+        return q_THD.new_empty(*q_THD.shape[:2], self._spec.row_dim)
+
+    def _store(self, q_THD: Tensor, row_TW: Tensor, rows: Tensor, step: Step, q_THW: Tensor | None) -> None:
+        """Norm and turn the rows, and store them; turn the queries, in place or into `q_THW`."""
+        spec, rank, (cos, sin) = self._spec, self._spec.kv_lora_rank, step.rope[MAIN_ROPE]
+        tables, packing, turning_THD = step.tables(self._place), self._packing_of(rows), q_THD[..., spec.nope_dim :]
+        if gpu.enabled(row_TW):
+            gpu.rows.store_rows(
+                row_TW,
+                rows,
+                tables.slots_T,
+                rank,
+                packed=packing is not None,
+                norm=(self.kv_a_layernorm.weight, spec.norm_eps),
+                rotation=(cos, sin),
+                interleaved=spec.interleaved,
+                turned=gpu.rows.Turned(turning_THD, turning_THD if q_THW is None else q_THW[..., rank:]),
+            )
+            return
+        apply_rope_(turning_THD, cos, sin, interleaved=spec.interleaved)
+        row_TW[:, :rank] = self.kv_a_layernorm(row_TW[:, :rank])
+        apply_rope_(row_TW[:, None, rank:], cos, sin, interleaved=spec.interleaved)
+        step.ctx.backend.write_rows(row_TW, rows, tables, packing)
+
+    def _at_once(self, q_THD: Tensor) -> int:
+        """Tokens whose absorbed queries fit in what may be used."""
+        return max(1, _max_elements(q_THD) // (self._heads * self._spec.row_dim))
 
     def _packing_of(self, rows: Tensor) -> RowPacking | None:
         return self._spec.packing if rows.dtype == torch.uint8 else None
 
-    def _absorbed(self, q_THD: Tensor, rows: Tensor, part: Part, selected: Selection | None = None) -> Tensor:
+    def _absorbed(
+        self, q_THD: Tensor, q_THW: Tensor | None, rows: Tensor, part: Part, selected: Selection | None = None
+    ) -> Tensor:
+        """`q_THW`: holds the turned part of all queries, where the part is the whole step."""
         q_NHD = part.take(q_THD)
         out_NHV = q_NHD.new_empty(*q_NHD.shape[:2], self._spec.v_dim)
-        for band in part.bands(max(1, _MAX_ELEMENTS // (self._heads * self._spec.row_dim))):
-            some = None
-            if selected is not None:
+        bands = part.bands(self._at_once(q_THD))
+        for band in bands:
+            some = selected
+            if selected is not None and len(bands) > 1:
                 some = Selection(band.take(selected.positions_TK), band.take(selected.counts_T))
-            self._absorb(band.take(q_NHD), rows, band, some, band.take(out_NHV))
+            self._absorb(band.take(q_NHD), q_THW, rows, band, some, band.take(out_NHV))
         return out_NHV
 
-    def _absorb(self, q_NHD: Tensor, rows: Tensor, part: Part, selected: Selection | None, out_NHV: Tensor) -> None:
+    def _absorb(
+        self,
+        q_NHD: Tensor,
+        q_NHW: Tensor | None,
+        rows: Tensor,
+        part: Part,
+        selected: Selection | None,
+        out_NHV: Tensor,
+    ) -> None:
         spec, rank = self._spec, self._spec.kv_lora_rank
-        q_NHW = q_NHD.new_empty(*q_NHD.shape[:2], spec.row_dim)
+        if q_NHW is None:
+            q_NHW = q_NHD.new_empty(*q_NHD.shape[:2], spec.row_dim)
+            q_NHW[..., rank:] = q_NHD[..., spec.nope_dim :]
         linear_heads(q_NHD[..., : spec.nope_dim], self._to_latent_HRD, q_NHW[..., :rank])
-        q_NHW[..., rank:] = q_NHD[..., spec.nope_dim :]
         latent_NHR = part.ctx.backend.attend_rows(
             q_NHW,
             rows[:, 0],
@@ -148,22 +193,51 @@ class MLA(Layer):
         )
         linear_heads(latent_NHR, self._kv_b_HER[:, spec.nope_dim :], out_NHV)
 
-    def _expanded(self, q_THD: Tensor, rows: Tensor, part: Part) -> Tensor:
-        spec, rank, gathered = self._spec, self._spec.kv_lora_rank, part.gathered
+    def _expanded(self, q_THD: Tensor, row_TW: Tensor, rows: Tensor, part: Part) -> Tensor:
+        spec, rank, backend = self._spec, self._spec.kv_lora_rank, part.ctx.backend
         q_NHD = part.take(q_THD)
         out_NHV = q_NHD.new_empty(*q_NHD.shape[:2], spec.v_dim)
-        row_PW = part.ctx.backend.read_rows(rows, gathered.block_ids_N, q_NHD.dtype, self._packing_of(rows))
+        if isinstance(backend, RaggedBackend) and backend.ragged.able(q_NHD.dtype, spec.qk_dim, spec.v_dim):
+            self._expand_ragged(q_NHD, part.take(row_TW), rows, part, backend, out_NHV)
+            return out_NHV
+        gathered = part.gathered
+        row_PW = backend.read_rows(rows, gathered.block_ids_N, q_NHD.dtype, self._packing_of(rows))
         num_positions, width = row_PW.shape[0], spec.qk_dim + spec.v_dim
-        at_once = max(1, min(self._heads, _MAX_ELEMENTS // (num_positions * width)))
+        at_once = max(1, min(self._heads, _max_elements(q_NHD) // (num_positions * width)))
         for first in range(0, self._heads, at_once):
             heads = slice(first, min(first + at_once, self._heads))
             weight_GR = self._kv_b_HER[heads].flatten(0, 1)
             kv_PGE = linear(row_PW[:, :rank], weight_GR).view(num_positions, -1, spec.nope_dim + spec.v_dim)
             blocks = _blocks_of(kv_PGE, row_PW[:, rank:], spec, part.tables.block_size)
-            out_NHV[:, heads] = part.ctx.backend.attend_rows(
+            out_NHV[:, heads] = backend.attend_rows(
                 q_NHD[:, heads], blocks, slice(spec.qk_dim, width), gathered.tables, part.ctx, spec.scale
             )
         return out_NHV
+
+    def _expand_ragged(
+        self, q_NHD: Tensor, row_NW: Tensor, rows: Tensor, part: Part, backend: RaggedBackend, out_NHV: Tensor
+    ) -> None:
+        """Keys and values without blocks. A prompt's own rows are read as they were made, if nothing else is."""
+        spec, rank = self._spec, self._spec.kv_lora_rank
+        row_PW = row_NW
+        if not part.ragged.is_new or rows.dtype != row_NW.dtype:
+            row_PW = backend.gather_rows(rows, part, q_NHD.dtype, self._packing_of(rows))
+        num_positions, width = row_PW.shape[0], spec.qk_dim + spec.nope_dim + spec.v_dim
+        at_once = self._heads
+        while at_once % 2 == 0 and at_once * num_positions * width > _max_elements(q_NHD):
+            at_once //= 2
+        for first in range(0, self._heads, at_once):
+            heads = slice(first, first + at_once)
+            weight_GR = self._kv_b_HER[heads].flatten(0, 1)
+            kv_PGE = linear(row_PW[:, :rank], weight_GR).view(num_positions, at_once, -1)
+            k_PGD = gpu.rows.expand_keys(kv_PGE, row_PW[:, rank:], spec.nope_dim)
+            v_PGV = kv_PGE[..., spec.nope_dim :]
+            backend.ragged.attend(q_NHD[:, heads], k_PGD, v_PGV, part, spec.scale, out_NHV[:, heads])
+
+
+def _max_elements(x: Tensor) -> int:
+    """Of absorbed queries, or of expanded keys and values, at once: what caches of a CPU hold, and what fills a GPU."""
+    return _MAX_ELEMENTS * (16 if x.is_cuda else 1)
 
 
 def _blocks_of(kv_PGE: Tensor, rope_PD: Tensor, spec: MLASpec, block_size: int) -> Tensor:

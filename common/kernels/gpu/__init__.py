@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for the type checker
     from common.kernels.gpu import digest as digest
     from common.kernels.gpu import experts as experts
     from common.kernels.gpu import fp8 as fp8
+    from common.kernels.gpu import indexer as indexer
     from common.kernels.gpu import linear as linear
     from common.kernels.gpu import masks as masks
     from common.kernels.gpu import norms as norms
@@ -27,7 +28,9 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for the type checker
     from common.kernels.gpu import qkv as qkv
     from common.kernels.gpu import rope as rope
     from common.kernels.gpu import routing as routing
+    from common.kernels.gpu import rows as rows
     from common.kernels.gpu import sampling as sampling
+    from common.kernels.gpu import sparse_latent as sparse_latent
 
 
 def enabled(x: Tensor) -> bool:
