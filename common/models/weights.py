@@ -30,7 +30,8 @@ from common.models.decoder import DecoderModel
 from common.models.kv_scales import is_scale
 from common.models.registry import model_class
 from common.models.spec import ModelSpec
-from common.models.stored import Assembled, Files, Part, Scaled, Stored, assemble, box
+from common.models.stored import Assembled, Files, Part, Plain, Scaled, Stored, assemble, box
+from common.models.stream import Wanted, is_streamable, stream
 
 Progress = Callable[[str, int, int], None]
 """(tensor name, bytes done, bytes in all), after each tensor."""
@@ -103,6 +104,12 @@ def load_weights(
     todo = sorted((s for s in slots if s.name in stored), key=lambda s: _place(stored[s.name].parts[0], s))
     total = sum(part.nbytes for name in {s.name for s in todo} for part in stored[name].parts)
     done = 0
+    wanted = [(slot, _streamed(slot, stored[slot.name])) for slot in todo]
+    todo = [slot for slot, some in wanted if not some]
+    for one in stream([one for _, some in wanted for one in some]):
+        done += one.nbytes
+        if progress is not None:
+            progress(one.info.name, done, total)
     files = Files()
     for name, parts in itertools.groupby(todo, key=lambda s: s.name):
         for slot in parts:
@@ -223,6 +230,32 @@ def _place(info: TensorInfo, slot: Slot) -> tuple[bool, str, int]:
     return slot.twin, str(info.file), info.offset
 
 
+def _streamed(slot: Slot, stored: Stored) -> list[Wanted]:
+    """What of the files lands in the slot as it is, if it is on a GPU; nothing if its values must be looked at."""
+    if not slot.target.is_cuda or slot.twin or slot.num_values:
+        return []
+    part = box(slot.shape, slot.dim, slot.start, slot.target.shape[slot.dim])
+    if slot.scales is None:
+        out = [Wanted(stored.info, part, slot.target)] if isinstance(stored, Plain) else []
+    elif isinstance(stored, Scaled) and _is_kept(stored):
+        out = [
+            Wanted(stored.values, part, slot.target),
+            Wanted(stored.scales, _scales_part(part, stored.block), slot.scales),
+        ]
+    else:
+        out = []
+    return out if all(is_streamable(one.info) for one in out) else []
+
+
+def _is_kept(stored: Scaled) -> bool:
+    return stored.block == BLOCK_SHAPE and stored.values.dtype == "F8_E4M3"
+
+
+def _scales_part(part: Part, block: tuple[int, int]) -> Part:
+    blocks = (slice(p.start // n, -(-p.stop // n)) for p, n in zip(part[-2:], block, strict=True))
+    return (*part[:-2], *blocks)
+
+
 def _fill(slot: Slot, stored: Stored, files: Files) -> None:
     part = box(slot.shape, slot.dim, slot.start, slot.target.shape[slot.dim])
     if slot.scales is not None:
@@ -240,10 +273,9 @@ def _fill(slot: Slot, stored: Stored, files: Files) -> None:
 
 def _fill_fp8(slot: Slot, scales: torch.Tensor, stored: Stored, files: Files, part: Part) -> None:
     """Values and scales as they are stored if they have the layer's form, else quantised anew."""
-    if isinstance(stored, Scaled) and stored.block == BLOCK_SHAPE and stored.values.dtype == "F8_E4M3":
-        blocks = (slice(p.start // n, -(-p.stop // n)) for p, n in zip(part[-2:], stored.block, strict=True))
+    if isinstance(stored, Scaled) and _is_kept(stored):
         slot.target.copy_(files.view(stored.values)[part])
-        scales.copy_(files.view(stored.scales)[(*part[:-2], *blocks)].float())
+        scales.copy_(files.view(stored.scales)[_scales_part(part, stored.block)].float())
         return
     whole = torch.empty(slot.target.shape, dtype=torch.bfloat16)
     for place, values in stored.read(files, part):
