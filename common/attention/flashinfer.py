@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,12 +32,16 @@ from common.attention.context import DTYPES, AttentionContext, GroupTables, Host
 from common.attention.flashinfer_modules import Launch, Module
 from common.attention.flashinfer_plan import Cut, Heads, Ints, Pages
 from common.attention.reference import ReferenceBackend, store
+from common.kernels import gpu
 from common.kvcache.scales import KVScales
 
+if TYPE_CHECKING:
+    from common.kernels.gpu.paged_attention import Seen, Workspace
+
 HEAD_DIMS = (64, 128, 256)
+MAX_ROWS = 64  # new tokens times query heads of a key head, up to which they are a tile of our own kernel
 MANY_NEW_TOKENS = 64  # a sequence's, on average, from which on tiles of one query head are full enough
 
-_Part = tuple[slice, tuple[Tensor, Tensor, Tensor, Tensor], Launch]  # tokens, pages, launch
 _Key = tuple[str, int]  # group, first position that holds something
 
 
@@ -76,15 +80,49 @@ class _Shape:
     kv_dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class _Paged:
+    """A launch of FlashInfer's over `pages`, for some tokens of a step."""
+
+    tokens: slice
+    pages: tuple[Tensor, Tensor, Tensor, Tensor]
+    launch: Launch
+
+    def run(self, q_THD: Tensor, k: Tensor, v: Tensor, out_THD: Tensor, scale: float, v_scale: float) -> None:
+        self.launch.run(q_THD, k, v, self.pages, out_THD, scale, v_scale)
+
+
+@dataclass(frozen=True)
+class _Few:
+    """A launch of our own kernel, for sequences with equally many new tokens."""
+
+    tokens: slice
+    tables_SB: Tensor
+    lens_S: Tensor
+    seen: Seen
+    items: Tensor
+    space: Workspace
+
+    def run(self, q_THD: Tensor, k: Tensor, v: Tensor, out_THD: Tensor, scale: float, v_scale: float) -> None:
+        places = (self.tables_SB, self.lens_S, self.items, self.seen, self.space)
+        gpu.paged_attention.attend(q_THD, k, v, *places, out_THD, scale, v_scale)
+
+
+_Part = _Paged | _Few
+
+
 class FlashInferBackend(ReferenceBackend):
     """Latent attention is not declared: what the protocol asks for it is the reference's."""
 
     name = "flashinfer"
     can_record = True
 
-    def __init__(self) -> None:
+    def __init__(self, own_kernel: bool = True) -> None:
+        """`own_kernel`: for few new tokens, instead of FlashInfer's."""
+        self._own_kernel = own_kernel and not gpu.unavailable()
         self._shapes: dict[_Key, _Shape] = {}
-        self._recorded: dict[tuple[_Key, int, int], list[_Part]] = {}
+        self._recorded: dict[tuple[_Key, int, int], _Paged] = {}
+        self._spaces: dict[tuple[int, ...], Workspace] = {}
         self._memory: dict[object, Tensor] = {}
         self._staging = _Staging()
         self._latest: AttentionContext | None = None
@@ -127,15 +165,20 @@ class FlashInferBackend(ReferenceBackend):
         dtype = self._shapes[name, tables.first].dtype
         query_THD = q_THD.to(dtype)
         out_THD = torch.empty(q_THD.shape, dtype=dtype, device=q_THD.device)
-        for tokens, pages, launch in parts:
-            launch.run(query_THD[tokens], k, v, pages, out_THD[tokens], scale, v_scale)
+        for part in parts:
+            part.run(query_THD[part.tokens], k, v, out_THD[part.tokens], scale, v_scale)
         return out_THD.to(q_THD.dtype)
 
     def _launches(self, name: str, tables: GroupTables, ctx: AttentionContext) -> list[_Part] | None:
         key = (name, tables.first)
-        if ctx.graph:
-            return self._recorded.get((key, ctx.graph, ctx.max_query_len))
         found: list[_Part] | None = ctx.scratch.get((FlashInferBackend, key))
+        if found is None and ctx.graph and key in self._shapes:
+            shape = self._shapes[key]
+            if self._takes_own(shape, ctx.max_query_len):
+                found = [self._plan_few(shape, tables, ctx, (0, ctx.graph), ctx.max_query_len)]
+            elif (recorded := self._recorded.get((key, ctx.graph, ctx.max_query_len))) is not None:
+                found = [recorded]
+            ctx.scratch[FlashInferBackend, key] = found
         return found
 
     def _plan_for_itself(
@@ -148,31 +191,61 @@ class FlashInferBackend(ReferenceBackend):
         planned = self._latest if self._latest is not None and ctx.graph else ctx
         assert planned.graph == ctx.graph
         self._plan_group(name, planned.groups[name], planned)
-        parts = self._launches(name, tables, ctx) or self._launches(name, tables, planned)
+        parts = self._launches(name, tables, ctx)
         assert parts is not None
         return parts
 
     def _plan_group(self, name: str, tables: GroupTables, ctx: AttentionContext) -> None:
         key = (name, tables.first)
-        shape, host, tables_SB = self._shapes[key], _lengths(ctx), _host_tables(tables)
-        if ctx.graph:
-            pages = Pages.of(tables_SB, host.query_starts_S1, host.seq_lens_S, tables.block_size, tables.window)
-            at = (key, ctx.graph, ctx.max_query_len)
-            part = self._plan_fa2(shape, pages, tables, slice(None), recorded=at)
-            self._recorded.setdefault(at, [part])
-            return
-        parts = []
+        shape = self._shapes[key]
+        if ctx.graph and self._takes_own(shape, ctx.max_query_len):
+            return  # the step works it out itself
+        host, tables_SB = _lengths(ctx), _host_tables(tables)
         starts_S1, lens_S = host.query_starts_S1, host.seq_lens_S
+        if ctx.graph:
+            pages = Pages.of(tables_SB, starts_S1, lens_S, tables.block_size, tables.window)
+            self._plan_fa2(shape, pages, tables, slice(None), recorded=(key, ctx.graph, ctx.max_query_len))
+            return
+        parts: list[_Part] = []
         for first, end in _runs(np.diff(starts_S1)):
             part_starts = starts_S1[first : end + 1]
-            pages = Pages.of(tables_SB[first:end], part_starts, lens_S[first:end], tables.block_size, tables.window)
             tokens = slice(int(part_starts[0]), int(part_starts[-1]))
-            if tokens.start == tokens.stop:
+            counts_S = np.diff(part_starts)
+            most = int(counts_S.max())
+            if not most:
                 continue
+            if most == counts_S.min() and self._takes_own(shape, most):
+                parts.append(self._plan_few(shape, tables, ctx, (first, end), most, tokens))
+                continue
+            pages = Pages.of(tables_SB[first:end], part_starts, lens_S[first:end], tables.block_size, tables.window)
             mean = (tokens.stop - tokens.start) // (end - first)
             plan = self._plan_fa3 if self._takes_fa3(shape, tables, mean) else self._plan_fa2
             parts.append(plan(shape, pages, tables, tokens))
         ctx.scratch[FlashInferBackend, key] = parts
+
+    def _takes_own(self, shape: _Shape, num_new: int) -> bool:
+        return self._own_kernel and num_new * shape.heads.group <= MAX_ROWS
+
+    def _plan_few(
+        self,
+        shape: _Shape,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        sequences: tuple[int, int],
+        num_new: int,
+        tokens: slice = slice(None),
+    ) -> _Few:
+        own, device = gpu.paged_attention, tables.slots_T.device
+        units, rows = shape.heads.num_kv_heads, num_new * shape.heads.group
+        slots = own.num_slots(units, device)
+        most = max(1024, 1 << (sequences[1] - sequences[0] - 1).bit_length())
+        key = (units, shape.head_dim, rows, most)
+        if key not in self._spaces:
+            self._spaces[key] = own.workspace(most, units, shape.head_dim, rows, slots, device)
+        lens_S = ctx.seq_lens_S[sequences[0] : sequences[1]]
+        seen = own.Seen(num_new, tables.window, tables.first)
+        items = own.schedule(lens_S, seen, shape.head_dim, slots)
+        return _Few(tokens, tables.block_tables_SB[slice(*sequences)], lens_S, seen, items, self._spaces[key])
 
     def _takes_fa3(self, shape: _Shape, tables: GroupTables, mean_new_tokens: int) -> bool:
         plain = shape.kv_dtype == shape.dtype and not tables.first
@@ -180,7 +253,7 @@ class FlashInferBackend(ReferenceBackend):
 
     def _plan_fa2(
         self, shape: _Shape, pages: Pages, tables: GroupTables, tokens: slice, recorded: tuple[Any, ...] | None = None
-    ) -> _Part:
+    ) -> _Paged:
         cut = Cut.of(pages, shape.heads, shape.head_dim, tables.window, self._num_slots, fixed=recorded is not None)
         num_sequences = len(pages.last_S)
         head = cut.num_ints
@@ -190,8 +263,8 @@ class FlashInferBackend(ReferenceBackend):
         views = _lay_out(pages, staged.array, head)
         known = self._recorded.get(recorded) if recorded is not None else None
         if known is not None:
-            staged.send(known[0][2].ints.view(torch.int32)[:used])
-            return known[0]
+            staged.send(known.launch.ints.view(torch.int32)[:used])
+            return known
         last = len(pages.block_ids_N)
         if recorded is None:
             target = torch.empty(used, dtype=torch.int32, device=tables.slots_T.device)
@@ -209,9 +282,12 @@ class FlashInferBackend(ReferenceBackend):
         module = Module("fa2", shape.dtype, shape.kv_dtype, shape.head_dim, tables.window > 0, first=tables.first > 0)
         launch = Launch(module, _vector(info), target.view(torch.uint8), floats, tables.window, tables.first)
         starts, blocks, lasts, ids = views
-        return tokens, (target[starts], target[blocks], target[ids : ids + last], target[lasts]), launch
+        part = _Paged(tokens, (target[starts], target[blocks], target[ids : ids + last], target[lasts]), launch)
+        if recorded is not None:
+            self._recorded[recorded] = part
+        return part
 
-    def _plan_fa3(self, shape: _Shape, pages: Pages, tables: GroupTables, tokens: slice) -> _Part:
+    def _plan_fa3(self, shape: _Shape, pages: Pages, tables: GroupTables, tokens: slice) -> _Paged:
         """FlashInfer's own plan: it sorts the work over the GPU by a heap, and copies from memory that we give it."""
         device, num_sequences = tables.slots_T.device, len(pages.last_S)
         used = 3 * num_sequences + 2 + len(pages.block_ids_N)
@@ -244,7 +320,7 @@ class FlashInferBackend(ReferenceBackend):
         )
         pinned.sent()
         launch = Launch(module, info, ints, floats, tables.window, 0)
-        return tokens, (target[starts], target[blocks], target[ids:], target[lasts]), launch
+        return _Paged(tokens, (target[starts], target[blocks], target[ids:], target[lasts]), launch)
 
     def _lasting(self, key: object, num_ints: int, device: torch.device) -> Tensor:
         """Memory for recorded steps; a larger one takes its place, which those recorded before keep."""

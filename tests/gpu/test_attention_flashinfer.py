@@ -29,11 +29,12 @@ SCALES = KVScales(0.02, 0.05)
 SEED = 20261126
 
 
-@pytest.fixture
-def backend(cuda: torch.device) -> FlashInferBackend:
+@pytest.fixture(params=[True, False], ids=["own", "fa2"])
+def backend(cuda: torch.device, request: pytest.FixtureRequest) -> FlashInferBackend:
+    """Few new tokens go to our own kernel, or to FlashInfer's."""
     if why := flashinfer.capability().unavailable:
         pytest.skip(why)
-    return FlashInferBackend()
+    return FlashInferBackend(own_kernel=request.param)
 
 
 @dataclass

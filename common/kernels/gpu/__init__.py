@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for the type checker
     from common.kernels.gpu import linear as linear
     from common.kernels.gpu import masks as masks
     from common.kernels.gpu import norms as norms
+    from common.kernels.gpu import paged_attention as paged_attention
     from common.kernels.gpu import pointwise as pointwise
     from common.kernels.gpu import qkv as qkv
     from common.kernels.gpu import rope as rope
