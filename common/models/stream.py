@@ -65,7 +65,7 @@ class _Piece:
     def read_into(self, buffer: Tensor, fd: int) -> None:
         """ConfigError if the file is shorter than its header says."""
         offset = self.wanted.info.offset + (self.wanted.part[0].start + self.first) * self.row_nbytes
-        left = memoryview(buffer.numpy())[: (self.end - self.first) * self.row_nbytes]
+        left = buffer.numpy().data[: (self.end - self.first) * self.row_nbytes]
         while left.nbytes:
             count = os.preadv(fd, [left], offset)
             if not count:
@@ -86,7 +86,7 @@ class _Buffer:
 
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.empty(_BUFFER_NBYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self.done = torch.cuda.Event() if device.type == "cuda" else None
+        self.done = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         if self.done is not None:
