@@ -30,11 +30,13 @@ def norm_turn_store(
     cache: Tensor,
     slots_T: Tensor,
     scales: tuple[float, float] | None,
+    behind: Tensor | None = None,
 ) -> Tensor:
     """Queries normed and turned, a new [T, H, D]; keys, which are so too, and values lie in the cache.
 
     `weights`, [D] each: of the norms of queries and of keys, None without norms. Heads turn as far as the rotation is
     wide. `cache`: [num_blocks, 2, U, block_size, D], one layer's view; token t's place in it is `slots_T` (int64).
-    `scales`: of keys and of values, where the cache is float8_e4m3fn.
+    `scales`: of keys and of values, where the cache is float8_e4m3fn. `behind`: what is read behind attention, a
+    constant, is brought nearer meanwhile.
     """
-    return gpu.qkv.norm_turn_store(q_THD, k_TUD, v_TUD, weights, eps, cos_T1R, sin_T1R, cache, slots_T, scales)
+    return gpu.qkv.norm_turn_store(q_THD, k_TUD, v_TUD, weights, eps, cos_T1R, sin_T1R, cache, slots_T, scales, behind)

@@ -61,7 +61,7 @@ class Attention(Layer):
         num_heads, num_qk, norm = self._heads, self._heads + self._kv_heads, self.qk_norm
         q_THD, k_TUD, v_TUD = qkv_THD.tensor_split((num_heads, num_qk), 1)
         weights, eps = (None, 0.0) if norm is None else (norm.weights, norm.eps)
-        stored = store_in_one(q_THD, k_TUD, v_TUD, weights, eps, step, self._place)
+        stored = store_in_one(q_THD, k_TUD, v_TUD, weights, eps, step, self._place, self.o_proj.weight)
         if stored is not None:
             return stored
         qk_THD = qkv_THD[:, :num_qk]

@@ -51,7 +51,7 @@ class GatedAttention(Layer):
     def _store(self, q_THD: Tensor, k_TUD: Tensor, v_TUD: Tensor, step: Step) -> Tensor:
         """Put keys and values in the cache; the queries, [T, H, D]."""
         weights = self.q_norm.weight, self.k_norm.weight
-        stored = store_in_one(q_THD, k_TUD, v_TUD, weights, self.q_norm.eps, step, self._place)
+        stored = store_in_one(q_THD, k_TUD, v_TUD, weights, self.q_norm.eps, step, self._place, self.o_proj.weight)
         if stored is not None:
             return stored
         q_THD, k_TUD = self.q_norm(q_THD), self.k_norm(k_TUD)

@@ -74,7 +74,8 @@ def test_norm_turn_store(
     scales = KVScales(k=0.013, v=0.4) if cache_dtype else None
 
     numbers = None if scales is None else (scales.k, scales.v)
-    got = gpu.qkv.norm_turn_store(q, k, v, weights, eps, cos, sin, cache, slots, numbers)
+    behind = torch.randn(640, 1024, device=on).to(dtype)
+    got = gpu.qkv.norm_turn_store(q, k, v, weights, eps, cos, sin, cache, slots, numbers, behind)
 
     q_weight, k_weight = weights or (None, None)
     close(got, turned(normed(q, q_weight, eps), cos, sin))

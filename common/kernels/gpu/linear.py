@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.gpu.launch import let_next_start, pdl, wait
+from common.kernels.gpu.launch import bring_to_l2, let_next_start, pdl, wait
 from common.kernels.gpu.pointwise import silu_times
 
 MAX_ROWS = 64
@@ -185,22 +185,6 @@ def _in_registers(
 
 
 @triton.jit
-def _bring_early(weight_ptr, row, weight_stride, ROWS: tl.constexpr, EARLY: tl.constexpr, PIECES: tl.constexpr):
-    """Start to bring EARLY columns of `row` [ROWS] to the L2 cache, in PIECES each, one for each thread."""
-    piece: tl.constexpr = EARLY // PIECES
-    place = weight_ptr + row[:, None] * weight_stride + tl.arange(0, PIECES)[None, :] * piece
-    nbytes = tl.full([ROWS, PIECES], piece * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [place.to(tl.int64), nbytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _add_parts(acc, parts_ptr, counter_ptr, part, PARTS: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr):
     """(Is this the last program of a sum? Then: all parts of it, added in their order.)"""
     place = tl.arange(0, M)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -248,7 +232,10 @@ def _in_tiles(
     row = _weight_rows(first, n, GATED, ROWS)
     column = part * (K // PARTS) + tl.arange(0, COLUMNS)
     if PDL and EARLY:
-        _bring_early(weight_ptr + part * (K // PARTS), row, weight_stride, ROWS, EARLY, PIECES)
+        piece: tl.constexpr = EARLY // PIECES  # one for each thread
+        pieces = part * (K // PARTS) + tl.arange(0, PIECES)[None, :] * piece
+        element_nbytes: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+        bring_to_l2(weight_ptr + row[:, None] * weight_stride + pieces, piece * element_nbytes)
     bias = tl.zeros([ROWS], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + row).to(tl.float32)

@@ -1,6 +1,9 @@
 """What lies between the projection of queries, keys and values and attention: norm, rotation, and the cache, in one.
 
 Roundings are where they are when each is an operation of its own.
+
+A step of few tokens leaves most of the memory's time unused in attention. The weight that is read behind it is brought
+to the L2 cache meanwhile, as much as fits there beside the rest.
 """
 
 from __future__ import annotations
@@ -10,9 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.gpu.launch import let_next_start, pdl, wait
+from common.kernels.gpu.launch import bring_to_l2, let_next_start, pdl, wait
 
 _TILE = 1024  # elements that a program takes at once
+_EARLY_NBYTES = 16 << 20
+_EARLY_MAX_TOKENS = 4
+_EARLY_PIECE = tl.constexpr(4096)
+_EARLY_PIECES = tl.constexpr(128)  # of a program, one for each thread
 _LARGEST = tl.constexpr(448.0)  # of float8_e4m3fn
 
 
@@ -86,6 +93,7 @@ def _norm_turn_store(
     cos_ptr,
     sin_ptr,
     slots_ptr,
+    behind_ptr,
     out_ptr,
     cache_ptr,
     q_token_stride,
@@ -115,7 +123,7 @@ def _norm_turn_store(
     WIDTH_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Programs of a token: some query heads each, then some keys each, then some values each."""
+    """Programs of a token: some query heads each, some keys each, some values each; then pieces of what is behind."""
     let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     of_q: tl.constexpr = (HEADS + AT_ONCE - 1) // AT_ONCE
@@ -152,7 +160,7 @@ def _norm_turn_store(
         tl.store(row + HALF + i, _stored(high, k_scale, dtype, SCALED), mask=has_head & (i < HALF))
         if 2 * HALF < WIDTH:
             tl.store(row + j, _stored(tail, k_scale, dtype, SCALED), mask=has_head & (j < WIDTH))
-    else:
+    elif part < of_q + 2 * of_k:
         wait(PDL)
         head = (part - of_q - of_k) * AT_ONCE + tl.arange(0, AT_ONCE)[:, None]
         column = tl.arange(0, WIDTH_BLOCK)[None, :]
@@ -162,6 +170,10 @@ def _norm_turn_store(
         place = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * row_stride + part_stride
         stored = _stored(value, v_scale, cache_ptr.dtype.element_ty, SCALED)
         tl.store(cache_ptr + place + head * unit_stride + column, stored, mask=mask)
+    else:
+        if PDL and token == 0:
+            piece = (part - of_q - 2 * of_k).to(tl.int64) * _EARLY_PIECES + tl.arange(0, _EARLY_PIECES)
+            bring_to_l2(behind_ptr + piece * _EARLY_PIECE, _EARLY_PIECE)
 
 
 def norm_turn_store(
@@ -175,6 +187,7 @@ def norm_turn_store(
     cache: Tensor,
     slots_T: Tensor,
     scales: tuple[float, float] | None,
+    behind: Tensor | None = None,
 ) -> Tensor:
     """As `common.kernels.qkv_ops.norm_turn_store`, for heads, tables and rows of the cache that are contiguous."""
     tokens, heads, width = q_THD.shape
@@ -185,7 +198,10 @@ def norm_turn_store(
     q_weight, k_weight = weights or (q_THD, q_THD)
     k_scale, v_scale = scales or (1.0, 1.0)
     use_pdl = pdl(q_THD.device)
-    _norm_turn_store[(tokens, triton.cdiv(heads, at_once) + 2 * triton.cdiv(units, at_once))](
+    early = 0
+    if behind is not None and use_pdl and tokens <= _EARLY_MAX_TOKENS:
+        early = min(behind.nbytes, _EARLY_NBYTES) // (_EARLY_PIECE.value * _EARLY_PIECES.value)
+    _norm_turn_store[(tokens, triton.cdiv(heads, at_once) + 2 * triton.cdiv(units, at_once) + early)](
         q_THD,
         k_TUD,
         v_TUD,
@@ -194,6 +210,7 @@ def norm_turn_store(
         cos_T1R,
         sin_T1R,
         slots_T,
+        (out_THD if behind is None else behind).view(torch.int8),
         out_THD,
         cache,
         *q_THD.stride()[:2],
@@ -216,7 +233,7 @@ def norm_turn_store(
         TAIL_BLOCK=triton.next_power_of_2(max(1, width - 2 * half)),
         WIDTH_BLOCK=width_block,
         PDL=use_pdl,
-        num_warps=2,
+        num_warps=4,
         launch_pdl=use_pdl,
     )
     return out_THD
