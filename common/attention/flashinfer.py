@@ -117,7 +117,7 @@ class FlashInferBackend(ReferenceBackend):
     name = "flashinfer"
     can_record = True
 
-    def __init__(self, own_kernel: bool = True) -> None:
+    def __init__(self, own_kernel: bool = False) -> None:
         """`own_kernel`: for few new tokens, instead of FlashInfer's."""
         self._own_kernel = own_kernel and not gpu.unavailable()
         self._shapes: dict[_Key, _Shape] = {}
