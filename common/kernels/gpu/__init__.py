@@ -19,6 +19,8 @@ from torch import Tensor
 if TYPE_CHECKING:  # what `__getattr__` finds, for the type checker
     from common.kernels.gpu import digest as digest
     from common.kernels.gpu import experts as experts
+    from common.kernels.gpu import fixed as fixed
+    from common.kernels.gpu import fixed_attention as fixed_attention
     from common.kernels.gpu import fp8 as fp8
     from common.kernels.gpu import indexer as indexer
     from common.kernels.gpu import linear as linear
