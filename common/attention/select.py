@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from common.attention import cpu, flashinfer, flashmla, reference
+from common.attention import cpu, fixed, flashinfer, flashmla, reference
 from common.attention.capability import Capability, Needs
 from common.attention.context import AttentionBackend
 from common.errors import ConfigError
@@ -28,6 +28,7 @@ REGISTERED: tuple[Registration, ...] = (
     Registration(cpu.capability, cpu.CpuBackend),
     Registration(flashinfer.capability, flashinfer.FlashInferBackend, flashinfer.prepare),
     Registration(flashmla.capability, flashmla.FlashMlaBackend),
+    Registration(fixed.capability, fixed.FixedBackend),
     Registration(reference.capability, reference.ReferenceBackend),
 )
 """Best first: `auto` takes the first that can."""

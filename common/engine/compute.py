@@ -84,7 +84,7 @@ def make_compute(
     spec = ModelSpec.from_folder(engine.model, weights=engine.load_format != "dummy")
     sizing = _size(engine, spec, role, mesh)
     spec = sizing.spec
-    backend = choose(engine.attention_backend, _needs(sizing, engine.block_size, device)).backend
+    backend = _attention(engine, sizing, device)
     model = load_model(
         spec,
         dtype=sizing.dtype,
@@ -93,6 +93,7 @@ def make_compute(
         tp=_tensor_parallel(mesh),
         load_format=engine.load_format,
         quantization=engine.quantization,
+        fixed=engine.deterministic,
         progress=lambda name, done, total: progress("loading weights", done, total),
     )
     sampler = Sampler(spec.vocab_size, device)
@@ -121,6 +122,18 @@ def make_compute(
             model, pool, backend, sampler, runner.inputs, spec.hidden_size, groups, lambda: runner.on_progress()
         )
     return Compute(sizing, bases, transport, runner, draft_runner)
+
+
+def _attention(engine: EngineConfig, sizing: EngineSizing, device: torch.device) -> AttentionBackend:
+    """The backend that can serve and, on a GPU too, adds in a fixed order where that is asked for; else ConfigError."""
+    requested: str = engine.attention_backend
+    if engine.deterministic and device.type == "cuda":
+        if any(group.retention is Retention.SNAPSHOT for group in sizing.layout.groups):
+            raise ConfigError("recurrent layers have no kernels of a fixed order on a GPU", param="deterministic")
+        if requested not in ("auto", "fixed"):
+            raise ConfigError(f"deterministic: {requested} adds in an order of its own", param="attention_backend")
+        requested = "fixed"
+    return choose(requested, _needs(sizing, engine.block_size, device)).backend
 
 
 def _size(engine: EngineConfig, spec: ModelSpec, role: Role, mesh: Mesh) -> EngineSizing:

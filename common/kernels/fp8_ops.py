@@ -19,21 +19,32 @@ BLOCK = 128
 LARGEST = 448.0
 
 
-def linear_fp8(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Matrix product x @ weight^T + bias: [T, N] of x's type. `scales` [ceil(N / 128), ceil(K / 128)]."""
+def linear_fp8(
+    x_TK: Tensor, weight_NK: Tensor, scales: Tensor, bias_N: Tensor | None = None, *, fixed: bool = False
+) -> Tensor:
+    """Matrix product x @ weight^T + bias: [T, N] of x's type. `scales` [ceil(N / 128), ceil(K / 128)].
+
+    `fixed`: a row's bits do not depend on the other rows.
+    """
     if gpu.enabled(x_TK):
-        out_TN = gpu.fp8.linear(x_TK, weight_NK, scales, x_TK.dtype)
+        out_TN = gpu.fp8.linear(x_TK, weight_NK, scales, x_TK.dtype, fixed=fixed)
         return out_TN if bias_N is None else out_TN.add_(bias_N)
     return functional.linear(x_TK, dequantise(weight_NK, scales, x_TK.dtype), bias_N)
 
 
 def linear_fp8_silu_mul(
-    x_TK: Tensor, weight_LK: Tensor, scales: Tensor, bias_L: Tensor | None = None, limit: float = 0.0
+    x_TK: Tensor,
+    weight_LK: Tensor,
+    scales: Tensor,
+    bias_L: Tensor | None = None,
+    limit: float = 0.0,
+    *,
+    fixed: bool = False,
 ) -> Tensor:
     """Of `linear_fp8` with [gate | up] silu(gate) * up, `limit` as in `common.kernels.ops.silu_mul`: [T, L / 2]."""
     if bias_L is None and gpu.enabled(x_TK):
-        return gpu.fp8.linear_silu_mul(x_TK, weight_LK, scales, limit)
-    return silu_mul(linear_fp8(x_TK, weight_LK, scales, bias_L), limit)
+        return gpu.fp8.linear_silu_mul(x_TK, weight_LK, scales, limit, fixed=fixed)
+    return silu_mul(linear_fp8(x_TK, weight_LK, scales, bias_L, fixed=fixed), limit)
 
 
 def quantise_weight(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,12 +181,14 @@ def swiglu_moe(
     experts: ExpertWeights,
     limit: float = 0.0,
     added_TD: Tensor | None = None,
+    *,
+    fixed: bool = False,
 ) -> Tensor:
     """Sort, both products of SwiGLU experts and `combine` in one, plus `added_TD`: a new [T, D] of x's type.
 
-    Rows are gathered where they are multiplied. `limit`: see `common.kernels.ops.silu_mul`.
+    Rows are gathered where they are multiplied. `limit`, `fixed`: see `common.kernels.ops`.
     """
-    return gpu.experts.swiglu_moe(x_TD, ids_TK, weights_TK, experts, limit, added_TD)
+    return gpu.experts.swiglu_moe(x_TD, ids_TK, weights_TK, experts, limit, added_TD, fixed=fixed)
 
 
 def _route(

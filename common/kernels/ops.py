@@ -31,14 +31,18 @@ def linear(
     bias_N: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
+    fixed: bool = False,
     isa: cpu.Isa = cpu.Isa.BEST,
 ) -> Tensor:
     """Matrix product x @ weight^T + bias, summed in fp32 and rounded once: [T, N] of `out_dtype` (x's if None).
 
-    Rows of `x_TK` and `weight_NK` must be contiguous for the kernel; what it cannot do goes to torch.
+    Rows of `x_TK` and `weight_NK` must be contiguous for the kernel; what it cannot do goes to torch. `fixed`: on a GPU
+    too a row's bits do not depend on the other rows.
     """
     lib = cpu.library()
     out_dtype = out_dtype or x_TK.dtype
+    if fixed and gpu.enabled(x_TK):
+        return gpu.fixed.linear(x_TK, weight_NK, bias_N, out_dtype)
     if gpu.enabled(x_TK) and gpu.linear.fits(x_TK, weight_NK):
         return gpu.linear.linear(x_TK, weight_NK, bias_N, out_dtype)
     if lib is None or not _fits(x_TK, weight_NK, bias_N):
@@ -68,11 +72,13 @@ def linear(
     return out_TN
 
 
-def linear_silu_mul(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, limit: float) -> Tensor:
+def linear_silu_mul(
+    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, limit: float, *, fixed: bool = False
+) -> Tensor:
     """`silu_mul` of `linear`, whose rows are [gate | up]: a new contiguous [T, N / 2]."""
-    if gpu.enabled(x_TK) and gpu.linear.fits(x_TK, weight_NK):
+    if not fixed and gpu.enabled(x_TK) and gpu.linear.fits(x_TK, weight_NK):
         return gpu.linear.linear_silu_mul(x_TK, weight_NK, bias_N, limit)
-    return silu_mul(linear(x_TK, weight_NK, bias_N), limit)
+    return silu_mul(linear(x_TK, weight_NK, bias_N, fixed=fixed), limit)
 
 
 def linear_heads(

@@ -58,6 +58,7 @@ class Build:
     """How the tensors of a model are made.
 
     `fp8_linears`, `fp8_experts`: these weights stay in FP8 where their sizes allow it (`common.layers.fp8_weight`).
+    `fixed`: a token's bits do not depend on the others of a step, on a GPU too.
     """
 
     dtype: torch.dtype
@@ -65,6 +66,7 @@ class Build:
     tp: TensorParallel = TensorParallel()
     fp8_linears: bool = False
     fp8_experts: bool = False
+    fixed: bool = False
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -37,6 +37,7 @@ class Head(Layer):
         self._shape = (vocab_size, hidden_size)
         self._first = first
         self._is_tied = tied is not None
+        self._fixed = build.fixed
         self.weight = build.empty(count, hidden_size) if tied is None else tied.weight[first : first + count]
 
     def own_slots(self) -> Iterator[Slot]:
@@ -44,7 +45,7 @@ class Head(Layer):
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         """Logits in float32: [R, vocab]."""
-        logits_RV = linear(x_RD, self.weight, out_dtype=torch.float32)
+        logits_RV = linear(x_RD, self.weight, out_dtype=torch.float32, fixed=self._fixed)
         if self._gather is None:
             return logits_RV
         return self._gather(logits_RV).transpose(0, 1).flatten(1)

@@ -47,20 +47,22 @@ def blocks_of(scales: Tensor | None, dim: int, part: slice) -> Tensor | None:
     return scales.narrow(dim, first, -(-part.stop // BLOCK) - first)
 
 
-def product(x_TK: Tensor, weight_NK: Tensor, scales: Tensor | None, bias_N: Tensor | None = None) -> Tensor:
-    """Rows of x times a weight of either kind: [T, N] of x's type."""
+def product(
+    x_TK: Tensor, weight_NK: Tensor, scales: Tensor | None, bias_N: Tensor | None = None, *, fixed: bool = False
+) -> Tensor:
+    """Rows of x times a weight of either kind: [T, N] of x's type. `fixed`: see `Build`."""
     if scales is None:
-        return linear(x_TK, weight_NK, bias_N)
-    return linear_fp8(x_TK, weight_NK, scales, bias_N)
+        return linear(x_TK, weight_NK, bias_N, fixed=fixed)
+    return linear_fp8(x_TK, weight_NK, scales, bias_N, fixed=fixed)
 
 
 def gated_product(
-    x_TK: Tensor, weight_LK: Tensor, scales: Tensor | None, bias_L: Tensor | None, limit: float
+    x_TK: Tensor, weight_LK: Tensor, scales: Tensor | None, bias_L: Tensor | None, limit: float, *, fixed: bool = False
 ) -> Tensor:
     """Of `product` with [gate | up] silu(gate) * up: [T, L / 2]."""
     if scales is None:
-        return linear_silu_mul(x_TK, weight_LK, bias_L, limit)
-    return linear_fp8_silu_mul(x_TK, weight_LK, scales, bias_L, limit)
+        return linear_silu_mul(x_TK, weight_LK, bias_L, limit, fixed=fixed)
+    return linear_fp8_silu_mul(x_TK, weight_LK, scales, bias_L, limit, fixed=fixed)
 
 
 def fill_quantised(slot: Slot, values: Tensor) -> None:

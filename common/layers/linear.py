@@ -25,6 +25,7 @@ class ColumnLinear(Layer):
         self._parts = dict(parts)
         self._shares = shares
         self._in_features = in_features
+        self._fixed = build.fixed
         rows = [shares[name][1] * width for name, (_, width) in parts.items()]
         whole = all(shares[name][1] == units for name, (units, _) in parts.items())
         self.out_features = sum(rows)
@@ -45,11 +46,11 @@ class ColumnLinear(Layer):
                 yield Slot(f"{name}.bias", self.bias[rows], shape[:1], 0, first * width, Init.ZEROS)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return product(x_TD, self.weight, self.scales, self.bias)
+        return product(x_TD, self.weight, self.scales, self.bias, fixed=self._fixed)
 
     def silu_mul(self, x_TD: Tensor, limit: float) -> Tensor:
         """Of two parts, gate and up: silu(gate) * up (`common.kernels.ops.silu_mul`)."""
-        return gated_product(x_TD, self.weight, self.scales, self.bias, limit)
+        return gated_product(x_TD, self.weight, self.scales, self.bias, limit, fixed=self._fixed)
 
 
 class RowLinear(Layer):
@@ -67,6 +68,7 @@ class RowLinear(Layer):
         self._tp = build.tp if reduce else TensorParallel()
         self._shape = (out_features, units * width)
         self._start = first * width
+        self._fixed = build.fixed
         fits = build.fp8_linears and fits_blocks(count * width)
         self.weight, self.scales = empty_weight(build, fits, out_features, count * width)
         self.bias = build.empty(out_features) if bias else None
@@ -78,6 +80,6 @@ class RowLinear(Layer):
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         if self._tp.size == 1:
-            return product(x_TD, self.weight, self.scales, self.bias)
-        out = self._tp.reduce(product(x_TD, self.weight, self.scales))
+            return product(x_TD, self.weight, self.scales, self.bias, fixed=self._fixed)
+        out = self._tp.reduce(product(x_TD, self.weight, self.scales, fixed=self._fixed))
         return out if self.bias is None else out.add_(self.bias)

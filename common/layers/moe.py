@@ -60,6 +60,7 @@ class Router(Layer):
             num_groups=spec.num_groups,
             topk_groups=spec.topk_groups,
         )
+        self._fixed = build.fixed
         experts, device = spec.num_experts, build.device
         dtype = torch.float32 if spec.router_fp32 else build.dtype
         self.weight = torch.empty(experts, hidden_size, dtype=dtype, device=device)
@@ -79,7 +80,7 @@ class Router(Layer):
 
     def __call__(self, x_TD: Tensor, input_ids_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """(expert ids int64 [T, K], weights fp32 [T, K]). A hash layer needs the tokens' ids."""
-        logits_TE = linear(x_TD, self.weight, out_dtype=torch.float32)
+        logits_TE = linear(x_TD, self.weight, out_dtype=torch.float32, fixed=self._fixed)
         if self.table_VK is None:
             return choose(logits_TE, self._rule, self.bias_E)
         assert input_ids_T is not None, "a hash layer routes by token id"
@@ -112,6 +113,7 @@ class Experts(Layer):
         self._first, self._count, self._width = first, count, spec.intermediate_size
         self._names = names
         self._limit = spec.swiglu_limit
+        self._fixed = build.fixed
         self._dispatcher = LocalDispatcher(spec.num_experts)
         in_fp8 = build.fp8_experts and fits_blocks(count, hidden_size)
         gate_up, gate_up_scales = empty_weight(build, in_fp8, spec.num_experts, 2 * count, hidden_size)
@@ -155,7 +157,9 @@ class Experts(Layer):
 
     def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, added_TD: Tensor | None) -> Tensor:
         """A new [T, D], with `added_TD` in the sum."""
-        return run_experts(self._dispatcher, x_TD, ids_TK, weights_TK, self.weights, self._limit, added_TD)
+        return run_experts(
+            self._dispatcher, x_TD, ids_TK, weights_TK, self.weights, self._limit, added_TD, fixed=self._fixed
+        )
 
 
 class MoE(Layer):
@@ -173,6 +177,7 @@ class MoE(Layer):
         names = names or MoENames()
         self._names = names
         self._tp = build.tp
+        self._fixed = build.fixed
         self.gate = Router(build, hidden_size, spec, names, hash_vocab)
         self.experts = Experts(build, hidden_size, spec, names.expert)
         self._shared: SwiGLU | None = None
@@ -194,5 +199,6 @@ class MoE(Layer):
         if self._shared is not None:
             shared_TD = self._shared(x_TD)
             if self._shared_gate_1D is not None:
-                shared_TD = sigmoid_mul(shared_TD, linear(x_TD, self._shared_gate_1D, out_dtype=torch.float32))
+                gate_T1 = linear(x_TD, self._shared_gate_1D, out_dtype=torch.float32, fixed=self._fixed)
+                shared_TD = sigmoid_mul(shared_TD, gate_T1)
         return self._tp.reduce(self.experts(x_TD, *self.gate(x_TD, input_ids_T), shared_TD))

@@ -50,6 +50,7 @@ def load_model(
     tp: TensorParallel | None = None,
     load_format: str = "auto",
     quantization: str = "auto",
+    fixed: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> DecoderModel:
@@ -57,12 +58,12 @@ def load_model(
 
     `max_positions`: 0 takes the checkpoint's. `load_format`: auto reads the folder's safetensors, dummy draws
     weights from `seed`. `quantization`: auto keeps a checkpoint's FP8 weights as they are where the device multiplies
-    them, fp8 quantises other weights to that form, none turns all of them into `dtype`. ConfigError lists all that is
-    wrong with the checkpoint.
+    them, fp8 quantises other weights to that form, none turns all of them into `dtype`. `fixed`: see `Build`.
+    ConfigError lists all that is wrong with the checkpoint.
     """
     in_fp8 = keeps_fp8(spec.quant, quantization, dtype, device)
     in_fp4 = spec.quant is not None and spec.quant.fp4_experts
-    build = Build(DTYPES[dtype], device, tp or TensorParallel(), in_fp8, in_fp8 and not in_fp4)
+    build = Build(DTYPES[dtype], device, tp or TensorParallel(), in_fp8, in_fp8 and not in_fp4, fixed)
     try:
         model = model_class(spec.model_type)(spec, build, max_positions or spec.max_position_embeddings)
     except ValueError as e:

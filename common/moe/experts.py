@@ -29,13 +29,16 @@ def run_experts(
     experts: ExpertWeights,
     limit: float = 0.0,
     added_TD: Tensor | None = None,
+    *,
+    fixed: bool = False,
 ) -> Tensor:
     """Of each token the weighted sum of its experts' results, plus `added_TD`: a new [T, D].
 
-    Where a kernel does it all and no token has to move, none is copied.
+    Where a kernel does it all and no token has to move, none is copied. `fixed`: a token's bits do not depend on the
+    other tokens, on a GPU too.
     """
     if fuses_experts(x_TD):
-        return swiglu_moe(x_TD, ids_TK, weights_TK, experts, limit, added_TD)
+        return swiglu_moe(x_TD, ids_TK, weights_TK, experts, limit, added_TD, fixed=fixed)
     assert experts.gate_up_scales is None, "FP8 experts are a GPU's"
     sent = dispatcher.dispatch(x_TD, ids_TK, weights_TK)
     y_PD = swiglu_experts(sent.rows_PD, sent.starts_E1, experts.gate_up_ELD, experts.down_EDI, limit)

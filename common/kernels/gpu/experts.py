@@ -43,14 +43,19 @@ def swiglu_moe(
     experts: ExpertWeights,
     limit: float,
     added_TD: Tensor | None,
+    *,
+    fixed: bool = False,
 ) -> Tensor:
-    """Of each token the weighted sum of its experts' results, plus `added_TD`: a new [T, D] of x's type."""
+    """Of each token the weighted sum of its experts' results, plus `added_TD`: a new [T, D] of x's type.
+
+    `fixed`: by the same kernels whatever the number of rows.
+    """
     tokens = x_TD.shape[0]
     out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     for first in range(0, tokens, _MAX_TOKENS):
         part = slice(first, min(tokens, first + _MAX_TOKENS))
         many = ids_TK[part].numel() >= _MANY_ROWS * experts.gate_up_ELD.shape[0] and _takes_many(x_TD, experts)
-        rows = padded.expert_rows if many else expert_rows
+        rows = padded.expert_rows if many and not fixed else expert_rows
         y, places_P = rows(x_TD[part], ids_TK[part], experts, limit)
         combine(y, places_P, weights_TK[part], None if added_TD is None else added_TD[part], out_TD[part])
     return out_TD

@@ -24,10 +24,13 @@ _log = structlog.stdlib.get_logger(__name__)
 _FEW_ROWS = 16  # up to here a kernel that quantises its rows itself is faster than two
 
 
-def linear(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Rows times a weight in E4M3: [T, N]. `scales` fp32 [ceil(N / 128), K / 128]."""
+def linear(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, out_dtype: torch.dtype, *, fixed: bool = False) -> Tensor:
+    """Rows times a weight in E4M3: [T, N]. `scales` fp32 [ceil(N / 128), K / 128].
+
+    `fixed`: by the same kernel whatever the number of rows.
+    """
     tokens = x_TK.shape[0]
-    if tokens > _FEW_ROWS and not _why_not(x_TK.dtype, weight_NK.shape):
+    if not fixed and tokens > _FEW_ROWS and not _why_not(x_TK.dtype, weight_NK.shape):
         out_TN = torch.empty(tokens, weight_NK.shape[0], dtype=torch.bfloat16, device=x_TK.device)
         deepgemm.linear_fp8(quantise(x_TK), (weight_NK, scales), out_TN)
         return out_TN.to(out_dtype)
@@ -37,11 +40,11 @@ def linear(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, out_dtype: torch.dty
     return out_TN
 
 
-def linear_silu_mul(x_TK: Tensor, weight_LK: Tensor, scales: Tensor, limit: float) -> Tensor:
+def linear_silu_mul(x_TK: Tensor, weight_LK: Tensor, scales: Tensor, limit: float, *, fixed: bool = False) -> Tensor:
     """Of `linear` with [gate | up] silu(gate) * up: [T, L / 2]."""
     tokens, size = x_TK.shape[0], weight_LK.shape[0] // 2
-    if size % 128 or (tokens > _FEW_ROWS and not _why_not(x_TK.dtype, weight_LK.shape)):
-        return pointwise.silu_mul(linear(x_TK, weight_LK, scales, x_TK.dtype), limit)
+    if size % 128 or (not fixed and tokens > _FEW_ROWS and not _why_not(x_TK.dtype, weight_LK.shape)):
+        return pointwise.silu_mul(linear(x_TK, weight_LK, scales, x_TK.dtype, fixed=fixed), limit)
     out_TI = torch.empty(tokens, size, dtype=x_TK.dtype, device=x_TK.device)
     tile = products.tile_for(tokens, fp8=True)
     weight, grid = weight_LK[None], scales[None]
