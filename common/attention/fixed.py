@@ -33,6 +33,7 @@ class FixedBackend(ReferenceBackend):
     """Latent attention is not declared: what the protocol asks for it is the reference's."""
 
     name = "fixed"
+    can_record = True
 
     def write(
         self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
