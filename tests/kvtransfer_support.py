@@ -36,6 +36,7 @@ from common.kvtransfer.orders import (
 )
 from common.kvtransfer.plan import window_start
 from common.kvtransfer.publish import Publisher, PublishOrder
+from common.kvtransfer.reads import RankReads
 from common.kvtransfer.session import Done, Failed, HandoffReader, HandoffUpdate, OrderSpec
 from common.types import WorkerRef
 from common.types.prefix import extend_chain, root_hash
@@ -320,7 +321,12 @@ class World:
         self.cache = FakeCache(self.layout)
         self.commands: list[ReaderCommand] = []
         self.reader = HandoffReader(
-            self.layout, self.bases, self.cache, self.transport, self.clock, self.config, self.commands.append
+            self.layout,
+            RankReads(self.layout, self.bases, self.transport),
+            self.cache,
+            self.clock,
+            self.config,
+            self.commands.append,
         )
         self.updates: list[HandoffUpdate] = []
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -42,9 +43,10 @@ from common.kvtransfer.orders import OrderExtent
 from common.kvtransfer.plan import (
     ExtentPlan,
     block_checks,
+    of_rank,
     plan_extent,
+    shares,
     supplied_groups,
-    uncovered_region,
     window_start,
 )
 from common.kvtransfer.publish import Publisher, PublishOrder
@@ -440,6 +442,57 @@ def test_window_blocks_that_the_reader_does_not_need_are_not_read() -> None:
     assert nothing == ExtentPlan((), (), (), 64)
 
 
+@given(cases())
+@settings(max_examples=40, deadline=None)
+def test_shares_take_every_unit_once(case: Case) -> None:
+    """All ranks of a reader together, from what all ranks of the source publish as one."""
+    network = MemoryNetwork(FakeClock())
+    sources = [make_rank(case, True, r, network) for r in range(case.source_tp)]
+    truth = write_truth(case, sources)
+    joined = [join_extents(parts) for parts in zip(*(publish(case, s) for s in sources), strict=True)]
+    reader = make_rank(case, False, case.seed % case.reader_tp, network)
+    before = snapshot(reader)
+    taken: dict[tuple[str, int], int] = {}
+    for share in shares(sources[0].layout, reader.layout):
+        source = sources[share.rank]
+        for name, first, count in share.units:
+            for unit in range(first, first + count):
+                taken[name, unit] = taken.get((name, unit), 0) + 1
+        for extent in joined:
+            own = of_rank(source.layout, extent)
+            table, base = reader.tables[extent.group], reader.bases[extent.group]
+            plan = plan_extent(source.layout, reader.layout, own, table, base, case.num_tokens, share.units)
+            execute(plan, source)
+            assert passes(plan)
+    wanted = {(spec.name, unit) for spec in case.regions for unit in reader.units(spec)}
+    assert taken == dict.fromkeys(wanted, 1)
+    written(case, reader, before, truth)
+    for rank in (*sources, reader):
+        rank.transport.close()
+
+
+def join_extents(parts: Sequence[OrderExtent]) -> OrderExtent:
+    """As the ranks of one source publish them: of each block the digests of all ranks, in their order."""
+    num_blocks = len(parts[0].block_ids)
+    each = [len(p.digests) // num_blocks for p in parts]
+    digests = [
+        d for b in range(num_blocks) for p, n in zip(parts, each, strict=True) for d in p.digests[b * n : (b + 1) * n]
+    ]
+    return msgspec.structs.replace(parts[0], digests=tuple(digests))
+
+
+@pytest.mark.parametrize("sharding", Sharding)
+def test_ranks_of_equal_numbers_read_from_their_counterparts(sharding: Sharding) -> None:
+    for rank in range(4):
+        layout = small_layout(
+            regions=(region(num_units=1 if sharding is Sharding.GROUPED else 4, sharding=sharding), tail_region()),
+            tp_size=4,
+            tp_rank=rank,
+        )
+        (share,) = shares(layout, layout)
+        assert share.rank == rank
+
+
 def test_what_a_pair_supplies() -> None:
     draft = GroupSpec(name="draft", retention=Retention.FULL, block_size=16, num_blocks=4)
     plain = small_layout()
@@ -448,11 +501,6 @@ def test_what_a_pair_supplies() -> None:
     )
     assert supplied_groups(plain, more) == (FULL_GROUP, TAIL_GROUP)
     assert supplied_groups(more, more) == (FULL_GROUP, TAIL_GROUP, "draft")
-    half = small_layout(tp_size=2)
-    assert uncovered_region(half, plain) == "kv"
-    assert uncovered_region(plain, half) == ""
-    assert uncovered_region(half, half) == ""
-    assert uncovered_region(half, small_layout(tp_size=2, tp_rank=1)) == "kv"
 
 
 def test_numpy_digest_is_the_reference_over_raw_addresses() -> None:

@@ -26,6 +26,7 @@ from common.kvtransfer.orders import (
     PlaceOrder,
     ReleaseLease,
 )
+from common.kvtransfer.reads import RankReads
 from common.kvtransfer.session import Done, Failed, HandoffReader, OrderSpec, Progress
 from common.kvtransfer.transport import Endpoint
 from common.types import EmbeddingHandle, Failure
@@ -461,7 +462,12 @@ def test_the_real_block_manager_agrees_at_every_step(worlds: Worlds, fault: Faul
         world = worlds(**layouts, held=True, fault_for=lambda i, pieces, bad=bad: fault if i == bad else Fault.NONE)
         cache = KVCacheManager(world.layout, world.clock)
         world.reader = HandoffReader(
-            world.layout, world.bases, cache, world.transport, world.clock, world.config, world.commands.append
+            world.layout,
+            RankReads(world.layout, world.bases, world.transport),
+            cache,
+            world.clock,
+            world.config,
+            world.commands.append,
         )
         world.ready()
         token_ids = prompt(N, seed=1)
@@ -715,7 +721,7 @@ def test_a_pair_that_does_not_fit_is_refused_with_the_field_named(worlds: Worlds
     fp8 = small_layout(regions=(region(scale_format="e8m0"), tail_region()))
     assert "region kv.scale_format" in refusal(world, layout=fp8)
     assert "region hidden" in refusal(world, layout=small_layout(regions=(region(),)))
-    assert "region kv: rank 0 of 2" in refusal(world, layout=small_layout(tp_size=2))
+    assert "transports: source offers memory for 2 ranks" in refusal(world, layout=small_layout(tp_size=2))
     assert "transports: source offers ucx" in refusal(world, endpoints=(Endpoint("ucx", b"", ()),))
     assert "transports: source offers none" in refusal(world, endpoints=())
     short = Endpoint("memory", endpoint.address, endpoint.memory[:1])

@@ -33,6 +33,7 @@ from common.kvtransfer.device import DeviceDigests
 from common.kvtransfer.digester import digest
 from common.kvtransfer.leases import Leases
 from common.kvtransfer.publish import Publisher
+from common.kvtransfer.reads import RankReads, Reads
 from common.kvtransfer.session import HandoffReader
 from common.kvtransfer.transport import Transport
 from common.parallel.mesh import Mesh, alone
@@ -138,11 +139,12 @@ def _build(
     )
     images = Media(spec.media, spec.hidden_size, media, clock)
     drafter = Drafter(_speculator(config, sizing, role), compute.draft_runner)
-    parts = assemble(config, layout, bases, limits, runner, transport, images, clock, drafter, mesh.device)
+    reads = RankReads(layout, bases, transport)
+    parts = assemble(config, layout, bases, limits, runner, reads, images, clock, drafter, mesh.device)
     progress("self-test", 0, 1)
     built = Engine(parts)
-    reads = mesh.device.type == "cpu" or transport.name != "memory"  # which copies on the host
-    self_test(built, parts, transport if reads else None, bases, max_model_len)
+    can_read = mesh.device.type == "cpu" or transport.name != "memory"  # which copies on the host
+    self_test(built, parts, transport if can_read else None, bases, max_model_len)
     ready = EngineReady(
         layout=layout,
         endpoints=(transport.endpoint(),),
@@ -163,13 +165,13 @@ def assemble(
     bases: dict[str, int],
     limits: ModelLimits,
     runner: Runner,
-    transport: Transport,
+    reads: Reads,
     media: Media,
     clock: Clock,
     drafter: Drafter,
     device: torch.device,
 ) -> EngineParts:
-    """Join the parts around a runner and a transport."""
+    """Join the parts around a runner and what reads from others."""
     engine = config.engine
     outbox = Outbox()
     cache = KVCacheManager(layout, clock, enable_prefix_caching=engine.enable_prefix_caching)
@@ -178,7 +180,7 @@ def assemble(
     )
     scheduler = Scheduler(cache, scheduler_limits, clock)
     requests = Requests(limits, scheduler, media, outbox, clock)
-    reader = HandoffReader(layout, bases, cache, transport, clock, config.handoff, outbox.send)
+    reader = HandoffReader(layout, reads, cache, clock, config.handoff, outbox.send)
     demand = Demand(reader, cache, config.handoff, clock)
     leases = Leases(cache, clock, engine.lease_ttl_s)
     launcher = DeviceDigests(device) if device.type == "cuda" else None

@@ -20,7 +20,8 @@ import msgspec
 from common.errors import KVTransferError
 from common.kvcache.layout import TAIL_GROUP, GroupSpec, Retention
 from common.kvtransfer.orders import OrderAccepted, OrderExtent, OrderFinished, OrderStarted
-from common.kvtransfer.plan import ExtentPlan, window_start
+from common.kvtransfer.plan import window_start
+from common.kvtransfer.reads import Planned
 from common.types import EmbeddingHandle
 from common.types.prefix import extend_chain, hash_at
 
@@ -98,7 +99,7 @@ class Reading:
     """A planned read of one extent; `deadline` is set when it begins."""
 
     extent: OrderExtent
-    plan: ExtentPlan
+    plan: Planned
     read_id: int = 0
     deadline: float = math.inf
 

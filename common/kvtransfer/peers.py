@@ -21,8 +21,9 @@ from common.config.schema import HandoffConfig
 from common.errors import NanoDeployError
 from common.kvcache.layout import KVLayout, compare
 from common.kvtransfer.orders import PeerVerdict, ReaderCommand
-from common.kvtransfer.plan import supplied_groups, uncovered_region
-from common.kvtransfer.transport import Endpoint, Transport
+from common.kvtransfer.plan import supplied_groups
+from common.kvtransfer.reads import Reads
+from common.kvtransfer.transport import Endpoint
 from common.types import Clock, WorkerRef
 
 SETTLE_POLL_S = 0.01
@@ -71,13 +72,13 @@ class Peers:
     def __init__(
         self,
         layout: KVLayout,
-        transport: Transport,
+        reads: Reads,
         clock: Clock,
         config: HandoffConfig,
         emit: Callable[[ReaderCommand], None],
     ) -> None:
         self._layout = layout
-        self._transport = transport
+        self._reads = reads
         self._clock = clock
         self._config = config
         self._emit = emit
@@ -112,12 +113,14 @@ class Peers:
             peer.nbytes, peer.reads, peer.mismatches = old.nbytes, old.reads, old.mismatches
         self._peers[number] = peer
         refusal, peer.cold = self._judge(layout)
-        endpoint = self._choose(endpoints)
-        if not refusal and endpoint is None:
+        chosen = self._choose(endpoints)[: layout.tp_size]
+        if not refusal and len(chosen) < layout.tp_size:
             offered = ", ".join(e.transport for e in endpoints) or "none"
-            refusal = f"transports: source offers {offered}, reader uses {self._usable_transports()}"
-        if not refusal and endpoint is not None:
-            refusal = self._short_memory(layout, endpoint) or self._connect(peer, endpoint)
+            ranks = f" for {layout.tp_size} ranks" if layout.tp_size > 1 else ""
+            refusal = f"transports: source offers {offered}{ranks}, reader uses {self._usable_transports()}"
+        if not refusal:
+            short = (self._short_memory(layout, endpoint) for endpoint in chosen)
+            refusal = next(filter(None, short), "") or self._connect(peer, chosen)
         if refusal:
             self._say(peer, PeerState.REFUSED, refusal)
         else:
@@ -164,22 +167,15 @@ class Peers:
         verdict = compare(layout, self._layout)
         if not verdict.ok:
             return verdict.reason, ()
-        if self._layout.tp_size > 1:
-            return (
-                f"tp_size: source has {layout.tp_size}, reader has {self._layout.tp_size}, which only one can read",
-                (),
-            )
-        region = uncovered_region(layout, self._layout)
-        if region:
-            return f"region {region}: rank {layout.tp_rank} of {layout.tp_size} lacks units of the reader", ()
         return "", verdict.cold_regions
 
     def _usable_transports(self) -> list[str]:
-        return [t for t in self._config.transports if t == self._transport.name]
+        return [t for t in self._config.transports if t == self._reads.name]
 
-    def _choose(self, endpoints: Sequence[Endpoint]) -> Endpoint | None:
+    def _choose(self, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
+        """Those of the transport in use, in the order of the source's ranks."""
         names = self._usable_transports()
-        return next((e for e in endpoints if e.transport in names), None)
+        return [e for e in endpoints if e.transport in names]
 
     def _short_memory(self, layout: KVLayout, endpoint: Endpoint) -> str:
         handles = {h.group: h for h in endpoint.memory}
@@ -190,9 +186,9 @@ class Peers:
                 return f"endpoint.memory[{group}]: {have} bytes, the layout needs {need}"
         return ""
 
-    def _connect(self, peer: Peer, endpoint: Endpoint) -> str:
+    def _connect(self, peer: Peer, endpoints: Sequence[Endpoint]) -> str:
         try:
-            peer.transport_id = self._transport.connect(endpoint)
+            peer.transport_id = self._reads.connect(peer.layout, endpoints)
         except NanoDeployError as error:
             return f"endpoint.address: {error.message}"
         peer.state = PeerState.CONNECTING
@@ -201,12 +197,12 @@ class Peers:
         return ""
 
     def _settle(self, peer: Peer) -> None:
-        peer.transport = self._transport.describe(peer.transport_id)
+        peer.transport = self._reads.describe(peer.transport_id)
         required = self._config.require_transport
-        if peer.transport.endswith(_UNSETTLED):
+        if any(name.endswith(_UNSETTLED) for name in peer.transport.split("+")):
             if peer.settle_by <= self._clock.now():
                 self.lose(peer.number, f"no answer within {self._config.accept_timeout_s} s")
-        elif not peer.transport.startswith(required):
+        elif not all(name.startswith(required) for name in peer.transport.split("+")):
             self._disconnect(peer)
             why = f"require_transport: {required} is required, {peer.transport} reaches the peer"
             self._say(peer, PeerState.REFUSED, why)
@@ -215,7 +211,7 @@ class Peers:
 
     def _disconnect(self, peer: Peer) -> None:
         del self._by_transport[peer.transport_id]
-        self._transport.disconnect(peer.transport_id)
+        self._reads.disconnect(peer.transport_id)
 
     def _say(self, peer: Peer, state: PeerState, detail: str) -> None:
         peer.state = state

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from common.errors import KVTransferError
-from common.kvcache.layout import GroupSpec, KVLayout, RegionPlace, Retention, compare
+from common.kvcache.layout import GroupSpec, KVLayout, RegionPlace, RegionSpec, Retention, Sharding, compare
 from common.kvtransfer.orders import OrderExtent
 from common.kvtransfer.transport import DigestCheck, ReadPiece
 from common.types.prefix import UNIT
@@ -82,15 +82,56 @@ def window_start(group: GroupSpec, num_tokens: int) -> int:
     return max(0, num_tokens - group.window + 1) // UNIT * UNIT
 
 
-def uncovered_region(source: KVLayout, reader: KVLayout) -> str:
-    """Name of a region of which this source rank lacks units that the reader holds; empty if none."""
+class Share(msgspec.Struct, frozen=True):
+    """What a reader's rank takes from one rank of the source: (region, first unit, number of units) of each."""
+
+    rank: int
+    units: tuple[tuple[str, int, int], ...]
+
+
+@functools.lru_cache(maxsize=256)
+def shares(source: KVLayout, reader: KVLayout) -> tuple[Share, ...]:
+    """From which ranks of the source this rank of the reader takes what it holds: every unit once.
+
+    What all ranks of a source hold is taken from the one at the same place among them, so that ranks of equal numbers
+    read whole blocks, each from its own counterpart. `source` may be the layout of any of its ranks.
+    """
+    taken: dict[int, list[tuple[str, int, int]]] = {}
     for region in reader.regions:
-        if any(r.name == region.name for r in source.regions):
-            have, want = source.place(region.name), reader.place(region.name)
-            end = want.first_unit + want.local_units
-            if not have.first_unit <= want.first_unit <= end <= have.first_unit + have.local_units:
-                return region.name
-    return ""
+        have = next((r for r in source.regions if r.name == region.name), None)
+        if have is None:
+            continue
+        want = reader.place(region.name)
+        for rank, first, count in _holders(source, have, reader, want.first_unit, want.local_units):
+            taken.setdefault(rank, []).append((region.name, first, count))
+    return tuple(Share(rank, tuple(units)) for rank, units in sorted(taken.items()))
+
+
+def _holders(
+    source: KVLayout, region: RegionSpec, reader: KVLayout, first: int, count: int
+) -> Iterator[tuple[int, int, int]]:
+    """(rank of the source, first unit, number) that together are `count` units from `first` on."""
+    size = source.tp_size
+    if region.sharding is Sharding.REPLICATED or size == 1:
+        yield reader.tp_rank * size // reader.tp_size, first, count
+    elif region.sharding is Sharding.GROUPED:
+        holders = size // region.num_units
+        for unit in range(first, first + count):
+            yield unit * holders + reader.tp_rank * size // reader.tp_size % holders, unit, 1
+    else:
+        each = region.num_units // size
+        for rank in range(first // each, (first + count - 1) // each + 1):
+            begin, end = max(first, rank * each), min(first + count, (rank + 1) * each)
+            yield rank, begin, end - begin
+
+
+def of_rank(source: KVLayout, extent: OrderExtent) -> OrderExtent:
+    """The extent as one rank of a source publishes it. All ranks' digests of a block lie one after the other."""
+    if source.tp_size == 1:
+        return extent
+    count = source.num_digests(extent.group)
+    starts = range(source.tp_rank * count, len(extent.digests), source.tp_size * count)
+    return msgspec.structs.replace(extent, digests=tuple(d for i in starts for d in extent.digests[i : i + count]))
 
 
 def supplied_groups(source: KVLayout, reader: KVLayout) -> tuple[str, ...]:
@@ -121,8 +162,11 @@ def _places(layout: KVLayout, group: str) -> tuple[tuple[RegionPlace, int, int],
     return tuple((layout.place(r.name), r.num_layers, r.num_parts) for r in layout.regions_of(group))
 
 
-def check_extent(source: KVLayout, extent: OrderExtent) -> None:
-    """KVTransferError, with `param` the field at fault, if an extent cannot be one of this source."""
+def check_extent(source: KVLayout, extent: OrderExtent, num_ranks: int = 1) -> None:
+    """KVTransferError, with `param` the field at fault, if an extent cannot be one of this source.
+
+    `num_ranks`: of the source, whose digests it has.
+    """
     try:
         group = source.group(extent.group)
     except KeyError:
@@ -138,7 +182,7 @@ def check_extent(source: KVLayout, extent: OrderExtent) -> None:
         raise KVTransferError(why, param="block_ids")
     if any(not 0 <= b < group.num_blocks for b in extent.block_ids):
         raise KVTransferError(f"block outside the source's pool of {group.num_blocks}", param="block_ids")
-    expected = num_blocks * source.num_digests(group.name)
+    expected = num_blocks * source.num_digests(group.name) * num_ranks
     if len(extent.digests) != expected:
         raise KVTransferError(f"{len(extent.digests)} digests, expected {expected}", param="digests")
 
@@ -150,16 +194,18 @@ def plan_extent(
     table: Sequence[int],
     base: int,
     num_tokens: int,
+    units: tuple[tuple[str, int, int], ...] | None = None,
 ) -> ExtentPlan:
-    """Plan the read of `extent` from one source rank into the reader's blocks.
+    """Plan the read of `extent` from one source rank (`of_rank`) into the reader's blocks.
 
     `table` is the reader's block table of the group, `base` the address of its block 0, `num_tokens` the
     positions of the whole order (nothing valid lies behind them). The pair must pass `compare`; a reader
-    rank is complete when the plans of all source ranks that share units with it have run.
+    rank is complete when the plans of all source ranks that share units with it have run. `units`: of a `Share`, if
+    not all that both hold.
     Raises KVTransferError, with `param` the field at fault, for an extent that cannot be read whole.
     """
     check_extent(source, extent)
-    pair = _pair(source, reader, extent.group)
+    pair = _pair(source, reader, extent.group, units)
     end = extent.start_position + extent.num_tokens
     if end > num_tokens:
         raise KVTransferError(f"extent ends at {end}, the order at {num_tokens}", param="num_tokens")
@@ -310,7 +356,7 @@ class _Pieces:
 
 
 @functools.lru_cache(maxsize=256)
-def _pair(source: KVLayout, reader: KVLayout, group: str) -> _GroupPair:
+def _pair(source: KVLayout, reader: KVLayout, group: str, units: tuple[tuple[str, int, int], ...] | None) -> _GroupPair:
     verdict = compare(source, reader)
     if not verdict.ok:
         raise KVTransferError(verdict.reason, param="layout")
@@ -319,7 +365,9 @@ def _pair(source: KVLayout, reader: KVLayout, group: str) -> _GroupPair:
     except KeyError:
         raise KVTransferError(f"the reader has no group {group!r}", param="group") from None
     wanted = {r.name for r in reader.regions_of(group)}
+    given = None if units is None else {name: (first, count) for name, first, count in units}
     shared = []
+    is_whole = True
     digest_index = 0
     for region in source.regions_of(group):
         src = source.place(region.name)
@@ -327,12 +375,15 @@ def _pair(source: KVLayout, reader: KVLayout, group: str) -> _GroupPair:
             dst = reader.place(region.name)
             first = max(src.first_unit, dst.first_unit)
             count = min(src.first_unit + src.local_units, dst.first_unit + dst.local_units) - first
+            if given is not None:
+                first, count = given.get(region.name, (first, 0))
+            is_whole &= count == dst.local_units
             if count > 0:
                 at = digest_index + first - src.first_unit
                 shared.append(_Shared(src, dst, first, count, at, region.num_layers, region.num_parts))
         digest_index += src.local_units
     return _GroupPair(
-        equal=verdict.equal,
+        equal=verdict.equal and is_whole,
         source=source.group(group),
         reader=reader_group,
         source_nbytes=source.block_nbytes(group),

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.config.schema import HandoffConfig
@@ -44,8 +44,9 @@ from common.kvtransfer.orders import (
     ReleaseLease,
 )
 from common.kvtransfer.peers import Peers, Traffic
-from common.kvtransfer.plan import check_extent, plan_extent, supplied_groups
-from common.kvtransfer.transport import Endpoint, PeerDown, ReadResult, ReadStatus, Transport
+from common.kvtransfer.plan import check_extent, supplied_groups
+from common.kvtransfer.reads import Reads, Wanted
+from common.kvtransfer.transport import Endpoint, PeerDown, ReadResult, ReadStatus
 from common.kvtransfer.updates import Done, Failed, HandoffCounters, HandoffUpdate, Progress
 from common.types import Clock, Failure, WorkerRef
 
@@ -64,26 +65,24 @@ class _Ended:
 
 
 class HandoffReader:
-    """Owns all orders, reads and peers of one reading rank. `bases`: group -> address of its block 0."""
+    """Owns all orders, reads and peers of one reader, whose ranks all read with `reading`."""
 
     def __init__(
         self,
         layout: KVLayout,
-        bases: Mapping[str, int],
+        reading: Reads,
         cache: CacheView,
-        transport: Transport,
         clock: Clock,
         config: HandoffConfig,
         emit: Callable[[ReaderCommand], None],
     ) -> None:
         self._layout = layout
-        self._bases = dict(bases)
+        self._reading = reading
         self._cache = cache
-        self._transport = transport
         self._clock = clock
         self._config = config
         self._emit = emit
-        self._peers = Peers(layout, transport, clock, config, emit)
+        self._peers = Peers(layout, reading, clock, config, emit)
         self._order_ids = itertools.count(1)
         self._read_ids = itertools.count(1)
         self._orders: dict[int, Intake] = {}  # by order id, until ended
@@ -190,7 +189,7 @@ class HandoffReader:
 
     def poll(self) -> list[HandoffUpdate]:
         """Take what the transport ended, let time act, and return what changed since the last call."""
-        for result in self._transport.poll():
+        for result in self._reading.poll():
             if isinstance(result, PeerDown):
                 peer = self._peers.by_transport(result.peer_id)
                 if peer is not None:
@@ -225,15 +224,15 @@ class HandoffReader:
 
     def _on_extent(self, intake: Intake, event: OrderExtent) -> None:
         peer = self._peers[intake.spec.peer]
-        check_extent(peer.layout, event)
+        check_extent(peer.layout, event, peer.layout.tp_size)
         if not intake.on_extent(event):
             return
         try:
             table = self._cache.block_table(intake.spec.seq_id, event.group)
         except KeyError:
             raise KVTransferError("the sequence was closed without a cancel", param="seq_id") from None
-        plan = plan_extent(peer.layout, self._layout, event, table, self._bases[event.group], intake.num_tokens)
-        if plan.pieces:
+        plan = self._reading.plan(peer.transport_id, Wanted(event, tuple(table), intake.num_tokens))
+        if not plan.is_empty:
             intake.pending.append(Reading(event, plan))
             self._start_reads(intake)
 
@@ -245,7 +244,7 @@ class HandoffReader:
             plan = reading.plan
             self._cache.begin_read(reading.read_id, reading.extent.group, plan.block_ids)
             try:
-                self._transport.read(peer.transport_id, reading.read_id, plan.pieces, plan.checks)
+                self._reading.read(peer.transport_id, reading.read_id, plan)
             except BaseException:
                 self._cache.end_read(reading.read_id)
                 raise
