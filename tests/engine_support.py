@@ -18,7 +18,7 @@ import msgspec
 import pytest
 import tiny_models
 import torch
-from parallel_support import ThreadRanks
+from parallel_support import LockedTransport, ThreadRanks
 from transformers import AutoModelForCausalLM
 from worker_support import ManualClock
 
@@ -36,8 +36,7 @@ from common.engine.messages import (
     ReaderGone,
     Submit,
 )
-from common.kvtransfer.digester import digest
-from common.kvtransfer.memory import MemoryNetwork, MemoryTransport
+from common.kvtransfer.memory import MemoryNetwork
 from common.kvtransfer.orders import DropOrder, PeerVerdict, PlaceOrder, ReleaseLease
 from common.types import (
     Clock,
@@ -278,7 +277,7 @@ def make_engine(
     handoff = {"transports": ("memory",), "min_remote_tokens": 1} | options.pop("handoff", {})
     engine = {"dtype": "float32", "check_ledger": True, "num_threads": 1, "kv_cache_memory_bytes": KV_BYTES} | options
     config = WorkerConfig(engine=EngineConfig(model=str(folder), **engine), handoff=HandoffConfig(**handoff))
-    transport = MemoryTransport(network, digest)
+    transport = LockedTransport(network)
     ranks = ThreadRanks(network, clock) if config.engine.tensor_parallel_size > 1 else None
     built = build_engine(config, role, clock, lambda stage, done, total: None, transport, media, ranks)
     built.engine.drain()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from common.config import WorkerConfig
-from common.engine.compute import Progress, make_compute
+from common.engine.compute import Progress, digest_launcher, make_compute
 from common.engine.counters import EngineCounters
 from common.engine.demand import Demand
 from common.engine.draft_runner import DraftRunner
@@ -19,7 +21,7 @@ from common.engine.media import Media, MediaSource
 from common.engine.messages import EngineReady
 from common.engine.outbox import Outbox
 from common.engine.rank import Fleet, ProcessRanks, RankStarter, rank_device, start_ranks
-from common.engine.rank_runner import RankedRunner, Runner
+from common.engine.rank_runner import RankedDigests, RankedRunner, Runner
 from common.engine.requests import ModelLimits, Requests
 from common.engine.scheduler import Scheduler, SchedulerLimits
 from common.engine.selftest import self_test
@@ -29,13 +31,13 @@ from common.engine.speculative import MadeAhead, Speculator, make_speculator
 from common.engine.supply import Supply, SupplyParts
 from common.kvcache.layout import FULL_GROUP, KVLayout
 from common.kvcache.manager import KVCacheManager, PrefixHit
-from common.kvtransfer.device import DeviceDigests
 from common.kvtransfer.digester import digest
 from common.kvtransfer.leases import Leases
 from common.kvtransfer.publish import Publisher
+from common.kvtransfer.rank_reads import RankedReads
 from common.kvtransfer.reads import RankReads, Reads
 from common.kvtransfer.session import HandoffReader
-from common.kvtransfer.transport import Transport
+from common.kvtransfer.transport import Endpoint, Transport
 from common.parallel.mesh import Mesh, alone
 from common.types import Clock, Role
 
@@ -66,8 +68,9 @@ class BuiltEngine:
     @property
     def wakeup_fds(self) -> tuple[int, ...]:
         """Readable when a step has something to find."""
-        ranks = () if self.fleet is None else (self.fleet.ranks.wakeup_fd,)
-        return self.transport.wakeup_fd, *ranks
+        if self.fleet is None:
+            return (self.transport.wakeup_fd,)
+        return self.transport.wakeup_fd, self.fleet.ranks.wakeup_fd, *(link.fileno() for link in self.fleet.reads)
 
     def check(self) -> None:
         """`RankLostError` if the engine cannot go on."""
@@ -126,9 +129,14 @@ def _build(
     sizing, layout, transport, bases = compute.sizing, compute.layout, compute.transport, compute.bases
     spec, max_model_len = sizing.spec, sizing.max_model_len
     runner: Runner = compute.runner
+    reads: Reads = (own := RankReads(layout, bases, transport))
+    endpoints: tuple[Endpoint, ...] = (transport.endpoint(),)
+    others = None
     if fleet is not None:
-        fleet.meet()
-        runner = RankedRunner(compute.runner, fleet.ranks)
+        endpoints = fleet.meet(transport.endpoint())
+        runner, others = RankedRunner(compute.runner, fleet.ranks), RankedDigests(fleet.ranks)
+        reads = RankedReads(own, fleet.reads, lambda: fleet.ranks.num_orders)
+    digest_ahead = digest_launcher(mesh.device) if mesh.device.type == "cuda" or fleet is not None else None
     limits = ModelLimits(
         model_hash=spec.model_hash,
         max_model_len=max_model_len,
@@ -139,15 +147,16 @@ def _build(
     )
     images = Media(spec.media, spec.hidden_size, media, clock)
     drafter = Drafter(_speculator(config, sizing, role), compute.draft_runner)
-    reads = RankReads(layout, bases, transport)
-    parts = assemble(config, layout, bases, limits, runner, reads, images, clock, drafter, mesh.device)
+    make_publisher = partial(Publisher, layout, bases, digest=digest, launcher=digest_ahead, others=others)
+    parts = assemble(config, layout, limits, runner, reads, make_publisher, images, clock, drafter)
     progress("self-test", 0, 1)
     built = Engine(parts)
     can_read = mesh.device.type == "cpu" or transport.name != "memory"  # which copies on the host
-    self_test(built, parts, transport if can_read else None, bases, max_model_len)
+    fds = [transport.wakeup_fd, *(link.fileno() for link in (fleet.reads if fleet is not None else ()))]
+    self_test(built, parts, reads if can_read else None, endpoints, fds, max_model_len)
     ready = EngineReady(
         layout=layout,
-        endpoints=(transport.endpoint(),),
+        endpoints=endpoints,
         max_model_len=max_model_len,
         vocab_size=spec.vocab_size,
         architecture=spec.model_type,
@@ -162,14 +171,13 @@ def _build(
 def assemble(
     config: WorkerConfig,
     layout: KVLayout,
-    bases: dict[str, int],
     limits: ModelLimits,
     runner: Runner,
     reads: Reads,
+    make_publisher: Callable[[KVCacheManager], Publisher],
     media: Media,
     clock: Clock,
     drafter: Drafter,
-    device: torch.device,
 ) -> EngineParts:
     """Join the parts around a runner and what reads from others."""
     engine = config.engine
@@ -183,8 +191,7 @@ def assemble(
     reader = HandoffReader(layout, reads, cache, clock, config.handoff, outbox.send)
     demand = Demand(reader, cache, config.handoff, clock)
     leases = Leases(cache, clock, engine.lease_ttl_s)
-    launcher = DeviceDigests(device) if device.type == "cuda" else None
-    publisher = Publisher(layout, bases, cache, digest, launcher)
+    publisher = make_publisher(cache)
     supply = Supply(SupplyParts(limits, scheduler, media, leases, publisher, outbox, clock), requests.next_id)
     speculator = drafter.speculator
 

@@ -23,9 +23,10 @@ from common.engine.sizing import EngineSizing, size_engine
 from common.errors import ConfigError
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP, KVLayout, Retention
 from common.kvcache.pool import GUARD_NBYTES, KVPool
-from common.kvtransfer.device import over_ucx
+from common.kvtransfer.device import DeviceDigests, over_ucx
 from common.kvtransfer.digester import digest
 from common.kvtransfer.memory import MemoryNetwork, MemoryTransport
+from common.kvtransfer.publish import DigestLauncher, HostDigests
 from common.kvtransfer.transport import Transport
 from common.kvtransfer.ucx import UcxTransport
 from common.layers.base import TensorParallel
@@ -66,6 +67,11 @@ def make_transport(config: WorkerConfig, clock: Clock, device: torch.device) -> 
     if name == "memory":
         return MemoryTransport(MemoryNetwork(clock), digest)
     raise ConfigError(f"handoff.transports: unknown transport {name!r}; there are ucx and memory")
+
+
+def digest_launcher(device: torch.device) -> DigestLauncher:
+    """What digests published memory of `device`."""
+    return DeviceDigests(device) if device.type == "cuda" else HostDigests(digest)
 
 
 def make_compute(

@@ -2,8 +2,8 @@
 
     rank 0: start_ranks -> each rank: RankSetup -> mesh -> its part of the model and cache -> meet -> orders ... -> end
 
-A rank's process, `python -m common.engine.rank FD PARENT_PID`, ends with the engine process that started it. It has no
-scheduler and no requests; what it is told to run is all that it knows.
+A rank's process, `python -m common.engine.rank STEPS_FD READS_FD PARENT_PID`, ends with the engine process that started
+it. It has no scheduler and no requests; what it is told to run is all that it knows.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from common.config import EngineConfig, LogConfig, WorkerConfig
-from common.engine.compute import make_compute
+from common.engine.compute import digest_launcher, make_compute
 from common.engine.rank_runner import RankLoop
 from common.errors import ConfigError
-from common.kvtransfer.transport import Transport
+from common.kvtransfer.publish import part_checks
+from common.kvtransfer.rank_reads import ReadsLoop
+from common.kvtransfer.reads import RankReads
+from common.kvtransfer.transport import Endpoint, Transport
 from common.parallel.lifeline import die_with_parent
 from common.parallel.link import Link, LinkClosedError
 from common.parallel.mesh import Mesh, join
@@ -39,6 +42,7 @@ from common.types import Clock, MonotonicClock, Role
 log = get_logger(__name__)
 
 SETUP = 1
+LINK_S = 60.0  # for rank 0 to take what a rank says
 
 
 class RankSetup(msgspec.Struct, frozen=True):
@@ -56,8 +60,8 @@ class RankStarter(Protocol):
 
     def store(self, size: int) -> Store: ...
 
-    def start(self, setup: RankSetup, sock: socket.socket) -> RankBody:
-        """`sock` is the rank's end; whoever starts it closes it."""
+    def start(self, setup: RankSetup, steps: socket.socket, reads: socket.socket) -> RankBody:
+        """The sockets are the rank's ends, for steps and for reads of KV; whoever starts it closes them."""
 
     def close(self) -> None: ...
 
@@ -70,9 +74,13 @@ class Fleet:
     ranks: Ranks
     starter: RankStarter
 
-    def meet(self) -> None:
-        """All ranks have made their part; raises if one could not."""
-        self.mesh.least([])
+    def meet(self, endpoint: Endpoint) -> tuple[Endpoint, ...]:
+        """All ranks have made their part: how to reach the memory of each. Raises if one could not."""
+        return _meet(self.mesh, endpoint)
+
+    @property
+    def reads(self) -> list[Link]:
+        return [rank.reads for rank in self.ranks.ranks]
 
     def close(self) -> None:
         self.ranks.close()
@@ -96,12 +104,15 @@ def rank_device(engine: EngineConfig, rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _meet(mesh: Mesh, endpoint: Endpoint) -> tuple[Endpoint, ...]:
+    assert mesh.meeting is not None
+    return tuple(msgspec.convert(found, Endpoint) for found in mesh.meeting.share(endpoint))
+
+
 def start_ranks(config: WorkerConfig, role: Role, starter: RankStarter) -> Fleet:
     """Start all ranks but the first, and meet them."""
     engine = config.engine
-    size, ranks = engine.tensor_parallel_size, []
-    rank_device(engine, size - 1)
-    store = starter.store(size)
+    size, ranks, store = engine.tensor_parallel_size, [], starter.store(engine.tensor_parallel_size)
     for number in range(1, size):
         setup = RankSetup(
             rank=number,
@@ -110,12 +121,13 @@ def start_ranks(config: WorkerConfig, role: Role, starter: RankStarter) -> Fleet
             log_json=LogConfig(level="warning").model_dump_json().encode(),
             store=starter.path if isinstance(starter, ProcessRanks) else "",
         )
-        ours, theirs = socket.socketpair()
-        with theirs:
-            body = starter.start(setup, theirs)
-        link = Link(ours, engine.hang_timeout_s)
+        steps, their_steps = socket.socketpair()
+        reads, their_reads = socket.socketpair()
+        with their_steps, their_reads:
+            body = starter.start(setup, their_steps, their_reads)
+        link = Link(steps, engine.hang_timeout_s)
         link.send(SETUP, msgspec.msgpack.encode(setup))
-        ranks.append(Rank(number, link, body))
+        ranks.append(Rank(number, link, Link(reads, engine.hang_timeout_s), body))
     started = Ranks(ranks, engine.hang_timeout_s)
     try:
         meeting = Rendezvous(store, 0, size, started.check)
@@ -130,30 +142,56 @@ def start_ranks(config: WorkerConfig, role: Role, starter: RankStarter) -> Fleet
     return Fleet(mesh, started, starter)
 
 
-def serve_rank(setup: RankSetup, link: Link, store: Store, clock: Clock, transport: Transport | None = None) -> None:
+def serve_rank(
+    setup: RankSetup, link: Link, reads: Link, store: Store, clock: Clock, transport: Transport | None = None
+) -> None:
     """The life of a rank, in a process or a thread. Says on the link why it ended, if not because it was told to."""
     config = WorkerConfig.model_validate_json(setup.worker_json)
-    engine, mesh = config.engine, None
-    try:
-        if engine.num_threads:
-            torch.set_num_threads(engine.num_threads)
-        meeting = Rendezvous(store, setup.rank, engine.tensor_parallel_size)
-        meeting.share(os.getpid())
-        mesh = join(
-            meeting, setup.rank, engine.tensor_parallel_size, rank_device(engine, setup.rank), engine.hang_timeout_s
-        )
-        compute = make_compute(config, Role(setup.role), mesh, clock, transport=transport)
-        mesh.least([])
-        RankLoop(compute.runner, link).serve()
-    except LinkClosedError:
-        pass  # rank 0 has ended, or is about to
-    except Exception as error:  # the edge of the rank: rank 0 is told, and ends the engine
-        log.exception("rank failed", rank=setup.rank)
-        with contextlib.suppress(LinkClosedError):
-            link.send(FAILED, f"{type(error).__name__}: {error}".encode())
-    finally:
-        if mesh is not None:
-            mesh.close()
+    with contextlib.ExitStack() as stack:
+        stack.callback(reads.close)
+        try:
+            _serve(setup, config, link, reads, store, clock, transport, stack)
+        except LinkClosedError:
+            pass  # rank 0 has ended, or is about to
+        except Exception as error:  # the edge of the rank: rank 0 is told, and ends the engine
+            log.exception("rank failed", rank=setup.rank)
+            with contextlib.suppress(LinkClosedError):
+                link.send(FAILED, f"{type(error).__name__}: {error}".encode())
+
+
+def _serve(
+    setup: RankSetup,
+    config: WorkerConfig,
+    link: Link,
+    reads: Link,
+    store: Store,
+    clock: Clock,
+    transport: Transport | None,
+    stack: contextlib.ExitStack,
+) -> None:
+    engine, role = config.engine, Role(setup.role)
+    if engine.num_threads:
+        torch.set_num_threads(engine.num_threads)
+    size, device = engine.tensor_parallel_size, rank_device(engine, setup.rank)
+    meeting = Rendezvous(store, setup.rank, size)
+    meeting.share(os.getpid())
+    mesh = join(meeting, setup.rank, size, device, engine.hang_timeout_s)
+    stack.callback(mesh.close)
+    compute = make_compute(config, role, mesh, clock, transport=transport)
+    stack.callback(compute.transport.close)
+    layout, bases = compute.layout, compute.bases
+    loop = RankLoop(compute.runner, link, lambda part: part_checks(layout, bases, part), digest_launcher(device))
+    reading = ReadsLoop(RankReads(layout, bases, compute.transport), reads, loop.await_orders, lambda: _use(device))
+    _meet(mesh, compute.transport.endpoint())
+    reading.start()
+    stack.callback(reading.close)
+    loop.serve()
+
+
+def _use(device: torch.device) -> None:
+    """In a thread of its own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 class ProcessRanks:
@@ -166,11 +204,11 @@ class ProcessRanks:
     def store(self, size: int) -> Store:
         return file_store(self.path, size)
 
-    def start(self, setup: RankSetup, sock: socket.socket) -> RankBody:
-        sock.set_inheritable(True)
+    def start(self, setup: RankSetup, steps: socket.socket, reads: socket.socket) -> RankBody:
+        fds = [steps.fileno(), reads.fileno()]
         process = subprocess.Popen(
-            [sys.executable, "-m", "common.engine.rank", str(sock.fileno()), str(os.getpid())],
-            pass_fds=[sock.fileno()],
+            [sys.executable, "-m", "common.engine.rank", *map(str, fds), str(os.getpid())],
+            pass_fds=fds,
             stdin=subprocess.DEVNULL,
         )
         return _Child(process)
@@ -193,15 +231,16 @@ class _Child:
 
 def main() -> int:
     """Serve the engine process that started this one."""
-    fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    steps, reads, parent = map(int, sys.argv[1:])
     die_with_parent(parent)
-    link = Link(socket.socket(fileno=fd), 60.0)
+    link, reads_link = (Link(socket.socket(fileno=fd), LINK_S) for fd in (steps, reads))
     kind, payload = link.receive()
     assert kind == SETUP
     setup = msgspec.msgpack.decode(payload, type=RankSetup)
     configure_logging(LogConfig.model_validate_json(setup.log_json), f"{setup.role}-rank{setup.rank}")
     config = WorkerConfig.model_validate_json(setup.worker_json)
-    serve_rank(setup, link, file_store(setup.store, config.engine.tensor_parallel_size), MonotonicClock())
+    store = file_store(setup.store, config.engine.tensor_parallel_size)
+    serve_rank(setup, link, reads_link, store, MonotonicClock())
     link.close()
     return 0
 

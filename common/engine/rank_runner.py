@@ -10,7 +10,9 @@ lost then, and the engine ends.
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +27,14 @@ from common.engine.runner import ModelRunner, Pending, StepResult
 from common.errors import ConfigError, RankLostError
 from common.kvcache.manager import BlockCopy
 from common.kvcache.pool import KVPool
+from common.kvtransfer.publish import BlockPart, DigestLauncher, DigestsUnderWay
+from common.kvtransfer.transport import DigestCheck
 from common.parallel.link import Link, LinkClosedError
-from common.parallel.ranks import DONE, Ranks
+from common.parallel.ranks import ANSWER, DONE, Ranks
 
-FORWARD, SAMPLE, COLLECT, COPY = 16, 17, 18, 19
+FORWARD, SAMPLE, COLLECT, COPY, DIGEST, TAKE = range(16, 22)
+_ANSWER_S = 30.0  # a rank digests behind the step that it is in
+_MAX_DIGESTS = 4096  # batches that nobody asked for, of orders that ended early
 _IDLE_S = 5.0
 
 
@@ -108,12 +114,54 @@ def _together() -> Iterator[None]:
         raise RankLostError(f"a step failed on rank 0 of several: {type(error).__name__}: {error}") from error
 
 
-class RankLoop:
-    """The life of another rank: does what rank 0 tells it until the link ends."""
+class RankedDigests:
+    """Digests of what is published, on the ranks beside rank 0."""
 
-    def __init__(self, runner: ModelRunner, link: Link) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._numbers = itertools.count()
+
+    def launch(self, parts: Sequence[BlockPart]) -> DigestsOfRanks:
+        number = next(self._numbers)
+        self._ranks.tell(DIGEST, pickle.dumps((number, [tuple(part) for part in parts])))
+        return DigestsOfRanks(self._ranks, number)
+
+
+class DigestsOfRanks:
+    def __init__(self, ranks: Ranks, number: int) -> None:
+        self._ranks = ranks
+        self._number = number
+        self._found: list[int] | None = None
+
+    def values(self) -> list[int]:
+        """Waits for all ranks. For each part the digests of one rank after the other."""
+        if self._found is None:
+            self._ranks.tell(TAKE, pickle.dumps(self._number))
+            by_rank = [pickle.loads(answer) for answer in self._ranks.answers(_ANSWER_S)]
+            self._found = [d for of_part in zip(*by_rank, strict=True) for of_rank in of_part for d in of_rank]
+        return self._found
+
+
+class RankLoop:
+    """The life of another rank: does what rank 0 tells it until the link ends.
+
+    `checks`: what is digested of a part of a block here; `launcher` digests it.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        link: Link,
+        checks: Callable[[BlockPart], list[DigestCheck]],
+        launcher: DigestLauncher,
+    ) -> None:
         self._runner = runner
         self._link = link
+        self._checks = checks
+        self._launcher = launcher
+        self._digests: dict[int, tuple[DigestsUnderWay, list[int]]] = {}
+        self._num_done = 0
+        self._done = threading.Condition()
         self._decoder = BatchDecoder()
         self._pending: deque[Pending] = deque()
 
@@ -127,6 +175,14 @@ class RankLoop:
             except LinkClosedError:
                 return
             self._do(kind, payload)
+            with self._done:
+                self._num_done += 1
+                self._done.notify_all()
+
+    def await_orders(self, count: int, timeout_s: float) -> bool:
+        """From another thread: until so many orders are done; False if that takes longer."""
+        with self._done:
+            return self._done.wait_for(lambda: self._num_done >= count, timeout_s)
 
     def _do(self, kind: int, payload: bytes) -> None:
         if kind == FORWARD:
@@ -138,5 +194,21 @@ class RankLoop:
             self._link.send(DONE)
         elif kind == COPY:
             self._runner.copy_blocks([BlockCopy(*c) for c in pickle.loads(payload)])
+        elif kind == DIGEST:
+            self._digest(*pickle.loads(payload))
+        elif kind == TAKE:
+            self._answer(pickle.loads(payload))
         else:
             raise AssertionError(f"order {kind} is not known")
+
+    def _digest(self, number: int, parts: Sequence[tuple[str, int, int, int, int]]) -> None:
+        checks = [self._checks(BlockPart(*part)) for part in parts]
+        batch = self._launcher.launch([check for of_part in checks for check in of_part])
+        self._digests[number] = batch, [len(of_part) for of_part in checks]
+        if len(self._digests) > _MAX_DIGESTS:
+            del self._digests[next(iter(self._digests))]
+
+    def _answer(self, number: int) -> None:
+        batch, counts = self._digests.pop(number)
+        values = iter(batch.values())
+        self._link.send(ANSWER, pickle.dumps([list(itertools.islice(values, count)) for count in counts]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from common.engine.engine import Engine, EngineParts
 from common.engine.messages import Deltas, FromEngine, ReaderEvent, ReaderGone, Submit
@@ -16,8 +16,8 @@ from common.engine.sizing import MIN_MODEL_LEN
 from common.errors import InternalError
 from common.kvcache.layout import Retention
 from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, PlaceOrder
-from common.kvtransfer.plan import plan_extent
-from common.kvtransfer.transport import PeerDown, ReadStatus, Transport
+from common.kvtransfer.reads import Reads, Wanted
+from common.kvtransfer.transport import Endpoint, PeerDown, ReadStatus
 from common.types import GenerationRequest, SamplingParams
 
 TIMEOUT_S = 60.0
@@ -28,17 +28,23 @@ _SEQ = -1
 
 
 def self_test(
-    engine: Engine, parts: EngineParts, transport: Transport | None, bases: Mapping[str, int], max_model_len: int
+    engine: Engine,
+    parts: EngineParts,
+    reads: Reads | None,
+    endpoints: Sequence[Endpoint],
+    wakeup_fds: Sequence[int],
+    max_model_len: int,
 ) -> None:
-    """`max_model_len` is at least `MIN_MODEL_LEN`; without a `transport` nothing is read back. Raises InternalError
-    that says what failed.
+    """`max_model_len` is at least `MIN_MODEL_LEN`; without `reads` nothing is read back. `endpoints`: of all ranks.
+
+    Raises InternalError that says what failed.
     """
     # two sequences hold them at once, in window groups of few blocks too
     twice = (g.num_blocks // 2 * g.block_size for g in parts.layout.groups if g.retention is not Retention.SNAPSHOT)
     num_tokens = max(1, min(parts.layout.groups[0].block_size + 3, 64, max_model_len - OUTPUT_TOKENS, *twice))
     prompt = tuple((i * 7) % min(64, parts.requests.vocab_size) for i in range(num_tokens))
-    if transport is not None:
-        _read_back(engine, parts, transport, bases, prompt)
+    if reads is not None:
+        _read_back(engine, parts, reads, endpoints, wakeup_fds, prompt)
     _generate(engine, prompt)
     parts.cache.reset_prefix_cache()
     parts.cache.check_idle()
@@ -50,7 +56,12 @@ def self_test(
 
 
 def _read_back(
-    engine: Engine, parts: EngineParts, transport: Transport, bases: Mapping[str, int], prompt: tuple[int, ...]
+    engine: Engine,
+    parts: EngineParts,
+    reads: Reads,
+    endpoints: Sequence[Endpoint],
+    wakeup_fds: Sequence[int],
+    prompt: tuple[int, ...],
 ) -> None:
     engine.handle(
         PlaceOrder(
@@ -75,30 +86,30 @@ def _read_back(
     reserved = cache.reserve(_SEQ, len(prompt)) and cache.reserve_states(_SEQ)
     if not reserved or cache.reserve_tail(_SEQ) is None:
         raise InternalError("self-test: no KV blocks to read back into")
-    peer = transport.connect(transport.endpoint())
+    peer = reads.connect(parts.layout, endpoints)
     extents = [e for e in events if isinstance(e, OrderExtent)]
     try:
         for read_id, extent in enumerate(extents):
             table = cache.block_table(_SEQ, extent.group)
-            plan = plan_extent(parts.layout, parts.layout, extent, table, bases[extent.group], len(prompt))
-            transport.read(peer, read_id, plan.pieces, plan.checks)
-        _await_reads(transport, len(extents))
+            reads.read(peer, read_id, reads.plan(peer, Wanted(extent, tuple(table), len(prompt))))
+        _await_reads(reads, wakeup_fds, len(extents))
     finally:
-        transport.disconnect(peer)
+        reads.disconnect(peer)
         cache.close(_SEQ)
     engine.handle(ReaderGone(_READER))
     parts.supply.release_all()
 
 
-def _await_reads(transport: Transport, count: int) -> None:
+def _await_reads(reads: Reads, wakeup_fds: Sequence[int], count: int) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     wakeup = select.poll()
-    wakeup.register(transport.wakeup_fd, select.POLLIN)
+    for fd in wakeup_fds:
+        wakeup.register(fd, select.POLLIN)
     done = 0
     while done < count:
         if time.monotonic() > deadline:
             raise InternalError("self-test: published KV could not be read back in time")
-        for result in transport.poll():
+        for result in reads.poll():
             if isinstance(result, PeerDown):
                 raise InternalError(f"self-test: the transport cannot reach its own memory: {result.message}")
             if result.status is not ReadStatus.OK:

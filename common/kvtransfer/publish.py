@@ -60,7 +60,7 @@ class PublishOrder(msgspec.Struct, frozen=True):
     media: tuple[tuple[int, bytes], ...] = ()
 
 
-class _Part(NamedTuple):
+class BlockPart(NamedTuple):
     """Valid tokens of one block: `num_tokens` from index `first_token` on, the first at absolute `position`."""
 
     group: str
@@ -70,10 +70,46 @@ class _Part(NamedTuple):
     num_tokens: int
 
 
+class RankDigests(Protocol):
+    def launch(self, parts: Sequence[BlockPart], /) -> DigestsUnderWay:
+        """Begin to digest these on all other ranks. For each part the digests of one rank after the other."""
+
+
+class HostDigests:
+    """Launches what a CPU does at once."""
+
+    def __init__(self, digest: Digester) -> None:
+        self._digest = digest
+
+    def launch(self, checks: Sequence[DigestCheck]) -> Digested:
+        return Digested([self._digest(check) for check in checks])
+
+
+class Digested(NamedTuple):
+    found: list[int]
+
+    def values(self) -> list[int]:
+        return self.found
+
+
+class _Launched(NamedTuple):
+    """Digests of a part, on the way: on this rank, and on the others."""
+
+    own: DigestsUnderWay
+    where: slice
+    others: DigestsUnderWay | None
+    others_where: slice
+
+    def values(self) -> list[int]:
+        own = self.own.values()[self.where]
+        return own if self.others is None else own + self.others.values()[self.others_where]
+
+
 class Publisher:
     """Makes extents from the blocks of one rank. `bases`: group -> address of its block 0.
 
-    `launcher` digests what is still being computed, and then all; without it `digest` what is there.
+    `launcher` digests what is still being computed, and then all; without it `digest` what is there. `others`: the
+    digests of other ranks, which go into the same extents; with a `launcher` only.
     """
 
     def __init__(
@@ -83,13 +119,16 @@ class Publisher:
         cache: CacheView,
         digest: Digester,
         launcher: DigestLauncher | None = None,
+        others: RankDigests | None = None,
     ) -> None:
+        assert others is None or launcher is not None
         self._layout = layout
         self._bases = dict(bases)
         self._cache = cache
         self._digest = digest
         self._launcher = launcher
-        self._launched: dict[int, dict[_Part, tuple[DigestsUnderWay, slice]]] = {}  # by sequence
+        self._others = others
+        self._launched: dict[int, dict[BlockPart, _Launched]] = {}  # by sequence
         self._num_digests = {g.name: layout.num_digests(g.name) for g in layout.groups}
 
     def launch(self, order: PublishOrder, start: int, end: int) -> None:
@@ -98,7 +137,7 @@ class Publisher:
             self._launch(self._launcher, order, start, end, known=())
 
     def _launch(
-        self, launcher: DigestLauncher, order: PublishOrder, start: int, end: int, known: Container[_Part]
+        self, launcher: DigestLauncher, order: PublishOrder, start: int, end: int, known: Container[BlockPart]
     ) -> None:
         launched = self._launched.setdefault(order.seq_id, {})
         parts = [
@@ -109,10 +148,12 @@ class Publisher:
         ]
         checks = [self._checks(part) for part in parts]
         if checks:
-            batch, first = launcher.launch([check for of_part in checks for check in of_part]), 0
+            others = None if self._others is None else self._others.launch(parts)
+            own, first, more = launcher.launch([check for of_part in checks for check in of_part]), 0, 0
             for part, of_part in zip(parts, checks, strict=True):
-                launched[part] = batch, slice(first, first + len(of_part))
-                first += len(of_part)
+                end, end_more = first + len(of_part), more + len(of_part) * (self._layout.tp_size - 1)
+                launched[part] = _Launched(own, slice(first, end), others, slice(more, end_more))
+                first, more = end, end_more
 
     def forget(self, seq_id: int) -> None:
         """The sequence is published, or will not be."""
@@ -182,35 +223,37 @@ class Publisher:
             begin = until
 
     @staticmethod
-    def _parts(group: GroupSpec, blocks: Sequence[int], begin: int, end: int) -> list[_Part]:
+    def _parts(group: GroupSpec, blocks: Sequence[int], begin: int, end: int) -> list[BlockPart]:
         parts, position = [], begin
         for block in blocks:
             first_token = 0 if group.retention is Retention.SNAPSHOT else position % group.block_size
             count = min(end - position, group.block_size - first_token)
-            parts.append(_Part(group.name, block, position, first_token, count))
+            parts.append(BlockPart(group.name, block, position, first_token, count))
             position += count
         return parts
 
-    def _digests(self, seq_id: int, part: _Part) -> tuple[int, ...]:
+    def _digests(self, seq_id: int, part: BlockPart) -> tuple[int, ...]:
         stored = self._stored(part)
         if stored is not None:
             return stored
-        batch, where = self._launched.get(seq_id, {}).pop(part, (None, slice(0)))
-        found = batch.values()[where] if batch is not None else [self._digest(c) for c in self._checks(part)]
-        digests = tuple(found)
+        launched = self._launched.get(seq_id, {}).pop(part, None)
+        digests = tuple(launched.values() if launched else [self._digest(c) for c in self._checks(part)])
         if self._is_whole(part):
             self._cache.set_block_digests(part.group, part.block, digests)
         return digests
 
-    def _is_whole(self, part: _Part) -> bool:
+    def _is_whole(self, part: BlockPart) -> bool:
         group = self._layout.group(part.group)
         return group.retention is not Retention.SNAPSHOT and part.num_tokens == group.block_size
 
-    def _stored(self, part: _Part) -> tuple[int, ...] | None:
+    def _stored(self, part: BlockPart) -> tuple[int, ...] | None:
         return self._cache.block_digests(part.group, part.block) if self._is_whole(part) else None
 
-    def _checks(self, part: _Part) -> list[DigestCheck]:
-        base = self._bases[part.group]
-        return block_checks(
-            self._layout, part.group, base, part.block, part.position, part.num_tokens, part.first_token
-        )
+    def _checks(self, part: BlockPart) -> list[DigestCheck]:
+        return part_checks(self._layout, self._bases, part)
+
+
+def part_checks(layout: KVLayout, bases: Mapping[str, int], part: BlockPart) -> list[DigestCheck]:
+    """What is digested of a part on the rank of `layout`."""
+    base = bases[part.group]
+    return block_checks(layout, part.group, base, part.block, part.position, part.num_tokens, part.first_token)

@@ -175,12 +175,19 @@ class RankedReads:
 
 
 class ReadsLoop:
-    """Another rank's side, in a thread of its own until the link ends.
+    """Another rank's side, in a thread of its own until the link ends. `on_start` is called in that thread.
 
     `await_orders(count, timeout_s)`: returns once the rank has done so many orders; False if the time is over.
     """
 
-    def __init__(self, reads: _RankReads, link: Link, await_orders: Callable[[int, float], bool]) -> None:
+    def __init__(
+        self,
+        reads: _RankReads,
+        link: Link,
+        await_orders: Callable[[int, float], bool],
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_start = on_start
         self._reads = reads
         self._link = link
         self._await_orders = await_orders
@@ -195,7 +202,7 @@ class ReadsLoop:
 
     def close(self) -> None:
         """The link has ended, or is ended here."""
-        self._link.close()
+        self._link.end()
         self._thread.join(_ORDERS_S + _IDLE_S)
 
     def _run(self) -> None:
@@ -203,6 +210,7 @@ class ReadsLoop:
         poll.register(self._link, select.POLLIN)
         poll.register(self._reads.wakeup_fd, select.POLLIN)
         try:
+            self._on_start()
             while True:
                 unsettled = any(over.endswith(_UNSETTLED) for over in self._over.values())
                 poll.poll((_SETTLE_S if unsettled else _IDLE_S) * 1e3)
@@ -214,7 +222,7 @@ class ReadsLoop:
         except Exception:
             log.exception("reads of a rank failed")
         finally:
-            self._link.close()
+            self._link.end()
 
     def _do(self, message: ToRank) -> None:
         match message:

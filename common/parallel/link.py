@@ -24,7 +24,6 @@ class Link:
         sock.settimeout(timeout_s)
         self._sock = sock
         self._buffer = bytearray()
-        self._closed = False
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -40,6 +39,8 @@ class Link:
         """Is there something to `receive`?"""
         if self._next_length() >= 0:
             return True
+        if self._sock.fileno() < 0:
+            raise LinkClosedError("it is closed")
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         return bool(poll.poll(timeout_s * 1e3))
@@ -59,13 +60,15 @@ class Link:
         del self._buffer[:end]
         return kind, payload
 
+    def end(self) -> None:
+        """Wakes up the other side, and who waits on this one, in whatever thread."""
+        with contextlib.suppress(OSError):  # the other side was first, or it is closed
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
-        """Also wakes up the other side, and who waits on this one."""
-        if not self._closed:
-            self._closed = True
-            with contextlib.suppress(OSError):  # the other side was first
-                self._sock.shutdown(socket.SHUT_RDWR)
-            self._sock.close()
+        """Nobody waits on it any more."""
+        self.end()
+        self._sock.close()
 
     def _next_length(self) -> int:
         """Of the frame that is in the buffer whole, -1 if none is."""

@@ -44,6 +44,7 @@ class RankBody(Protocol):
 class Rank:
     number: int
     link: Link
+    reads: Link  # a second one, for reads of KV beside steps
     body: RankBody
 
 
@@ -51,10 +52,11 @@ class Ranks:
     """`hang_s`: longest time in which no rank gets on with a step."""
 
     def __init__(self, ranks: Sequence[Rank], hang_s: float) -> None:
-        self._ranks = list(ranks)
+        self.ranks = list(ranks)
         self._hang_s = hang_s
         self._lost = ""
         self._sent = 0
+        self._num_orders = 0
         self._done = dict.fromkeys((r.number for r in ranks), 0)
         self._answers: dict[int, deque[bytes]] = {r.number: deque() for r in ranks}
         self._heard = threading.Condition()
@@ -72,6 +74,11 @@ class Ranks:
         if self._lost:
             raise RankLostError(self._lost)
 
+    @property
+    def num_orders(self) -> int:
+        """Told so far."""
+        return self._num_orders
+
     def progressed(self) -> None:
         """Rank 0 got on with a step, so the others do as well."""
         self._progress_at = time.monotonic()
@@ -79,10 +86,11 @@ class Ranks:
     def tell(self, kind: int, payload: bytes = b"", *, is_step: bool = False) -> None:
         """The same order to all ranks. `is_step`: each says when it has done it."""
         self.check()
+        self._num_orders += 1
         if is_step:
             self._progress_at = time.monotonic()
             self._sent += 1
-        for rank in self._ranks:
+        for rank in self.ranks:
             try:
                 rank.link.send(kind, payload)
             except LinkClosedError as error:
@@ -107,11 +115,15 @@ class Ranks:
         """Ask all to end, and make them."""
         timeout_s = _END_S if not self._lost else _LOOK_S
         self._closing = True
-        for rank in self._ranks:
-            rank.link.close()
-        for rank in self._ranks:
+        for rank in self.ranks:
+            rank.link.end()
+            rank.reads.end()
+        for rank in self.ranks:
             rank.body.end(timeout_s)
         self._thread.join(timeout_s)
+        for rank in self.ranks:
+            rank.link.close()
+            rank.reads.close()
         with contextlib.suppress(OSError):
             os.close(self.wakeup_fd)
 
@@ -119,7 +131,7 @@ class Ranks:
 
     def _listen(self) -> None:
         poll = select.poll()
-        by_fd = {r.link.fileno(): r for r in self._ranks}
+        by_fd = {r.link.fileno(): r for r in self.ranks}
         for fd in by_fd:
             poll.register(fd, select.POLLIN)
         while not self._closing and not self._lost:
