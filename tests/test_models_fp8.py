@@ -55,12 +55,24 @@ def in_fp8(slots: dict[str, Slot]) -> set[str]:
     return {name for name, slot in slots.items() if slot.target.dtype == torch.float8_e4m3fn}
 
 
+def whole(name: str, w: Tensor) -> Quantised | None:
+    """One scale for a tensor."""
+    if not name.endswith("_proj.weight"):
+        return None
+    tensors, values = fp8_block(w, (1000, 1000), torch.float32, ("weight", "weight_scale"))
+    return tensors | {"weight_scale": tensors["weight_scale"].view(())}, values
+
+
+@pytest.mark.parametrize("choose", [blocks, whole])
 @pytest.mark.parametrize("make", [make_llama, make_qwen3_moe])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_checkpoints_blocks_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: object, ranks: int) -> None:
+def test_a_checkpoints_scales_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: object, ranks: int, choose: object
+) -> None:
     folder = tmp_path / "model"
     make(folder, **(MOE if make is make_qwen3_moe else LLAMA))  # type: ignore[operator]
-    quantise(folder, tmp_path / "plain", fp8_config((128, 128)), blocks)
+    block = None if choose is whole else [128, 128]
+    quantise(folder, tmp_path / "plain", fp8_config((1, 1), weight_block_size=block), choose)  # type: ignore[arg-type]
     for rank in range(ranks):
         tp = TensorParallel(rank, ranks, lambda partial: partial)
         want = load(folder, tp)

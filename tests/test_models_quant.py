@@ -64,6 +64,30 @@ def fused_fp8(name: str, w: Tensor) -> Quantised | None:
     return fp8_block(w, (32, 48), torch.float32, names) if "experts" in name else None
 
 
+def fp8_alone(scale_shape: tuple[int, ...], rows: bool = False) -> Any:
+    """One scale for a tensor, or for each row; and scales of activations, which nobody reads."""
+
+    def choose(name: str, w: Tensor) -> Quantised | None:
+        if not is_linear(name):
+            return None
+        tensors, values = fp8_block(w, (1 if rows else 1000, 1000), torch.float32, ("weight", "weight_scale"))
+        tensors["weight_scale"] = (
+            tensors["weight_scale"].reshape(-1, 1) if rows else tensors["weight_scale"].view(scale_shape)
+        )
+        return tensors | {"input_scale": torch.tensor(0.5)}, values
+
+    return choose
+
+
+def compressed_fp8(strategy: str, **weights: Any) -> dict[str, Any]:
+    """As compressed-tensors writes FP8."""
+    config = int4_config(32, ["lm_head"]) | {"format": "float-quantized"}
+    scheme = config["config_groups"]["group_0"]
+    scheme["input_activations"] = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+    scheme["weights"] |= {"num_bits": 8, "type": "float", "strategy": strategy, "group_size": None, **weights}
+    return config
+
+
 def int4(group: int, scale: torch.dtype) -> Any:
     return lambda name, w: int4_groups(w, group, scale) if ".experts." in name else None
 
@@ -100,6 +124,14 @@ CASES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], Any]] = {
     "fp8-bf16-scales": (llama, fp8_config((16, 16)), fp8((16, 16), BF16)),
     "fp8-e8m0": (llama, fp8_config((32, 32), scale_fmt="ue8m0"), fp8((32, 32), E8M0, V4)),
     "fp8-experts": (moe, fp8_config((32, 32)), fp8((32, 32))),
+    "fp8-tensor": (llama, fp8_config((1, 1), weight_block_size=None, activation_scheme="static"), fp8_alone(())),
+    "fp8-tensor-compressed": (moe, compressed_fp8("tensor"), fp8_alone((1,))),
+    "fp8-rows": (llama, compressed_fp8("channel"), fp8_alone((), rows=True)),
+    "fp8-block-compressed": (
+        llama,
+        compressed_fp8("block", block_structure=[32, 48]),
+        fp8((32, 48), names=("weight", "weight_scale")),
+    ),
     "fp8-fused": (moe_fused, fp8_config((32, 48)), fused_fp8),
     "fp4-experts": (moe, fp8_config((32, 32), scale_fmt="ue8m0", expert_dtype="fp4"), fp8_fp4),
     "int4": (moe, int4_config(32, IGNORED), int4(32, BF16)),
@@ -297,12 +329,15 @@ def int4_with(**weights: Any) -> dict[str, Any]:
         ({"quant_method": "awq"}, "quantization_config.quant_method 'awq' is not supported"),
         ({"bits": 4}, "quantization_config.quant_method '' is not supported"),
         (fp8_config((128, 128), fmt="e5m2"), "quantization_config.fmt 'e5m2'"),
-        (fp8_config((128, 128), activation_scheme="static"), "activation_scheme 'static'"),
-        (fp8_config((128, 128), weight_block_size=None), "weight_block_size must be two positive integers"),
+        (fp8_config((128, 128), activation_scheme="none"), "activation_scheme 'none'"),
+        (fp8_config((128, 128), weight_block_size=128), "weight_block_size must be two positive integers"),
         (fp8_config((0, 128)), "weight_block_size must be two positive integers, got [0, 128]"),
         (fp8_config((128, 128), scale_fmt="other"), "scale_fmt 'other'"),
         (fp8_config((128, 128), expert_dtype="int4"), "expert_dtype 'int4'"),
-        (int4_config(32, []) | {"format": "float-quantized"}, "quantization_config.format 'float-quantized'"),
+        (int4_config(32, []) | {"format": "dense"}, "quantization_config.format 'dense'"),
+        (int4_config(32, []) | {"format": "float-quantized"}, "weights.num_bits 4 is not supported; supported is: 8"),
+        (compressed_fp8("group"), "weights.strategy 'group'"),
+        (compressed_fp8("block", block_structure=[128]), "block_structure must be two positive integers"),
         (int4_config(32, []) | {"config_groups": {}}, "config_groups must be one group, got 0"),
         (int4_config(32, []) | {"ignore": "lm_head"}, "ignore must be a list of names"),
         (int4_with(num_bits=8), "config_groups.group_0.weights.num_bits 8 is not supported; supported is: 4"),

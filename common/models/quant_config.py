@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.layers.quant_spec import QuantSpec
+from common.layers.quant_spec import WHOLE, QuantSpec
 from common.models.config_reader import ConfigReader
 
 _FIELD = "quantization_config"
@@ -17,27 +17,38 @@ def read_quant(*configs: ConfigReader) -> QuantSpec | None:
     if quant.choice("quant_method", "", ("fp8", "compressed-tensors")) == "fp8":
         experts = next((c for c in (quant, *configs) if c.values.get("expert_dtype")), quant)
         return _fp8(quant, experts.choice("expert_dtype", "fp8", ("fp8", "fp4")))
-    return _int4(quant)
-
-
-def _fp8(quant: ConfigReader, expert_dtype: str) -> QuantSpec:
-    """DeepSeek's: a scale per block of a weight; activations are quantised as they come, or, here, not at all."""
-    quant.choice("fmt", "e4m3", ("e4m3",))
-    quant.choice("activation_scheme", "dynamic", ("dynamic",))
-    quant.choice("scale_fmt", "float", ("float", "ue8m0"))
-    block = quant.values.get("weight_block_size")
-    if not isinstance(block, list | tuple) or len(block) != 2 or not all(_is_count(n) for n in block):
-        raise quant.error("weight_block_size", f"must be two positive integers, got {block!r}")
-    return QuantSpec("fp8", (block[0], block[1]), fp4_experts=expert_dtype == "fp4")
-
-
-def _int4(quant: ConfigReader) -> QuantSpec:
-    """compressed-tensors with 4-bit whole numbers in groups of a row, symmetric; activations are not quantised."""
-    quant.choice("format", "", ("pack-quantized",))
+    is_float = quant.choice("format", "", ("pack-quantized", "float-quantized")) == "float-quantized"
     groups = quant.nested("config_groups")
     if len(groups.values) != 1:
         raise quant.error("config_groups", f"must be one group, got {len(groups.values)}")
     group = groups.nested(next(iter(groups.values)))
+    return _compressed_fp8(quant, group) if is_float else _int4(quant, group)
+
+
+def _fp8(quant: ConfigReader, expert_dtype: str) -> QuantSpec:
+    """A scale per block of a weight (DeepSeek), or one for all of it; how activations are quantised is not read."""
+    quant.choice("fmt", "e4m3", ("e4m3",))
+    quant.choice("activation_scheme", "dynamic", ("dynamic", "static"))
+    quant.choice("scale_fmt", "float", ("float", "ue8m0"))
+    block = quant.values.get("weight_block_size")
+    if block is None:
+        return QuantSpec("fp8", (WHOLE, WHOLE))
+    return QuantSpec("fp8", _block(quant, "weight_block_size"), fp4_experts=expert_dtype == "fp4")
+
+
+def _compressed_fp8(quant: ConfigReader, group: ConfigReader) -> QuantSpec:
+    """compressed-tensors with E4M3 weights; how activations are quantised is not read."""
+    weights = group.nested("weights")
+    for name, wanted in (("num_bits", 8), ("type", "float"), ("symmetric", True)):
+        if weights.values.get(name) != wanted:
+            raise weights.error(name, f"{weights.values.get(name)!r} is not supported; supported is: {wanted!r}")
+    strategy = weights.choice("strategy", "", ("tensor", "channel", "block"))
+    blocks = {"tensor": (WHOLE, WHOLE), "channel": (1, WHOLE)}
+    return QuantSpec("fp8", blocks.get(strategy) or _block(weights, "block_structure"), ignored=_ignored(quant))
+
+
+def _int4(quant: ConfigReader, group: ConfigReader) -> QuantSpec:
+    """compressed-tensors with 4-bit whole numbers in groups of a row, symmetric; activations are not quantised."""
     for field in ("input_activations", "output_activations"):
         if group.values.get(field):
             raise group.error(field, "are quantised, which is not supported")
@@ -49,10 +60,21 @@ def _int4(quant: ConfigReader) -> QuantSpec:
     for name in ("actorder", "dynamic"):
         if weights.values.get(name):
             raise weights.error(name, f"{weights.values[name]!r} is not supported")
+    return QuantSpec("int4", (1, weights.integer("group_size")), ignored=_ignored(quant))
+
+
+def _ignored(quant: ConfigReader) -> tuple[str, ...]:
     ignored = quant.values.get("ignore") or []
     if not isinstance(ignored, list) or not all(isinstance(entry, str) for entry in ignored):
         raise quant.error("ignore", f"must be a list of names, got {ignored!r}")
-    return QuantSpec("int4", (1, weights.integer("group_size")), ignored=tuple(ignored))
+    return tuple(ignored)
+
+
+def _block(config: ConfigReader, field: str) -> tuple[int, int]:
+    block = config.values.get(field)
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(_is_count(n) for n in block):
+        raise config.error(field, f"must be two positive integers, got {block!r}")
+    return block[0], block[1]
 
 
 def _is_count(value: object) -> bool:

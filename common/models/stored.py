@@ -5,7 +5,8 @@
 A quantised tensor is read a few rows at a time: values times scales in fp32, rounded once, to the type of the target.
 So a whole one in floats is never in memory beside the model.
 
-    fp8    X.weight E4M3 [N, K] or [E, N, K]; X.weight_scale_inv or X.scale [ceil(N / rows), ceil(K / columns)]
+    fp8    X.weight E4M3 [N, K] or [E, N, K]; X.weight_scale_inv, X.weight_scale or X.scale
+           [ceil(N / rows), ceil(K / columns)], for a whole tensor one number; X.input_scale, which is not read
     fp4    X.weight bytes [N, K / 2]; the same scales' names [N, K / 32]
     int4   X.weight_packed int32 [N, ceil(K / 8)]; X.weight_scale [N, ceil(K / columns)]; X.weight_shape (N, K)
 """
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import ConfigError
-from common.layers.quant_spec import QuantSpec
+from common.layers.quant_spec import WHOLE, QuantSpec
 from common.models.checkpoint import DTYPE_NAMES, INDEX_DTYPES, TensorInfo
 
 Part = tuple[slice, ...]
@@ -109,8 +110,11 @@ class Scaled:
     def is_of(self, *, whole_numbers: bool) -> bool:
         return not whole_numbers
 
+    def read_scales(self, files: Files) -> Tensor:
+        return files.view(self.scales).view(_grid(self.shape, self.block))
+
     def read(self, files: Files, part: Part) -> Iterator[tuple[Part, Tensor]]:
-        values, scales = files.view(self.values), files.view(self.scales)
+        values, scales = files.view(self.values), self.read_scales(files)
         *lead, rows, columns = part
         step = max(1, _PIECE // max(1, columns.stop - columns.start))
         for place in itertools.product(*(range(s.start, s.stop) for s in lead)):
@@ -148,7 +152,7 @@ def _spread(scales: Tensor, part: tuple[slice, slice], block: tuple[int, int]) -
         first = some.start // size
         scales = scales.narrow(dim, first, -(-some.stop // size) - first).float()
         if size > 1:
-            scales = scales.repeat_interleave(size, dim)
+            scales = scales.repeat_interleave(min(size, some.stop - first * size), dim)
         scales = scales.narrow(dim, some.start - first * size, some.stop - some.start)
     return scales
 
@@ -190,13 +194,15 @@ def _fp8(tensors: Mapping[str, TensorInfo], quant: QuantSpec) -> Iterator[_Found
             continue
         per_word, block = (2, quant.block_fp4) if is_fp4 else (1, quant.block)
         shape = (*info.shape[:-1], info.shape[-1] * per_word)
-        names = [f"{name}_scale_inv", f"{name.removesuffix('.weight')}.scale"]
+        module = name.removesuffix(".weight")
+        names = [f"{name}_scale_inv", f"{name}_scale", f"{module}.scale"]
         scales = next((tensors[n] for n in names if n in tensors), None)
         if scales is None:
             yield name, (info,), f"missing: {names[0]} {list(_grid(shape, block))}"
         else:
+            others = tuple(tensors[n] for n in (f"{module}.input_scale",) if n in tensors)
             wrong = _misfit(scales, shape, block)
-            yield name, (info, scales), wrong or Scaled(info, scales, shape, block, per_word)
+            yield name, (info, scales, *others), wrong or Scaled(info, scales, shape, block, per_word, others)
 
 
 def _int4(tensors: Mapping[str, TensorInfo], quant: QuantSpec) -> Iterator[_Found]:
@@ -231,7 +237,9 @@ def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
 def _misfit(scales: TensorInfo, shape: tuple[int, ...], block: tuple[int, int]) -> str:
     """What is wrong with the scales of a tensor, or nothing."""
     want = _grid(shape, block)
-    if scales.shape != want:
+    of_rows = want[:-1] if block[1] == WHOLE else want
+    short = of_rows[:-1] if block[0] == WHOLE else of_rows
+    if scales.shape not in (want, of_rows, short):
         blocks = f"blocks of {block[0]} x {block[1]} want {list(want)}"
         return f"misshapen: {scales.name} is {list(scales.shape)}, {blocks}"
     return "" if scales.dtype in _SCALE_DTYPES else f"of the wrong type: {scales.name} is {scales.dtype}"

@@ -24,7 +24,7 @@ from common.attention.context import DTYPES
 from common.errors import ConfigError
 from common.layers.base import Build, Init, Slot, TensorParallel
 from common.layers.fp8_weight import BLOCK_SHAPE, fill_drawn, fill_quantised
-from common.layers.quant_spec import QuantSpec
+from common.layers.quant_spec import WHOLE, QuantSpec
 from common.models.checkpoint import TensorInfo, read_index
 from common.models.decoder import DecoderModel
 from common.models.kv_scales import is_scale
@@ -39,6 +39,7 @@ Progress = Callable[[str, int, int], None]
 _DUMMY_STD = 0.02
 _DRAWN_AT_ONCE = 2**26  # elements that are drawn on a GPU beside the model
 _MAX_LISTED = 40
+_WHOLE_SHAPE = (WHOLE, WHOLE)
 
 
 def load_model(
@@ -86,7 +87,7 @@ def keeps_fp8(quant: QuantSpec | None, quantization: str, dtype: str, device: to
         raise ConfigError(
             f"quantization fp8 needs a GPU and bfloat16, not {device.type} and {dtype}", param="quantization"
         )
-    stored = quant is not None and quant.method == "fp8" and quant.block == BLOCK_SHAPE
+    stored = quant is not None and quant.method == "fp8" and quant.block in (BLOCK_SHAPE, _WHOLE_SHAPE)
     return can and (quantization == "fp8" or (quantization == "auto" and stored))
 
 
@@ -238,7 +239,7 @@ def _streamed(slot: Slot, stored: Stored) -> list[Wanted]:
     part = box(slot.shape, slot.dim, slot.start, slot.target.shape[slot.dim])
     if slot.scales is None:
         out = [Wanted(stored.info, part, slot.target)] if isinstance(stored, Plain) else []
-    elif isinstance(stored, Scaled) and _is_kept(stored):
+    elif isinstance(stored, Scaled) and stored.values.dtype == "F8_E4M3" and stored.block == BLOCK_SHAPE:
         out = [
             Wanted(stored.values, part, slot.target),
             Wanted(stored.scales, _scales_part(part, stored.block), slot.scales),
@@ -246,10 +247,6 @@ def _streamed(slot: Slot, stored: Stored) -> list[Wanted]:
     else:
         out = []
     return out if all(is_streamable(one.info) for one in out) else []
-
-
-def _is_kept(stored: Scaled) -> bool:
-    return stored.block == BLOCK_SHAPE and stored.values.dtype == "F8_E4M3"
 
 
 def _scales_part(part: Part, block: tuple[int, int]) -> Part:
@@ -274,9 +271,9 @@ def _fill(slot: Slot, stored: Stored, files: Files) -> None:
 
 def _fill_fp8(slot: Slot, scales: torch.Tensor, stored: Stored, files: Files, part: Part) -> None:
     """Values and scales as they are stored if they have the layer's form, else quantised anew."""
-    if isinstance(stored, Scaled) and _is_kept(stored):
+    if isinstance(stored, Scaled) and stored.values.dtype == "F8_E4M3" and stored.block in (BLOCK_SHAPE, _WHOLE_SHAPE):
         slot.target.copy_(files.view(stored.values)[part])
-        scales.copy_(files.view(stored.scales)[_scales_part(part, stored.block)].float())
+        scales.copy_(stored.read_scales(files)[_scales_part(part, stored.block)].float())
         return
     whole = torch.empty(slot.target.shape, dtype=torch.bfloat16)
     for place, values in stored.read(files, part):
