@@ -171,7 +171,7 @@ def _attend(
         mask = (head[:, None] < heads) & (i[None, :] < LATENT)
         tl.store(row, (out * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
     if SHARES > 1:
-        tl.store(sums_ptr + place, top + tl.log2(total), mask=head < heads)
+        tl.store(sums_ptr + place, top + tl.log2(tl.where(begin < stop, total, 1.0)), mask=head < heads)
     elif WITH_SUMS:
         tl.store(sums_ptr + place, (top + tl.log2(total)) * _LN2, mask=head < heads)
 
