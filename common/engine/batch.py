@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +17,7 @@ from common.engine.media import MediaRows
 from common.types import SamplingParams
 
 
-@dataclass(frozen=True)
-class SampleRow:
+class SampleRow(msgspec.Struct, frozen=True, gc=False):
     """What the draw of one token depends on, beside its logits."""
 
     seed: int
@@ -29,8 +29,7 @@ class SampleRow:
     stop_ids: frozenset[int]
 
 
-@dataclass(frozen=True)
-class BatchRow:
+class BatchRow(msgspec.Struct, frozen=True, gc=False):
     """Compute `token_ids` from position `start`. `tables`: block ids by group, at least up to the last position.
 
     `samples`: draws from the last rows, one for each: from the last row alone, or also from those of drafts.
@@ -48,7 +47,7 @@ class BatchRow:
     prompt_targets: Sequence[int] = ()  # token after each new token, as far as the prompt goes
     media: Sequence[MediaRows] = ()  # images among the new tokens
     rope_positions_3T: NDArray[np.int64] | None = None  # of the new tokens, where they are not their indices
-    states: Mapping[str, int] = field(default_factory=dict)
+    states: Mapping[str, int] = msgspec.field(default_factory=dict)
     pending: int = -1
 
 
