@@ -32,6 +32,7 @@ from common.attention.context import DTYPES, AttentionContext, GroupTables, Host
 from common.attention.flashinfer_modules import Launch, Module
 from common.attention.flashinfer_plan import Cut, Heads, Ints, Pages
 from common.attention.reference import ReferenceBackend, store
+from common.attention.staging import Staging
 from common.kernels import gpu
 from common.kvcache.scales import KVScales
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from common.kernels.gpu.paged_attention import Seen, Workspace
 
 HEAD_DIMS = (64, 128, 256)
+SMALL_HEAD_DIMS = (16, 32)  # of models for tests: our own kernel's, and the reference's where new tokens are many
 MAX_ROWS = 64  # new tokens times query heads of a key head, up to which they are a tile of our own kernel
 MANY_NEW_TOKENS = 64  # a sequence's, on average, from which on tiles of one query head are full enough
 
@@ -52,13 +54,15 @@ def capability() -> Capability:
         devices=("cuda",),
         dtypes=floats,
         kv_dtypes=(*floats, "float8_e4m3fn"),
-        head_dims=HEAD_DIMS,
+        head_dims=(*HEAD_DIMS, *(() if gpu.unavailable() else SMALL_HEAD_DIMS)),
         unavailable=flashinfer_modules.missing(),
     )
 
 
 def prepare(needs: Needs) -> None:
     """Compile what is not there yet, all at once."""
+    if needs.head_dim not in HEAD_DIMS:
+        return
     modules = flashinfer_modules.wanted(
         DTYPES[needs.dtype],
         DTYPES[needs.kv_dtype],
@@ -124,7 +128,7 @@ class FlashInferBackend(ReferenceBackend):
         self._recorded: dict[tuple[_Key, int, int], _Paged] = {}
         self._spaces: dict[tuple[int, ...], Workspace] = {}
         self._memory: dict[object, Tensor] = {}
-        self._staging = _Staging()
+        self._staging = Staging()
         self._latest: AttentionContext | None = None
         device = torch.cuda.current_device()
         self._num_slots = 2 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -159,6 +163,8 @@ class FlashInferBackend(ReferenceBackend):
         parts = self._launches(name, tables, ctx)
         if parts is None:
             parts = self._plan_for_itself(name, tables, ctx, q_THD, cache)
+        if not parts:
+            return super().attend(q_THD, cache, tables, ctx, scale, scales)
         k, v, v_scale = cache[:, 0], cache[:, 1], 1.0
         if scales is not None:
             scale, v_scale = scale * scales.k, scales.v
@@ -217,6 +223,9 @@ class FlashInferBackend(ReferenceBackend):
             if most == counts_S.min() and self._takes_own(shape, most):
                 parts.append(self._plan_few(shape, tables, ctx, (first, end), most, tokens))
                 continue
+            if shape.head_dim not in HEAD_DIMS:
+                parts.clear()  # all is the reference's
+                break
             pages = Pages.of(tables_SB[first:end], part_starts, lens_S[first:end], tables.block_size, tables.window)
             mean = (tokens.stop - tokens.start) // (end - first)
             plan = self._plan_fa3 if self._takes_fa3(shape, tables, mean) else self._plan_fa2
@@ -224,7 +233,8 @@ class FlashInferBackend(ReferenceBackend):
         ctx.scratch[FlashInferBackend, key] = parts
 
     def _takes_own(self, shape: _Shape, num_new: int) -> bool:
-        return self._own_kernel and num_new * shape.heads.group <= MAX_ROWS
+        rows = num_new * shape.heads.group
+        return self._own_kernel and rows <= MAX_ROWS if shape.head_dim in HEAD_DIMS else rows <= 2 * MAX_ROWS
 
     def _plan_few(
         self,
@@ -332,47 +342,6 @@ class FlashInferBackend(ReferenceBackend):
 
 def _is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
-
-
-class _Staging:
-    """Pinned memory for copies to the GPU, in turns."""
-
-    def __init__(self, num_pieces: int = 16) -> None:
-        self._pieces = [_Staged() for _ in range(num_pieces)]
-        self._next = 0
-
-    def take(self, num_ints: int) -> _Staged:
-        piece = self._pieces[self._next]
-        self._next = (self._next + 1) % len(self._pieces)
-        piece.make_room(num_ints)
-        return piece
-
-
-class _Staged:
-    """One piece. `array` is its memory."""
-
-    def __init__(self) -> None:
-        self._copied: torch.cuda.Event | None = None
-        self.tensor = torch.empty(0, dtype=torch.int32)
-        self.array: Ints = self.tensor.numpy()
-
-    def make_room(self, num_ints: int) -> None:
-        """Waits for the copy before: it was made many steps ago."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        if self.tensor.numel() < num_ints:
-            self.tensor = torch.empty(2 * num_ints, dtype=torch.int32, pin_memory=True)
-            self.array = self.tensor.numpy()
-
-    def send(self, target: Tensor) -> None:
-        target.copy_(self.tensor[: target.numel()], non_blocking=True)
-        self.sent()
-
-    def sent(self) -> None:
-        """A copy from here was queued on the current stream."""
-        if self._copied is None:
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copied.record()
 
 
 def _lay_out(pages: Pages, out: Ints, start: int) -> tuple[slice, slice, slice, int]:

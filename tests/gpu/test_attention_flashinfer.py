@@ -186,6 +186,15 @@ def test_8bit(backend: FlashInferBackend, cuda: torch.device, name: str, dim: in
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8])
+@pytest.mark.parametrize("dim", [16, 32])
+@pytest.mark.parametrize("name", STEPS)
+def test_small_heads(backend: FlashInferBackend, cuda: torch.device, name: str, dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(SEED + 7)
+    pool = Pool.make(cuda, 600, 2, 16, dim, dtype)
+    check(backend, Step.make(pool, backend, *STEPS[name]), 8)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8])
 @pytest.mark.parametrize("window", [1, 40, 64, 129, 1000, 100000])
 @pytest.mark.parametrize("name", STEPS)
 def test_windows(backend: FlashInferBackend, cuda: torch.device, name: str, window: int, dtype: torch.dtype) -> None:

@@ -38,6 +38,8 @@ CASES = [
     Case(4, 8, 2, 128, 64, window=1, longest=300),
     Case(9, 7, 1, 64, 64, num_new=2, window=33, slots=2, longest=200),
     Case(2, 16, 1, 128, 32, num_new=4, slots=9),
+    Case(3, 6, 2, 16, 16),
+    Case(2, 32, 1, 32, 16, num_new=4),
 ]
 
 

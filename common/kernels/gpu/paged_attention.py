@@ -25,7 +25,7 @@ from torch import Tensor
 from common.kernels.gpu.launch import let_next_start, pdl, wait
 
 ITEM = 8  # int32 of an item: sequence or -1, first key, end, chunks of the sequence, its first partial, own partial
-MAX_ROWS = 64
+MAX_ROWS = 128
 MIN_CHUNK = 64  # keys
 SLOTS_PER_PROCESSOR = 8  # items to aim for
 STAGES = {False: 3, True: 4}  # of loads ahead, by whether the cache is 8-bit
@@ -333,4 +333,4 @@ def _rows(rows: int) -> int:
 
 def _tile(width: int) -> int:
     """Keys at once."""
-    return max(16, TILE_NUMBERS // width)
+    return min(128, TILE_NUMBERS // width)

@@ -1,0 +1,65 @@
+"""`nanodeploy kernels build`: which kernels it is about, and what it says where there is nothing to compile with."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from engine_support import llama
+from typer.testing import CliRunner
+
+from common.attention.flashinfer import HEAD_DIMS
+from common.attention.flashinfer_modules import Module, wanted
+from common.engine.kernels import modules_for
+from services.cli import kernels
+from services.cli.main import app
+
+__all__ = ["llama"]
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+
+
+def test_usual_kernels() -> None:
+    found = modules_for("", "bfloat16", ["auto", "fp8_e4m3"], hopper=True)
+    assert {(m.kind, m.kv_dtype, m.head_dim) for m in found} == {
+        (kind, kv, dim) for kind, kv in (("fa2", BF16), ("fa3", BF16), ("fa2", FP8)) for dim in HEAD_DIMS
+    }
+    assert len({m.name for m in found}) == len(found)
+    assert all(m.kind == "fa2" for m in modules_for("", "bfloat16", ["auto"], hopper=False))
+
+
+def test_kernels_of_windows_and_drafts() -> None:
+    found = wanted(BF16, BF16, 128, windows=True, drafts=True, hopper=True)
+    assert [(m.kind, m.window, m.first) for m in found] == [
+        ("fa2", False, False),
+        ("fa2", True, False),
+        ("fa3", False, False),
+        ("fa3", True, False),
+        ("fa2", False, True),
+    ]
+
+
+def test_a_name_says_what_the_kernel_is_made_from() -> None:
+    names = [Module("fa2", BF16, kv, 128, window).name for kv in (BF16, FP8) for window in (False, True)]
+    assert len(set(names)) == 4
+    assert names[0].startswith("nanodeploy_paged_fa2_bf16_bf16_128_")
+
+
+def test_a_model_that_flashinfer_does_not_serve(llama: Path) -> None:
+    with pytest.raises(ValueError, match="no kernels for heads of"):
+        modules_for(str(llama), "bfloat16", ["auto"], hopper=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flashinfer") is not None, reason="flashinfer is installed")
+def test_without_flashinfer() -> None:
+    done = CliRunner().invoke(app, ["kernels", "build"])
+    assert done.exit_code == 1
+    assert "flashinfer is not installed" in done.output
+
+
+def test_lines_of_others_are_passed_over() -> None:
+    assert kernels._parse(b"[1/2] nvcc ...\n") == {}
+    assert kernels._parse(b"3\n") == {}
+    assert kernels._parse(b'{"done": 1, "total": 2}\n') == {"done": 1, "total": 2}
