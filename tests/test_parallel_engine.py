@@ -5,12 +5,13 @@ Ranks are threads here (`parallel_support`); `test_parallel_process.py` has them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from engine_support import Answer, Solo, greedy, llama, prompts, reference_tokens, windowed
 from families import FAMILIES, Family
+from mtp_support import MTP, make_mtp, make_qwen_mtp
 
 from common.config import SpeculativeConfig
 from common.engine.rank_runner import FORWARD, RankLoop
@@ -72,6 +73,29 @@ def test_draws_that_depend_on_more_than_logits(llama: Path) -> None:
             assert two.logprobs[choice] == pytest.approx(logprobs, abs=1e-3)
 
 
+@pytest.mark.parametrize("make", [make_mtp, make_qwen_mtp])
+def test_drafts_of_the_model_s_own_layer(make: Callable[..., Path], tmp_path: Path) -> None:
+    """Every rank runs the layer: the same tokens, and as many drafts that were right."""
+    folder = make(tmp_path / "checkpoint")
+    asked = prompts(21, [40, 9])
+
+    def run(**engine: object) -> tuple[list[list[int]], list[int]]:
+        solo = Solo(folder, speculative_config=SpeculativeConfig(**MTP), **engine)
+        try:
+            answers = [solo.submit(p, greedy(24, repetition_penalty=1.05 + i / 100)) for i, p in enumerate(asked)]
+            solo.run()
+            solo.check_idle()
+        finally:
+            solo.decode.close()
+        speculator = solo.decode.parts.speculator
+        assert speculator is not None
+        return [a.tokens[0] for a in answers], [speculator.num_draft_tokens, *speculator.accepted_per_pos]
+
+    one, two = run(), run(tensor_parallel_size=2)
+    assert one == two
+    assert two[1][0] > 0
+
+
 def test_an_engine_whose_rank_failed_says_so(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank cannot do a step: the others cannot go on, and the engine ends with the reason."""
     solo = Solo(llama, tensor_parallel_size=2, hang_timeout_s=3.0)
@@ -95,7 +119,6 @@ def test_an_engine_whose_rank_failed_says_so(llama: Path, monkeypatch: pytest.Mo
     ("engine", "cause"),
     [
         ({"tensor_parallel_size": 3}, "3 ranks"),
-        ({"tensor_parallel_size": 2, "speculative_config": SpeculativeConfig(method="mtp")}, "mtp"),
         ({"tensor_parallel_size": 2, "devices": (0,)}, "devices"),
     ],
 )

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from engine_support import PEER, Pair, greedy, llama, prompts, reference_tokens
 from families import FAMILIES
+from mtp_support import MTP, make_mtp
 
+from common.config import SpeculativeConfig
 from common.kvtransfer.memory import Fault
 from common.types import WorkerRef
 
@@ -88,6 +90,20 @@ def test_what_else_ranks_keep_is_handed_over(name: str, pairs: Pairs, tmp_path: 
         assert [a.stats.fallback for a in answers] == ["", ""]
         results.append([a.tokens[0] for a in answers])
     assert results[1:] == results[:1] * 3
+
+
+def test_rows_of_a_draft_layer_are_handed_over(pairs: Pairs, tmp_path: Path) -> None:
+    folder = make_mtp(tmp_path / "checkpoint")
+    (prompt,) = prompts(22, [70])
+    results = []
+    for source, reader in ((1, 1), (2, 1), (2, 2)):
+        pair = pairs(folder, source, reader, speculative_config=SpeculativeConfig(**MTP))
+        answer = pair.submit(prompt, greedy(COUNT))
+        pair.run()
+        assert answer.stats.fallback == ""
+        results.append((answer.tokens[0], answer.stats.draft_tokens, answer.stats.accepted_draft_tokens))
+    assert results[1:] == results[:1] * 2
+    assert results[0][1] > 0
 
 
 def test_a_fault_on_one_rank_fails_the_hand_off_on_all(llama: Path, pairs: Pairs) -> None:

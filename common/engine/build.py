@@ -13,14 +13,14 @@ from common.config import WorkerConfig
 from common.engine.compute import Progress, digest_launcher, make_compute
 from common.engine.counters import EngineCounters
 from common.engine.demand import Demand
-from common.engine.draft_runner import DraftRunner
-from common.engine.drafting import Drafting
+from common.engine.drafting import Drafting, DraftModel
 from common.engine.engine import Engine, EngineParts
 from common.engine.load import LoadMeter
 from common.engine.media import Media, MediaSource
 from common.engine.messages import EngineReady
 from common.engine.outbox import Outbox
 from common.engine.rank import Fleet, ProcessRanks, RankStarter, rank_device, start_ranks
+from common.engine.rank_drafts import RankedDrafts
 from common.engine.rank_runner import RankedDigests, RankedRunner, Runner
 from common.engine.requests import ModelLimits, Requests
 from common.engine.scheduler import Scheduler, SchedulerLimits
@@ -47,7 +47,7 @@ class Drafter:
     """Who drafts: `runner` is None for a model without a multi-token-prediction layer, or where it is not used."""
 
     speculator: Speculator | None
-    runner: DraftRunner | None
+    runner: DraftModel | None
 
     def drafting(self, cache: KVCacheManager, layout: KVLayout) -> Drafting | None:
         if self.runner is None:
@@ -146,7 +146,10 @@ def _build(
         max_num_seqs=engine.max_num_seqs,
     )
     images = Media(spec.media, spec.hidden_size, media, clock)
-    drafter = Drafter(_speculator(config, sizing, role), compute.draft_runner)
+    drafts: DraftModel | None = compute.draft_runner
+    if fleet is not None and compute.draft_runner is not None:
+        drafts = RankedDrafts(compute.draft_runner, fleet.ranks)
+    drafter = Drafter(_speculator(config, sizing, role), drafts)
     make_publisher = partial(Publisher, layout, bases, digest=digest, launcher=digest_ahead, others=others)
     parts = assemble(config, layout, limits, runner, reads, make_publisher, images, clock, drafter)
     progress("self-test", 0, 1)

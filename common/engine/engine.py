@@ -199,7 +199,7 @@ class Engine:
             pending = runner.forward(build_batch([self._row(i) for i in plan.items], self._groups))
             runner.sample(pending)
             for item in plan.items:
-                if item.seq.order is not None:
+                if item.seq.order is not None and self._p.drafting is None:  # whose layer writes after the step
                     self._p.supply.launched(item.seq, item.start, item.start + item.num_new)
         except Exception as error:  # noqa: BLE001 - edge of the step: fails what was in it
             self._step_failed(plan, error)

@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import Store
 
 from common.config import EngineConfig, LogConfig, WorkerConfig
 from common.engine.compute import digest_launcher, make_compute
+from common.engine.rank_drafts import DraftFollower
 from common.engine.rank_runner import RankLoop
 from common.errors import ConfigError
 from common.kvtransfer.publish import part_checks
@@ -180,7 +181,10 @@ def _serve(
     compute = make_compute(config, role, mesh, clock, transport=transport)
     stack.callback(compute.transport.close)
     layout, bases = compute.layout, compute.bases
-    loop = RankLoop(compute.runner, link, lambda part: part_checks(layout, bases, part), digest_launcher(device))
+    drafts = DraftFollower(compute.draft_runner) if compute.draft_runner is not None else None
+    loop = RankLoop(
+        compute.runner, link, lambda part: part_checks(layout, bases, part), digest_launcher(device), drafts
+    )
     reading = ReadsLoop(RankReads(layout, bases, compute.transport), reads, loop.await_orders, lambda: _use(device))
     _meet(mesh, compute.transport.endpoint())
     reading.start()

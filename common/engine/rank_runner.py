@@ -32,7 +32,7 @@ from common.kvtransfer.transport import DigestCheck
 from common.parallel.link import Link, LinkClosedError
 from common.parallel.ranks import ANSWER, DONE, Ranks
 
-FORWARD, SAMPLE, COLLECT, COPY, DIGEST, TAKE = range(16, 22)
+FORWARD, SAMPLE, COLLECT, COPY, DIGEST, TAKE, KEEP, DRAFT = range(16, 24)
 _ANSWER_S = 30.0  # a rank digests behind the step that it is in
 _MAX_DIGESTS = 4096  # batches that nobody asked for, of orders that ended early
 _IDLE_S = 5.0
@@ -75,23 +75,23 @@ class RankedRunner:
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         if copies:
             self._ranks.tell(COPY, pickle.dumps([tuple(c) for c in copies]))
-        with _together():
+        with together():
             self._inner.copy_blocks(copies)
 
     def forward(self, batch: Batch) -> Pending:
         self._ranks.tell(FORWARD, self._encoder.encode(batch), is_step=True)
-        with _together():
+        with together():
             return self._inner.forward(batch)
 
     def sample(self, pending: Pending, masks: Tensor | None = None) -> None:
         assert masks is None, "masks do not go to other ranks"
         self._ranks.tell(SAMPLE)
-        with _together():
+        with together():
             self._inner.sample(pending)
 
     def collect(self, pending: Pending) -> StepResult:
         self._ranks.tell(COLLECT)
-        with _together():
+        with together():
             result = self._inner.collect(pending)
         self._ranks.check()
         return result
@@ -105,7 +105,8 @@ class RankedRunner:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
+    """What fails in it fails on all ranks."""
     try:
         yield
     except RankLostError:
@@ -142,6 +143,14 @@ class DigestsOfRanks:
         return self._found
 
 
+class Drafts(Protocol):
+    """What another rank does of drafting: `common.engine.rank_drafts.DraftFollower`."""
+
+    def keep(self, hidden: Tensor | None, payload: bytes) -> None: ...
+
+    def run(self, hidden: Tensor | None, payload: bytes) -> None: ...
+
+
 class RankLoop:
     """The life of another rank: does what rank 0 tells it until the link ends.
 
@@ -154,7 +163,10 @@ class RankLoop:
         link: Link,
         checks: Callable[[BlockPart], list[DigestCheck]],
         launcher: DigestLauncher,
+        drafts: Drafts | None,
     ) -> None:
+        self._drafts = drafts
+        self._hidden: Tensor | None = None
         self._runner = runner
         self._link = link
         self._checks = checks
@@ -190,7 +202,9 @@ class RankLoop:
         elif kind == SAMPLE:
             self._runner.sample(self._pending[-1])
         elif kind == COLLECT:
-            self._runner.collect(self._pending.popleft())
+            pending = self._pending.popleft()
+            self._runner.collect(pending)
+            self._hidden = pending.hidden_TD
             self._link.send(DONE)
         elif kind == COPY:
             self._runner.copy_blocks([BlockCopy(*c) for c in pickle.loads(payload)])
@@ -199,7 +213,8 @@ class RankLoop:
         elif kind == TAKE:
             self._answer(pickle.loads(payload))
         else:
-            raise AssertionError(f"order {kind} is not known")
+            assert self._drafts is not None, f"order {kind} is not known"
+            (self._drafts.keep if kind == KEEP else self._drafts.run)(self._hidden, payload)
 
     def _digest(self, number: int, parts: Sequence[tuple[str, int, int, int, int]]) -> None:
         checks = [self._checks(BlockPart(*part)) for part in parts]

@@ -68,12 +68,6 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
             f"devices names {len(config.devices)} GPUs; tensor_parallel_size is {config.tensor_parallel_size}",
             param="devices",
         )
-    if config.tensor_parallel_size > 1 and config.speculative_config.method == "mtp":
-        raise ConfigError(
-            f"speculative_config.method is mtp, which runs on one rank; tensor_parallel_size is "
-            f"{config.tensor_parallel_size}: say ngram",
-            param="speculative_config",
-        )
     default = DEFAULTS[device]
     overlap = "on" if device == "cuda" else "off"
     return config.model_copy(
