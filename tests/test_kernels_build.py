@@ -10,9 +10,10 @@ import torch
 from engine_support import llama
 from typer.testing import CliRunner
 
+from common.attention import ragged
 from common.attention.flashinfer import HEAD_DIMS
 from common.attention.flashinfer_modules import Module, wanted
-from common.engine.kernels import modules_for
+from common.engine.kernels import latent_modules_for, modules_for
 from services.cli import kernels
 from services.cli.main import app
 
@@ -45,6 +46,12 @@ def test_a_name_says_what_the_kernel_is_made_from() -> None:
     names = [Module("fa2", BF16, kv, 128, window).name for kv in (BF16, FP8) for window in (False, True)]
     assert len(set(names)) == 4
     assert names[0].startswith("nanodeploy_paged_fa2_bf16_bf16_128_")
+
+
+def test_kernels_of_latent_attention(llama: Path) -> None:
+    assert latent_modules_for("", "bfloat16", hopper=True) == [ragged.Module(BF16, 192, 128)]
+    assert latent_modules_for("", "bfloat16", hopper=False) == []
+    assert latent_modules_for(str(llama), "bfloat16", hopper=True) == []
 
 
 def test_a_model_that_flashinfer_does_not_serve(llama: Path) -> None:

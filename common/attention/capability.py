@@ -17,6 +17,7 @@ class Needs:
     block_size: int
     has_windows: bool
     latent: bool = False  # one row per token that all query heads share; head_dim is its width, group_size 1
+    expanded: tuple[int, int] = (0, 0)  # widths of the keys and values that a latent row is expanded into
 
 
 @dataclass(frozen=True)

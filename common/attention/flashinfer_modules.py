@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import structlog
 import torch
@@ -78,6 +78,28 @@ def missing() -> str:
     return ""
 
 
+class Compiled(Protocol):
+    """A module, of any kind."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> Path | None:
+        """Its library, None if it was not built."""
+
+    def sources(self) -> Any:
+        """What is to be compiled: writes the sources, returns FlashInfer's JitSpec."""
+
+
+def find(name: str) -> Path | None:
+    """The library of this name, None if it was not built."""
+    from flashinfer.jit import env
+
+    places = (env.FLASHINFER_AOT_DIR, env.FLASHINFER_JIT_DIR)
+    return next((p for p in (d / name / f"{name}.so" for d in places) if p.exists()), None)
+
+
 @dataclass(frozen=True)
 class Module:
     """`first`: positions that hold nothing can be left out (fa2). Keys and values are of `kv_dtype`, others `dtype`."""
@@ -99,10 +121,7 @@ class Module:
     @property
     def path(self) -> Path | None:
         """Its library, None if it was not built."""
-        from flashinfer.jit import env
-
-        places = (env.FLASHINFER_AOT_DIR, env.FLASHINFER_JIT_DIR)
-        return next((p for p in (d / self.name / f"{self.name}.so" for d in places) if p.exists()), None)
+        return find(self.name)
 
     def sources(self) -> Any:
         """What is to be compiled: writes the sources, returns FlashInfer's JitSpec."""
@@ -171,7 +190,7 @@ def wanted(
     return found + ([Module("fa2", dtype, kv_dtype, head_dim, first=True)] if drafts else [])
 
 
-def build_missing(modules: Sequence[Module]) -> None:
+def build_missing(modules: Sequence[Compiled]) -> None:
     """Compile those that are not there, with a line in the log. Processes that want the same wait for each other.
 
     ConfigError if there is no compiler, or it fails.
@@ -194,14 +213,19 @@ def build_missing(modules: Sequence[Module]) -> None:
             raise ConfigError(f"attention kernels {', '.join(names)} are not built: {error}") from error
 
 
-@functools.cache
-def _load(module: Module) -> Any:
+def load_library(module: Compiled) -> Any:
+    """The module's library, compiled now if it was not before."""
     import tvm_ffi
 
     build_missing([module])
     path = module.path
     assert path is not None
-    loaded = tvm_ffi.load_module(str(path))
+    return tvm_ffi.load_module(str(path))
+
+
+@functools.cache
+def _load(module: Module) -> Any:
+    loaded = load_library(module)
     return SimpleNamespace(plan=loaded.plan, paged_run=loaded.paged_run, library=loaded)
 
 

@@ -31,10 +31,11 @@ import structlog
 import torch
 from torch import Tensor
 
-from common.attention.capability import Capability
-from common.attention.context import AttentionContext, GroupTables, Selection
+from common.attention.capability import Capability, Needs
+from common.attention.context import DTYPES, AttentionContext, GroupTables, Selection
+from common.attention.flashinfer_modules import build_missing
 from common.attention.latent import Part
-from common.attention.ragged import RaggedAttention
+from common.attention.ragged import Module, RaggedAttention
 from common.attention.ragged import missing as ragged_missing
 from common.attention.reference import ReferenceBackend
 from common.kernels import gpu
@@ -61,6 +62,13 @@ def capability() -> Capability:
         heads=False,
         unavailable=missing,
     )
+
+
+def prepare(needs: Needs) -> None:
+    """Compile what prompts need, where it is not there yet."""
+    types = (DTYPES[needs.dtype], *needs.expanded)
+    if RaggedAttention.able(*types):
+        build_missing([Module(*types)])
 
 
 @dataclass(frozen=True)

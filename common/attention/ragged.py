@@ -10,8 +10,7 @@ Shape letters: N new tokens, P positions, G heads, D width of a key, V of a valu
 from __future__ import annotations
 
 import functools
-import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,34 +18,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.attention import flashinfer_modules
 from common.attention.latent import Part
 from common.kvcache.packing import RowPacking
 
-VERSION = "0.6.13"
-"""Of FlashInfer: what the arguments below were written for."""
-
 WIDTHS = ((192, 128), (128, 128), (256, 256), (64, 64))  # of keys and values
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_DTYPES = (torch.bfloat16, torch.float16)
 _CAUSAL, _NHD = 1, 0  # FlashInfer's MaskMode and QKVLayout
 _INTS_NBYTES = 8 << 20
-_KERNELS = "batch_prefill_ragged_sm90_kernel_mask_1.cu"
 
 
 @functools.cache
 def missing() -> str:
     """Why it cannot be used here, empty if it can."""
-    if importlib.util.find_spec("flashinfer") is None:
-        return "flashinfer is not installed"
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        return "it needs a Hopper GPU"
-    import flashinfer
-
-    return "" if flashinfer.__version__ == VERSION else f"flashinfer {flashinfer.__version__} is not {VERSION}"
+    if why := flashinfer_modules.missing():
+        return why
+    return "" if torch.cuda.get_device_capability()[0] == 9 else "it needs a Hopper GPU"
 
 
 @dataclass(frozen=True)
 class Module:
-    """A shared library that FlashInfer's templates make for one set of types; `sources` is what is to be compiled."""
+    """FlashInfer's own module for these types, as `common.attention.flashinfer_modules` compiles and finds it."""
 
     dtype: torch.dtype
     key_dim: int
@@ -54,26 +46,34 @@ class Module:
 
     @property
     def name(self) -> str:
-        return f"nanodeploy_ragged_fa3_{_SHORT[self.dtype]}_{self.key_dim}_{self.value_dim}"
+        from flashinfer.jit.attention.modules import get_batch_prefill_uri
+
+        return str(get_batch_prefill_uri(*self._types))
+
+    @property
+    def path(self) -> Path | None:
+        """Its library, None if it was not built."""
+        return flashinfer_modules.find(self.name)
 
     def sources(self) -> Any:
-        """FlashInfer's JitSpec, of the kernels of causal masks alone; what it lacks is looked for when it is called."""
+        """What is to be compiled: writes the sources, returns FlashInfer's JitSpec."""
         from flashinfer.jit.attention.modules import gen_batch_prefill_module
 
-        dims, plain = (self.key_dim, self.value_dim), (0, False, False, False)
-        spec = gen_batch_prefill_module("fa3", *3 * (self.dtype,), torch.int32, *dims, *plain)
-        kept = [s for s in spec.sources if "_kernel_mask_" not in Path(s).name or Path(s).name == _KERNELS]
-        flags = [*(spec.extra_ldflags or []), "-Wl,-z,lazy"]
-        return replace(spec, name=self.name, sources=kept, extra_ldflags=flags)
+        return gen_batch_prefill_module(*self._types)
 
     def load(self) -> Any:
         """The module, compiled now if it was not before."""
         return _load(self)
 
+    @property
+    def _types(self) -> tuple[Any, ...]:
+        """No rotation, window or cap, and scores in fp32."""
+        return ("fa3", *3 * (self.dtype,), torch.int32, self.key_dim, self.value_dim, 0, False, False, False)
+
 
 @functools.cache
 def _load(module: Module) -> Any:
-    return module.sources().build_and_load()
+    return flashinfer_modules.load_library(module)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class RaggedAttention:
 
     @staticmethod
     def able(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
-        return not missing() and dtype in _SHORT and (key_dim, value_dim) in WIDTHS
+        return not missing() and dtype in _DTYPES and (key_dim, value_dim) in WIDTHS
 
     def attend(self, q_NGD: Tensor, k_PGD: Tensor, v_PGV: Tensor, part: Part, scale: float, out_NGV: Tensor) -> None:
         """Causal attention of a part's new tokens over its positions, as `Part.ragged` lines them up.

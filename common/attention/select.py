@@ -27,7 +27,7 @@ class Registration:
 REGISTERED: tuple[Registration, ...] = (
     Registration(cpu.capability, cpu.CpuBackend),
     Registration(flashinfer.capability, flashinfer.FlashInferBackend, flashinfer.prepare),
-    Registration(flashmla.capability, flashmla.FlashMlaBackend),
+    Registration(flashmla.capability, flashmla.FlashMlaBackend, flashmla.prepare),
     Registration(fixed.capability, fixed.FixedBackend),
     Registration(reference.capability, reference.ReferenceBackend),
 )

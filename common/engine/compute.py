@@ -243,4 +243,5 @@ def _needs(sizing: EngineSizing, block_size: int, device: torch.device) -> Needs
         block_size=block_size,
         has_windows=spec.cache.has_windows,
         latent=spec.mla is not None or spec.compress is not None,
+        expanded=(0, 0) if spec.mla is None else (spec.mla.qk_dim, spec.mla.v_dim),
     )

@@ -19,20 +19,23 @@ from typing import Any
 import orjson
 import torch
 
+from common.attention import ragged
 from common.attention.context import DTYPES
 from common.attention.flashinfer import HEAD_DIMS
-from common.attention.flashinfer_modules import Module, build, wanted
+from common.attention.flashinfer_modules import Compiled, Module, build, wanted
 from common.models.spec import ModelSpec
 
 _PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
 def modules_for(model: str, dtype: str, kv_dtypes: list[str], hopper: bool) -> list[Module]:
-    """Of a model, or of the usual head sizes. ValueError if FlashInfer does not serve its attention."""
+    """Of a model with heads, or of the usual head sizes. ValueError if FlashInfer does not serve its attention."""
     found: list[Module] = []
     spec = ModelSpec.from_folder(model) if model else None
-    if spec is not None and (spec.mla is not None or spec.compress is not None):
-        raise ValueError(f"{spec.model_type} has latent attention: its kernels come compiled")
+    if spec is not None and spec.mla is not None:
+        return []
+    if spec is not None and spec.compress is not None:
+        raise ValueError(f"{spec.model_type} attends to compressed entries, not with these kernels")
     if spec is not None and spec.head_dim not in HEAD_DIMS:
         raise ValueError(f"FlashInfer has no kernels for heads of {spec.head_dim}, only {HEAD_DIMS}")
     for kv_dtype in kv_dtypes:
@@ -41,6 +44,15 @@ def modules_for(model: str, dtype: str, kv_dtypes: list[str], hopper: bool) -> l
             windows, drafts = (spec.cache.has_windows, spec.has_drafts) if spec is not None else (False, False)
             found += wanted(DTYPES[dtype], kv, dim, windows=windows, drafts=drafts, hopper=hopper)
     return list(dict.fromkeys(found))
+
+
+def latent_modules_for(model: str, dtype: str, hopper: bool) -> list[ragged.Module]:
+    """For prompts of a model with latent attention, or of the usual one."""
+    spec = ModelSpec.from_folder(model) if model else None
+    if not hopper or (spec is not None and spec.mla is None):
+        return []
+    widths = (192, 128) if spec is None or spec.mla is None else (spec.mla.qk_dim, spec.mla.v_dim)
+    return [ragged.Module(DTYPES[dtype], *widths)] if widths in ragged.WIDTHS else []
 
 
 def main() -> int:
@@ -56,7 +68,8 @@ def main() -> int:
         _say({"error": "flashinfer is not installed: there is nothing to compile"})
         return 1
     try:
-        modules = modules_for(args.model, args.dtype, args.kv_dtype, args.hopper)
+        modules: list[Compiled] = [*modules_for(args.model, args.dtype, args.kv_dtype, args.hopper)]
+        modules += latent_modules_for(args.model, args.dtype, args.hopper)
         missing = [m for m in modules if m.path is None]
         if missing:
             build([m.sources() for m in missing], args.jobs, _on_line)
