@@ -43,7 +43,6 @@ _SEAL = struct.Struct("<4s8s")
 _MAGIC = b"NDU2"
 _KEY = struct.Struct("<QQ16sQB")  # base, nbytes, cookie, its address, is it a GPU's memory; the packed UCX key follows
 _COOKIE_NBYTES = 16
-_CUDA_TLS = ("cuda_copy", "cuda_ipc")
 _STATUS = (ReadStatus.OK, ReadStatus.MISMATCH, ReadStatus.FAILED, ReadStatus.FENCED)
 _POLL_EVENTS = 64
 
@@ -285,11 +284,9 @@ class UcxTransport:
 
 
 def _with_cuda(tls: str) -> str:
-    """With what a GPU's memory takes; a list that says what is left out (^...) or all stays as it is."""
+    """With what a GPU's memory takes on another machine; a list of what is left out (^...), or all, stays as it is."""
     names = tls.split(",")
-    if tls.startswith("^") or "all" in names:
-        return tls
-    return ",".join([*names, *(name for name in _CUDA_TLS if name not in names)])
+    return tls if tls.startswith("^") or {"all", "cuda_copy"} & set(names) else f"{tls},cuda_copy"
 
 
 def _seal(payload: bytes) -> bytes:
@@ -311,7 +308,7 @@ def _remote(memory: MemoryHandle) -> _Remote:
     base, nbytes, cookie, cookie_address, on_device = _KEY.unpack_from(key)
     if (base, nbytes) != (memory.base, memory.nbytes):
         raise ValueError(f"remote key of group {memory.group} is for other memory")
-    if cookie_address < base + nbytes:
+    if cookie_address < base + nbytes and not on_device:
         raise ValueError(f"remote key of group {memory.group} has its cookie amid the memory")
     packed = key[_KEY.size :]
     return _Remote(base, cookie_address, (ctypes.c_uint8 * 16)(*cookie), packed, len(packed), on_device)

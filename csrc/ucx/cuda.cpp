@@ -3,27 +3,45 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+// Signatures of cuda.h, with its handles as pointers and CUresult as int.
+#define ND_CUDA_SYMBOLS(X)                                                                         \
+  X(cuInit, unsigned flags)                                                                        \
+  X(cuDeviceGet, int* device, int ordinal)                                                         \
+  X(cuDevicePrimaryCtxRetain, void** context, int device)                                          \
+  X(cuDevicePrimaryCtxRelease_v2, int device)                                                      \
+  X(cuCtxSetCurrent, void* context)                                                                \
+  X(cuCtxSynchronize, void)                                                                        \
+  X(cuStreamCreate, void** stream, unsigned flags)                                                 \
+  X(cuStreamDestroy_v2, void* stream)                                                              \
+  X(cuStreamSynchronize, void* stream)                                                             \
+  X(cuMemcpyHtoDAsync_v2, unsigned long long to, const void* from, size_t nbytes, void* stream)    \
+  X(cuMemcpyDtoHAsync_v2, void* to, unsigned long long from, size_t nbytes, void* stream)          \
+  X(cuMemcpyDtoDAsync_v2, unsigned long long to, unsigned long long from, size_t n, void* stream)  \
+  X(cuMemGetAddressRange_v2, unsigned long long* base, size_t* nbytes, unsigned long long address) \
+  X(cuIpcGetMemHandle, IpcHandle* handle, unsigned long long address)                              \
+  X(cuIpcOpenMemHandle_v2, unsigned long long* base, IpcHandle handle, unsigned flags)             \
+  X(cuIpcCloseMemHandle, unsigned long long base)                                                  \
+  X(cuEventCreate, void** event, unsigned flags)                                                   \
+  X(cuEventRecord, void* event, void* stream)                                                      \
+  X(cuEventQuery, void* event)                                                                     \
+  X(cuEventDestroy_v2, void* event)                                                                \
+  X(cuLaunchHostFunc, void* stream, void (*function)(void*), void* data)                           \
+  X(cuGetErrorString, int result, const char** text)
+
 namespace nd {
 
-struct CudaDriver {  // signatures of cuda.h, with its handles as pointers and CUresult as int
-  int (*cuInit)(unsigned flags);
-  int (*cuDeviceGet)(int* device, int ordinal);
-  int (*cuDevicePrimaryCtxRetain)(void** context, int device);
-  int (*cuDevicePrimaryCtxRelease_v2)(int device);
-  int (*cuCtxSetCurrent)(void* context);
-  int (*cuCtxSynchronize)();
-  int (*cuStreamCreate)(void** stream, unsigned flags);
-  int (*cuStreamDestroy_v2)(void* stream);
-  int (*cuStreamSynchronize)(void* stream);
-  int (*cuMemcpyHtoDAsync_v2)(unsigned long long to, const void* from, size_t nbytes, void* stream);
-  int (*cuMemcpyDtoHAsync_v2)(void* to, unsigned long long from, size_t nbytes, void* stream);
-  int (*cuLaunchHostFunc)(void* stream, void (*function)(void*), void* data);
-  int (*cuGetErrorString)(int result, const char** text);
+struct CudaDriver {
+#define ND_DECLARE(name, ...) int (*name)(__VA_ARGS__) = nullptr;
+  ND_CUDA_SYMBOLS(ND_DECLARE)
+#undef ND_DECLARE
 };
 
 namespace {
 
-constexpr unsigned kNonBlocking = 1;  // CU_STREAM_NON_BLOCKING: no waiting for, and none by, the default stream
+constexpr unsigned kNonBlocking = 1;     // CU_STREAM_NON_BLOCKING: no waiting for, and none by, the default stream
+constexpr unsigned kNoTiming = 2;        // CU_EVENT_DISABLE_TIMING
+constexpr unsigned kLazyPeerAccess = 1;  // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+constexpr int kNotReady = 600;           // CUDA_ERROR_NOT_READY
 
 template <typename Function>
 bool resolve(void* library, const char* name, Function* function) {
@@ -35,24 +53,12 @@ const CudaDriver* load_driver() {
   static const CudaDriver* const driver = []() -> const CudaDriver* {
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
     if (library == nullptr) return nullptr;
-    auto* d = new CudaDriver{};
-#define ND_RESOLVE(name) \
-  if (!resolve(library, #name, &d->name)) return nullptr;
-    ND_RESOLVE(cuInit)
-    ND_RESOLVE(cuDeviceGet)
-    ND_RESOLVE(cuDevicePrimaryCtxRetain)
-    ND_RESOLVE(cuDevicePrimaryCtxRelease_v2)
-    ND_RESOLVE(cuCtxSetCurrent)
-    ND_RESOLVE(cuCtxSynchronize)
-    ND_RESOLVE(cuStreamCreate)
-    ND_RESOLVE(cuStreamDestroy_v2)
-    ND_RESOLVE(cuStreamSynchronize)
-    ND_RESOLVE(cuMemcpyHtoDAsync_v2)
-    ND_RESOLVE(cuMemcpyDtoHAsync_v2)
-    ND_RESOLVE(cuLaunchHostFunc)
-    ND_RESOLVE(cuGetErrorString)
+    auto* loaded = new CudaDriver;
+#define ND_RESOLVE(name, ...) \
+  if (!resolve(library, #name, &loaded->name)) return nullptr;
+    ND_CUDA_SYMBOLS(ND_RESOLVE)
 #undef ND_RESOLVE
-    return d;
+    return loaded;
   }();
   return driver;
 }
@@ -78,6 +84,7 @@ std::unique_ptr<Cuda> Cuda::open(int device, std::string* error) {
 }
 
 Cuda::~Cuda() {
+  for (void* event : spare_) driver_->cuEventDestroy_v2(event);
   if (stream_ != nullptr) driver_->cuStreamDestroy_v2(stream_);
   if (context_ != nullptr) driver_->cuDevicePrimaryCtxRelease_v2(device_);
 }
@@ -99,6 +106,48 @@ bool Cuda::write(uint64_t to, const void* from, size_t nbytes, std::string* erro
 bool Cuda::read(void* to, uint64_t from, size_t nbytes, std::string* error) {
   return !failed("reading memory", driver_->cuMemcpyDtoHAsync_v2(to, from, nbytes, stream_), error) &&
          !failed("reading memory", driver_->cuStreamSynchronize(stream_), error);
+}
+
+bool Cuda::share(uint64_t address, IpcHandle* handle, uint64_t* offset, std::string* error) {
+  unsigned long long base = 0;
+  size_t nbytes = 0;
+  if (failed("finding memory", driver_->cuMemGetAddressRange_v2(&base, &nbytes, address), error)) return false;
+  *offset = address - base;
+  if (!failed("sharing memory", driver_->cuIpcGetMemHandle(handle, address), error)) return true;
+  *error += " (memory must come from cudaMalloc: no expandable segments, no cudaMallocAsync)";
+  return false;
+}
+
+uint64_t Cuda::map(const IpcHandle& handle, std::string* error) {
+  unsigned long long base = 0;
+  const int result = driver_->cuIpcOpenMemHandle_v2(&base, handle, kLazyPeerAccess);
+  return failed("mapping a peer's memory", result, error) ? 0 : base;
+}
+
+void Cuda::unmap(uint64_t base) { driver_->cuIpcCloseMemHandle(base); }
+
+bool Cuda::copy(uint64_t to, uint64_t from, size_t nbytes, std::string* error) {
+  return !failed("copying", driver_->cuMemcpyDtoDAsync_v2(to, from, nbytes, stream_), error);
+}
+
+void* Cuda::mark(std::string* error) {
+  void* event = nullptr;
+  if (!spare_.empty()) {
+    event = spare_.back();
+    spare_.pop_back();
+  } else if (failed("cuEventCreate", driver_->cuEventCreate(&event, kNoTiming), error)) {
+    return nullptr;
+  }
+  if (!failed("cuEventRecord", driver_->cuEventRecord(event, stream_), error)) return event;
+  spare_.push_back(event);
+  return nullptr;
+}
+
+Cuda::State Cuda::look(void* mark, std::string* error) {
+  const int result = driver_->cuEventQuery(mark);
+  if (result == kNotReady) return State::kPending;
+  spare_.push_back(mark);
+  return failed("copying", result, error) ? State::kFailed : State::kDone;
 }
 
 void Cuda::drain() { driver_->cuCtxSynchronize(); }

@@ -1,15 +1,20 @@
-// The few calls of CUDA's driver that moving a GPU's memory takes, from libcuda loaded at run time: nothing here is
-// built against CUDA, and a machine without it never loads it.
+// The calls of CUDA's driver that moving a GPU's memory takes, from libcuda loaded at run time: nothing here is built
+// against CUDA, and a machine without it never loads it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace nd {
 
 struct CudaDriver;
+
+struct IpcHandle {  // CUipcMemHandle
+  char bytes[64];
+};
 
 // The primary context of one GPU, which is the one that torch uses, and a stream of its own. For one thread.
 class Cuda {
@@ -22,6 +27,19 @@ class Cuda {
   bool write(uint64_t to, const void* from, size_t nbytes, std::string* error);
   bool read(void* to, uint64_t from, size_t nbytes, std::string* error);
 
+  // How other processes of this machine map the allocation that holds `address`, and where in it that is.
+  bool share(uint64_t address, IpcHandle* handle, uint64_t* offset, std::string* error);
+  // Another process's allocation in our address space, 0 if that is not possible; for as often `unmap`. What is mapped
+  // keeps the GPU's memory taken, even if its owner dies.
+  uint64_t map(const IpcHandle& handle, std::string* error);
+  void unmap(uint64_t base);
+
+  // Queued one behind the other; `mark` is an event behind all of them, null if CUDA gives none.
+  bool copy(uint64_t to, uint64_t from, size_t nbytes, std::string* error);
+  void* mark(std::string* error);
+  enum class State { kPending, kDone, kFailed };
+  State look(void* mark, std::string* error);  // forgets the mark unless it is pending
+
   // Waits for all that the GPU has been given so far, by anybody in this process.
   void drain();
 
@@ -33,6 +51,7 @@ class Cuda {
   const int device_;
   void* context_ = nullptr;
   void* stream_ = nullptr;
+  std::vector<void*> spare_;  // events
 };
 
 // Makes the eventfd `fd` readable once the GPU has done what `stream` was given so far. In the stream's context.

@@ -15,6 +15,7 @@ struct UcxLibrary {
   X(ucp_get_version)            \
   X(ucp_init_version)           \
   X(ucp_cleanup)                \
+  X(ucp_context_query)          \
   X(ucp_config_read)            \
   X(ucp_config_modify)          \
   X(ucp_config_release)         \

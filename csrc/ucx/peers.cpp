@@ -75,21 +75,9 @@ void Transport::begin_connect(Peer* peer, const Bytes& address) {
   peer->handshakes = static_cast<uint32_t>(peer->memories.size()) + 1;
   for (Memory& memory : peer->memories) {
     if (peer->failed) return;
-    memory.landing = cuda_ ? next_landing() : reinterpret_cast<uint64_t>(memory.received.data());
-    if (memory.landing == 0) return fail(peer, "no memory of this GPU is registered to read into");
-    get(peer, nullptr, 0, reinterpret_cast<void*>(memory.landing), memory.remote.cookie_address, sizeof(Cookie),
-        memory.key);
+    get(peer, nullptr, 0, memory.received.data(), memory.remote.cookie_address, memory.received.size(), memory.key);
   }
   flush(peer);
-}
-
-// Peers whose cookies are on their way at the same time need places of their own: there are some 250.
-uint64_t Transport::next_landing() {
-  for (const LocalMemory& memory : memories_) {
-    const uint64_t room = (memory.end - memory.cookie_address) / sizeof(Cookie);
-    if (room > 1) return memory.cookie_address + (1 + landings_++ % (room - 1)) * sizeof(Cookie);
-  }
-  return 0;
 }
 
 std::string Transport::open_memory(Peer* peer, Memory* memory) {
@@ -97,40 +85,45 @@ std::string Transport::open_memory(Peer* peer, Memory* memory) {
     return memory->remote.on_device ? "its memory is a GPU's and ours is the host's"
                                     : "its memory is the host's and ours is a GPU's";
   }
-  const ucs_status_t status = ucx_->ucp_ep_rkey_unpack(peer->endpoint, memory->remote.key.data(), &memory->key);
-  if (status != UCS_OK) {
-    memory->key = nullptr;
-    return "remote key refused: " + why(status);
-  }
-  if (cuda_) return "";
+  if (cuda_) return open_device(peer, memory);
+  const std::string error = unpack_key(peer, memory->remote.key.data(), &memory->key);
   void* mapped = nullptr;
-  if (ucx_->ucp_rkey_ptr(memory->key, memory->remote.base, &mapped) == UCS_OK) {
+  if (error.empty() && ucx_->ucp_rkey_ptr(memory->key, memory->remote.base, &mapped) == UCS_OK) {
     memory->mapped = static_cast<const uint8_t*>(mapped);
   }
-  return "";
+  return error;
+}
+
+std::string Transport::unpack_key(Peer* peer, const uint8_t* packed, ucp_rkey_h* key) {
+  const ucs_status_t status = ucx_->ucp_ep_rkey_unpack(peer->endpoint, packed, key);
+  if (status == UCS_OK) return "";
+  *key = nullptr;
+  return "remote key refused: " + why(status);
 }
 
 // Every memory's cookie was read: the peer lives, its error detection is armed, and its keys lead to the
 // memory they claim. Only now may a mapping be touched.
 void Transport::end_handshake(Peer* peer) {
-  for (Memory& memory : peer->memories) {
-    const std::string error = check_cookie(&memory);
-    if (!error.empty()) return fail(peer, error);
+  for (const Memory& memory : peer->memories) {
+    if (!has_cookie(memory)) return fail(peer, "the remote key does not lead to the memory it claims");
   }
   peer->state = Peer::State::kReady;
   show(peer->id, lane(*peer));
   for (auto& [order, read] : peer->reads) activate(read.get());
 }
 
-std::string Transport::check_cookie(Memory* memory) {
+bool Transport::has_cookie(const Memory& memory) {
+  const Cookie& cookie = memory.remote.cookie;
+  if (memory.received != cookie) return false;
+  if (memory.mapped != nullptr) {
+    return std::memcmp(memory.mapped + (memory.remote.cookie_address - memory.remote.base), cookie.data(),
+                       cookie.size()) == 0;
+  }
+  if (memory.on_device == 0) return true;
+  Cookie there{};
   std::string error;
-  if (cuda_ && !cuda_->read(memory->received.data(), memory->landing, sizeof(Cookie), &error)) return error;
-  const uint64_t offset = memory->remote.cookie_address - memory->remote.base;
-  const Cookie& cookie = memory->remote.cookie;
-  const bool same =
-      memory->received == cookie &&
-      (memory->mapped == nullptr || std::memcmp(memory->mapped + offset, cookie.data(), sizeof(Cookie)) == 0);
-  return same ? "" : "the remote key does not lead to the memory it claims";
+  return cuda_->read(there.data(), memory.on_device + (memory.guard - memory.remote.base), there.size(), &error) &&
+         there == cookie;
 }
 
 std::string Transport::lane(const Peer& peer) const {
@@ -141,7 +134,8 @@ std::string Transport::lane(const Peer& peer) const {
   bool get = peer.memories.empty();
   for (const Memory& memory : peer.memories) {
     if (memory.mapped != nullptr) add(mapping_at(memory.mapped));
-    get |= memory.mapped == nullptr;
+    if (memory.on_device != 0) add("cuda_ipc");
+    get |= memory.mapped == nullptr && memory.on_device == 0;
   }
   if (get) {
     char* text = nullptr;
@@ -228,9 +222,10 @@ bool Transport::tend_peers() {
 
 // The endpoint is closed and every operation has completed: the memory of its reads is the caller's again.
 void Transport::bury(Peer* peer) {
-  if (cuda_ && !peer->reads.empty()) cuda_->drain();  // whatever UCX takes for ended, no copy is under way any more
   for (Memory& memory : peer->memories) {
     if (memory.key != nullptr) ucx_->ucp_rkey_destroy(memory.key);
+    if (memory.device_key != nullptr) ucx_->ucp_rkey_destroy(memory.device_key);
+    if (memory.opened != 0) cuda_->unmap(memory.opened);
   }
   for (auto& [order, read] : peer->reads) {
     unsettled_.erase(std::remove(unsettled_.begin(), unsettled_.end(), read.get()), unsettled_.end());

@@ -56,6 +56,9 @@ bool Transport::issue() {
 
 Transport::Turn Transport::take_turn(Read* read) {
   if (read->next_chunk == 0) read->first_issue = Clock::now();
+  if (cuda_ && ops_in_flight_ < kMaxOps && read->peer->memories[read->plan.chunks[read->next_chunk].memory].on_device) {
+    return copy_on_device(read);
+  }
   Turn turn = Turn::kNothing;
   uint64_t taken = 0;
   while (taken < pace_.chunk_nbytes && read->next_chunk < read->plan.chunks.size() && !read->ended && !read->peer->failed) {
@@ -70,7 +73,7 @@ Transport::Turn Transport::take_turn(Read* read) {
       if (ops_in_flight_ >= kMaxOps || nbytes_in_flight_ + chunk.nbytes > pace_.in_flight_nbytes) break;
       ++read->next_chunk;
       get(read->peer, read, index, reinterpret_cast<void*>(chunk.local_address), chunk.remote_address, chunk.nbytes,
-          memory.key);
+          memory.device_key != nullptr ? memory.device_key : memory.key);
       if (turn == Turn::kNothing) turn = Turn::kHandedOver;
     }
     taken += chunk.nbytes;
@@ -100,9 +103,9 @@ void Transport::get(Peer* peer, Read* read, uint32_t chunk, void* local, uint64_
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   param.cb.send = on_op_done;
   param.user_data = op;
-  if (settings_.on_device()) {
+  if (cuda_ && read != nullptr) {
     param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMORY_TYPE;
-    param.memory_type = memory_type();
+    param.memory_type = UCS_MEMORY_TYPE_CUDA;
   }
   param.memh = local_handle(reinterpret_cast<uint64_t>(local), nbytes);
   if (param.memh != nullptr) param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
@@ -154,7 +157,7 @@ void Transport::op_done(Op* op, ucs_status_t status) {
 // Network hardware wants to know the registration of the memory it writes to.
 ucp_mem_h Transport::local_handle(uint64_t address, uint64_t nbytes) const {
   for (const LocalMemory& memory : memories_) {
-    if (memory.address <= address && address + nbytes <= memory.end) return memory.handle;
+    if (memory.address <= address && address + nbytes <= memory.end) return cuda_ ? memory.device_handle : memory.handle;
   }
   return nullptr;
 }

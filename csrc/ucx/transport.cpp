@@ -26,9 +26,6 @@ constexpr uint64_t kAlign = 64;
 constexpr std::pair<const char*, const char*> kTcpSettings[] = {{"TCP_TX_SEG_SIZE", "256k"},
                                                                 {"TCP_RX_SEG_SIZE", "256k"}};
 
-// Reads over NVLink or PCIe by the reader's copy engine, also where UCX finds no NVLink: the alternative is the host.
-constexpr std::pair<const char*, const char*> kCudaSettings[] = {{"CUDA_IPC_ENABLE_GET_ZCOPY", "on"}};
-
 // Threads made while this lives leave every signal to Python's own thread.
 class SignalsBlocked {
  public:
@@ -153,13 +150,9 @@ std::string Transport::open_ucx() {
   // Registration caches would patch malloc's system calls in the whole process; ours is registered by hand.
   // (Older libraries do not know these names.)
   for (const char* name : {"RCACHE_ENABLE", "MEMTYPE_CACHE"}) ucx_->ucp_config_modify(config, name, "n");
-  const auto prefer = [&](const auto& defaults) {
-    for (const auto& [name, value] : defaults) {
-      if (getenv((std::string("UCX_") + name).c_str()) == nullptr) ucx_->ucp_config_modify(config, name, value);
-    }
-  };
-  prefer(kTcpSettings);
-  if (settings_.on_device()) prefer(kCudaSettings);
+  for (const auto& [name, value] : kTcpSettings) {
+    if (getenv((std::string("UCX_") + name).c_str()) == nullptr) ucx_->ucp_config_modify(config, name, value);
+  }
   // Without RNDV_THRESH=inf, endpoints that detect dead peers would leave CMA for TCP. Memory comes from
   // what peers on this host can map, and is zeroed in every case.
   const bool valid = set("TLS", settings_.tls) && set("NET_DEVICES", settings_.net_devices) &&
@@ -207,6 +200,7 @@ void Transport::run() {
     const bool progressed = ucx_->ucp_worker_progress(worker_) != 0;
     bool stepped = take_calls();
     stepped |= take_verified();
+    stepped |= take_copied();
     stepped |= issue();
     stepped |= settle();
     stepped |= tend_peers();
@@ -219,6 +213,7 @@ void Transport::run() {
       continue;
     }
     verifier_->flush();
+    if (!copies_.empty()) continue;  // a millisecond or two
     if (only_connecting) {
       wait(kNap.count(), false);
     } else if (now - last_move > kSpin) {
@@ -272,51 +267,66 @@ void Transport::handle(ReadCall& call) {
 void Transport::handle(StopCall&) { stopping_ = true; }
 
 std::string Transport::map_memory(const MemoryCall& call, LocalMemory* out) {
-  ucp_mem_map_params_t params{};
-  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH;
-  params.length = call.nbytes;
+  if (cuda_) return offer_device(call.address, call.nbytes, call.cookie_address, out);
+  std::string error;
   if (call.address == 0) {
-    params.field_mask |= UCP_MEM_MAP_PARAM_FIELD_FLAGS;
-    params.flags = UCP_MEM_MAP_ALLOCATE;
+    error = allocate_host(call.nbytes, &out->handle, &out->address, &out->key);
+    out->cookie_address = out->address + call.cookie_address;
   } else {
-    params.field_mask |= UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+    ucp_mem_map_params_t params{};
+    params.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_ADDRESS;
+    params.length = call.nbytes;
     params.address = reinterpret_cast<void*>(call.address);
-    params.memory_type = memory_type();
+    const ucs_status_t status = ucx_->ucp_mem_map(context_, &params, &out->handle);
+    if (status != UCS_OK) return std::to_string(call.nbytes) + " bytes: " + why(status);
+    error = pack_key(out->handle, &out->key);
+    out->address = call.address;
+    out->cookie_address = call.cookie_address;
   }
-  ucs_status_t status = ucx_->ucp_mem_map(context_, &params, &out->handle);
-  if (status != UCS_OK) return std::to_string(call.nbytes) + " bytes: " + why(status);
+  if (!error.empty()) return error;
+  out->end = out->address + call.nbytes;
+  error = place_cookie(out);
+  if (!error.empty()) ucx_->ucp_mem_unmap(context_, out->handle);
+  return error;
+}
+
+// Zeroed memory of what peers on this machine can map.
+std::string Transport::allocate_host(uint64_t nbytes, ucp_mem_h* handle, uint64_t* address, Bytes* key) {
+  ucp_mem_map_params_t params{};
+  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_FLAGS;
+  params.length = nbytes;
+  params.flags = UCP_MEM_MAP_ALLOCATE;
+  ucs_status_t status = ucx_->ucp_mem_map(context_, &params, handle);
+  if (status != UCS_OK) return std::to_string(nbytes) + " bytes: " + why(status);
   ucp_mem_attr_t attributes{};
   attributes.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS;
+  status = ucx_->ucp_mem_query(*handle, &attributes);
+  *address = reinterpret_cast<uint64_t>(attributes.address);
+  take_ucx_log();  // of allocators that it tried before
+  if (status == UCS_OK) return pack_key(*handle, key);
+  ucx_->ucp_mem_unmap(context_, *handle);
+  return "registering memory: " + why(status);
+}
+
+// The handle is unmapped if that fails.
+std::string Transport::pack_key(ucp_mem_h handle, Bytes* out) {
   void* key = nullptr;
-  size_t key_nbytes = 0;
-  std::string error;
-  status = ucx_->ucp_mem_query(out->handle, &attributes);
-  if (status == UCS_OK) status = ucx_->ucp_rkey_pack(context_, out->handle, &key, &key_nbytes);
-  if (status == UCS_OK) {
-    out->key.assign(static_cast<uint8_t*>(key), static_cast<uint8_t*>(key) + key_nbytes);
-    ucx_->ucp_rkey_buffer_release(key);
-    out->address = reinterpret_cast<uint64_t>(attributes.address);
-    out->cookie_address = call.address == 0 ? out->address + call.cookie_address : call.cookie_address;
-    out->end = out->address + call.nbytes;
-    error = place_cookie(out);
-    take_ucx_log();  // of allocators that it tried before
-    if (error.empty()) return "";
+  size_t nbytes = 0;
+  const ucs_status_t status = ucx_->ucp_rkey_pack(context_, handle, &key, &nbytes);
+  if (status != UCS_OK) {
+    ucx_->ucp_mem_unmap(context_, handle);
+    return "registering memory: " + why(status);
   }
-  if (error.empty()) error = why(status);
-  ucx_->ucp_mem_unmap(context_, out->handle);
-  return "registering memory: " + error;
+  out->assign(static_cast<uint8_t*>(key), static_cast<uint8_t*>(key) + nbytes);
+  ucx_->ucp_rkey_buffer_release(key);
+  return "";
 }
 
 std::string Transport::place_cookie(LocalMemory* memory) {
   Cookie& cookie = memory->cookie;
   if (getrandom(cookie.data(), cookie.size(), 0) != static_cast<ssize_t>(cookie.size())) return "no random bytes";
-  std::string error;
-  if (cuda_) {
-    cuda_->write(memory->cookie_address, cookie.data(), cookie.size(), &error);
-  } else {
-    std::copy(cookie.begin(), cookie.end(), reinterpret_cast<uint8_t*>(memory->cookie_address));
-  }
-  return error;
+  std::copy(cookie.begin(), cookie.end(), reinterpret_cast<uint8_t*>(memory->cookie_address));
+  return "";
 }
 
 void Transport::sleep() {
@@ -342,11 +352,15 @@ void Transport::shut_down() {
     verifier_->flush();
     ucx_->ucp_worker_progress(worker_);
     take_verified();
+    take_copied();
     tend_peers();
   }
   verifier_.reset();
   if (!peers_.empty()) return;  // something may still be written: better to leak the memory than to free it
-  for (const LocalMemory& memory : memories_) ucx_->ucp_mem_unmap(context_, memory.handle);
+  for (const LocalMemory& memory : memories_) {
+    ucx_->ucp_mem_unmap(context_, memory.handle);
+    if (memory.device_handle != nullptr) ucx_->ucp_mem_unmap(context_, memory.device_handle);
+  }
   ucx_->ucp_worker_destroy(worker_);
   ucx_->ucp_cleanup(context_);
   cuda_.reset();

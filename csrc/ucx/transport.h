@@ -23,7 +23,7 @@
 #include <variant>
 #include <vector>
 
-#include "ucx/cuda.h"
+#include "ucx/device.h"
 #include "ucx/library.h"
 #include "ucx/mailbox.h"
 #include "ucx/plan.h"
@@ -64,7 +64,7 @@ struct RemoteMemory {
   bool on_device;
 };
 
-// `cookie_address`: the cookie, and on a GPU also room for the cookies of peers, up to `end`.
+// `handle` and `cookie_address` of a GPU's memory: its cookie in the host's.
 struct LocalMemory {
   uint64_t address = 0;
   uint64_t cookie_address = 0;
@@ -72,6 +72,7 @@ struct LocalMemory {
   Bytes key;
   uint64_t end = 0;
   ucp_mem_h handle = nullptr;
+  ucp_mem_h device_handle = nullptr;
 };
 
 struct Peer;
@@ -97,7 +98,18 @@ struct Memory {
   ucp_rkey_h key = nullptr;
   const uint8_t* mapped = nullptr;  // where `remote.base` is in our own address space, if it can be mapped
   Cookie received{};
-  uint64_t landing = 0;  // where the cookie is read to, if not to `received`: a GPU's memory is read into a GPU's
+  // Of a GPU's memory, whose `key` is that of its cookie in the host's: `on_device` is where `remote.base` is in our
+  // address space, in an allocation that is mapped at `opened` if it is another process's; else `device_key` is UCX's.
+  uint64_t on_device = 0, opened = 0, guard = 0;
+  ucp_rkey_h device_key = nullptr;
+};
+
+// Chunks of one read that were queued for a GPU's copies at once.
+struct Copies {
+  void* mark;
+  Read* read;
+  uint32_t first_chunk, count;
+  uint64_t nbytes;
 };
 
 struct Peer {
@@ -180,15 +192,16 @@ class Transport {
   void shut_down();
   bool memory_call(std::shared_ptr<MemoryCall> call, LocalMemory* out, std::string* error);
   std::string map_memory(const MemoryCall& call, LocalMemory* out);
+  std::string allocate_host(uint64_t nbytes, ucp_mem_h* handle, uint64_t* address, Bytes* key);
+  std::string pack_key(ucp_mem_h handle, Bytes* out);
   std::string place_cookie(LocalMemory* memory);
   std::string why(ucs_status_t status) const;
-  ucs_memory_type_t memory_type() const { return settings_.on_device() ? UCS_MEMORY_TYPE_CUDA : UCS_MEMORY_TYPE_HOST; }
 
   // peers.cpp
   void begin_connect(Peer* peer, const Bytes& address);
   std::string open_memory(Peer* peer, Memory* memory);
-  uint64_t next_landing();
-  std::string check_cookie(Memory* memory);
+  std::string unpack_key(Peer* peer, const uint8_t* packed, ucp_rkey_h* key);
+  bool has_cookie(const Memory& memory);
   void end_handshake(Peer* peer);
   void fail(Peer* peer, std::string message);
   void close(Peer* peer, bool lost);
@@ -197,11 +210,18 @@ class Transport {
   std::string lane(const Peer& peer) const;
   void show(uint64_t peer_id, std::string lane);
 
+  // device.cpp
+  std::string offer_device(uint64_t address, uint64_t nbytes, uint64_t guard, LocalMemory* out);
+  Bytes key_of_device(uint64_t address, uint64_t nbytes, LocalMemory* out);
+  std::string open_device(Peer* peer, Memory* memory);
+  enum class Turn { kNothing, kHandedOver, kCopied };
+  Turn copy_on_device(Read* read);
+  bool take_copied();
+
   // reads.cpp
   void activate(Read* read);
   void stop(Read* read);
   bool issue();
-  enum class Turn { kNothing, kHandedOver, kCopied };
   Turn take_turn(Read* read);
   void copy(Read* read, const Memory& memory, uint32_t chunk);
   void get(Peer* peer, Read* read, uint32_t chunk, void* local, uint64_t remote, uint64_t nbytes, ucp_rkey_h key);
@@ -236,7 +256,7 @@ class Transport {
   ucp_worker_h worker_ = nullptr;
   int ucx_fd_ = -1;
   std::unique_ptr<Cuda> cuda_;  // with settings_.device
-  uint64_t landings_ = 0;       // cookies of peers that were read into a GPU's memory so far
+  std::deque<Copies> copies_;   // under way on the GPU
   std::vector<LocalMemory> memories_;
   std::map<uint64_t, std::unique_ptr<Peer>> peers_;
   std::deque<Read*> active_;      // with chunks left to begin, in turn
