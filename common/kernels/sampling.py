@@ -197,7 +197,7 @@ def top_rows(logits_RV: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
     """(log of the sum of exponentials [R], best ids [R, top_n], their logits [R, top_n]) of float32 rows.
 
     float64, int64 and float32; ids in the order (higher logit, lower id). Rows that hold NaN or +inf, or nothing
-    but -inf, give NaN.
+    but -inf, give the first ids and NaN.
     """
     if logits_RV.device.type == "cpu" and cpu.library() is not None:
         return top_rows_native(logits_RV, top_n)
@@ -208,8 +208,9 @@ def top_rows(logits_RV: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
 def top_rows_torch(logits_RV: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
     log_sum_R = logits_RV.double().logsumexp(dim=-1)
     log_sum_R = log_sum_R.masked_fill(log_sum_R.isinf(), torch.nan)
-    ids_RN = first_ids(logits_RV, top_n)
-    values_RN = logits_RV.gather(1, ids_RN).masked_fill(log_sum_R.isnan().unsqueeze(1), torch.nan)
+    is_bad_R1 = log_sum_R.isnan().unsqueeze(1)
+    ids_RN = torch.where(is_bad_R1, torch.arange(top_n, device=logits_RV.device), first_ids(logits_RV, top_n))
+    values_RN = logits_RV.gather(1, ids_RN).masked_fill(is_bad_R1, torch.nan)
     return log_sum_R, ids_RN, values_RN
 
 

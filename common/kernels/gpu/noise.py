@@ -1,7 +1,7 @@
 """The noise and the race of `common.kernels.sampling` in Triton: what one tile of a row's vocabulary gives.
 
-Noise in float64 takes two logarithms a token. So each token has it in fp32 first, where it is right within a
-thousandth, and only tokens that may still win have it exactly: nearly always one of a tile.
+Noise in float64 takes two logarithms a token. So each token first has an upper bound of it in fp32, as on the CPU
+(csrc/cpu/sampling.inl), and only tokens that may still win have it exactly: most often one of a tile.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ _M1 = tl.constexpr(definition.M1)
 _M2 = tl.constexpr(definition.M2)
 _MINUS_LN2 = tl.constexpr(-0.6931471805599453)
 _UNIT = tl.constexpr(2.0**-32)
-_ALL_ONES = tl.constexpr(0xFFFFFFFF)
-_NEAR_ONE = tl.constexpr(2.0**-7)
-_MARGIN = tl.constexpr(2e-3)  # twice the error of noise and of distances in fp32, with room to spare
+_32_LN2 = tl.constexpr(22.18070977791825)
+_MARGIN = tl.constexpr(1e-3)  # more than the error of noise and of distances in fp32
 _STEEPEST = tl.constexpr(1e30)
 LAST_ID = tl.constexpr(2147483647)
 
@@ -42,7 +41,7 @@ else:
 @triton.jit
 def _words(key, ids):
     """The high halves of the words of some tokens: uint32."""
-    z = key + (ids.to(tl.uint64) + 1) * _C1
+    z = key + (ids.to(tl.uint32).to(tl.uint64) + 1) * _C1
     z = (z ^ (z >> 30)) * _M1
     z = (z ^ (z >> 27)) * _M2
     return ((z ^ (z >> 31)) >> 32).to(tl.uint32)
@@ -56,13 +55,10 @@ def gumbel(key, ids):
 
 
 @triton.jit
-def _rough_gumbel(key, ids):
-    """Noise in fp32. Near u = 1, where the winners are, -ln(u) is a short series of 1 - u."""
-    word = _words(key, ids)
-    u = (word.to(tl.float32) + 0.5) * _UNIT
-    rest = ((word ^ _ALL_ONES).to(tl.float32) + 0.5) * _UNIT
-    minus_ln_u = tl.where(rest < _NEAR_ONE, rest * (1 + 0.5 * rest), _log2(u) * _MINUS_LN2)
-    return _log2(minus_ln_u) * _MINUS_LN2
+def _most_gumbel(key, ids):
+    """At least the noise, in fp32: g <= -ln(1 - u), since -ln(u) >= 1 - u. Equal near u = 1, where winners are."""
+    rest = ~_words(key, ids).to(tl.int32, bitcast=True)
+    return _log2(rest.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * _MINUS_LN2 + _32_LN2
 
 
 @triton.jit
@@ -84,18 +80,18 @@ def race(logits_row, draw, x, ids, best):
     if min_p > 0:
         least = tl.log(min_p).to(tl.float32)
         z = tl.where(z < least - 1e-3 + least * 1e-5, float("-inf"), z)
-    rough = z + _rough_gumbel(key, ids)
-    top = tl.max(rough, 0)
+    most = z + _most_gumbel(key, ids)
+    top = tl.max(most, 0)
     chosen = tl.full((), -1, tl.int32)
     leader = tl.full((), float("-inf"), tl.float64)
     while top > leader.to(tl.float32) - _MARGIN:
-        i = tl.min(tl.where(rough == top, ids, LAST_ID), 0)
+        i = tl.min(tl.where(most == top, ids, LAST_ID), 0)
         distance = (tl.load(logits_row + i).to(tl.float64) - best.to(tl.float64)) / temperature
         score = distance + gumbel(key, i)
         wins = (score > leader) | ((score == leader) & (i < chosen))
         wins = wins & ((min_p <= 0) | (tl.exp(distance) >= min_p))
         chosen = tl.where(wins, i, chosen)
         leader = tl.where(wins, score, leader)
-        rough = tl.where(ids == i, float("-inf"), rough)
-        top = tl.max(rough, 0)
+        most = tl.where(ids == i, float("-inf"), most)
+        top = tl.max(most, 0)
     return chosen

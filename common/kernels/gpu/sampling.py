@@ -31,7 +31,8 @@ _EMPTY = tl.constexpr(int(DrawStatus.EMPTY))
 _NOT_A_NUMBER = tl.constexpr(int(DrawStatus.NOT_A_NUMBER))
 
 TILE = 4096
-_WARPS = 8
+_WARPS = 4
+_MAX_REGISTERS = 96  # then five programs share a multiprocessor, and none spills
 
 
 @triton.jit
@@ -137,6 +138,7 @@ def draw_packed(
         tiles,
         tile,
         num_warps=_WARPS,
+        maxnreg=_MAX_REGISTERS,
     )
     if truncated:
         truncation.race_kept(logits_RV, draws_R6, best_RT, least_RT, winner_RT, num_listed_R, tile=tile, room=room)
