@@ -69,6 +69,35 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(
         assert torch.equal(part, whole[first : first + count]), count
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("sizes", [(64, 8, 2048, 768), (8, 2, 512, 1024)])
+def test_a_token_of_experts_does_not_depend_on_the_others(
+    cuda: torch.device, fp8: bool, sizes: tuple[int, int, int, int]
+) -> None:
+    from common.kernels.expert_weights import ExpertWeights
+    from common.kernels.fp8_ops import linear_fp8, quantise_weight
+    from common.kernels.moe_ops import swiglu_moe
+
+    num_experts, top_k, hidden_size, size = sizes
+    gate_up = randn(num_experts, 2 * size, hidden_size, seed=7, dtype=torch.bfloat16).to(cuda) * hidden_size**-0.5
+    down = randn(num_experts, hidden_size, size, seed=8, dtype=torch.bfloat16).to(cuda) * size**-0.5
+    experts = ExpertWeights(gate_up, down, None, None)
+    if fp8:
+        (gate_up, gate_up_scales), (down, down_scales) = quantise_weight(gate_up), quantise_weight(down)
+        experts = ExpertWeights(gate_up, down, gate_up_scales, down_scales)
+    tokens = 3000
+    x = randn(tokens, hidden_size, seed=9, dtype=torch.bfloat16).to(cuda)
+    ids = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(1)).argsort(-1)[:, :top_k].to(cuda)
+    weights = torch.rand(tokens, top_k, generator=torch.Generator().manual_seed(2)).to(cuda)
+    whole = swiglu_moe(x, ids, weights, experts, fixed=True)
+    for count in (1, 3, 17, 64, 65, 500, 1200):
+        part = slice((tokens - count) // 3, (tokens - count) // 3 + count)
+        assert torch.equal(swiglu_moe(x[part], ids[part], weights[part], experts, fixed=True), whole[part]), count
+        if experts.gate_up_scales is not None:
+            weight = gate_up[0], experts.gate_up_scales[0]
+            assert torch.equal(linear_fp8(x[part], *weight, fixed=True), linear_fp8(x, *weight, fixed=True)[part])
+
+
 @dataclass(frozen=True)
 class Model:
     """Shape of attention. `window`, `first`: see `common.attention.context.GroupTables`."""
