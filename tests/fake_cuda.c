@@ -130,7 +130,6 @@ int cuEventRecord(struct Event* event, void* stream) {
 }
 int cuEventQuery(struct Event* event) { return now() < event->done_at ? kNotReady : 0; }
 int cuEventDestroy_v2(struct Event* event) { return free(event), 0; }
-int cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) { return (void)stream, function(data), 0; }
 int cuGetErrorString(int result, const char** text) {
   return *text = result == kInvalid ? "invalid argument" : result == 101 ? "invalid device ordinal" : "error", 0;
 }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import select
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import pytest
 from kvtransfer_support import FakeCache, FakeClock, allocate, chain_of, prompt, small_layout
 
+from common.errors import PeerLostError
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP
 from common.kvtransfer.device import DeviceTransport
 from common.kvtransfer.memory import MemoryNetwork, MemoryTransport, numpy_digest
@@ -16,36 +21,45 @@ from common.kvtransfer.plan import plan_extent
 from common.kvtransfer.publish import Publisher, PublishOrder
 from common.kvtransfer.transport import DigestCheck, PeerDown, ReadPiece, ReadResult, ReadStatus
 
+BROKEN = 12345  # an expected digest that the fake device does not take
+
 
 @dataclass
 class FakeBatch:
     found: list[int]
-    done: bool = False
-
-    def is_done(self) -> bool:
-        return self.done
+    done: threading.Event = field(default_factory=threading.Event)
 
     def values(self) -> list[int]:
+        assert self.done.wait(20)
         return self.found
 
 
 @dataclass
 class FakeDevice:
-    """Digests right away and says so when `batches[i].done` is set."""
+    """Digests right away; says so at once if it is not `held`, else when `batches[i].done` is set."""
 
+    held: bool = False
     batches: list[FakeBatch] = field(default_factory=list)
     checks: list[list[DigestCheck]] = field(default_factory=list)
 
     def launch(self, checks: Sequence[DigestCheck]) -> FakeBatch:
         return self._add(checks, [numpy_digest(c) for c in checks])
 
-    def compare(self, checks: Sequence[DigestCheck]) -> FakeBatch:
-        return self._add(checks, [numpy_digest(c) != c.expected for c in checks])
+    def prepare(self, checks: Sequence[DigestCheck]) -> Sequence[DigestCheck]:
+        return checks
+
+    def compare(self, prepared: Sequence[DigestCheck]) -> FakeBatch:
+        if any(c.expected == BROKEN for c in prepared):
+            raise RuntimeError("no such kernel")
+        return self._add(prepared, [numpy_digest(c) != c.expected for c in prepared])
 
     def _add(self, checks: Sequence[DigestCheck], found: Sequence[int]) -> FakeBatch:
+        batch = FakeBatch(list(found))
+        if not self.held:
+            batch.done.set()
         self.checks.append(list(checks))
-        self.batches.append(FakeBatch(list(found)))
-        return self.batches[-1]
+        self.batches.append(batch)
+        return batch
 
 
 def never(check: DigestCheck) -> int:
@@ -126,17 +140,30 @@ class Reading:
         self.inner = MemoryTransport(self.owner.network)
         self.bases = allocate(self.inner, self.owner.layout, seed=4)
         self.device = FakeDevice()
-        self.wakes = 0
-        self.transport = DeviceTransport(self.inner, self.device, self.woken)
+        self.transport = DeviceTransport(self.inner, self.device)
         self.peer = self.transport.connect(self.owner.transport.endpoint())
-
-    def woken(self) -> None:
-        self.wakes += 1
 
     def read(self, read_id: int, extent: OrderExtent | None = None) -> None:
         layout = self.owner.layout
         plan = plan_extent(layout, layout, extent or self.extent, [0, 1, 2], self.bases[FULL_GROUP], 40)
         self.transport.read(self.peer, read_id, plan.pieces, plan.checks)
+
+    def events(self, count: int, timeout_s: float = 10.0) -> list[ReadResult | PeerDown]:
+        deadline = time.monotonic() + timeout_s
+        events = self.transport.poll()
+        while len(events) < count and (left := deadline - time.monotonic()) > 0:
+            if select.select([self.transport.wakeup_fd], [], [], left)[0]:
+                events += self.transport.poll()
+        return events
+
+
+@pytest.fixture
+def reading() -> Iterator[Reading]:
+    reading = Reading()
+    yield reading
+    for batch in reading.device.batches:
+        batch.done.set()
+    reading.transport.close()
 
 
 def only(events: list[ReadResult | PeerDown]) -> ReadResult:
@@ -145,48 +172,53 @@ def only(events: list[ReadResult | PeerDown]) -> ReadResult:
     return event
 
 
-def test_a_read_ends_when_its_digests_are_compared() -> None:
-    reading = Reading()
+def with_digest(extent: OrderExtent, index: int, value: int) -> OrderExtent:
+    return msgspec.structs.replace(extent, digests=(*extent.digests[:index], value, *extent.digests[index + 1 :]))
+
+
+def test_a_read_ends_when_its_digests_are_compared(reading: Reading) -> None:
+    reading.device.held = True
     reading.read(7)
-    assert reading.transport.poll() == []
-    assert (len(reading.device.batches), reading.wakes) == (1, 1)
-    assert reading.transport.poll() == []
-    reading.device.batches[0].done = True
-    result = only(reading.transport.poll())
+    assert reading.events(1, 0.1) == []
+    assert len(reading.device.batches) == 1
+    reading.device.batches[0].done.set()
+    result = only(reading.events(1))
     assert (result.read_id, result.status, result.message) == (7, ReadStatus.OK, "")
-    assert reading.transport.poll() == []
+    assert result.seconds >= result.read_seconds
+    assert not select.select([reading.transport.wakeup_fd], [], [], 0)[0]
 
 
-def test_wrong_bytes_are_a_mismatch_with_the_digest_named() -> None:
-    reading = Reading()
-    wrong = [*reading.extent.digests]
-    wrong[3] ^= 1
-    reading.read(7, msgspec.structs.replace(reading.extent, digests=tuple(wrong)))
-    reading.transport.poll()
-    reading.device.batches[0].done = True
-    result = only(reading.transport.poll())
+def test_wrong_bytes_are_a_mismatch_with_the_digest_named(reading: Reading) -> None:
+    count = len(reading.extent.digests)
+    reading.read(7, with_digest(reading.extent, 3, reading.extent.digests[3] ^ 1))
+    result = only(reading.events(1))
     assert result.status is ReadStatus.MISMATCH
-    assert result.message == f"digest 3 of {len(wrong)} does not match the bytes read"
+    assert result.message == f"digest 3 of {count} does not match the bytes read"
 
 
-def test_reads_that_fail_or_have_nothing_to_compare_end_at_once() -> None:
-    reading = Reading()
+def test_what_cannot_be_compared_has_failed_and_the_next_read_has_not(reading: Reading) -> None:
+    reading.read(1, with_digest(reading.extent, 0, BROKEN))
+    result = only(reading.events(1))
+    assert (result.status, result.message) == (ReadStatus.FAILED, "its digests could not be compared: RuntimeError")
+    reading.read(2)
+    assert only(reading.events(1)).status is ReadStatus.OK
+
+
+def test_reads_that_fail_or_have_nothing_to_compare_end_by_themselves(reading: Reading) -> None:
     target = reading.bases[FULL_GROUP]
     reading.transport.read(reading.peer, 1, [ReadPiece(FULL_GROUP, 0, target, 64)], [])
-    assert only(reading.transport.poll()).status is ReadStatus.OK
+    assert only(reading.events(1)).status is ReadStatus.OK
     reading.owner.network.held = True
     reading.read(2)
     reading.transport.disconnect(reading.peer)
-    assert only(reading.transport.poll()).status is ReadStatus.FENCED
+    assert only(reading.events(1)).status is ReadStatus.FENCED
+    with pytest.raises(PeerLostError):
+        reading.read(3)
     assert not reading.device.batches
 
 
-def test_reads_end_in_the_order_in_which_they_came() -> None:
-    reading = Reading()
-    reading.read(1)
-    reading.read(2)
-    assert reading.transport.poll() == []
-    reading.device.batches[1].done = True
-    assert reading.transport.poll() == []
-    reading.device.batches[0].done = True
-    assert [e.read_id for e in reading.transport.poll() if isinstance(e, ReadResult)] == [1, 2]
+def test_a_peer_that_goes_is_reported(reading: Reading) -> None:
+    reading.owner.network.kill(reading.owner.transport)
+    (down,) = reading.events(1)
+    assert isinstance(down, PeerDown)
+    assert down.peer_id == reading.peer

@@ -1,21 +1,24 @@
 """Digests where the memory is a GPU's: computed there, beside everything else, and only small results reach the host.
 
     owner   step launched --launch--> digests of what it completes, right behind it on its stream -> publish takes them
-    reader  read ended by UCX --launch on a stream of its own--> compared on the GPU -> one flag a check -> ReadResult
+    reader  read asked for --prepare--> tables on the GPU; read ended by UCX --compare, on a stream of its own-->
+            one flag a check -> ReadResult
 
-Nothing here waits but `DigestBatch.values`, and that only where the step before it has not ended yet. The transport's
-descriptor wakes the engine when a comparison is done.
+The engine's thread waits for none of this but, on the owner's side, for a step that has not ended yet. A reader's
+comparisons are launched and waited for by a thread, so that a read does not have to wait for the engine to look.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import os
+import select
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -27,6 +30,9 @@ from common.kernels import gpu
 from common.kernels.native import DigestGeometry
 from common.kvtransfer.transport import DigestCheck, Endpoint, PeerDown, ReadPiece, ReadResult, ReadStatus, Transport
 from common.kvtransfer.ucx import UcxTransport
+from common.telemetry import get_logger
+
+log = get_logger(__name__)
 
 _WORD = 8
 
@@ -39,9 +45,6 @@ class DigestBatch:
     event: torch.cuda.Event | None
     _values: list[int] = field(default_factory=list)
 
-    def is_done(self) -> bool:
-        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
-
     def values(self) -> list[int]:
         """Waits."""
         if not self._values:
@@ -51,17 +54,25 @@ class DigestBatch:
         return self._values
 
 
-class Comparison(Protocol):
-    def is_done(self) -> bool:
-        """Without waiting."""
+@dataclass(frozen=True)
+class PreparedChecks:
+    """Checks on the device: by shape a table of segments (see `add_digests`), its tokens at most, are places even?"""
 
-    def values(self) -> list[int]:
-        """For each check, 1 if its digest is not what was expected."""
+    tables: Sequence[tuple[DigestGeometry, Tensor, int, bool]]
+    expected_N: Tensor
 
 
 class Comparer(Protocol):
-    def compare(self, checks: Sequence[DigestCheck], /) -> Comparison:
-        """Begin to compare digests with what is expected."""
+    def prepare(self, checks: Sequence[DigestCheck], /) -> Any:
+        """What `compare` needs of checks, made beforehand."""
+
+    def compare(self, prepared: Any, /) -> Comparison:
+        """Begin to compare the digests of memory as it is now with what is expected."""
+
+
+class Comparison(Protocol):
+    def values(self) -> list[int]:
+        """For each check, 1 if its digest is not what was expected. Waits."""
 
 
 class DeviceDigests:
@@ -72,39 +83,52 @@ class DeviceDigests:
         self._stream = stream
         self._anchor = torch.zeros(2, dtype=torch.int64, device=device)
 
+    @torch.inference_mode()
     def launch(self, checks: Sequence[DigestCheck]) -> DigestBatch:
         """Digests of `checks`, in their order; `expected` is not looked at."""
-        return self._launch(checks, compare=False)
-
-    def compare(self, checks: Sequence[DigestCheck]) -> DigestBatch:
-        """Do they differ from what is expected?"""
-        return self._launch(checks, compare=True)
+        with self._on_stream():
+            return self._fetch(self._sums(self.prepare(checks)))
 
     @torch.inference_mode()
-    def _launch(self, checks: Sequence[DigestCheck], *, compare: bool) -> DigestBatch:
-        stream = self._stream
-        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-            result = torch.zeros(len(checks), dtype=torch.int64, device=self._device)
-            for geometry, numbers in _by_geometry(checks).items():
-                self._add(result, geometry, _table(checks, numbers))
-            if compare:
-                expected = np.array([c.expected for c in checks], np.uint64).view(np.int64)
-                result = result != _to_device(expected, self._device)
-            if self._device.type != "cuda":
-                return DigestBatch(result, None)
-            pinned = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-            pinned.copy_(result, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+    def prepare(self, checks: Sequence[DigestCheck]) -> PreparedChecks:
+        with self._on_stream():
+            tables = [self._table(geometry, checks, found) for geometry, found in _by_geometry(checks).items()]
+            expected = np.array([c.expected for c in checks], np.uint64).view(np.int64)
+            return PreparedChecks(tables, _to_device(expected, self._device))
+
+    @torch.inference_mode()
+    def compare(self, prepared: PreparedChecks) -> DigestBatch:
+        with self._on_stream():
+            return self._fetch(self._sums(prepared) != prepared.expected_N)
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
+
+    def _sums(self, prepared: PreparedChecks) -> Tensor:
+        sums = torch.zeros_like(prepared.expected_N)
+        for geometry, table_N4, max_tokens, aligned in prepared.tables:
+            gpu.digest.add_digests(sums, self._anchor, table_N4, geometry, max_tokens, aligned)
+        return sums
+
+    def _fetch(self, result: Tensor) -> DigestBatch:
+        if self._device.type != "cuda":
+            return DigestBatch(result, None)
+        pinned = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+        pinned.copy_(result, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
         return DigestBatch(pinned, event)
 
-    def _add(self, sums: Tensor, geometry: DigestGeometry, table_N4: NDArray[np.int64]) -> None:
+    def _table(
+        self, geometry: DigestGeometry, checks: Sequence[DigestCheck], numbers: Sequence[int]
+    ) -> tuple[DigestGeometry, Tensor, int, bool]:
+        rows = [(*segment, i) for i in numbers for segment in checks[i].segments]
+        table_N4 = np.array(rows, np.int64)
         places = table_N4[:, 0] - self._anchor.data_ptr()
         assert not (places % _WORD).any(), "digests count whole words"
         table_N4[:, 0] = places // _WORD
-        table = _to_device(table_N4, self._device)
         aligned = not (places % (2 * _WORD)).any()
-        gpu.digest.add_digests(sums, self._anchor, table, geometry, int(table_N4[:, 2].max()), aligned)
+        return geometry, _to_device(table_N4, self._device), int(table_N4[:, 2].max()), aligned
 
 
 def _by_geometry(checks: Sequence[DigestCheck]) -> dict[DigestGeometry, list[int]]:
@@ -116,42 +140,34 @@ def _by_geometry(checks: Sequence[DigestCheck]) -> dict[DigestGeometry, list[int
     return {DigestGeometry(*shape): numbers for shape, numbers in found.items()}
 
 
-def _table(checks: Sequence[DigestCheck], numbers: Sequence[int]) -> NDArray[np.int64]:
-    """int64 [segments, 4]: address, first position, tokens, number of the check."""
-    return np.array([(*segment, i) for i in numbers for segment in checks[i].segments], np.int64)
-
-
 def _to_device(x: NDArray[np.int64], device: torch.device) -> Tensor:
     """A copy that nobody waits for: torch keeps the pinned memory until it is made."""
     tensor = torch.from_numpy(x)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-@dataclass
-class _Verifying:
-    result: ReadResult
-    batch: Comparison
-    num_checks: int
-    began: float
-
-
 class DeviceTransport:
     """A transport of a GPU's memory over one that moves bytes only: reads end once their digests are compared.
 
-    `wake` makes the descriptor readable after what was launched so far.
+    `begin` is called once by the thread that compares.
     """
 
-    def __init__(self, inner: Transport, digests: Comparer, wake: Callable[[], None]) -> None:
+    def __init__(self, inner: Transport, digests: Comparer, begin: Callable[[], None] = lambda: None) -> None:
         self.name = inner.name
         self._inner = inner
         self._digests = digests
-        self._wake = wake
-        self._checks: dict[int, Sequence[DigestCheck]] = {}
-        self._verifying: deque[_Verifying] = deque()
+        self._checks: dict[int, tuple[Any, int]] = {}  # by read: what was prepared, and how many
+        self._ended: list[ReadResult | PeerDown] = []
+        self._lock = threading.Lock()
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._begin = begin
+        self._thread = threading.Thread(target=self._run, name="nd-compare", daemon=True)
+        self._thread.start()
 
     @property
     def wakeup_fd(self) -> int:
-        return self._inner.wakeup_fd
+        return self._fd
 
     def allocate(self, group: str, nbytes: int) -> int:
         return self._inner.allocate(group, nbytes)
@@ -169,48 +185,86 @@ class DeviceTransport:
         self._inner.disconnect(peer_id)
 
     def read(self, peer_id: int, read_id: int, pieces: Sequence[ReadPiece], checks: Sequence[DigestCheck]) -> None:
-        self._inner.read(peer_id, read_id, pieces, ())
         if checks:
-            self._checks[read_id] = checks
+            self._checks[read_id] = self._digests.prepare(checks), len(checks)
+        try:
+            self._inner.read(peer_id, read_id, pieces, ())
+        except BaseException:
+            self._checks.pop(read_id, None)
+            raise
 
     def poll(self) -> list[ReadResult | PeerDown]:
-        ended: list[ReadResult | PeerDown] = []
-        for event in self._inner.poll():
-            checks = self._checks.pop(event.read_id, ()) if isinstance(event, ReadResult) else ()
-            if isinstance(event, ReadResult) and event.status is ReadStatus.OK and checks:
-                began = time.perf_counter()
-                self._verifying.append(_Verifying(event, self._digests.compare(checks), len(checks), began))
-                self._wake()
-            else:
-                ended.append(event)
-        while self._verifying and self._verifying[0].batch.is_done():
-            ended.append(_verdict(self._verifying.popleft()))
+        with self._lock:
+            ended, self._ended = self._ended, []
+            if ended:
+                os.eventfd_read(self._fd)
         return ended
 
     def describe(self, peer_id: int) -> str:
         return self._inner.describe(peer_id)
 
     def close(self) -> None:
-        for verifying in self._verifying:
-            verifying.batch.values()
-        self._verifying.clear()
+        if not self._thread.is_alive():
+            return
+        os.eventfd_write(self._stop_fd, 1)
+        self._thread.join()
         self._inner.close()
+        os.close(self._fd)
+        os.close(self._stop_fd)
+
+    # -- the thread --
+
+    def _run(self) -> None:
+        self._begin()
+        poll = select.poll()
+        poll.register(self._inner.wakeup_fd, select.POLLIN)
+        poll.register(self._stop_fd, select.POLLIN)
+        while not any(fd == self._stop_fd for fd, _ in poll.poll()):
+            began = time.perf_counter()
+            launched = [(event, self._launch(event)) for event in self._inner.poll()]
+            for event, outcome in launched:
+                self._report(event if outcome is None else _verdict(event, outcome, began))
+
+    def _launch(self, event: ReadResult | PeerDown) -> _Outcome | None:
+        if not isinstance(event, ReadResult):
+            return None
+        prepared, count = self._checks.pop(event.read_id, (None, 0))
+        if event.status is not ReadStatus.OK or not count:
+            return None
+        try:
+            return self._digests.compare(prepared), count
+        except Exception as error:  # noqa: BLE001 - edge of the thread: fails that read
+            return error
+
+    def _report(self, event: ReadResult | PeerDown) -> None:
+        with self._lock:
+            self._ended.append(event)
+            if len(self._ended) == 1:
+                os.eventfd_write(self._fd, 1)
 
 
-def _verdict(verifying: _Verifying) -> ReadResult:
-    result = msgspec.structs.replace(
-        verifying.result, seconds=verifying.result.seconds + time.perf_counter() - verifying.began
-    )
-    wrong = [i for i, differs in enumerate(verifying.batch.values()) if differs]
+_Outcome = tuple[Comparison, int] | Exception
+
+
+def _verdict(event: ReadResult | PeerDown, outcome: _Outcome, began: float) -> ReadResult:
+    assert isinstance(event, ReadResult)
+    try:
+        if isinstance(outcome, Exception):
+            raise outcome
+        comparison, count = outcome
+        wrong = [i for i, differs in enumerate(comparison.values()) if differs]
+    except Exception as error:
+        log.exception("digests of a read could not be compared")
+        message = f"its digests could not be compared: {type(error).__name__}"
+        return msgspec.structs.replace(event, status=ReadStatus.FAILED, message=message)
+    result = msgspec.structs.replace(event, seconds=event.seconds + time.perf_counter() - began)
     if not wrong:
         return result
-    message = f"digest {wrong[0]} of {verifying.num_checks} does not match the bytes read"
+    message = f"digest {wrong[0]} of {count} does not match the bytes read"
     return msgspec.structs.replace(result, status=ReadStatus.MISMATCH, message=message)
 
 
 def over_ucx(transport: UcxTransport, device: torch.device) -> DeviceTransport:
     """`transport` moves memory of `device`, a GPU."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return DeviceTransport(
-        transport, DeviceDigests(device, stream), lambda: transport.wake_after(ctypes.c_void_p(stream.cuda_stream))
-    )
+    return DeviceTransport(transport, DeviceDigests(device, stream), lambda: torch.cuda.set_device(device))

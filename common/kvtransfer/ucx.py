@@ -87,7 +87,6 @@ def _library() -> ctypes.CDLL:
         "nd_ucx_open": (pointer, [text, text, text, ctypes.c_int, text, size]),
         "nd_ucx_close": (None, [pointer]),
         "nd_ucx_wakeup_fd": (ctypes.c_int, [pointer]),
-        "nd_ucx_wake_after": (ctypes.c_bool, [pointer, pointer]),
         "nd_ucx_version": (None, [pointer, text, size]),
         "nd_ucx_address": (size, [pointer, text, size]),
         "nd_ucx_allocate": (ctypes.c_bool, [pointer, u64, pointer, text, size]),
@@ -248,11 +247,6 @@ class UcxTransport:
                 ended += [self._translate(event) for event in self._events[:taken]]
                 if taken < _POLL_EVENTS:
                     return ended
-
-    def wake_after(self, stream: ctypes.c_void_p) -> None:
-        """Make `wakeup_fd` readable once a GPU has done what its stream was given so far."""
-        if not self._lib.nd_ucx_wake_after(self._open_handle(), stream):
-            raise InternalError("CUDA does not call back")
 
     def describe(self, peer_id: int) -> str:
         """'ucx/posix', 'ucx/cma', 'ucx/tcp', 'ucx/cuda_ipc', ...; 'ucx/connecting' and 'ucx/gone' before and after."""

@@ -77,11 +77,6 @@ ND_EXPORT void nd_ucx_version(Transport* transport, char* out, size_t capacity) 
   put_text(transport->version(), out, capacity);
 }
 
-// The descriptor is readable once the GPU has done what `stream` was given so far. False if CUDA says no.
-ND_EXPORT bool nd_ucx_wake_after(Transport* transport, void* stream) {
-  return nd::wake_after(stream, transport->wakeup_fd());
-}
-
 // Copies the worker's address if it fits; returns its size.
 ND_EXPORT size_t nd_ucx_address(Transport* transport, uint8_t* out, size_t capacity) {
   const nd::Bytes& address = transport->address();

@@ -1,7 +1,6 @@
 #include "ucx/cuda.h"
 
 #include <dlfcn.h>
-#include <unistd.h>
 
 // Signatures of cuda.h, with its handles as pointers and CUresult as int.
 #define ND_CUDA_SYMBOLS(X)                                                                         \
@@ -25,7 +24,6 @@
   X(cuEventRecord, void* event, void* stream)                                                      \
   X(cuEventQuery, void* event)                                                                     \
   X(cuEventDestroy_v2, void* event)                                                                \
-  X(cuLaunchHostFunc, void* stream, void (*function)(void*), void* data)                           \
   X(cuGetErrorString, int result, const char** text)
 
 namespace nd {
@@ -151,14 +149,5 @@ Cuda::State Cuda::look(void* mark, std::string* error) {
 }
 
 void Cuda::drain() { driver_->cuCtxSynchronize(); }
-
-bool wake_after(void* stream, int fd) {
-  const CudaDriver* driver = load_driver();
-  const auto wake = [](void* data) {
-    const uint64_t one = 1;
-    [[maybe_unused]] const ssize_t n = ::write(static_cast<int>(reinterpret_cast<intptr_t>(data)), &one, sizeof one);
-  };
-  return driver != nullptr && driver->cuLaunchHostFunc(stream, wake, reinterpret_cast<void*>(intptr_t{fd})) == 0;
-}
 
 }  // namespace nd

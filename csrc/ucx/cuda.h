@@ -54,7 +54,4 @@ class Cuda {
   std::vector<void*> spare_;  // events
 };
 
-// Makes the eventfd `fd` readable once the GPU has done what `stream` was given so far. In the stream's context.
-bool wake_after(void* stream, int fd);
-
 }  // namespace nd
