@@ -192,7 +192,7 @@ class FlashInferBackend(ReferenceBackend):
     ) -> list[_Part]:
         assert not torch.cuda.is_current_stream_capturing(), "a step is recorded that was never run"
         dtype = q_THD.dtype if cache.dtype == torch.float8_e4m3fn else cache.dtype
-        heads = Heads(q_THD.shape[1], cache.shape[1])
+        heads = Heads(q_THD.shape[1], cache.shape[2])
         self._shapes[name, tables.first] = _Shape(heads, q_THD.shape[2], dtype, cache.dtype)
         planned = self._latest if self._latest is not None and ctx.graph else ctx
         assert planned.graph == ctx.graph

@@ -61,6 +61,7 @@ class _Chunk:
 _Plan = tuple[list[_Decode], list[_Chunk]]
 
 _TOKENS_AT_ONCE = 64  # with selected positions
+_SCORES_AT_ONCE = 1 << 26
 
 
 class ReferenceBackend:
@@ -209,7 +210,7 @@ def _attend_decode(q_RHD: Tensor, keys: Tensor, values: Tensor, plan: _Decode, s
 
     q_RUGD = q_RHD.reshape(rows, kv_heads, num_heads // kv_heads, width)
     mask = plan.seen_RL[:, None, None]
-    out = functional.scaled_dot_product_attention(q_RUGD, gather(keys), gather(values), attn_mask=mask, scale=scale)
+    out = _masked(q_RUGD, gather(keys), gather(values), mask, scale)
     return out.reshape(rows, num_heads, values.shape[3])
 
 
@@ -225,10 +226,11 @@ def _attend_chunk(q_NHD: Tensor, keys: Tensor, values: Tensor, plan: _Chunk, sca
         return seen.unsqueeze(1).expand(-1, group, -1, -1)
 
     q_UGND = q_NHD.transpose(0, 1).reshape(kv_heads, group, num_tokens, width)
-    causal = plan.mask_NL is None
-    out = functional.scaled_dot_product_attention(
-        q_UGND, gather(keys), gather(values), attn_mask=plan.mask_NL, is_causal=causal, scale=scale
-    )
+    k, v = gather(keys), gather(values)
+    if plan.mask_NL is not None:
+        out = _masked(q_UGND, k, v, plan.mask_NL, scale)
+    else:
+        out = functional.scaled_dot_product_attention(q_UGND, k, v, is_causal=True, scale=scale)
     return out.reshape(num_heads, num_tokens, values.shape[3]).transpose(0, 1)
 
 
@@ -258,8 +260,27 @@ def _attend_chosen(q_THD: Tensor, keys: Tensor, values: Tensor, chosen: _Chosen,
     q_TUGD = q_THD.reshape(num_tokens, kv_heads, num_heads // kv_heads, width)
     mask = chosen.seen_TK[:, None, None]
     k_TUKD, v_TUKV = chosen.gather(keys, q_THD.dtype), chosen.gather(values, q_THD.dtype)
-    out = functional.scaled_dot_product_attention(q_TUGD, k_TUKD, v_TUKV, attn_mask=mask, scale=scale)
+    out = _masked(q_TUGD, k_TUKD, v_TUKV, mask, scale)
     return out.reshape(num_tokens, num_heads, values.shape[3])
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of [..., N, D] over [..., L, D] and [..., L, V], where `mask`, [..., N or 1, L], says.
+
+    Written out on GPUs, some queries at a time: of 257 queries torch's own kernel gave the last a wrong result.
+    """
+    if not q.is_cuda:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    num_queries, num_keys = q.shape[-2], k.shape[-2]
+    rows = max(1, _SCORES_AT_ONCE // (num_keys * max(1, q[..., 0, 0].numel())))
+    out = []
+    for first in range(0, num_queries, rows):
+        part = slice(first, first + rows)
+        seen = mask if mask.shape[-2] == 1 else mask[..., part, :]
+        scores = torch.matmul(q[..., part, :].float(), k.float().mT).mul_(scale)
+        weights = scores.masked_fill_(~seen, float("-inf")).softmax(-1)
+        out.append(torch.matmul(weights, v.float()).to(q.dtype))
+    return torch.cat(out, -2)
 
 
 def _log_sums(q_THD: Tensor, keys: Tensor, chosen: _Chosen, scale: float) -> Tensor:

@@ -71,14 +71,15 @@ def test_attend(kernel_device: torch.device, dtype: torch.dtype, case: Case) -> 
     needed = [-(-n // case.size) for n in lens_S.tolist()]
     shape = (sum(needed) + 1, 2, case.units, case.size, case.width)
     pool = torch.full(shape, float("nan"))
-    order = torch.randperm(sum(needed)).tolist()
+    order = (torch.randperm(sum(needed)) + 1).tolist()  # block 0, where tables say nothing, is NaN
     for s, count in enumerate(needed):
-        for b in range(count):
+        lowest = max(0, int(lens_S[s]) - case.num_new + 1 - case.window) if case.window else 0
+        for b in range(lowest // case.size, count):
             block, held = order.pop(), min(case.size, int(lens_S[s]) - b * case.size)
             tables_SB[s, b] = block
             pool[block, :, :, :held] = torch.randn(2, case.units, held, case.width)
             if b == 0 and case.first:
-                pool[block, :, :, : case.first] = 400.0
+                pool[block, :, :, : case.first] = float("nan")
     pool, tables_SB, lens_S = pool.to(dtype).to(device), tables_SB.to(device), lens_S.to(device)
     q_THD = torch.randn(case.sequences * case.num_new, case.heads + 2, case.width, device=device).to(computed)
     q_THD, scale = q_THD[:, : case.heads], case.width**-0.5

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from common.kernels.gpu.launch import let_next_start, pdl, wait
 
-ITEM = 8  # int32 of an item: sequence or -1, first key, end, chunks of the sequence, its first partial, own partial
+ITEM = 8
+"""int32 of an item: its sequence or -1, its first key and the end, the sequence's chunks, the first of its partial
+results, the item's own, the sequence's first key that is seen, nothing."""
 MAX_ROWS = 128
 MIN_CHUNK = 64  # keys
 SLOTS_PER_PROCESSOR = 8  # items to aim for
@@ -55,10 +57,10 @@ def _schedule(
     wait(PDL)
     s = tl.arange(0, SEQUENCES)
     length = tl.load(lens_ptr + s, mask=s < num_sequences, other=0)
-    low = tl.zeros([SEQUENCES], tl.int32) + first
+    lowest = tl.zeros([SEQUENCES], tl.int32) + first
     if WINDOW:
-        low = tl.maximum(low, length - NUM_NEW + 1 - window)
-    low = low // TILE * TILE
+        lowest = tl.maximum(lowest, length - NUM_NEW + 1 - window)
+    low = lowest // TILE * TILE
     seen = tl.where(s < num_sequences, tl.maximum(length - low, 1), 0)
     total = tl.sum(tl.where(seen > MIN_CHUNK, seen, 0), 0)
     chunk = (total + num_slots - 1) // num_slots
@@ -84,6 +86,7 @@ def _schedule(
     tl.store(row + 3, of_sequence, mask=is_item)
     tl.store(row + 4, partial, mask=is_item)
     tl.store(row + 5, partial + at, mask=is_item)
+    tl.store(row + 6, tl.sum(tl.where(own, lowest[None, :], 0), 1), mask=is_item)
 
 
 @triton.jit
@@ -113,7 +116,6 @@ def _attend(
     scale_log2,
     v_scale,
     window,
-    first,
     NUM_NEW: tl.constexpr,
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,
@@ -134,6 +136,7 @@ def _attend(
     if sequence < 0:
         return
     begin, end, chunks = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    lowest = tl.load(item + 6)
     length = tl.load(lens_ptr + sequence)
     row = tl.arange(0, ROWS)
     n = tl.arange(0, TILE)
@@ -153,6 +156,8 @@ def _attend(
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         position = start + n
         is_key = position < end
+        if WINDOW or FIRST:  # below lie blocks that were given back, or nothing
+            is_key &= position >= lowest
         if BLOCK_SIZE % TILE == 0:
             block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
             place = block * block_stride + (start % BLOCK_SIZE + n)[:, None] * row_stride
@@ -166,8 +171,6 @@ def _attend(
         seen = is_key[None, :] & (position[None, :] <= own)
         if WINDOW:
             seen &= position[None, :] > own - window
-        if FIRST:
-            seen &= position[None, :] >= first
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -308,7 +311,6 @@ def attend(
         scale * _LOG2_E,
         v_scale,
         seen.window,
-        seen.first,
         NUM_NEW=seen.num_new,
         GROUP=group,
         UNITS=units,
