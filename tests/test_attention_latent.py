@@ -13,7 +13,7 @@ import torch
 from test_attention_reference import NoPool
 from torch import Tensor
 
-from common.attention.context import AttentionBackend, AttentionContext, GroupTables, Selection
+from common.attention.context import AttentionBackend, AttentionContext, GroupTables, HostLengths, Selection
 from common.attention.cpu import CpuBackend
 from common.attention.latent import Part, split
 from common.attention.reference import ReferenceBackend
@@ -324,6 +324,54 @@ def test_a_part_in_bands(max_tokens: int) -> None:
         )
         assert (got - band.take(want)).abs().max() < 5e-6
     assert sum(len(band.take(q_THD)) for band in bands) == 49
+
+
+@pytest.mark.parametrize("max_positions", [1, 80, 300, 9999])
+def test_a_part_in_lots_of_sequences(max_positions: int) -> None:
+    """Positions lined up one after the other, without those below the first, are the same rows as in blocks."""
+    case = Case([(50, 3), (2, 19), (200, 3), (13, 5), (190, 25), (0, 30)], first=0)
+    part = split(case.tables, case.ctx, max_absorbed=2).expanded
+    assert part is not None
+    lots = part.lots(max_positions)
+    assert part.lots(max_positions) is lots
+    sizes = [int(lot.ctx.seq_lens_S.sum()) for lot in lots]
+    assert all(n <= max_positions or len(lot.ctx.seq_lens_S) == 1 for n, lot in zip(sizes, lots, strict=True))
+    assert len(lots) == {1: 6, 80: 5, 300: 2, 9999: 1}[max_positions]
+    pieces, seen = [], []
+    for lot in lots:
+        lined_up = lot.ragged
+        rows = case.cache[lined_up.slots_P // 16, 0, 0, lined_up.slots_P % 16]
+        pieces += rows.split(torch.from_numpy(lined_up.key_starts_S1).diff().tolist())
+        seen += lot.take(torch.arange(len(case.own))).tolist()
+    assert seen == list(range(len(case.own)))
+    assert all(torch.equal(piece, rows[:, 0]) for piece, rows in zip(pieces, case.rows, strict=True))
+
+
+def test_a_prompt_alone_is_new() -> None:
+    part = split(*(lambda c: (c.tables, c.ctx))(Case([(0, 30), (0, 9)], first=0)), max_absorbed=2).expanded
+    assert part is not None
+    assert part.ragged.is_new
+    later = split(*(lambda c: (c.tables, c.ctx))(Case([(1, 30), (1, 9)], first=1)), max_absorbed=2).expanded
+    assert later is not None
+    assert later.ragged.is_new
+    assert later.ragged.key_starts_S1.tolist() == [0, 30, 39]
+
+
+def test_lengths_of_the_host_are_taken_and_a_recorded_step_is_one_part() -> None:
+    case = Case([(50, 1), (20, 1)])
+    host = HostLengths(case.ctx.query_starts_S1.numpy().copy(), case.ctx.seq_lens_S.numpy().copy())
+    case.ctx.seq_lens_S.fill_(-1)
+    ctx = replace(case.ctx, host=host, scratch={})
+    parts = split(case.tables, ctx, max_absorbed=2, top_k=30)
+    assert parts.absorbed is not None
+    assert parts.sparse is not None
+    assert parts.sparse.ctx.host is not None
+    assert parts.sparse.ctx.host.seq_lens_S.tolist() == [51]
+    recorded = replace(case.ctx, graph=2, scratch={})
+    assert split(case.tables, recorded, 2).absorbed == Part(slice(0, 2), case.tables, recorded)
+    sparse = split(case.tables, recorded, 2, 30).sparse
+    assert sparse == Part(slice(0, 2), case.tables, recorded)
+    assert sparse.bands(1) == (sparse,)
 
 
 def test_a_step_of_one_kind_is_not_copied() -> None:

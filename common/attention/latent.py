@@ -59,6 +59,28 @@ class Part:
         spans = [(s, max(first, a), min(last, b)) for s, (a, b) in enumerate(itertools.pairwise(starts))]
         return _cut(self.tables, self.ctx, [span for span in spans if span[1] < span[2]], slice(first, last))
 
+    def lots(self, max_positions: int) -> tuple[Part, ...]:
+        """The part in steps of whole sequences, each of up to so many positions or of one sequence."""
+        key = (Part.lots, max_positions)
+        found: tuple[Part, ...] | None = self.ctx.scratch.get(key)
+        if found is None:
+            starts, lens = _lengths(self.ctx)
+            firsts, total = [0], 0
+            for s, n in enumerate(lens):
+                if s > firsts[-1] and total + n > max_positions:
+                    firsts.append(s)
+                    total = 0
+                total += n
+            found = tuple(self._lot(starts, first, last) for first, last in itertools.pairwise([*firsts, len(lens)]))
+            self.ctx.scratch[key] = found
+        return found
+
+    def _lot(self, starts: list[int], first: int, last: int) -> Part:
+        tokens = slice(starts[first], starts[last])
+        if last - first == len(starts) - 1:
+            return replace(self, tokens=tokens)
+        return _cut(self.tables, self.ctx, [(s, starts[s], starts[s + 1]) for s in range(first, last)], tokens)
+
     @cached_property
     def gathered(self) -> Gathered:
         """Every block of the part's sequences, one after the other."""

@@ -38,6 +38,7 @@ from common.layers.rope import apply_rope_
 from common.layers.step import MAIN_ROPE, Step
 
 _MAX_ELEMENTS = 1 << 23
+_MAX_POSITIONS = 1 << 16  # of several sequences that are expanded on a GPU at once
 MAX_ABSORBED = 64  # new tokens of a sequence; with more, expanding pays at DeepSeek's widths (bfloat16; fp32: 256)
 
 
@@ -198,7 +199,9 @@ class MLA(Layer):
         q_NHD = part.take(q_THD)
         out_NHV = q_NHD.new_empty(*q_NHD.shape[:2], spec.v_dim)
         if isinstance(backend, RaggedBackend) and backend.ragged.able(q_NHD.dtype, spec.qk_dim, spec.v_dim):
-            self._expand_ragged(q_NHD, part.take(row_TW), rows, part, backend, out_NHV)
+            row_NW = part.take(row_TW)
+            for lot in part.lots(_MAX_POSITIONS):
+                self._expand_ragged(lot.take(q_NHD), lot.take(row_NW), rows, lot, backend, lot.take(out_NHV))
             return out_NHV
         gathered = part.gathered
         row_PW = backend.read_rows(rows, gathered.block_ids_N, q_NHD.dtype, self._packing_of(rows))
