@@ -76,7 +76,7 @@ def test_linear_silu_mul(kernel_device: torch.device, limit: float, shape: tuple
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "width"), [(1, 128), (9, 384), (70, 1408)])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 256), (9, 384), (70, 1408)])
 def test_quantise(kernel_device: torch.device, dtype: torch.dtype, tokens: int, width: int) -> None:
     from common.kernels.gpu import fp8
 
@@ -129,3 +129,19 @@ def test_experts(kernel_device: torch.device, dtype: torch.dtype, shape: tuple[i
     given = ExpertWeights(gate_up, down, gate_up_scales, down_scales)
     got = kernels.swiglu_moe(x, ids, weights, given, 0.0, None)
     assert error(got, moe(x, ids, weights, gate_up_meant, down_meant)) < allowed(2e-2, kernel_device)
+
+
+@pytest.mark.parametrize("tokens", [5, 90])
+def test_rows_of_tiles(kernel_device: torch.device, tokens: int) -> None:
+    """Each pair's row is its token's, quantised, in a tile of its expert."""
+    from common.kernels.gpu import padded
+
+    x = torch.randn(tokens, 256, device=kernel_device)
+    ids = torch.rand(tokens, 7, device=kernel_device).argsort(-1)[:, :3]
+    (values, scales), experts, places = padded.spread(x, ids, 7)
+    assert scales.stride(0) == 1
+    assert torch.equal(experts[places].long(), ids.flatten())
+    assert len(places.unique()) == places.numel()
+    assert all(len(tile.unique()) <= 2 for tile in experts.view(-1, 128))
+    got = (values.float() * scales.repeat_interleave(128, 1))[places]
+    assert error(got, quantised_rows(x).repeat_interleave(3, 0)) < allowed(3e-3, kernel_device)

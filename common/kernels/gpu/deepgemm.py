@@ -1,4 +1,4 @@
-"""DeepGEMM: matrix products in bf16 and block-scaled FP8 for many rows, of one weight or of many experts.
+"""DeepGEMM: matrix products in block-scaled FP8, of one weight or of many experts.
 
 It compiles a kernel for each shape of a weight when it first meets it, or finds it in its cache on disk.
 """
@@ -42,17 +42,12 @@ def linear_fp8(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], out_TN: 
     _library().fp8_gemm_nt(x, weight, out_TN)
 
 
-def grouped(x_RK: Tensor, weight_ENK: Tensor, out_RN: Tensor, experts_R: Tensor) -> None:
-    """Rows times their experts' weights, all bf16.
+def grouped_fp8(
+    x_RK: tuple[Tensor, Tensor], weight_ENK: tuple[Tensor, Tensor], out_RN: Tensor, experts_R: Tensor
+) -> None:
+    """Rows times their experts' weights, in bf16. Values and scales as in `linear_fp8`.
 
     `experts_R` int32: the same for the `GROUP_ROWS` rows from each multiple of that, but -1 where half of them or all
     are of no account.
     """
-    _library().m_grouped_bf16_gemm_nt_contiguous(x_RK, weight_ENK, out_RN, experts_R)
-
-
-def grouped_fp8(
-    x_RK: tuple[Tensor, Tensor], weight_ENK: tuple[Tensor, Tensor], out_RN: Tensor, experts_R: Tensor
-) -> None:
-    """`grouped` with values and scales as in `linear_fp8`."""
     _library().m_grouped_fp8_gemm_nt_contiguous(x_RK, weight_ENK, out_RN, experts_R)

@@ -1,17 +1,13 @@
 """SwiGLU experts on a GPU, and the weighted sum of their results.
 
-Few rows of an expert, as in decode (`products`), rows gathered while they are multiplied:
-
     pairs sorted by expert, cut into tiles (`routing.tile_map`)
-    -> silu(gate) * up, gate and up multiplied together     [P, I] in the order of the rows
-    -> down                                                 [P, D] in the order of the pairs
+    -> silu(gate) * up, gate and up multiplied together, rows gathered meanwhile (`products`)   [P, I] as the rows lie
+    -> down                                                                                    [P, D] as the pairs lie
     -> combine: of each token the weighted sum in the order of k
 
-Many, as in prefill, with DeepGEMM where it is there: tiles of 128 rows are copied side by side (`padded`), and the
-gate's product is a kernel of its own.
+FP8 experts with many rows each, as in prefill, go to DeepGEMM where it is there (`padded`).
 
-Shape letters: T tokens, E experts, K experts of a token, P = T x K pairs, R rows of tiles, D hidden size, I of an
-expert, L = 2 I.
+Shape letters: T tokens, E experts, K experts of a token, P = T x K pairs, D hidden size, I of an expert, L = 2 I.
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.kernels.expert_weights import ExpertWeights
-from common.kernels.gpu import deepgemm, padded, products, routing
+from common.kernels.gpu import deepgemm, fp8, padded, products, routing
 from common.kernels.gpu.launch import let_next_start, pdl, wait
 from common.kernels.gpu.products import Rows
 
@@ -33,7 +29,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 _FEW_PAIRS = 32  # up to here each pair is a tile of its own, and nothing is sorted
 _MAX_TOKENS = 8192  # a longer step goes in parts, which bounds what lies between the products
-_MANY_ROWS = 96  # rows of an expert, on average, from which DeepGEMM is faster
+_MANY_ROWS = 96  # rows of an FP8 expert, on average, from which DeepGEMM is faster
 
 
 def swiglu_moe(
@@ -54,31 +50,43 @@ def swiglu_moe(
     out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     for first in range(0, tokens, _MAX_TOKENS):
         part = slice(first, min(tokens, first + _MAX_TOKENS))
-        many = ids_TK[part].numel() >= _MANY_ROWS * experts.gate_up_ELD.shape[0] and _takes_many(x_TD, experts)
-        rows = padded.expert_rows if many and not fixed else expert_rows
-        y, places_P = rows(x_TD[part], ids_TK[part], experts, limit)
+        some = x_TD[part], ids_TK[part], experts, limit
+        places_P: Tensor | None = None
+        if not fixed and _has_many(ids_TK[part], experts) and _goes_to_deepgemm(x_TD, experts):
+            y, places_P = padded.expert_rows(*some)
+        else:
+            y = expert_rows(*some, fixed=fixed)
         combine(y, places_P, weights_TK[part], None if added_TD is None else added_TD[part], out_TD[part])
     return out_TD
 
 
-def expert_rows(x_TD: Tensor, ids_TK: Tensor, experts: ExpertWeights, limit: float) -> tuple[Tensor, None]:
+def expert_rows(x_TD: Tensor, ids_TK: Tensor, experts: ExpertWeights, limit: float, *, fixed: bool = False) -> Tensor:
     """Results of all pairs, in the order of the pairs: [P, D]."""
     num_experts, hidden_size, size = experts.down_EDI.shape
     top_k, pairs = ids_TK.shape[1], ids_TK.numel()
-    fp8 = experts.gate_up_scales is not None
+    in_fp8 = experts.gate_up_scales is not None
     inner_PI = x_TD.new_empty(pairs, size)
     y_PD = x_TD.new_empty(pairs, hidden_size)
     if pairs <= _FEW_PAIRS:
-        tile, tiles = products.tile_for(1, fp8=fp8), None
+        tile, tiles = products.tile_for(1, fp8=in_fp8), None
         flat = ids_TK.reshape(-1)
-    else:
-        tile = products.tile_for(2 * pairs / num_experts, fp8=fp8)  # so that most experts are one tile
+    else:  # most experts are one tile
+        tile = products.tile_for(2 * pairs / num_experts, fp8=in_fp8, fixed=fixed)
         tiles, flat = routing.tile_map(ids_TK, num_experts, tile.tokens), None
+    x, scales = _rows(x_TD, experts.gate_up_scales)
     rows = Rows(tiles, flat, top_k=top_k)
-    multiply = products.multiply
-    multiply(x_TD, experts.gate_up_ELD, inner_PI, rows, tile, scales=experts.gate_up_scales, gated=True, limit=limit)
-    multiply(inner_PI, experts.down_EDI, y_PD, Rows(tiles, flat, to_pairs=True), tile, scales=experts.down_scales)
-    return y_PD, None
+    products.multiply(x, experts.gate_up_ELD, inner_PI, rows, tile, scales=scales, gated=True, limit=limit)
+    inner, scales = _rows(inner_PI, experts.down_scales)
+    products.multiply(inner, experts.down_EDI, y_PD, Rows(tiles, flat, to_pairs=True), tile, scales=scales)
+    return y_PD
+
+
+def _rows(x: Tensor, weight_scales: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Rows as they are multiplied by weights with or without scales, and the scales of both."""
+    if weight_scales is None:
+        return x, None
+    values, scales = fp8.quantise(x)
+    return values, (scales, weight_scales)
 
 
 def linear_experts(x_PK: Tensor, weight_ENK: Tensor, starts_E1: Tensor) -> Tensor:
@@ -132,19 +140,22 @@ def combine(
     return out_TD
 
 
-def _takes_many(x_TD: Tensor, experts: ExpertWeights) -> bool:
-    return not _why_not(x_TD.dtype, experts.gate_up_ELD.dtype, experts.down_EDI.shape[1:])
+def _has_many(ids_TK: Tensor, experts: ExpertWeights) -> bool:
+    return ids_TK.numel() >= _MANY_ROWS * experts.gate_up_ELD.shape[0]
+
+
+def _goes_to_deepgemm(x_TD: Tensor, experts: ExpertWeights) -> bool:
+    return experts.gate_up_scales is not None and not _why_not(x_TD.dtype, experts.down_EDI.shape[1:])
 
 
 @functools.cache
-def _why_not(dtype: torch.dtype, weight_dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
-    """Why DeepGEMM does not multiply these experts, empty if it does; said once."""
-    unit = 128 if weight_dtype == torch.float8_e4m3fn else 64
+def _why_not(dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
+    """Why DeepGEMM does not multiply these FP8 experts, empty if it does; said once."""
     reason = ""
-    if dtype != torch.bfloat16 or any(size % unit for size in sizes):
-        reason = f"rows of {dtype} and sizes of {list(sizes)}: it takes bfloat16 and multiples of {unit}"
+    if dtype != torch.bfloat16 or any(size % 128 for size in sizes):
+        reason = f"rows of {dtype} and sizes of {list(sizes)}: it takes bfloat16 and multiples of 128"
     reason = reason or deepgemm.unavailable()
-    _log.info("products of many rows of experts", by="triton" if reason else "deep_gemm", reason=reason)
+    _log.info("products of many rows of FP8 experts", by="triton" if reason else "deep_gemm", reason=reason)
     return reason
 
 

@@ -21,8 +21,6 @@ from common.kernels.gpu.products import Rows
 
 _log = structlog.stdlib.get_logger(__name__)
 
-_FEW_ROWS = 16  # up to here a kernel that quantises its rows itself is faster than two
-
 
 def linear(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, out_dtype: torch.dtype, *, fixed: bool = False) -> Tensor:
     """Rows times a weight in E4M3: [T, N]. `scales` fp32 [ceil(N / 128), K / 128].
@@ -30,39 +28,42 @@ def linear(x_TK: Tensor, weight_NK: Tensor, scales: Tensor, out_dtype: torch.dty
     `fixed`: by the same kernel whatever the number of rows.
     """
     tokens = x_TK.shape[0]
-    if not fixed and tokens > _FEW_ROWS and not _why_not(x_TK.dtype, weight_NK.shape):
+    x, x_scales = quantise(x_TK)
+    if not fixed and not _why_not(x_TK.dtype, weight_NK.shape):
         out_TN = torch.empty(tokens, weight_NK.shape[0], dtype=torch.bfloat16, device=x_TK.device)
-        deepgemm.linear_fp8(quantise(x_TK), (weight_NK, scales), out_TN)
+        if tokens:
+            deepgemm.linear_fp8((x, x_scales), (weight_NK, scales), out_TN)
         return out_TN.to(out_dtype)
     out_TN = torch.empty(tokens, weight_NK.shape[0], dtype=out_dtype, device=x_TK.device)
-    tile = products.tile_for(tokens, fp8=True)
-    products.multiply(x_TK, weight_NK[None], out_TN, Rows(), tile, scales=scales[None])
+    tile = products.tile_for(tokens, fp8=True, fixed=fixed)
+    products.multiply(x, weight_NK[None], out_TN, Rows(), tile, scales=(x_scales, scales[None]))
     return out_TN
 
 
 def linear_silu_mul(x_TK: Tensor, weight_LK: Tensor, scales: Tensor, limit: float, *, fixed: bool = False) -> Tensor:
     """Of `linear` with [gate | up] silu(gate) * up: [T, L / 2]."""
     tokens, size = x_TK.shape[0], weight_LK.shape[0] // 2
-    if size % 128 or (not fixed and tokens > _FEW_ROWS and not _why_not(x_TK.dtype, weight_LK.shape)):
+    if size % 128 or (not fixed and not _why_not(x_TK.dtype, weight_LK.shape)):
         return pointwise.silu_mul(linear(x_TK, weight_LK, scales, x_TK.dtype, fixed=fixed), limit)
+    x, x_scales = quantise(x_TK)
     out_TI = torch.empty(tokens, size, dtype=x_TK.dtype, device=x_TK.device)
-    tile = products.tile_for(tokens, fp8=True)
-    weight, grid = weight_LK[None], scales[None]
-    products.multiply(x_TK, weight, out_TI, Rows(), tile, scales=grid, gated=True, limit=limit)
+    tile = products.tile_for(tokens, fp8=True, fixed=fixed)
+    both = x_scales, scales[None]
+    products.multiply(x, weight_LK[None], out_TI, Rows(), tile, scales=both, gated=True, limit=limit)
     return out_TI
 
 
 def quantise(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 values [T, K], and scales fp32 [T, K / 128] by columns."""
-    return _quantise(x_TK, x_TK.shape[1], gated=False, limit=0.0)
+    return _quantise(x_TK, x_TK.shape[1], None, gated=False, limit=0.0)
 
 
-def silu_mul_quantise(gate_up_TL: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """`quantise` of silu(gate) * up, which is not rounded in between."""
-    return _quantise(gate_up_TL, gate_up_TL.shape[1] // 2, gated=True, limit=limit)
+def silu_mul_quantise(gate_up_TL: Tensor, limit: float, experts_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`quantise` of silu(gate) * up, which is not rounded in between. Rows of an expert below 0 are left out."""
+    return _quantise(gate_up_TL, gate_up_TL.shape[1] // 2, experts_T, gated=True, limit=limit)
 
 
-def _quantise(x: Tensor, width: int, *, gated: bool, limit: float) -> tuple[Tensor, Tensor]:
+def _quantise(x: Tensor, width: int, experts_T: Tensor | None, *, gated: bool, limit: float) -> tuple[Tensor, Tensor]:
     assert x.stride(1) == 1
     assert width % 128 == 0
     tokens, device = x.shape[0], x.device
@@ -74,6 +75,7 @@ def _quantise(x: Tensor, width: int, *, gated: bool, limit: float) -> tuple[Tens
         use_pdl = pdl(device)
         _quantise_rows[(tokens, triton.cdiv(width, block))](
             x,
+            x if experts_T is None else experts_T,
             out,
             scales,
             x.stride(0),
@@ -82,6 +84,7 @@ def _quantise(x: Tensor, width: int, *, gated: bool, limit: float) -> tuple[Tens
             float(limit),
             GATED=gated,
             LIMITED=limit > 0,
+            SOME=experts_T is not None,
             BLOCK=block,
             PDL=use_pdl,
             launch_pdl=use_pdl,
@@ -104,6 +107,7 @@ def _why_not(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
 @triton.jit
 def _quantise_rows(
     x_ptr,
+    experts_ptr,
     out_ptr,
     scales_ptr,
     x_stride,
@@ -112,12 +116,15 @@ def _quantise_rows(
     limit,
     GATED: tl.constexpr,
     LIMITED: tl.constexpr,
+    SOME: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_next_start(PDL)
     wait(PDL)
     t = tl.program_id(0).to(tl.int64)
+    if SOME and tl.load(experts_ptr + t) < 0:
+        return
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = d < width
     x = tl.load(x_ptr + t * x_stride + d, mask=mask, other=0.0).to(tl.float32)
