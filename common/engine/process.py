@@ -10,8 +10,11 @@ nothing and the channel is congested, messages are still taken, but no step is m
 from __future__ import annotations
 
 import gc
+import os
 import socket
 import sys
+import time
+from functools import partial
 
 import msgspec
 
@@ -20,6 +23,7 @@ from common.engine.build import BuiltEngine, build_engine
 from common.engine.channel import EngineChannel
 from common.engine.engine import IDLE_WAIT_S, sleep_until
 from common.engine.messages import EngineFatal, EngineProgress, Setup, Shutdown, ToEngine
+from common.engine.rank import Fleet
 from common.errors import NanoDeployError, RankLostError
 from common.parallel.lifeline import die_with_parent
 from common.telemetry import configure_logging, get_logger
@@ -28,6 +32,7 @@ from common.types import Clock, Failure, MonotonicClock, Role
 log = get_logger(__name__)
 
 BEAT_S = 1.0
+LEAVE_S = 5.0
 
 
 def main() -> int:
@@ -72,9 +77,19 @@ def _build(setup: Setup, channel: EngineChannel) -> BuiltEngine:
         channel.watch(fd)
     gc.collect()
     gc.freeze()  # a full collection that looks through model and libraries would hold a step up for 0.1 s
+    if built.fleet is not None:
+        built.fleet.ranks.on_lost = partial(_leave, built.fleet)
     channel.send([built.ready])
     built.parts.runner.on_progress = _Beat(channel, built.clock)
     return built
+
+
+def _leave(fleet: Fleet) -> None:
+    """In a thread of its own: a step on a GPU may wait for a lost rank for ever. Else the loop says why it ends."""
+    fleet.abort()
+    time.sleep(LEAVE_S)
+    log.error("a step waits for a lost rank")
+    os._exit(1)
 
 
 class _Beat:

@@ -83,6 +83,11 @@ class Fleet:
     def reads(self) -> list[Link]:
         return [rank.reads for rank in self.ranks.ranks]
 
+    def abort(self) -> None:
+        """From another thread: end what waits for a rank that is lost, where that can be ended."""
+        if self.mesh.collectives is not None:
+            self.mesh.collectives.abort()
+
     def close(self) -> None:
         self.ranks.close()
         self.mesh.close()
@@ -138,9 +143,9 @@ def start_ranks(config: WorkerConfig, role: Role, starter: RankStarter) -> Fleet
         started.close()
         starter.close()
         raise
-    assert mesh.collectives is not None
-    started.on_lost = mesh.collectives.abort
-    return Fleet(mesh, started, starter)
+    fleet = Fleet(mesh, started, starter)
+    started.on_lost = fleet.abort
+    return fleet
 
 
 def serve_rank(

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo, Store
 
 from common.parallel.nccl import NcclCollectives
+from common.parallel.oneshot import OneShot, make_one_shot
+from common.parallel.store import Rendezvous
 
 
 class Collectives(Protocol):
@@ -63,8 +65,35 @@ class GlooCollectives:
         return self._group
 
 
-def make_collectives(device: torch.device, store: Store, rank: int, size: int, timeout_s: float) -> Collectives:
-    """Those of the device; returns when all ranks are there."""
+class GpuCollectives:
+    """NCCL, and for sums of few rows the kernel that needs no more than one launch."""
+
+    def __init__(self, nccl: NcclCollectives, small: OneShot | None) -> None:
+        self._nccl = nccl
+        self._small = small
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if self._small is not None and self._small.takes(x):
+            assert x.is_contiguous(), "a sum over ranks takes contiguous tensors"
+            return self._small.all_reduce(x)
+        return self._nccl.all_reduce(x)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return self._nccl.all_gather(x)
+
+    def abort(self) -> None:
+        self._nccl.abort()
+
+    def close(self) -> None:
+        self._nccl.close()
+
+
+def make_collectives(
+    device: torch.device, meeting: Rendezvous, rank: int, size: int, timeout_s: float, *, one_shot: bool = True
+) -> Collectives:
+    """Those of the device; returns when all ranks are there. `one_shot`: sums of few rows, on a GPU, in one kernel."""
+    store = meeting.prefixed("collectives")
     if device.type == "cuda":
-        return NcclCollectives(store, rank, size, device)
+        nccl = NcclCollectives(store, rank, size, device)
+        return GpuCollectives(nccl, make_one_shot(meeting, rank, size, device) if one_shot else None)
     return GlooCollectives(store, rank, size, timeout_s)

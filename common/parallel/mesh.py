@@ -36,5 +36,5 @@ def alone(device: torch.device) -> Mesh:
 
 def join(meeting: Rendezvous, rank: int, size: int, device: torch.device, timeout_s: float) -> Mesh:
     """Meet the other ranks. `timeout_s`: longest wait for one of them in a step on the CPU."""
-    collectives = make_collectives(device, meeting.prefixed("collectives"), rank, size, timeout_s)
+    collectives = make_collectives(device, meeting, rank, size, timeout_s)
     return Mesh(rank, size, device, meeting, collectives)

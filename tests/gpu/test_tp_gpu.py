@@ -7,6 +7,7 @@ much.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ import tiny_models
 import torch
 from engine_support import prompts
 from teacher_forced import EQUAL, LIMIT
+from torch import Tensor
 
+from common.parallel.collectives import make_collectives
+from common.parallel.store import Rendezvous, file_store
 from nanodeploy import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -96,3 +100,53 @@ def test_one_engine_on_the_second_gpu(two: None, tmp_path: Path) -> None:
         assert torch.cuda.memory_allocated(1) > torch.cuda.memory_allocated(0)
     with engine(folder) as first:
         assert max(behind(first, asked, given)) <= LIMIT
+
+
+SUMS = ((1, 4096), (3, 4096), (64, 4096), (512, 4096), (5, 72), (1024, 4096))
+
+
+def sum_on_rank(path: str, rank: int, one_shot: bool) -> None:
+    """Sums and gathers of one rank, eager and recorded; raises if one is wrong."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    meeting = Rendezvous(file_store(path, 2), rank, 2)
+    collectives = make_collectives(device, meeting, rank, 2, 60.0, one_shot=one_shot)
+    with torch.inference_mode():
+        for dtype in (torch.bfloat16, torch.float32):
+            for call, shape in enumerate(SUMS):
+                parts = [whole_numbers(call, r, shape, dtype, device) for r in range(2)]
+                want = (parts[0].float() + parts[1].float()).to(dtype)
+                x = parts[rank].clone()
+                assert torch.equal(collectives.all_reduce(x), want), (dtype, shape)
+                graph, still = torch.cuda.CUDAGraph(), parts[rank].clone()
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    once = collectives.all_reduce(still * 1)
+                    twice = collectives.all_reduce(once.clone())
+                    both = collectives.all_gather(still)
+                for _ in range(20):
+                    graph.replay()
+                torch.cuda.synchronize()
+                assert torch.equal(once, want), (dtype, shape)
+                assert torch.equal(twice, (want.float() * 2).to(dtype)), (dtype, shape)
+                assert torch.equal(both, torch.stack(parts)), (dtype, shape)
+    meeting.least([0])
+    collectives.close()
+
+
+def whole_numbers(call: int, rank: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sums of these are exact in every type."""
+    generator = torch.Generator().manual_seed(100 * call + rank)
+    return torch.randint(-30, 30, shape, generator=generator).to(dtype).to(device)
+
+
+@pytest.mark.parametrize("one_shot", [False, True], ids=["nccl", "one shot"])
+def test_sums_and_gathers(one_shot: bool, two: None, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=sum_on_rank, args=(str(tmp_path / "store"), r, one_shot)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
