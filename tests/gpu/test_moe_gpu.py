@@ -212,3 +212,16 @@ def test_a_graph_follows_the_routing(cuda: torch.device, tokens: int) -> None:
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, step())
+
+
+def test_a_long_step_goes_in_parts(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from common.kernels.gpu import experts as kernels
+
+    x, ids = torch.randn(50, 64), torch.rand(50, 6).argsort(-1)[:, :2]
+    weights, added = torch.rand(50, 2), torch.randn(50, 64)
+    given = ExpertWeights(torch.randn(6, 96, 64) / 8, torch.randn(6, 64, 48) / 7)
+    monkeypatch.setattr(kernels, "_MAX_ELEMENTS", 17 * 2 * 64)
+    args = [t.to(kernel_device) for t in (x, ids, weights)]
+    there = ExpertWeights(*(t.to(kernel_device) for t in given[:2]))
+    got = kernels.swiglu_moe(*args, there, 0.0, added.to(kernel_device))
+    assert error(got, moe(x, ids, weights, *given[:2], 0.0) + added.double()) < 1e-5

@@ -28,7 +28,7 @@ from common.kernels.gpu.products import Rows
 _log = structlog.stdlib.get_logger(__name__)
 
 _FEW_PAIRS = 32  # up to here each pair is a tile of its own, and nothing is sorted
-_MAX_TOKENS = 8192  # a longer step goes in parts, which bounds what lies between the products
+_MAX_ELEMENTS = 2**29  # of the results of all pairs: a longer step goes in parts
 _MANY_ROWS = 96  # rows of an FP8 expert, on average, from which DeepGEMM is faster
 
 
@@ -48,8 +48,9 @@ def swiglu_moe(
     """
     tokens = x_TD.shape[0]
     out_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    for first in range(0, tokens, _MAX_TOKENS):
-        part = slice(first, min(tokens, first + _MAX_TOKENS))
+    at_once = max(1, _MAX_ELEMENTS // (ids_TK.shape[1] * x_TD.shape[1]))
+    for first in range(0, tokens, at_once):
+        part = slice(first, min(tokens, first + at_once))
         some = x_TD[part], ids_TK[part], experts, limit
         places_P: Tensor | None = None
         if not fixed and _has_many(ids_TK[part], experts) and _goes_to_deepgemm(x_TD, experts):
