@@ -47,7 +47,6 @@ def _library() -> ctypes.CDLL:
     lib.ncclAllReduce.argtypes = [pointer, pointer, size, number, number, pointer, pointer]
     lib.ncclAllGather.argtypes = [pointer, pointer, size, number, pointer, pointer]
     lib.ncclCommAbort.argtypes = [pointer]
-    lib.ncclCommDestroy.argtypes = [pointer]
     return lib
 
 
@@ -91,11 +90,10 @@ class NcclCollectives:
             self._lib.ncclCommAbort(comm)
 
     def close(self) -> None:
-        """All that was queued has ended."""
-        comm, self._comm = self._comm, ctypes.c_void_p()
-        if comm:
+        """Once all that was queued has ended; without waiting for other ranks to close theirs."""
+        if self._comm:
             torch.cuda.synchronize(self._device)
-            self._lib.ncclCommDestroy(comm)
+            self.abort()
 
     def _warm_up(self) -> None:
         """Connections are made by the first call of a kind, which must not be one that is recorded."""
