@@ -183,11 +183,11 @@ def _store(
         head = (part - 1) * HEADS + tl.arange(0, HEADS)[:, None]
         mask = (head < heads) & half_mask[None, :]
         source = q_ptr + token * q_token_stride + head * q_head_stride
-        low, high = turn(source, cos, sin, i[None, :], mask, ROPE // 2, INTERLEAVED)
+        q_low, q_high = turn(source, cos, sin, i[None, :], mask, ROPE // 2, INTERLEAVED)
         tl.debug_barrier()
         target = out_ptr + token * out_token_stride + head * out_head_stride + i[None, :]
-        tl.store(target, low.to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + ROPE // 2, high.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(target, q_low.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(target + ROPE // 2, q_high.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
