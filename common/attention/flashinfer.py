@@ -96,20 +96,21 @@ class _Paged:
         self.launch.run(q_THD, k, v, self.pages, out_THD, scale, v_scale)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Few:
-    """A launch of our own kernel, for sequences with equally many new tokens."""
+    """A launch of our own kernel, for sequences with equally many new tokens. `ran`: in a layer of this step."""
 
     tokens: slice
     tables_SB: Tensor
-    lens_S: Tensor
     seen: Seen
     items: Tensor
     space: Workspace
+    ran: bool = False
 
     def run(self, q_THD: Tensor, k: Tensor, v: Tensor, out_THD: Tensor, scale: float, v_scale: float) -> None:
-        places = (self.tables_SB, self.lens_S, self.items, self.seen, self.space)
-        gpu.paged_attention.attend(q_THD, k, v, *places, out_THD, scale, v_scale)
+        places = (self.tables_SB, self.items, self.seen, self.space)
+        gpu.paged_attention.attend(q_THD, k, v, *places, out_THD, scale, v_scale, scheduled=self.ran)
+        self.ran = True
 
 
 _Part = _Paged | _Few
@@ -255,7 +256,7 @@ class FlashInferBackend(ReferenceBackend):
         lens_S = ctx.seq_lens_S[sequences[0] : sequences[1]]
         seen = own.Seen(num_new, tables.window, tables.first)
         items = own.schedule(lens_S, seen, shape.head_dim, slots)
-        return _Few(tokens, tables.block_tables_SB[slice(*sequences)], lens_S, seen, items, self._spaces[key])
+        return _Few(tokens, tables.block_tables_SB[slice(*sequences)], seen, items, self._spaces[key])
 
     def _takes_fa3(self, shape: _Shape, tables: GroupTables, mean_new_tokens: int) -> bool:
         plain = shape.kv_dtype == shape.dtype and not tables.first

@@ -89,9 +89,10 @@ def test_attend(kernel_device: torch.device, dtype: torch.dtype, case: Case) -> 
     items = own.schedule(lens_S, seen, case.width, case.slots)
     want = expected(q_THD, pool, tables_SB, lens_S, case, scale) * 0.5
     results = []
-    for _ in range(3):
+    for turn in range(3):
         out_THD = torch.full(q_THD.shape, float("nan"), dtype=computed, device=device)
-        own.attend(q_THD, pool[:, 0], pool[:, 1], tables_SB, lens_S, items, seen, space, out_THD, scale, 0.5)
+        places = (pool[:, 0], pool[:, 1], tables_SB, items, seen, space)
+        own.attend(q_THD, *places, out_THD, scale, 0.5, scheduled=turn > 0)
         results.append(out_THD)
         assert float((out_THD.float() - want).norm() / want.norm()) < 5e-3
         assert int(space.counters.abs().sum()) == 0

@@ -26,12 +26,13 @@ from common.kernels.gpu.launch import let_next_start, pdl, wait
 
 ITEM = 8
 """int32 of an item: its sequence or -1, its first key and the end, the sequence's chunks, the first of its partial
-results, the item's own, the sequence's first key that is seen, nothing."""
+results, the item's own, the sequence's first key that is seen, its length."""
 MAX_ROWS = 128
 MIN_CHUNK = 64  # keys
 SLOTS_PER_PROCESSOR = 8  # items to aim for
 STAGES = {False: 3, True: 4}  # of loads ahead, by whether the cache is 8-bit
 WARPS = 4
+JOINED = tl.constexpr(4096)  # numbers of partial results that are joined at once
 TILE_NUMBERS = 8192  # of keys that are multiplied at once
 _LOG2_E = 1.4426950408889634
 
@@ -75,7 +76,8 @@ def _schedule(
     own = s[None, :] == sequence[:, None]
     at = item - tl.sum(tl.where(own, (end_item - chunks)[None, :], 0), 1)
     begin = tl.sum(tl.where(own, low[None, :], 0), 1) + at * chunk
-    end = tl.minimum(begin + chunk, tl.sum(tl.where(own, length[None, :], 0), 1))
+    its_length = tl.sum(tl.where(own, length[None, :], 0), 1)
+    end = tl.minimum(begin + chunk, its_length)
     of_sequence = tl.sum(tl.where(own, chunks[None, :], 0), 1)
     partial = tl.sum(tl.where(own, first_partial[None, :], 0), 1)
     row = items_ptr + item * 8
@@ -87,12 +89,52 @@ def _schedule(
     tl.store(row + 4, partial, mask=is_item)
     tl.store(row + 5, partial + at, mask=is_item)
     tl.store(row + 6, tl.sum(tl.where(own, lowest[None, :], 0), 1), mask=is_item)
+    tl.store(row + 7, its_length, mask=is_item)
 
 
 @triton.jit
-def _shared(out, total, v_scale):
-    """Weighted sums by the sum of weights, which is 0 in rows that are none."""
-    return out * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+def _join(
+    partials_ptr,
+    sums_ptr,
+    out_ptr,
+    partial,
+    chunks,
+    first_token,
+    first_head,
+    v_scale,
+    NUM_NEW: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The partial results from `partial` on, one for each chunk, some chunks at a time, all rows side by side."""
+    used: tl.constexpr = NUM_NEW * GROUP
+    rows: tl.constexpr = ROWS if 2 * used > ROWS else (ROWS // 2 if 4 * used > ROWS else ROWS // 4)  # holds `used`
+    at_once: tl.constexpr = JOINED // (rows * WIDTH) if rows * WIDTH < JOINED else 1
+    row, d = tl.arange(0, rows), tl.arange(0, WIDTH)[None, :]
+    is_row = row < used
+    top = tl.full([rows], float("-inf"), tl.float32)
+    total = tl.zeros([rows], tl.float32)
+    out = tl.zeros([rows, WIDTH], tl.float32)
+    for begin in tl.range(0, chunks, at_once, num_stages=1):
+        chunk = begin + tl.arange(0, at_once)
+        its = partial + chunk * UNITS
+        mask = (chunk < chunks)[:, None] & is_row[None, :]
+        its_sum = tl.load(
+            sums_ptr + its[:, None] * ROWS + row[None, :], mask=mask, other=float("-inf"), cache_modifier=".cg"
+        )
+        its_row = partials_ptr + (its[:, None] * ROWS + row[None, :]) * WIDTH
+        its_out = tl.load(its_row[:, :, None] + d[None, :, :], mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, tl.max(its_sum, 0))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink, share = tl.exp2(top - shift), tl.exp2(its_sum - shift[None, :])
+        total = total * shrink + tl.sum(share, 0)
+        out = out * shrink[:, None] + tl.sum(its_out * share[:, :, None], 0)
+        top = higher
+    out_row = out_ptr + ((first_token + row // GROUP) * UNITS * GROUP + first_head + row % GROUP)[:, None] * WIDTH
+    whole = out * (v_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    tl.store(out_row + d, whole.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
 @triton.jit
@@ -101,7 +143,6 @@ def _attend(
     k_ptr,
     v_ptr,
     tables_ptr,
-    lens_ptr,
     items_ptr,
     out_ptr,
     partials_ptr,
@@ -127,17 +168,21 @@ def _attend(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     COMPUTED: tl.constexpr,
+    SCHEDULED: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """`SCHEDULED`: this kernel ran since the schedule was made, which then is complete before this one begins."""
     unit = tl.program_id(0)
     item = items_ptr + tl.program_id(1) * 8
-    wait(PDL)
-    sequence = tl.load(item)
-    if sequence < 0:
-        return
+    if not SCHEDULED:
+        wait(PDL)
+    sequence, length = tl.load(item), tl.load(item + 7)
     begin, end, chunks = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     lowest = tl.load(item + 6)
-    length = tl.load(lens_ptr + sequence)
+    if SCHEDULED:
+        wait(PDL)
+    if sequence < 0:
+        return
     row = tl.arange(0, ROWS)
     n = tl.arange(0, TILE)
     d = tl.arange(0, WIDTH)[None, :]
@@ -183,34 +228,31 @@ def _attend(
     let_next_start(PDL)
     out_row = out_ptr + (new_token * UNITS * GROUP + head)[:, None] * WIDTH + d
     dtype: tl.constexpr = out_ptr.dtype.element_ty
+    mean = out / tl.where(total == 0.0, 1.0, total)[:, None]
     if chunks == 1:
-        tl.store(out_row, _shared(out, total, v_scale).to(dtype), mask=is_row[:, None])
+        tl.store(out_row, (mean * v_scale).to(dtype), mask=is_row[:, None])
     else:
         partial = (tl.load(item + 5) * UNITS + unit).to(tl.int64)
-        tl.store(partials_ptr + (partial * ROWS + row)[:, None] * WIDTH + d, out, mask=is_row[:, None])
-        tl.store(sums_ptr + partial * 2 * ROWS + row, top, mask=is_row)
-        tl.store(sums_ptr + (partial * 2 + 1) * ROWS + row, total, mask=is_row)
+        tl.store(partials_ptr + (partial * ROWS + row)[:, None] * WIDTH + d, mean, mask=is_row[:, None])
+        tl.store(sums_ptr + partial * ROWS + row, top + tl.log2(total), mask=is_row)  # -inf where nothing was seen
         tl.debug_barrier()
         counter = counters_ptr + sequence * UNITS + unit
         if tl.atomic_add(counter, 1, sem="acq_rel") == chunks - 1:
-            partial = (tl.load(item + 4) * UNITS + unit).to(tl.int64)
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            out = tl.zeros([ROWS, WIDTH], tl.float32)
-            for _ in tl.range(0, chunks, num_stages=1):
-                its_sums = sums_ptr + partial * 2 * ROWS + row
-                its_top = tl.load(its_sums, mask=is_row, other=float("-inf"), cache_modifier=".cg")
-                its_total = tl.load(its_sums + ROWS, mask=is_row, other=0.0, cache_modifier=".cg")
-                its_rows = partials_ptr + (partial * ROWS + row)[:, None] * WIDTH + d
-                its_out = tl.load(its_rows, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
-                higher = tl.maximum(top, its_top)
-                shift = tl.where(higher == float("-inf"), 0.0, higher)
-                shrink, share = tl.exp2(top - shift), tl.exp2(its_top - shift)
-                total = total * shrink + its_total * share
-                out = out * shrink[:, None] + its_out * share[:, None]
-                top = higher
-                partial += UNITS
-            tl.store(out_row, _shared(out, total, v_scale).to(dtype), mask=is_row[:, None])
+            _join(
+                partials_ptr,
+                sums_ptr,
+                out_ptr,
+                (tl.load(item + 4) * UNITS + unit).to(tl.int64),
+                chunks,
+                sequence.to(tl.int64) * NUM_NEW,
+                unit * GROUP,
+                v_scale,
+                NUM_NEW,
+                GROUP,
+                UNITS,
+                WIDTH,
+                ROWS,
+            )
             tl.atomic_xchg(counter, 0)
 
 
@@ -219,7 +261,7 @@ class Workspace:
     """For what is computed at one time. `counters` are 0 before and after."""
 
     partials: Tensor  # float32
-    sums: Tensor  # float32
+    sums: Tensor  # float32: logarithms to base 2 of the sums of weights
     counters: Tensor  # int32
 
 
@@ -243,7 +285,7 @@ def workspace(num_sequences: int, units: int, width: int, rows: int, slots: int,
     partials, rows = 2 * slots * units, _rows(rows)
     return Workspace(
         torch.empty(partials * rows * width, dtype=torch.float32, device=device),
-        torch.empty(partials * rows * 2, dtype=torch.float32, device=device),
+        torch.empty(partials * rows, dtype=torch.float32, device=device),
         torch.zeros(num_sequences * units, dtype=torch.int32, device=device),
     )
 
@@ -279,15 +321,19 @@ def attend(
     k: Tensor,
     v: Tensor,
     tables_SB: Tensor,
-    seq_lens_S: Tensor,
     items: Tensor,
     seen: Seen,
     space: Workspace,
     out_THD: Tensor,
     scale: float,
     v_scale: float = 1.0,
+    *,
+    scheduled: bool = False,
 ) -> None:
-    """Write `out_THD`, contiguous. `k`, `v`: [num_blocks, U, block_size, D] with the same strides, rows contiguous."""
+    """Write `out_THD`, contiguous. `scheduled`: this is not the first call since `items` were made.
+
+    `k`, `v`: [num_blocks, U, block_size, D] with the same strides, rows contiguous.
+    """
     heads, width = q_THD.shape[1:]
     units, group = k.shape[1], heads // k.shape[1]
     rows = _rows(seen.num_new * group)
@@ -299,7 +345,6 @@ def attend(
         k,
         v,
         tables_SB,
-        seq_lens_S,
         items,
         out_THD,
         space.partials,
@@ -322,6 +367,7 @@ def attend(
         TILE=_tile(width),
         STAGES=STAGES[narrow],
         COMPUTED=computed,
+        SCHEDULED=scheduled,
         PDL=use_pdl,
         num_warps=WARPS,
         launch_pdl=use_pdl,
