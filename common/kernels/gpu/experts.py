@@ -76,7 +76,10 @@ def expert_rows(x_TD: Tensor, ids_TK: Tensor, experts: ExpertWeights, limit: flo
         tiles, flat = routing.tile_map(ids_TK, num_experts, tile.tokens), None
     x, scales = _rows(x_TD, experts.gate_up_scales)
     rows = Rows(tiles, flat, top_k=top_k)
-    products.multiply(x, experts.gate_up_ELD, inner_PI, rows, tile, scales=scales, gated=True, limit=limit)
+    behind = experts.down_EDI if tiles is None else None
+    products.multiply(
+        x, experts.gate_up_ELD, inner_PI, rows, tile, scales=scales, gated=True, limit=limit, behind_ENK=behind
+    )
     inner, scales = _rows(inner_PI, experts.down_scales)
     products.multiply(inner, experts.down_EDI, y_PD, Rows(tiles, flat, to_pairs=True), tile, scales=scales)
     return y_PD

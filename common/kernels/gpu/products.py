@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.kernels.gpu.launch import let_next_start, pdl, wait
+from common.kernels.gpu.launch import bring_to_l2, let_next_start, pdl, wait
 from common.kernels.gpu.pointwise import silu_times
 from common.kernels.gpu.routing import TileMap
 
@@ -48,6 +49,10 @@ TILES_FP8 = (
     Tile(128, 128, 128, 8, 3, weights_first=False),
 )
 """From few tokens to many. The first three are for reading weights, the last one is for arithmetic."""
+
+
+_BEHIND_NBYTES = 16 * 2**20  # of the next weights: what memory brings while one kernel ends and the next begins
+_PIECES = tl.constexpr(128)  # that each program asks for
 
 
 class Rows(NamedTuple):
@@ -81,11 +86,13 @@ def multiply(
     scales: tuple[Tensor, Tensor] | None = None,
     gated: bool = False,
     limit: float = 0.0,
+    behind_ENK: Tensor | None = None,
 ) -> None:
     """Rows of x times their weights, into `out`.
 
     `scales`: with rows and weights in E4M3, fp32 [rows of x, K / 128] and [E, ceil(N / 128), K / 128]. `gated`: the
     weight is [gate | up], and the result silu(gate) * up with `limit` as in `common.kernels.ops.silu_mul`.
+    `behind_ENK`: weights of the same experts that are read next; some of them are brought to the L2 cache.
     """
     assert x.stride(1) == weight_ENK.stride(2) == out.stride(1) == 1
     assert scales is None or (tile.depth == 128 and weight_ENK.shape[2] % 128 == 0 and scales[1].stride(2) == 1)
@@ -106,12 +113,18 @@ def multiply(
         lists = (x, x, x, x)
     x_scales, w_scales = scales or (None, None)
     use_pdl = pdl(x.device)
-    _multiply[(count * triton.cdiv(n, wide),)](
+    programs = count * triton.cdiv(n, wide)
+    piece = 0
+    if behind_ENK is not None and use_pdl and behind_ENK.is_contiguous():
+        some = min(_BEHIND_NBYTES // programs, behind_ENK[0].nbytes // triton.cdiv(n, wide))
+        piece = some // (16 * _PIECES.value) * 16
+    _multiply[(programs,)](
         x,
         weight_ENK,
         x if x_scales is None else x_scales,
         x if w_scales is None else w_scales,
         out,
+        out if behind_ENK is None else behind_ENK.view(torch.int8),
         *lists,
         x.stride(0),
         weight_ENK.stride(0),
@@ -121,6 +134,7 @@ def multiply(
         0 if w_scales is None else w_scales.stride(0),
         0 if w_scales is None else w_scales.stride(1),
         out.stride(0),
+        0 if behind_ENK is None else behind_ENK[0].nbytes,
         out.shape[0],
         n,
         depth,
@@ -137,6 +151,7 @@ def multiply(
         BK=tile.depth,
         WEIGHTS_FIRST=tile.weights_first,
         HALVES=tile.halves and mode == 2,
+        BEHIND=piece,
         PDL=use_pdl,
         launch_pdl=use_pdl,
         num_warps=tile.num_warps,
@@ -151,6 +166,7 @@ def _multiply(
     x_scale_ptr,
     scale_ptr,
     y_ptr,
+    behind_ptr,
     order_ptr,
     expert_ptr,
     first_ptr,
@@ -163,6 +179,7 @@ def _multiply(
     scale_stride_e,
     scale_stride_n,
     y_stride,
+    behind_stride,
     num_rows,
     n_outputs,
     depth,
@@ -179,6 +196,7 @@ def _multiply(
     BK: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     HALVES: tl.constexpr,
+    BEHIND: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Programs of one tile of rows lie side by side, so that they find its rows in the cache.
@@ -215,6 +233,9 @@ def _multiply(
             x_scale_stride, x_scale_stride_k, scale_stride_n, y_stride, n_outputs, depth, limit, MODE, TOP_K, TO_PAIRS,
             GATED, LIMITED, EVEN, FP8, BM, BN, BK, WEIGHTS_FIRST,
         )  # fmt: skip
+    if BEHIND > 0:
+        piece = (tl.program_id(0) % n_tiles) * _PIECES + tl.arange(0, _PIECES)
+        bring_to_l2(behind_ptr + expert * behind_stride + piece * BEHIND, BEHIND)
 
 
 @triton.jit
