@@ -22,7 +22,7 @@ __all__ = ["llama"]
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-COUNT, HANG_S = 12, 2.0
+COUNT, HANG_S = 12, 5.0
 
 
 class Ranked(Engine):
