@@ -232,14 +232,15 @@ def _tensor_parallel(mesh: Mesh) -> TensorParallel:
 
 
 def _needs(sizing: EngineSizing, block_size: int, device: torch.device) -> Needs:
-    """What attention has to be able to do."""
-    spec = sizing.spec
+    """What attention has to be able to do on one rank."""
+    spec, ranks = sizing.spec, sizing.layout.tp_size
+    group_size = spec.num_heads // ranks // max(1, spec.num_kv_heads // ranks)
     return Needs(
         device=device.type,
         dtype=sizing.dtype,
         kv_dtype=sizing.kv_dtype,
         head_dim=spec.head_dim if spec.mla is None else spec.mla.row_dim,
-        group_size=spec.num_heads // spec.num_kv_heads if spec.mla is None and spec.compress is None else 1,
+        group_size=group_size if spec.mla is None and spec.compress is None else 1,
         block_size=block_size,
         has_windows=spec.cache.has_windows,
         latent=spec.mla is not None or spec.compress is not None,
