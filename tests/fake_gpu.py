@@ -78,6 +78,12 @@ class _Child:
                 return self.memory[group].tobytes()
             case "fill", str(group), int(value):
                 self.memory[group][:] = value
+            case "hold", int(peer):
+                pieces = [ReadPiece(group, 8, 0, 8) for group in self.memory]
+                held = self.transport.hold(peer, pieces)
+                return None if held is None else len(held)
+            case "release", int(peer):
+                return self.transport.release(peer)
             case "describe", int(peer):
                 return self.transport.describe(peer)
             case "cpu", *_:

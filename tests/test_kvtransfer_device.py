@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import select
 import threading
 import time
@@ -14,6 +15,7 @@ from kvtransfer_support import FakeCache, FakeClock, allocate, chain_of, prompt,
 
 from common.errors import PeerLostError
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP
+from common.kvtransfer import device
 from common.kvtransfer.device import DeviceTransport
 from common.kvtransfer.memory import MemoryNetwork, MemoryTransport, numpy_digest
 from common.kvtransfer.orders import OrderExtent
@@ -222,3 +224,84 @@ def test_a_peer_that_goes_is_reported(reading: Reading) -> None:
     (down,) = reading.events(1)
     assert isinstance(down, PeerDown)
     assert down.peer_id == reading.peer
+
+
+class FakeGatherer:
+    """Copies at once; `holds` counts peers that are held."""
+
+    def __init__(self, owner: Published) -> None:
+        self.bases = owner.bases
+        self.holds = self.copied = 0
+        self.refuses = self.breaks = False
+
+    def hold(self, peer_id: int, pieces: Sequence[ReadPiece]) -> Sequence[int] | None:
+        if self.refuses:
+            return None
+        self.holds += 1
+        return [self.bases[p.group] + p.remote_offset for p in pieces]
+
+    def release(self, peer_id: int) -> None:
+        self.holds -= 1
+
+    def gather(self, sources: Sequence[int], pieces: Sequence[ReadPiece]) -> FakeBatch:
+        if self.breaks:
+            raise RuntimeError("no such kernel")
+        for source, piece in zip(sources, pieces, strict=True):
+            ctypes.memmove(piece.local_address, source, piece.nbytes)
+            self.copied += 1
+        batch = FakeBatch([])
+        batch.done.set()
+        return batch
+
+
+class SmallPieces(Reading):
+    """The reader's blocks are of 48 tokens, the owner's of 16: no piece is longer than a row of a unit."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        monkeypatch.setattr(device, "MANY_PIECES", 4)
+        self.transport.close()
+        self.inner = MemoryTransport(self.owner.network)
+        self.layout = small_layout(block_size=48)
+        self.bases = allocate(self.inner, self.layout, seed=4)
+        self.gatherer = FakeGatherer(self.owner)
+        self.transport = DeviceTransport(self.inner, self.device, self.gatherer)
+        self.peer = self.transport.connect(self.owner.transport.endpoint())
+
+    def read(self, read_id: int, extent: OrderExtent | None = None) -> None:
+        plan = plan_extent(self.owner.layout, self.layout, extent or self.extent, [2], self.bases[FULL_GROUP], 40)
+        self.pieces = plan.pieces
+        self.transport.read(self.peer, read_id, plan.pieces, plan.checks)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallPieces]:
+    small = SmallPieces(monkeypatch)
+    yield small
+    small.transport.close()
+
+
+def test_many_small_pieces_are_one_launch(small: SmallPieces) -> None:
+    small.read(1)
+    result = only(small.events(1))
+    assert (result.read_id, result.status) == (1, ReadStatus.OK)
+    assert result.nbytes == sum(p.nbytes for p in small.pieces)
+    assert 0 <= result.read_seconds <= result.seconds
+    assert (small.gatherer.copied, small.gatherer.holds) == (len(small.pieces), 0)
+    small.read(2, with_digest(small.extent, 0, 1))
+    assert only(small.events(1)).status is ReadStatus.MISMATCH
+
+
+def test_what_is_not_mapped_is_read_piece_by_piece(small: SmallPieces) -> None:
+    small.gatherer.refuses = True
+    small.read(1)
+    assert only(small.events(1)).status is ReadStatus.OK
+    assert small.gatherer.copied == 0
+    assert small.owner.network.delivered == 1
+
+
+def test_a_launch_that_fails_lets_the_peer_go(small: SmallPieces) -> None:
+    small.gatherer.breaks = True
+    small.read(1)
+    assert only(small.events(1)).status is ReadStatus.FAILED
+    assert small.gatherer.holds == 0

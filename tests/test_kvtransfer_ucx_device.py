@@ -145,6 +145,24 @@ def test_a_killed_owner_fails_its_reads_and_its_memory_is_given_back(driver: Pat
     reader.stop()
 
 
+def test_what_is_held_stays_mapped_though_its_owner_dies(driver: Path, reader: FakeGpu, tmp_path: Path) -> None:
+    """A kernel may be reading it."""
+    owner = FakeGpu(driver, GROUPS, 1)
+    peer = connect(reader, owner)
+    reader.read(1, "tail", [("tail", 0, 0, 1000)])
+    assert only(reader.events(1)).status is ReadStatus.OK
+    assert reader.call("hold", peer) == len(GROUPS)
+    owner.kill()
+    assert reader.events(1, 0.3) == []
+    assert reader.call("hold", peer) is None
+    assert num_mapped(tmp_path) == 2
+    reader.call("release", peer)
+    (down,) = reader.events(1)
+    assert isinstance(down, PeerDown)
+    assert num_mapped(tmp_path) == 0
+    assert reader.call("hold", peer) is None
+
+
 def test_a_stopped_owner_is_read_all_the_same(driver: Path, reader: FakeGpu) -> None:
     owner = FakeGpu(driver, GROUPS, 1)
     connect(reader, owner)

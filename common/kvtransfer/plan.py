@@ -320,6 +320,7 @@ def _check(
         token_stride=place.token_stride,
         token_nbytes=place.token_stride,
         expected=expected,
+        max_tokens=place.unit_stride // place.token_stride,
     )
 
 

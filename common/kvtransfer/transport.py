@@ -50,6 +50,7 @@ class DigestCheck(msgspec.Struct, frozen=True, gc=False):
     token_stride: int
     token_nbytes: int  # a multiple of 8: digests count 64-bit words
     expected: int
+    max_tokens: int = 0  # of a segment, what a block holds; 0: not said
 
 
 class ReadPiece(msgspec.Struct, frozen=True, gc=False):

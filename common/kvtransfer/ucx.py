@@ -94,6 +94,8 @@ def _library() -> ctypes.CDLL:
         "nd_ucx_connect": (None, [pointer, u64, text, size, pointer, size]),
         "nd_ucx_disconnect": (None, [pointer, u64]),
         "nd_ucx_read": (None, [pointer, u64, u64, pointer, size, pointer, size, pointer, size]),
+        "nd_ucx_hold": (size, [pointer, u64, pointer, size]),
+        "nd_ucx_release": (None, [pointer, u64]),
         "nd_ucx_poll": (size, [pointer, pointer, size]),
         "nd_ucx_describe": (None, [pointer, u64, text, size]),
     }
@@ -236,6 +238,27 @@ class UcxTransport:
             segments.buffer_info()[0],
             len(segments) // 3,
         )
+
+    def hold(self, peer_id: int, pieces: Sequence[ReadPiece]) -> array[int] | None:
+        """For kernels that read a ready peer's memory by themselves: address of each piece in this GPU's address space.
+
+        It stays there until `release`, whatever becomes of the peer. None if it is not there, or a piece outside of it.
+        """
+        remote = self._remote.get(peer_id)
+        if self._device is None or not remote:
+            return None
+        try:
+            _pack_pieces(pieces, remote)
+        except ValueError:
+            return None
+        places = (ctypes.c_uint64 * len(remote))()
+        if self._lib.nd_ucx_hold(self._open_handle(), peer_id, places, len(remote)) != len(remote):
+            return None
+        return array("Q", [places[remote[p.group][0]] + p.remote_offset for p in pieces])
+
+    def release(self, peer_id: int) -> None:
+        """Undo one `hold`."""
+        self._lib.nd_ucx_release(self._open_handle(), peer_id)
 
     def poll(self) -> list[ReadResult | PeerDown]:
         if not self._finalizer.alive:

@@ -114,6 +114,19 @@ ND_EXPORT void nd_ucx_connect(Transport* transport, uint64_t peer_id, const uint
 
 ND_EXPORT void nd_ucx_disconnect(Transport* transport, uint64_t peer_id) { transport->disconnect(peer_id); }
 
+// Places of the peer's memories, up to `capacity`; returns how many. None: they are not held.
+ND_EXPORT size_t nd_ucx_hold(Transport* transport, uint64_t peer_id, uint64_t* places, size_t capacity) {
+  const std::vector<uint64_t> held = transport->hold(peer_id);
+  if (held.size() > capacity) {
+    transport->release(peer_id);
+    return 0;
+  }
+  std::copy(held.begin(), held.end(), places);
+  return held.size();
+}
+
+ND_EXPORT void nd_ucx_release(Transport* transport, uint64_t peer_id) { transport->release(peer_id); }
+
 // All arrays are copied. Pieces are within the peer's memories: the caller has looked.
 ND_EXPORT void nd_ucx_read(Transport* transport, uint64_t peer_id, uint64_t read_id, const nd::Piece* pieces,
                            size_t num_pieces, const nd::Check* checks, size_t num_checks,

@@ -49,6 +49,11 @@ struct Transport::MemoryCall {
   std::promise<std::pair<LocalMemory, std::string>> done;
 };
 
+struct Transport::HoldCall {
+  uint64_t peer_id;
+  std::promise<std::vector<uint64_t>> done;
+};
+
 // -- the callers' side ------------------------------------------------------------------------------
 
 Transport::Transport(const Settings& settings, int event_fd, int call_fd)
@@ -133,6 +138,16 @@ void Transport::disconnect(uint64_t peer_id) { calls_.put(DisconnectCall{peer_id
 void Transport::read(uint64_t peer_id, uint64_t read_id, ReadPlan plan, Clock::time_point queued_at) {
   calls_.put(ReadCall{peer_id, std::unique_ptr<Read>(new Read{read_id, std::move(plan), queued_at})});
 }
+
+std::vector<uint64_t> Transport::hold(uint64_t peer_id) {
+  auto call = std::make_shared<HoldCall>();
+  call->peer_id = peer_id;
+  auto done = call->done.get_future();
+  calls_.put(std::move(call));
+  return done.get();
+}
+
+void Transport::release(uint64_t peer_id) { calls_.put(ReleaseCall{peer_id}); }
 
 // -- the progress thread ----------------------------------------------------------------------------
 
@@ -262,6 +277,27 @@ void Transport::handle(ReadCall& call) {
   read->order = next_order_++;
   peer->reads.emplace(read->order, std::move(call.read));
   if (peer->state == Peer::State::kReady) activate(read);
+}
+
+void Transport::handle(std::shared_ptr<HoldCall>& call) {
+  const auto found = peers_.find(call->peer_id);
+  std::vector<uint64_t> places;
+  if (found != peers_.end() && found->second->state == Peer::State::kReady && !found->second->failed) {
+    for (const Memory& memory : found->second->memories) {
+      if (memory.on_device != 0) places.push_back(memory.on_device);
+    }
+    if (places.size() == found->second->memories.size()) {
+      ++found->second->ops;  // it is not buried before the release
+    } else {
+      places.clear();
+    }
+  }
+  call->done.set_value(std::move(places));
+}
+
+void Transport::handle(ReleaseCall& call) {
+  const auto found = peers_.find(call.peer_id);
+  if (found != peers_.end()) --found->second->ops;
 }
 
 void Transport::handle(StopCall&) { stopping_ = true; }

@@ -147,6 +147,10 @@ class Transport {
   void connect(uint64_t peer_id, Bytes address, std::vector<RemoteMemory> memories);
   void disconnect(uint64_t peer_id);
   void read(uint64_t peer_id, uint64_t read_id, ReadPlan plan, Clock::time_point queued_at);
+  // Where a ready peer's memories are in our GPU's address space, kept there until as many `release`s; none if it is not
+  // ready, or one of them is not there. Waits for the progress thread.
+  std::vector<uint64_t> hold(uint64_t peer_id);
+  void release(uint64_t peer_id);
   std::vector<Event> poll(size_t most) { return events_.take_and_quiet(most); }
   std::string describe(uint64_t peer_id);
 
@@ -164,8 +168,13 @@ class Transport {
     uint64_t peer_id;
     std::unique_ptr<Read> read;
   };
+  struct HoldCall;
+  struct ReleaseCall {
+    uint64_t peer_id;
+  };
   struct StopCall {};
-  using Call = std::variant<std::shared_ptr<MemoryCall>, ConnectCall, DisconnectCall, ReadCall, StopCall>;
+  using Call = std::variant<std::shared_ptr<MemoryCall>, ConnectCall, DisconnectCall, ReadCall,
+                            std::shared_ptr<HoldCall>, ReleaseCall, StopCall>;
 
   // What a UCX completion needs to know.
   struct Op {
@@ -186,6 +195,8 @@ class Transport {
   void handle(ConnectCall& call);
   void handle(DisconnectCall& call);
   void handle(ReadCall& call);
+  void handle(std::shared_ptr<HoldCall>& call);
+  void handle(ReleaseCall& call);
   void handle(StopCall& call);
   void sleep();
   void wait(int timeout_ms, bool for_ucx);

@@ -130,6 +130,26 @@ def test_another_digest_is_a_mismatch(owner: DeviceOwner, reader: DeviceEnd) -> 
     assert "digest 7 of" in result.message
 
 
+def test_a_rank_of_two_gathers_its_half(owner: DeviceOwner, gpus: tuple[int, int]) -> None:
+    """Every block has its units in two places for a reader of another tensor-parallel degree: thousands of pieces."""
+    layout = msgspec.structs.replace(LAYOUT, tp_size=2, tp_rank=1)
+    end = DeviceEnd(layout, torch.device("cuda", gpus[1]))
+    peer = end.transport.connect(owner.endpoint)
+    places = torch.randperm(NUM_BLOCKS).tolist()
+    plan = plan_extent(LAYOUT, layout, extent(owner.digests), places, end.bases[FULL_GROUP], NUM_BLOCKS * BLOCK_SIZE)
+    for read_id in range(3):  # the first one compiles, and may come before the peer is ready
+        end.transport.read(peer, read_id, plan.pieces, plan.checks)
+        result = only(end.wait_for(1))
+        assert (result.status, result.message) == (ReadStatus.OK, "")
+    generator = torch.Generator(end.device).manual_seed(SEED)
+    shape = (NUM_BLOCKS + 1, 8, 2, 8, BLOCK_SIZE, 128)
+    made = torch.randn(shape, generator=generator, device=end.device, dtype=torch.float32).bfloat16()
+    assert torch.equal(end.pool.region("kv")[places], made[:NUM_BLOCKS, :, :, 4:])
+    moved, verified = (result.nbytes / seconds / 1e9 for seconds in (result.read_seconds, result.seconds))
+    print(f"{len(plan.pieces)} pieces of {result.nbytes} bytes: {moved:.0f} GB/s moved, {verified:.0f} verified")
+    end.close()
+
+
 def test_a_number_changed_after_publication_is_a_mismatch(gpus: tuple[int, int], reader: DeviceEnd) -> None:
     owner = DeviceOwner(LAYOUT, gpus[0], 12)
     peer = reader.transport.connect(owner.endpoint)
