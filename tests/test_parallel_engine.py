@@ -43,6 +43,13 @@ def test_two_ranks_make_the_tokens_of_one(family: Family, tmp_path: Path) -> Non
     )
 
 
+def test_a_step_is_launched_before_the_last_is_collected(llama: Path) -> None:
+    """Its tokens are on every rank."""
+    asked = prompts(8, [20, 50, 7])
+    expected = [reference_tokens(llama, prompt, COUNT) for prompt in asked]
+    assert answers_of(llama, asked, tensor_parallel_size=2, async_scheduling="on") == expected
+
+
 def test_four_ranks_share_two_key_heads(llama: Path) -> None:
     asked = prompts(7, [20, 50])
     expected = [reference_tokens(llama, prompt, COUNT) for prompt in asked]
