@@ -8,6 +8,10 @@ from torch import Tensor
 
 from common.kernels import fp8_ops
 from common.kernels.expert_weights import ExpertWeights
+from common.layers.base import Build
+from common.layers.fp8_weight import fill_quantised
+from common.layers.moe import MoE
+from common.layers.moe_spec import MoESpec
 
 pytestmark = pytest.mark.gpu
 
@@ -145,3 +149,28 @@ def test_rows_of_tiles(kernel_device: torch.device, tokens: int) -> None:
     assert all(len(tile.unique()) <= 2 for tile in experts.view(-1, 128))
     got = (values.float() * scales.repeat_interleave(128, 1))[places]
     assert error(got, quantised_rows(x).repeat_interleave(3, 0)) < allowed(3e-3, kernel_device)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+def test_a_layer_in_fp8_is_the_layer(cuda: torch.device, tokens: int) -> None:
+    """A mixture of experts with a shared one: to a few percent what it is in bf16, and the same when it is replayed."""
+    spec = MoESpec(8, 2, 256, (True,), shared_intermediate_size=384)
+    plain = MoE(Build(torch.bfloat16, cuda), 512, spec)
+    layer = MoE(Build(torch.bfloat16, cuda, fp8_linears=True, fp8_experts=True), 512, spec)
+    with torch.inference_mode():
+        for slot, kept in zip(plain.slots(), layer.slots(), strict=True):
+            slot.target.normal_(0, 0.05)
+            if kept.scales is None:
+                kept.target.copy_(slot.target)
+            else:
+                fill_quantised(kept, slot.target)
+        x = torch.randn(tokens, 512, device=cuda, dtype=torch.bfloat16)
+        got, want = layer(x), plain(x)
+        assert 1e-3 < error(got, want) < 8e-2
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = layer(x)
+        again.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(again, got)
