@@ -104,7 +104,7 @@ def _why_not(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return reason
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scales_stride"])
 def _quantise_rows(
     x_ptr,
     experts_ptr,

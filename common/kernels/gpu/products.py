@@ -51,8 +51,8 @@ TILES_FP8 = (
 """From few tokens to many. The first three are for reading weights, the last one is for arithmetic."""
 
 
-_BEHIND_NBYTES = 16 * 2**20  # of the next weights: what memory brings while one kernel ends and the next begins
-_PIECES = tl.constexpr(128)  # that each program asks for
+_PIECE, _PIECES = tl.constexpr(512), tl.constexpr(128)  # bytes of the next weights, and how often a program asks
+_MOST_BEHIND = 32 * 2**20  # bytes: the L2 cache has to hold them
 
 
 class Rows(NamedTuple):
@@ -114,10 +114,7 @@ def multiply(
     x_scales, w_scales = scales or (None, None)
     use_pdl = pdl(x.device)
     programs = count * triton.cdiv(n, wide)
-    piece = 0
-    if behind_ENK is not None and use_pdl and behind_ENK.is_contiguous():
-        some = min(_BEHIND_NBYTES // programs, behind_ENK[0].nbytes // triton.cdiv(n, wide))
-        piece = some // (16 * _PIECES.value) * 16
+    behind = behind_ENK is not None and use_pdl and _brings(programs, n, wide, behind_ENK)
     _multiply[(programs,)](
         x,
         weight_ENK,
@@ -151,7 +148,7 @@ def multiply(
         BK=tile.depth,
         WEIGHTS_FIRST=tile.weights_first,
         HALVES=tile.halves and mode == 2,
-        BEHIND=piece,
+        BEHIND=behind,
         PDL=use_pdl,
         launch_pdl=use_pdl,
         num_warps=tile.num_warps,
@@ -159,7 +156,17 @@ def multiply(
     )
 
 
-@triton.jit
+def _brings(programs: int, n: int, wide: int, behind_ENK: Tensor) -> bool:
+    """Are there few programs, and does each find its share of the next weight of its expert?"""
+    share = _PIECE.value * _PIECES.value
+    return (
+        behind_ENK.is_contiguous()
+        and programs * share <= _MOST_BEHIND
+        and triton.cdiv(n, wide) * share <= behind_ENK[0].nbytes
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _multiply(
     x_ptr,
     w_ptr,
@@ -233,9 +240,9 @@ def _multiply(
             x_scale_stride, x_scale_stride_k, scale_stride_n, y_stride, n_outputs, depth, limit, MODE, TOP_K, TO_PAIRS,
             GATED, LIMITED, EVEN, FP8, BM, BN, BK, WEIGHTS_FIRST,
         )  # fmt: skip
-    if BEHIND > 0:
+    if BEHIND:
         piece = (tl.program_id(0) % n_tiles) * _PIECES + tl.arange(0, _PIECES)
-        bring_to_l2(behind_ptr + expert * behind_stride + piece * BEHIND, BEHIND)
+        bring_to_l2(behind_ptr + expert * behind_stride + piece * _PIECE, _PIECE)
 
 
 @triton.jit

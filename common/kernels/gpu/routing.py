@@ -18,6 +18,7 @@ from torch import Tensor
 from common.kernels.gpu.launch import let_next_start, pdl, wait
 
 _SMALL = 8192  # pairs up to which one kernel sorts: each of its programs reads them all
+_CHUNKS = (256, 1024, 4096)  # pairs that it reads at once
 _CHUNK = 256  # pairs that one program of the sort of many ranks among themselves
 _SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2}
 
@@ -104,10 +105,10 @@ def tile_map(ids_TK: Tensor, num_experts: int, rows: int, places_P: Tensor | Non
             pairs,
             num_experts,
             tiles,
-            ROWS=rows,
+            rows,
             HAS_PLACES=has_places,
             EP=padded,
-            CHUNK=min(4096, max(128, triton.next_power_of_2(pairs))),
+            CHUNK=next(n for n in _CHUNKS if pairs <= n or n == _CHUNKS[-1]),
             **launch,
         )
         return out
@@ -116,7 +117,7 @@ def tile_map(ids_TK: Tensor, num_experts: int, rows: int, places_P: Tensor | Non
     bases_CE = torch.empty_like(counts_CE)
     _count_chunks[(chunks,)](flat, counts_CE, pairs, num_experts, EP=padded, CHUNK=_CHUNK, **launch)
     _sum_chunks[(num_experts + 1,)](
-        counts_CE, bases_CE, starts_E1, *map_B, chunks, num_experts, tiles, ROWS=rows, EP=padded, **launch
+        counts_CE, bases_CE, starts_E1, *map_B, chunks, num_experts, tiles, rows, EP=padded, **launch
     )
     _place_chunks[(chunks,)](
         flat, bases_CE, order_P, places, pairs, num_experts, HAS_PLACES=has_places, CHUNK=_CHUNK, **launch
@@ -209,29 +210,27 @@ def _route(
 
 
 @triton.jit
-def _lay_out(
-    counts_E, e, starts_ptr, expert_ptr, first_ptr, end_ptr, experts, tiles, ROWS: tl.constexpr, EP: tl.constexpr
-):
+def _lay_out(counts_E, e, starts_ptr, expert_ptr, first_ptr, end_ptr, experts, tiles, rows_of_tile, EP: tl.constexpr):
     """Expert e's first row, its entry of `starts`, and its tiles; program `experts` says which tiles there are not."""
     e_E = tl.arange(0, EP)
     first = tl.sum(tl.where(e_E < e, counts_E, 0), 0)
-    tile = tl.sum(tl.where(e_E < e, tl.cdiv(counts_E, ROWS), 0), 0)
+    tile = tl.sum(tl.where(e_E < e, tl.cdiv(counts_E, rows_of_tile), 0), 0)
     tl.store(starts_ptr + e, first)
     count = tl.sum(tl.where(e_E == e, counts_E, 0), 0)
     own = tiles - tile
     expert = -1
     if e < experts:
-        own = tl.cdiv(count, ROWS)
+        own = tl.cdiv(count, rows_of_tile)
         expert = e
     for base in range(0, own, 128):
         i = base + tl.arange(0, 128)
         tl.store(expert_ptr + tile + i, expert + tl.zeros((128,), tl.int32), mask=i < own)
-        tl.store(first_ptr + tile + i, first + i * ROWS, mask=i < own)
-        tl.store(end_ptr + tile + i, first + tl.minimum(count, (i + 1) * ROWS), mask=i < own)
+        tl.store(first_ptr + tile + i, first + i * rows_of_tile, mask=i < own)
+        tl.store(end_ptr + tile + i, first + tl.minimum(count, (i + 1) * rows_of_tile), mask=i < own)
     return first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tiles", "rows_of_tile"])
 def _sort_small(
     ids_ptr,
     order_ptr,
@@ -243,7 +242,7 @@ def _sort_small(
     pairs,
     experts,
     tiles,
-    ROWS: tl.constexpr,
+    rows_of_tile,
     HAS_PLACES: tl.constexpr,
     EP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -259,7 +258,7 @@ def _sort_small(
         mask = base + i_C < pairs
         ids = tl.load(ids_ptr + base + i_C, mask=mask, other=0).to(tl.int32)
         counts_E += tl.histogram(ids, EP, mask=mask)
-    row = _lay_out(counts_E, e, starts_ptr, expert_ptr, first_ptr, end_ptr, experts, tiles, ROWS, EP)
+    row = _lay_out(counts_E, e, starts_ptr, expert_ptr, first_ptr, end_ptr, experts, tiles, rows_of_tile, EP)
     if e < experts:
         for base in range(0, pairs, CHUNK):
             ids = tl.load(ids_ptr + base + i_C, mask=base + i_C < pairs, other=-1).to(tl.int32)
@@ -271,7 +270,7 @@ def _sort_small(
             row += tl.sum(mine, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _count_chunks(ids_ptr, counts_ptr, pairs, experts, EP: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):
     """Pairs of each expert in a chunk: [chunks, E]."""
     let_next_start(PDL)
@@ -283,7 +282,7 @@ def _count_chunks(ids_ptr, counts_ptr, pairs, experts, EP: tl.constexpr, CHUNK: 
     tl.store(counts_ptr + c * experts + e_E, tl.histogram(ids, EP, mask=i < pairs), mask=e_E < experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "tiles", "rows_of_tile"])
 def _sum_chunks(
     counts_ptr,
     bases_ptr,
@@ -294,7 +293,7 @@ def _sum_chunks(
     chunks,
     experts,
     tiles,
-    ROWS: tl.constexpr,
+    rows_of_tile,
     EP: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -307,7 +306,7 @@ def _sum_chunks(
     for base in range(0, chunks, 32):
         mask = (base + c_C < chunks)[:, None] & (e_E < experts)[None, :]
         counts_E += tl.sum(tl.load(counts_ptr + (base + c_C)[:, None] * experts + e_E[None, :], mask=mask, other=0), 0)
-    row = _lay_out(counts_E, e, starts_ptr, expert_ptr, first_ptr, end_ptr, experts, tiles, ROWS, EP)
+    row = _lay_out(counts_E, e, starts_ptr, expert_ptr, first_ptr, end_ptr, experts, tiles, rows_of_tile, EP)
     if e < experts:
         for base in range(0, chunks, 256):
             c = base + tl.arange(0, 256)
@@ -316,7 +315,7 @@ def _sum_chunks(
             row += tl.sum(counts, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _place_chunks(
     ids_ptr,
     bases_ptr,
