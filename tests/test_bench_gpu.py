@@ -61,6 +61,16 @@ def test_rows_are_judged_by_what_the_machine_can_do() -> None:
     assert show.errors(results["qwen3-8b"]) == [("nano", "out of memory")]
 
 
+def test_figures_of_this_machine_are_not_scaled(tmp_path: Path) -> None:
+    (tmp_path / "vllm-qwen3-8b.json").write_text(json.dumps({"nano": 5000.0, "step_ms": {"1": 6.0}}), encoding="utf-8")
+    targets = show.with_measured(TARGETS, tmp_path)
+    half = {name: value / 2 for name, value in TARGETS["limits"].items()}
+    results = {"limits": half, "qwen3-8b": {"nano": {"tokens_per_s": 6000.0}}}
+    (row,) = [row for row in show.rows(results, targets) if row.group == "qwen3-8b"]
+    assert row.of_vllm == pytest.approx(1.2)
+    assert row.met is True
+
+
 def test_stages_have_names_of_their_own_and_fit_ten_minutes() -> None:
     seconds = {stage.name: stage.seconds for stage in STAGES}
     assert len(seconds) == len(STAGES)

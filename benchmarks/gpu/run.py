@@ -32,6 +32,7 @@ from benchmarks.gpu import show  # noqa: E402
 from benchmarks.gpu.stages import DOUBLE, SINGLE, STAGES, Stage  # noqa: E402
 
 STOP_S = 30.0
+TARGETS = Path(__file__).parent / "targets.json"
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
@@ -105,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=560.0, help="no stage begins that would end later")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
     parser.add_argument("--name", default="", help="of the results; by default gpu or gpu2")
+    parser.add_argument("--vllm", type=Path, help="folder of vllm-MODEL.json, measured on this machine")
     parser.add_argument("--append", action="store_true", help="go on with the results that are there")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--list", action="store_true", help="name the stages and the seconds that they take")
@@ -130,7 +132,7 @@ def main() -> None:
         else:
             console.print("--append: the results there are of another device or commit; they are replaced")
     run_all(names, arguments, results)
-    targets = json.loads((Path(__file__).parent / "targets.json").read_text(encoding="utf-8"))
+    targets = show.with_measured(json.loads(TARGETS.read_text(encoding="utf-8")), arguments.vllm)
     rows = show.rows(results, targets)
     show.tables(console, rows, results, targets, environment)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ what both machines' limits measured: steps and tokens by the copy, prefill by th
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,6 +104,16 @@ def good(results: Results, stage: str, part: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) and "error" not in found else {}
 
 
+def with_measured(targets: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """`targets` with the figures of vLLM on this machine that `folder` has; they are not scaled."""
+    offline = dict(targets["offline"])
+    for model in offline if folder else ():
+        path = folder / f"vllm-{model}.json" if folder else Path()
+        if path.is_file():
+            offline[model] |= json.loads(path.read_text(encoding="utf-8")) | {"here": True}
+    return dict(targets) | {"offline": offline}
+
+
 def rows(results: Results, targets: Mapping[str, Any]) -> list[Row]:
     limits = results.get("limits", {})
     copy, product = limits.get("copy_gbps"), limits.get("bf16_tflops")
@@ -119,7 +130,7 @@ def rows(results: Results, targets: Mapping[str, Any]) -> list[Row]:
         found += _steps(results, stage, f"qwen3-8b, {label}", {}, copy, by_copy, None, None)
     found += _deterministic(results)
     found += _start(results, targets) + _http(results, targets, by_copy) + _kv(results, targets)
-    return found + list(_apart(results, targets))
+    return found + list(_apart(results, targets)) + _transfer(results)
 
 
 def _offline(
@@ -132,6 +143,7 @@ def _offline(
     by_product: float,
 ) -> list[Row]:
     theirs, wanted = targets["offline"][model], targets["wanted"]
+    by_copy, by_product = (1.0, 1.0) if theirs.get("here") else (by_copy, by_product)
     found = []
     for part, what in (("nano", "nano"), ("batch", "512 x (1024 in, 256 out)")):
         figures = good(results, model, part)
@@ -192,8 +204,10 @@ def _start(results: Results, targets: Mapping[str, Any]) -> list[Row]:
     for model in MODELS:
         figures = good(results, model, "ready")
         if figures:
-            aim = most if model == "qwen3-8b" else None
-            found.append(Row("start", f"{model}, engine", "s", figures["engine_s"], low, lower=True, most=aim))
+            found.append(Row("start", f"{model}, engine", "s", figures["engine_s"], low, lower=True))
+    again = good(results, "long", "ready") or good(results, "tp1", "ready")
+    if again:
+        found.append(Row("start", "qwen3-8b, kernels built", "s", again["engine_s"], low, lower=True, most=most))
     ready = results.get("http", {}).get("ready_s")
     return found + ([Row("start", "qwen3-8b, `nanodeploy up`", "s", ready, lower=True)] if ready else [])
 
@@ -251,6 +265,15 @@ def _apart(results: Results, targets: Mapping[str, Any]) -> Iterator[Row]:
                 lower=True,
                 most=_bound(name, load, ideal, wanted),
             )
+
+
+def _transfer(results: Results) -> list[Row]:
+    """KV between two GPUs beside a plain copy between them."""
+    found, limit = results.get("transfer", {}), results.get("limits", {}).get("peer_copy_gbps")
+    return [
+        Row("transfer", f"{row['blocks']} blocks {row['placed']}, verified", "GB/s", row["verified_gbps"], limit=limit)
+        for row in found.get("rows", ())
+    ]
 
 
 def _bound(name: str, load: str, ideal: float | None, wanted: Mapping[str, float]) -> float | None:

@@ -5,6 +5,7 @@ A stage that dies or outlives its limit is reported and the next one begins, wit
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import ROOT
+from benchmarks.report import RESULTS, ROOT
 
 Result = dict[str, Any]
 
@@ -67,11 +68,21 @@ def tests(context: Context) -> Result:
     """The suite of the GPU: nothing is measured of kernels that are wrong."""
     if context.dry_run:
         return {"outcome": "not run in a dry run"}
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "--maxfail=30", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
     print(done.stdout[-6000:], done.stderr[-2000:])
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout)}
     return {"exit_code": done.returncode, **counts}
+
+
+def transfer(context: Context) -> Result:
+    """KV from one GPU to another by `kv_transfer_gpu.py`, without a cluster around it."""
+    if context.dry_run:
+        return {"outcome": "not run in a dry run"}
+    script = ROOT / "benchmarks" / "kv_transfer_gpu.py"
+    subprocess.run([sys.executable, str(script)], cwd=ROOT, check=True)
+    found: Result = json.loads((RESULTS / "kv_transfer_gpu.json").read_text(encoding="utf-8"))
+    return found
 
 
 def http(context: Context) -> Result:
@@ -124,6 +135,7 @@ STAGES = (
     Stage("dense", 1, 90, 180, offline("deepseek-v3.2-cut", "by_context", sparse_attention=False, **_CONTEXTS)),
     Stage("tp1", 2, 45, 120, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill")),
     Stage("apart", 2, 200, 330, apart),
+    Stage("transfer", 2, 40, 80, transfer),
     Stage("tp2", 2, 60, 150, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill", tensor_parallel_size=2)),
 )
 SINGLE = tuple(stage.name for stage in STAGES if stage.gpus == 1)
