@@ -120,6 +120,7 @@ _WORKER_METRICS = [
     "kv_leases_expired_total",
     "kv_transfer_bytes_total",
     "kv_transfer_peer_bytes",
+    "kv_transfer_read_seconds_total",
     "kv_transfer_reads_total",
     "kv_unknown_leases_total",
     "num_requests_running",

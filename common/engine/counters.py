@@ -34,6 +34,7 @@ class EngineCounters:
             "kv_leases_expired_total": self.leases.counters.expired,
             "kv_transfer_bytes_total": c.nbytes,
             "kv_transfer_reads_total": c.reads,
+            "kv_transfer_read_seconds_total": c.read_seconds,
             "kv_digest_mismatches_total": c.mismatches,
             "kv_unknown_leases_total": self.leases.counters.lost,
             "state_snapshots_total": self.cache.checkpoints_made,

@@ -284,6 +284,7 @@ class HandoffReader:
         mismatch = result.status is ReadStatus.MISMATCH
         self.counters.reads += 1
         self.counters.nbytes += result.nbytes
+        self.counters.read_seconds += result.read_seconds
         self.counters.mismatches += mismatch
         self._peers.count(intake.spec.peer, result.nbytes, mismatch)
 

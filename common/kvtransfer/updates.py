@@ -64,6 +64,7 @@ class HandoffCounters:
     failed: Counter[str] = field(default_factory=Counter)
     reads: int = 0
     nbytes: int = 0
+    read_seconds: float = 0.0  # moving those bytes, added up over reads, which may run beside each other
     mismatches: int = 0
     fences: int = 0
     late_events: int = 0

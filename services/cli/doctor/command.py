@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from common.errors import NanoDeployError
 from services.cli.demo_model import DEMO_NAME
-from services.cli.doctor import machine, parts, running
+from services.cli.doctor import gpus, machine, parts, running
 from services.cli.doctor.finding import Finding, Level, fail
 from services.cli.doctor.transfer import ucx
 from services.cli.state import StateFolder, cache_root, state_root
@@ -45,6 +45,7 @@ def checks(model: str, name: str) -> dict[str, Check]:
         "locked memory": machine.locked_memory,
         "native libraries": parts.native,
         "kv transfer": ucx,
+        "kv transfer on GPUs": gpus.transfer,
         "storage": parts.storage,
         "model": lambda: parts.model(model or _demo_folder()),
     }
