@@ -31,7 +31,7 @@ def measure(*, dry_run: bool) -> dict[str, Any]:
     found["host_to_device_gbps"] = len(host) / timed(lambda: target[: len(host)].copy_(host, non_blocking=True)) / 1e9
     found["fp8_tflops"] = 2 * size**3 / timed(_fp8_product(size)) / 1e12
     if torch.cuda.device_count() > 1:
-        other = torch.empty(1 << 28, dtype=torch.uint8, device="cuda:1")
+        other = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:1")
         here = source[: len(other)]
         found["peer_copy_gbps"] = len(other) / timed(lambda: other.copy_(here, non_blocking=True)) / 1e9
     return found

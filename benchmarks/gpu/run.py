@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -97,6 +98,16 @@ def run_all(names: list[str], arguments: argparse.Namespace, results: dict[str, 
                 console.print(found["log"], markup=False, highlight=False)
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that kernels come from and that are installed."""
+    names = ("torch", "triton", "flashinfer-python", "tokenspeed-flashmla", "tokenspeed-deepgemm", "libucx-cu13")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def parse() -> argparse.Namespace:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,7 +133,7 @@ def main() -> None:
     names = arguments.only or list(SINGLE if arguments.gpus == 1 else DOUBLE)
     names = [name for name in names if name not in arguments.without]
     path = arguments.out / f"{arguments.name or ('gpu' if arguments.gpus == 1 else 'gpu2')}.json"
-    environment = report.environment("torch", device=show.device(arguments.dry_run), dry_run=arguments.dry_run)
+    environment = report.environment(device=show.device(arguments.dry_run), dry_run=arguments.dry_run, **versions())
     results: dict[str, Any] = {}
     if arguments.append and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
