@@ -3,11 +3,14 @@
     all positions, few new tokens     FlashMLA's dense decode: rows of 512 + 64 in bfloat16 or float16, blocks of 64,
                                       any number of heads; sequences with equally many new tokens, else token by token
     selected positions, 8-bit rows    FlashMLA's sparse decode: 64 or 128 heads, selections of a multiple of 64
-    selected positions, many tokens   FlashMLA's sparse prefill over rows that were gathered (and unpacked): 64 or 128
+    selected positions, more tokens   FlashMLA's sparse prefill, over rows in place, or gathered and unpacked: 64 or 128
                                       heads, selections of a multiple of 128
     many new tokens, expanded         `common.attention.ragged`
     the rest                          `common.kernels.gpu.sparse_latent`; what no latent model asks for (units, values
                                       that do not begin a row) is the reference backend's
+
+FlashMLA's dense decode is launched as one that may begin while the kernel before it runs, and waits for nothing: that
+kernel must be one that lets none begin. Layers store the new rows right before it, and that kernel is such a one.
 
 Blocks of all layers lie together, so a layer's rows are strided by whole blocks: dense decode addresses them by a TMA
 map with that stride, sparse decode by 64-bit offsets, and neither needs more than whole rows inside a block. FlashMLA's
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +51,8 @@ _log = structlog.stdlib.get_logger(__name__)
 _FLOATS = ("bfloat16", "float16", "float32")
 _ROW, _VALUE, _BLOCK = 576, 512, 64  # of FlashMLA's kernels
 _SPARSE_HEADS = (64, 128)
-_MANY = 512  # new tokens of a step, from which sparse prefill's kernel, which splits nothing, fills a GPU
+_TILES = 64  # of 64 heads of a token, from which sparse prefill's kernel, which splits nothing, fills half a GPU
+_MANY = 512  # new tokens of a step, from which 8-bit rows are unpacked before
 _SCORES = 1 << 26  # fp32 scores of an indexer at once
 
 
@@ -167,10 +172,13 @@ class FlashMlaBackend:
             if selected is None and rows.dtype == q_THD.dtype:
                 return self._dense(q_THD, rows, tables, ctx, scale)
             if selected is not None and q_THD.shape[1] in _SPARSE_HEADS and q_THD.dtype == torch.bfloat16:
-                num_selected = selected.positions_TK.shape[1]
-                if not ctx.graph and q_THD.shape[0] >= _MANY and num_selected % 128 == 0:
-                    return self._sparse_prefill(q_THD, rows, tables, ctx, scale, selected, packing)
-                if packing is not None and num_selected % 64 == 0:
+                tokens, num_selected = q_THD.shape[0], selected.positions_TK.shape[1]
+                if packing is None and rows.dtype == q_THD.dtype and num_selected % 128 == 0:
+                    if tokens * q_THD.shape[1] >= _TILES * 64:
+                        return self._sparse_in_place(q_THD, rows, tables, ctx, scale, selected)
+                elif packing is not None and not ctx.graph and tokens >= _MANY and num_selected % 128 == 0:
+                    return self._sparse_unpacked(q_THD, rows, tables, ctx, scale, selected, packing)
+                elif packing is not None and num_selected % 64 == 0:
                     return self._sparse_decode(q_THD, rows, tables, ctx, scale, selected)
         return gpu.sparse_latent.attend(
             q_THD,
@@ -312,7 +320,7 @@ class FlashMlaBackend:
         slots_TK = tables.block_tables_SB[sequence_T.long()[:, None], positions_TK // size] * size + positions_TK % size
         return slots_TK.int().masked_fill_(~_meant(selected), -1)
 
-    def _sparse_prefill(
+    def _sparse_in_place(
         self,
         q_THD: Tensor,
         rows: Tensor,
@@ -320,11 +328,30 @@ class FlashMlaBackend:
         ctx: AttentionContext,
         scale: float,
         selected: Selection,
-        packing: RowPacking | None,
     ) -> Tensor:
-        part = Part(slice(0, q_THD.shape[0]), tables, ctx)
+        """The kernel knows one stride: that of rows which overlap, one at every place where a token's may begin."""
+        step = math.gcd(_ROW, rows.stride(0))
+        per_block = rows.stride(0) // step
+        num_rows = (rows.shape[0] - 1) * per_block + (_BLOCK - 1) * (_ROW // step) + 1
+        every = rows.as_strided((num_rows, 1, _ROW), (step, _ROW, 1), rows.storage_offset())
+        slots_TK = self._slots(selected, tables, ctx)
+        index_TK = gpu.indexer.rows_of(slots_TK, _BLOCK, per_block, _ROW // step)
+        args = (q_THD, every, index_TK.unsqueeze(1), scale)
+        out: Tensor = self._flash.flash_mla_sparse_fwd(*args, d_v=_VALUE)[0]
+        return out
+
+    def _sparse_unpacked(
+        self,
+        q_THD: Tensor,
+        rows: Tensor,
+        tables: GroupTables,
+        ctx: AttentionContext,
+        scale: float,
+        selected: Selection,
+        packing: RowPacking,
+    ) -> Tensor:
         key = (FlashMlaBackend, id(tables), "part")
-        part = ctx.scratch.setdefault(key, part)
+        part: Part = ctx.scratch.setdefault(key, Part(slice(0, q_THD.shape[0]), tables, ctx))
         row_PW = self.gather_rows(rows.unsqueeze(1), part, q_THD.dtype, packing)
         starts_S = part.ragged.starts_S1[:-1]
         sequence_T = _sequence_of_tokens(ctx, q_THD.shape[0]).long()

@@ -119,11 +119,13 @@ class MLA(Layer):
         return q_T, (self.q_proj(x_TD) if spec.bias else q_T).view(shape), row_TW
 
     def _latent_queries(self, q_THD: Tensor, parts: Parts) -> Tensor | None:
-        """Room for the queries in latent space on a GPU, where all tokens go that way at once: [T, H, W]."""
+        """The queries in latent space on a GPU, where all tokens go that way at once: [T, H, W], of which what turns is
+        still to be put in.
+        """
         whole = gpu.enabled(q_THD) and parts.expanded is None and (parts.absorbed is None or parts.sparse is None)
         if not whole or q_THD.shape[0] > self._at_once(q_THD):
             return None
-        return q_THD.new_empty(*q_THD.shape[:2], self._spec.row_dim)
+        return self._to_latent(q_THD)
 
     def _store(self, q_THD: Tensor, row_TW: Tensor, rows: Tensor, step: Step, q_THW: Tensor | None) -> None:
         """Norm and turn the rows, and store them; turn the queries, in place or into `q_THW`."""
@@ -179,9 +181,8 @@ class MLA(Layer):
     ) -> None:
         spec, rank = self._spec, self._spec.kv_lora_rank
         if q_NHW is None:
-            q_NHW = q_NHD.new_empty(*q_NHD.shape[:2], spec.row_dim)
+            q_NHW = self._to_latent(q_NHD)
             q_NHW[..., rank:] = q_NHD[..., spec.nope_dim :]
-        linear_heads(q_NHD[..., : spec.nope_dim], self._to_latent_HRD, q_NHW[..., :rank])
         latent_NHR = part.ctx.backend.attend_rows(
             q_NHW,
             rows[:, 0],
@@ -193,6 +194,12 @@ class MLA(Layer):
             packing=self._packing_of(rows),
         )
         linear_heads(latent_NHR, self._kv_b_HER[:, spec.nope_dim :], out_NHV)
+
+    def _to_latent(self, q_NHD: Tensor) -> Tensor:
+        spec, rank = self._spec, self._spec.kv_lora_rank
+        q_NHW = q_NHD.new_empty(*q_NHD.shape[:2], spec.row_dim)
+        linear_heads(q_NHD[..., : spec.nope_dim], self._to_latent_HRD, q_NHW[..., :rank])
+        return q_NHW
 
     def _expanded(self, q_THD: Tensor, row_TW: Tensor, rows: Tensor, part: Part) -> Tensor:
         spec, rank, backend = self._spec, self._spec.kv_lora_rank, part.ctx.backend

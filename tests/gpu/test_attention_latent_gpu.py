@@ -126,7 +126,7 @@ def test_replays_with_other_lengths(
     lens = torch.ones(len(DECODE), dtype=torch.int32, device=cuda)
     pool = torch.zeros_like(first.pool if first.pool.shape[0] >= cases[1].pool.shape[0] else cases[1].pool)
     q_THD = torch.zeros_like(first.q_THD)
-    index_q = torch.randn(len(DECODE), 64, first.q_THD.shape[2], device=cuda).bfloat16()
+    index_q = torch.randn(len(DECODE), 64, 128, device=cuda).bfloat16()
     weights_TH = torch.randn(len(DECODE), 64, device=cuda)
     group = GroupTables(tables, torch.zeros(len(DECODE), dtype=torch.int64, device=cuda), 64)
     ctx = replace(

@@ -71,7 +71,7 @@ def select(case: LatentCase, weights_TH: torch.Tensor, top_k: int, packed: bool)
 def test_indexer(kernel_device: torch.device, monkeypatch: Any, spans: Any, ties: bool, packed: bool) -> None:
     """Scores by the formula; and of those the best exactly, of equal ones the first, with the slots they lie in."""
     on_gpu = kernel_device.type == "cuda"
-    monkeypatch.setattr(gpu.indexer, "_CHUNK", 64)
+    monkeypatch.setattr(gpu.indexer, "_SEGMENT", 64)
     heads, width = (64, 128) if on_gpu else (4, 24)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     case = LatentCase(
@@ -83,7 +83,7 @@ def test_indexer(kernel_device: torch.device, monkeypatch: Any, spans: Any, ties
         if not packed:
             case.cache.copy_(case.cache.sign())
             case.rows = [r.sign() for r in case.rows]
-    for top_k in (5, 33, 64):
+    for top_k in (5, 33, 48):
         scores_TL, taken = select(case, weights_TH, top_k, packed)
         for t, (s, own) in enumerate(case.places()):
             products = case.q_THD[t].double().cpu() @ case.rows[s][: own + 1].double().T * 0.5
@@ -99,7 +99,7 @@ def test_indexer(kernel_device: torch.device, monkeypatch: Any, spans: Any, ties
 
 
 def test_long_rows_of_scores(kernel_device: torch.device) -> None:
-    """Segments of several chunks, every kind of float, and rows shorter than what is taken."""
+    """Rows of several segments, every kind of float, and rows shorter than what is taken."""
     if kernel_device.type != "cuda":
         pytest.skip("too much for the interpreter")
     lens = [1, 2048, 2049, 5000, 40_000, 65_536, 65_521]

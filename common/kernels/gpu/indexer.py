@@ -1,15 +1,13 @@
 """The lightning indexer on a GPU: scores of all positions, and the best of them, exactly.
 
     scores    a program takes a few tokens and a share of the positions: [positions, heads] products, in fp32 from there
-    top-k     a radix select over scores as whole numbers of the same order, in four passes of 8 bits. A row is cut in
-              segments; each pass counts digits by segment, and the next one knows from all counts which digit the
-              last score taken has. Counts by segment also say where each segment's part of the result begins, so it
-              comes out in order of position, and of equal scores the lower positions are taken.
+    top-k     of a segment of a row, held in registers as whole numbers of the same order: the number of the last one
+              taken is found by halving, then they are written in order of position, of equal ones those with the lower
+              positions. Where a row has several segments, the same is done with what was taken of them.
 
 Nothing depends on the host: lengths are read on the device, so a recorded step may be replayed with others.
 
-Shape letters: T new tokens, H heads, D width of a key, L positions (the widest row of scores), K positions taken, G
-segments of a row.
+Shape letters: T new tokens, H heads, D width of a key, L positions (the widest row of scores), K positions taken.
 """
 
 from __future__ import annotations
@@ -24,10 +22,8 @@ from torch import Tensor
 from common.kernels.gpu.rows import Packed
 from common.kernels.gpu.sparse_latent import Places, whose
 
-_DIGITS = tl.constexpr(256)
-_PASSES = 4
-_CHUNK = 2048  # scores that a program of the selection takes at once
-_MOST_SEGMENTS = 16
+_NONE = tl.constexpr(-(2**31))
+_SEGMENT = 1 << 13  # scores that a program compares, and, of what was taken of several segments, twice as many
 _KEYS = 128  # that a program scores at once
 
 
@@ -41,7 +37,6 @@ def _score(
     keys_ptr,
     scales_ptr,
     block_stride,
-    token_stride,
     tables_ptr,
     table_stride,
     sequence_ptr,
@@ -53,6 +48,7 @@ def _score(
     heads,
     scale,
     BLOCK_SIZE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,  # known, since 136 bytes allow for loads of 8
     PER_SEQUENCE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
@@ -92,7 +88,7 @@ def _score(
             position = at + tl.arange(0, KEYS)
             inside = position < most
             block = tl.load(tables_ptr + s * table_stride + position // BLOCK_SIZE, mask=inside, other=0)
-            start = block.to(tl.int64) * block_stride + position % BLOCK_SIZE * token_stride
+            start = block.to(tl.int64) * block_stride + position % BLOCK_SIZE * TOKEN_STRIDE
             mask = inside[:, None] & (i[None, :] < WIDTH)
             key = tl.load(keys_ptr + start[:, None] + i[None, :], mask=mask, other=0.0)
             products = tl.dot(key.to(dtype), tl.trans(q), input_precision="ieee")
@@ -121,12 +117,14 @@ def score(
     assert form is None or form.num_scales == 1
     stored = keys if form is None else form.bytes8
     head_block = triton.next_power_of_2(heads)
-    together = 1 if places.per_sequence else max(1, 128 // head_block)  # tokens of a program
-    together = max(together, triton.cdiv(16, head_block))
-    programs = triton.cdiv(tokens, together)
     wide = q_THD.dtype.itemsize > 2
+    together = triton.cdiv(16, head_block)  # tokens of a program: a few, or as many as make tensor cores busy
+    if not places.per_sequence and not wide:
+        together = max(together, 256 // head_block)
+    at_once = 32 if wide else 64 if together * head_block > 128 else _KEYS
+    programs = triton.cdiv(tokens, together)
     assert q_THD.stride(2) == stored.stride(2) == weights_TH.stride(1) == 1
-    shares = _shares(q_THD.device, programs, triton.cdiv(most, _KEYS))
+    shares = _shares(q_THD.device, programs, triton.cdiv(most, at_once))
     _score[(programs, shares)](
         q_THD,
         q_THD.stride(0),
@@ -136,7 +134,6 @@ def score(
         stored,
         stored if form is None else form.scales,
         stored.stride(0),
-        stored.stride(1),
         places.tables_SB,
         places.tables_SB.stride(0),
         places.sequences,
@@ -148,12 +145,13 @@ def score(
         heads,
         scale,
         BLOCK_SIZE=places.block_size,
+        TOKEN_STRIDE=stored.stride(1),
         PER_SEQUENCE=places.per_sequence,
         WIDTH=width,
         WIDTH_BLOCK=max(triton.next_power_of_2(width), 16),
         TOKENS=together,
         HEADS=head_block,
-        KEYS=32 if wide else _KEYS,
+        KEYS=at_once,
         SHARES=shares,
         SCALES_AT=0 if form is None else form.scales_at,
         PACKED=packed,
@@ -165,147 +163,87 @@ def score(
 
 @triton.jit
 def _ordered(score):
-    """Whole numbers of 32 bits in the order of the scores, as unsigned ones; -0 is 0."""
+    """Whole numbers in the order of the scores; -0 is 0, and none of them the least number."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) ^ -0x80000000
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _segment(count, segment, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr):
-    length = tl.cdiv(tl.cdiv(count, CHUNK), SEGMENTS) * CHUNK
-    return segment * length, tl.minimum((segment + 1) * length, count)
-
-
-@triton.jit
-def _digit(counts_D, needed):
-    """(digit of the last number taken, how many of it are needed) where `needed` of the largest are taken."""
-    digit = tl.arange(0, _DIGITS)
-    at_least = tl.sum(counts_D, 0) - tl.cumsum(counts_D, 0) + counts_D
-    found = tl.sum(tl.where(at_least >= needed, 1, 0), 0) - 1
-    above = tl.sum(tl.where(digit > found, counts_D, 0), 0)
-    return found, needed - above
-
-
-@triton.jit
-def _count(
-    scores_ptr,
-    scores_stride,
-    counts_ptr,
-    state_ptr,
-    sequence_ptr,
-    starts_ptr,
-    lens_ptr,
-    top_k,
-    PER_SEQUENCE: tl.constexpr,
-    PASS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Pass 0, 1, 2, 3: counts of the highest to the lowest 8 bits of a segment, where those above are the last one's.
-
-    `counts_ptr`: [4, T, G, 256]; `state_ptr`: [4, T, 2], of each pass the bits found before it, and how many are needed
-    of those that begin with them.
-    """
-    token, segment = tl.program_id(0), tl.program_id(1)
-    num_tokens = tl.num_programs(0)
-    _, count = whose(token, sequence_ptr, starts_ptr, lens_ptr, PER_SEQUENCE)
-    if count <= top_k:
-        return
-    digit = tl.arange(0, _DIGITS)
-    prefix, needed = 0, top_k
-    if PASS > 0:
-        before = state_ptr + ((PASS - 1) * num_tokens + token) * 2
-        prefix, needed = tl.load(before), tl.load(before + 1)
-        row = counts_ptr + ((PASS - 1) * num_tokens + token).to(tl.int64) * (SEGMENTS * _DIGITS)
-        g = tl.arange(0, SEGMENTS)
-        found, needed = _digit(tl.sum(tl.load(row + g[:, None] * _DIGITS + digit[None, :]), 0), needed)
-        prefix = prefix * _DIGITS + found
-    if segment == 0:
-        state = state_ptr + (PASS * num_tokens + token) * 2
-        tl.store(state, prefix)
-        tl.store(state + 1, needed)
-    begin, stop = _segment(count, segment, CHUNK, SEGMENTS)
-    scores = scores_ptr + token.to(tl.int64) * scores_stride
-    found_D = tl.zeros([_DIGITS], tl.int32)
-    for at in range(begin, stop, CHUNK):
-        i = at + tl.arange(0, CHUNK)
-        number = _ordered(tl.load(scores + i, mask=i < stop, other=0.0))
-        counted = i < stop
-        if PASS > 0:
-            counted = counted & (((number >> (32 - 8 * PASS)) & ((1 << (8 * PASS)) - 1)) == prefix)
-        found_D += tl.histogram((number >> (24 - 8 * PASS)) & 255, _DIGITS, mask=counted)
-    row = counts_ptr + ((PASS * num_tokens + token).to(tl.int64) * SEGMENTS + segment) * _DIGITS
-    tl.store(row + digit, found_D)
+def _last_taken(number, top_k):
+    """The largest number of which at least `top_k` are no less; the least of all where there are no more than that."""
+    low, high = tl.full([], _NONE, tl.int64), tl.max(number, 0).to(tl.int64)
+    if tl.sum((number > _NONE).to(tl.int32), 0) <= top_k:
+        high = low
+    while low < high:
+        middle = (low + high + 1) >> 1
+        count = tl.sum((number >= middle.to(tl.int32)).to(tl.int32), 0)
+        low = tl.where(count >= top_k, middle, low)
+        high = tl.where(count >= top_k, tl.where(count == top_k, middle, high), middle - 1)
+    return low.to(tl.int32)
 
 
 @triton.jit
 def _take(
     scores_ptr,
-    scores_stride,
-    counts_ptr,
-    state_ptr,
+    numbers_ptr,
+    origins_ptr,
+    row_stride,
+    length,
     sequence_ptr,
     starts_ptr,
     lens_ptr,
     tables_ptr,
     table_stride,
+    out_numbers_ptr,
     positions_ptr,
     slots_ptr,
-    taken_ptr,
+    counts_ptr,
     top_k,
     BLOCK_SIZE: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     WITH_SLOTS: tl.constexpr,
 ):
-    """Write the positions (and slots) of a segment behind those of the segments before it."""
+    """The best of a segment, in their order: FIRST of scores, later of the `length` numbers with their positions
+    (`origins_ptr`) that were taken before; LAST is the result. Segments with less than `top_k` end with _NONE and -1.
+    """
     token, segment = tl.program_id(0), tl.program_id(1)
-    num_tokens = tl.num_programs(0)
     sequence, count = whose(token, sequence_ptr, starts_ptr, lens_ptr, PER_SEQUENCE)
-    table = tables_ptr + sequence.to(tl.int64) * table_stride
-    out = token.to(tl.int64) * top_k
-    if segment == 0:
-        tl.store(taken_ptr + token, tl.minimum(count, top_k))
-    if count <= top_k:
-        for at in range(segment * CHUNK, top_k, SEGMENTS * CHUNK):
-            i = at + tl.arange(0, CHUNK)
-            tl.store(positions_ptr + out + i, tl.where(i < count, i, -1), mask=i < top_k)
-            if WITH_SLOTS:
-                slot = tl.load(table + i // BLOCK_SIZE, mask=i < count, other=0) * BLOCK_SIZE + i % BLOCK_SIZE
-                tl.store(slots_ptr + out + i, tl.where(i < count, slot, -1), mask=i < top_k)
-        return
-    digit, g = tl.arange(0, _DIGITS), tl.arange(0, SEGMENTS)
-    above_G, equal_G = tl.zeros([SEGMENTS], tl.int32), tl.zeros([SEGMENTS], tl.int32)
-    last, needed = 0, top_k
-    for level in tl.static_range(4):
-        row = counts_ptr + (level * num_tokens + token).to(tl.int64) * (SEGMENTS * _DIGITS)
-        counts_GD = tl.load(row + g[:, None] * _DIGITS + digit[None, :])
-        needed = tl.load(state_ptr + (level * num_tokens + token) * 2 + 1)
-        found, needed = _digit(tl.sum(counts_GD, 0), needed)
-        above_G += tl.sum(tl.where(digit[None, :] > found, counts_GD, 0), 1)
-        equal_G = tl.sum(tl.where(digit[None, :] == found, counts_GD, 0), 1)
-        last = last * 256 + found
-    above = tl.sum(tl.where(g < segment, above_G, 0), 0)
-    equal = tl.sum(tl.where(g < segment, equal_G, 0), 0)
-    begin, stop = _segment(count, segment, CHUNK, SEGMENTS)
-    scores = scores_ptr + token.to(tl.int64) * scores_stride
-    threshold = last ^ -0x80000000  # compared as a signed number
-    for at in range(begin, stop, CHUNK):
-        i = at + tl.arange(0, CHUNK)
-        inside = i < stop
-        number = _ordered(tl.load(scores + i, mask=inside, other=0.0)) ^ -0x80000000
-        is_above = ((number > threshold) & inside).to(tl.int32)
-        is_equal = ((number == threshold) & inside).to(tl.int32)
-        rank = equal + tl.cumsum(is_equal, 0) - is_equal
-        taken = is_above + tl.where(rank < needed, is_equal, 0)
-        place = above + tl.minimum(equal, needed) + tl.cumsum(taken, 0) - taken
-        tl.store(positions_ptr + out + place, i, mask=taken > 0)
+    i = segment * SEGMENT + tl.arange(0, SEGMENT)
+    row = token.to(tl.int64) * row_stride
+    if FIRST:
+        inside = i < count
+        number = tl.where(inside, _ordered(tl.load(scores_ptr + row + i, mask=inside, other=0.0)), _NONE)
+        position = i
+    else:
+        number = tl.load(numbers_ptr + row + i, mask=i < length, other=_NONE)
+        position = tl.load(origins_ptr + row + i, mask=i < length, other=-1)
+    last = _last_taken(number, top_k)
+    above = number > last
+    equal = (number == last) & (number > _NONE)
+    needed = top_k - tl.sum(above.to(tl.int32), 0)
+    both = above.to(tl.int32) + (equal.to(tl.int32) << 16)  # two sums in one: a segment is shorter than 2^15
+    before = tl.cumsum(both, 0) - both
+    equal_before = before >> 16
+    taken = above | (equal & (equal_before < needed))
+    place = (before & 0xFFFF) + tl.minimum(equal_before, needed)
+    num_taken = tl.sum(taken.to(tl.int32), 0)
+    out = (token.to(tl.int64) * tl.num_programs(1) + segment) * top_k
+    tl.store(positions_ptr + out + place, position, mask=taken)
+    rest = num_taken + tl.arange(0, SEGMENT)
+    tl.store(positions_ptr + out + rest, -1, mask=rest < top_k)
+    if not LAST:
+        tl.store(out_numbers_ptr + out + place, number, mask=taken)
+        tl.store(out_numbers_ptr + out + rest, _NONE, mask=rest < top_k)
+    else:
+        tl.store(counts_ptr + token, num_taken)
         if WITH_SLOTS:
-            slot = tl.load(table + i // BLOCK_SIZE, mask=taken > 0, other=0) * BLOCK_SIZE + i % BLOCK_SIZE
-            tl.store(slots_ptr + out + place, slot, mask=taken > 0)
-        above += tl.sum(is_above, 0)
-        equal += tl.sum(is_equal, 0)
+            table = tables_ptr + sequence.to(tl.int64) * table_stride
+            slot = tl.load(table + position // BLOCK_SIZE, mask=taken, other=0) * BLOCK_SIZE + position % BLOCK_SIZE
+            tl.store(slots_ptr + out + place, slot, mask=taken)
+            tl.store(slots_ptr + out + rest, -1, mask=rest < top_k)
 
 
 @dataclass(frozen=True)
@@ -319,56 +257,78 @@ class Taken:
 
 def top_k(scores_TL: Tensor, places: Places, number: int, *, with_slots: bool = False) -> Taken:
     """The `number` positions with the highest scores among those that each token sees; all where there are no more."""
-    tokens, device = scores_TL.shape[0], scores_TL.device
-    segments = _shares(device, tokens, triton.cdiv(scores_TL.shape[1], _CHUNK), _MOST_SEGMENTS)
-    positions_TK = torch.empty(tokens, number, dtype=torch.int32, device=device)
-    slots_TK = torch.empty_like(positions_TK) if with_slots else None
+    tokens, length = scores_TL.shape
+    device = scores_TL.device
     taken_T = torch.empty(tokens, dtype=torch.int32, device=device)
-    counts = torch.empty(_PASSES, tokens, segments, _DIGITS.value, dtype=torch.int32, device=device)
-    state = torch.empty(_PASSES, tokens, 2, dtype=torch.int32, device=device)
-    whose_rows = (places.sequences, places.starts_S1, places.lens_S)
-    if tokens == 0:
-        return Taken(positions_TK, taken_T, slots_TK)
-    for number_of in range(_PASSES):
-        _count[(tokens, segments)](
-            scores_TL,
-            scores_TL.stride(0),
-            counts,
-            state,
-            *whose_rows,
-            number,
-            PER_SEQUENCE=places.per_sequence,
-            PASS=number_of,
-            SEGMENTS=segments,
-            CHUNK=_CHUNK,
-            num_warps=8,
-        )
-    _take[(tokens, segments)](
-        scores_TL,
-        scores_TL.stride(0),
-        counts,
-        state,
-        *whose_rows,
-        places.tables_SB,
-        places.tables_SB.stride(0),
-        positions_TK,
-        positions_TK if slots_TK is None else slots_TK,
-        taken_T,
-        number,
-        BLOCK_SIZE=places.block_size,
-        PER_SEQUENCE=places.per_sequence,
-        SEGMENTS=segments,
-        CHUNK=_CHUNK,
-        WITH_SLOTS=with_slots,
-        num_warps=8,
+    slots_TK = torch.empty(tokens, number, dtype=torch.int32, device=device) if with_slots else None
+    numbers, origins, stride, is_first = taken_T, taken_T, scores_TL.stride(0), True
+    while True:
+        limit = _SEGMENT if is_first else 2 * _SEGMENT
+        segment = min(triton.next_power_of_2(max(length, number)), limit)
+        assert number < segment or length <= segment, "as many are taken as are compared"
+        segments = triton.cdiv(length, segment)
+        is_last = segments == 1
+        positions = torch.empty(tokens, segments * number, dtype=torch.int32, device=device)
+        out_numbers = positions if is_last else torch.empty_like(positions)
+        if tokens:
+            _take[(tokens, segments)](
+                scores_TL,
+                numbers,
+                origins,
+                stride,
+                length,
+                places.sequences,
+                places.starts_S1,
+                places.lens_S,
+                places.tables_SB,
+                places.tables_SB.stride(0),
+                out_numbers,
+                positions,
+                positions if slots_TK is None else slots_TK,
+                taken_T,
+                number,
+                BLOCK_SIZE=places.block_size,
+                PER_SEQUENCE=places.per_sequence,
+                SEGMENT=segment,
+                FIRST=is_first,
+                LAST=is_last,
+                WITH_SLOTS=with_slots,
+                num_warps=min(16, max(4, segment // 512)),
+            )
+        if is_last:
+            return Taken(positions, taken_T, slots_TK)
+        numbers, origins, length, stride, is_first = out_numbers, positions, segments * number, segments * number, False
+
+
+@triton.jit
+def _rows_of(
+    slots_ptr, out_ptr, num_slots, rows_per_block, rows_per_token, BLOCK_SIZE: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    i = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
+    slot = tl.load(slots_ptr + i, mask=i < num_slots, other=-1)
+    row = slot // BLOCK_SIZE * rows_per_block + slot % BLOCK_SIZE * rows_per_token
+    tl.store(out_ptr + i, tl.where(slot < 0, -1, row), mask=i < num_slots)
+
+
+def rows_of(slots_TK: Tensor, block_size: int, rows_per_block: int, rows_per_token: int) -> Tensor:
+    """Numbers of rows that begin wherever a token's may, so many of them in a block and in a token; -1 stays."""
+    out_TK = torch.empty_like(slots_TK)
+    _rows_of[(triton.cdiv(slots_TK.numel(), 1024),)](
+        slots_TK,
+        out_TK,
+        slots_TK.numel(),
+        rows_per_block,
+        rows_per_token,
+        BLOCK_SIZE=block_size,
+        AT_ONCE=1024,
     )
-    return Taken(positions_TK, taken_T, slots_TK)
+    return out_TK
 
 
-def _shares(device: torch.device, programs: int, tiles: int, most: int = 256) -> int:
+def _shares(device: torch.device, programs: int, tiles: int) -> int:
     """A power of two, so that few kernels are compiled: two programs for each multiprocessor, where there is work."""
     if device.type != "cuda":
         return 4
     wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // programs
-    limit = max(1, min(wanted, most, triton.next_power_of_2(tiles)))
+    limit = max(1, min(wanted, triton.next_power_of_2(tiles)))
     return 1 << (limit.bit_length() - 1)
