@@ -1,11 +1,11 @@
 """Decode tokens/s of one request with and without speculation, and how many drafts were right.
 
-    python benchmarks/speculation.py [--tokens 256] [--prompts 4] [--rounds 3] [--threads 1]
+    python benchmarks/speculation.py [--tokens 256] [--prompts 4] [--rounds 3] [--threads 1] [--device cuda --name NAME]
 
 The model is the small DeepSeek-V3 that tests/train_models.py trains on a formal language and that is committed in
 tests/data/mtp-dyck. One request at a time, fp32, greedy and sampled (temperature 0.8, a seed each); all engines live
 in this process and take turns, so a ratio is of one run. Answers must be the same tokens with and without: a
-difference is an error, not a figure. Writes benchmarks/results/speculation.json and .png.
+difference is an error, not a figure. Writes benchmarks/results/<--name>.json and .png.
 """
 
 from __future__ import annotations
@@ -89,8 +89,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--name", default=NAME, help="of the results")
     args = parser.parse_args()
-    about = report.environment("torch", threads=args.threads, tokens=args.tokens, prompts=args.prompts)
+    work = {"tokens": args.tokens, "prompts": args.prompts}
+    about = report.environment("torch", device=args.device, threads=args.threads, **work)
     texts = prompts(args.prompts)
     runs: list[Run] = []
     reference: dict[str, list[list[int]]] = {}
@@ -99,7 +102,9 @@ def main() -> None:
             name: stack.enter_context(
                 LLM(
                     MODEL,
+                    device=args.device,
                     dtype="float32",
+                    max_num_seqs=4,
                     kv_cache_memory_bytes=1 << 28,
                     num_threads=args.threads,
                     enable_prefix_caching=False,
@@ -127,9 +132,9 @@ def main() -> None:
         goal["met"] = goal["got"] > goal["above"]
         print(f"{'met' if goal['met'] else 'MISSED'}: {goal['goal']}: {goal['got']}, wanted above {goal['above']}")
     content = {"environment": about, "goals": goals, "rows": rows, "runs": [asdict(run) for run in runs]}
-    print(f"wrote {report.write_json(NAME, content)}")
+    print(f"wrote {report.write_json(args.name, content)}")
     series = {name: [r["tokens_per_s"] for r in rows if r["engine"] == name] for name in ENGINES}
-    print(f"wrote {report.write_bars(NAME, 'One request, small DeepSeek-V3', 'tokens/s', list(SAMPLING), series)}")
+    print(f"wrote {report.write_bars(args.name, 'One request, small DeepSeek-V3', 'tokens/s', list(SAMPLING), series)}")
 
 
 def summary(engine: str, sampling: str, runs: list[Run]) -> dict[str, object]:

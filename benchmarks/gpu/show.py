@@ -306,6 +306,8 @@ def tables(
     console.print(table)
     for stage in ("drafts", "drafts-mtp", "sparse", "dense"):
         _steps_table(console, stage, results.get(stage, {}))
+    for row in results.get("speculation", {}).get("rows", ()):
+        console.print("trained small model, {sampling}, {engine}: x {speed_up}, right {acceptance}".format(**row))
     for model in MODELS:
         memory = good(results, model, "ready").get("memory")
         if memory:

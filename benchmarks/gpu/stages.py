@@ -75,14 +75,17 @@ def tests(context: Context) -> Result:
     return {"exit_code": done.returncode, **counts}
 
 
-def transfer(context: Context) -> Result:
-    """KV from one GPU to another by `kv_transfer_gpu.py`, without a cluster around it."""
-    if context.dry_run:
-        return {"outcome": "not run in a dry run"}
-    script = ROOT / "benchmarks" / "kv_transfer_gpu.py"
-    subprocess.run([sys.executable, str(script)], cwd=ROOT, check=True)
-    found: Result = json.loads((RESULTS / "kv_transfer_gpu.json").read_text(encoding="utf-8"))
-    return found
+def script(name: str, result: str, *arguments: str) -> Callable[[Context], Result]:
+    """Another benchmark of this folder's parent, and what it wrote."""
+
+    def call(context: Context) -> Result:
+        if context.dry_run:
+            return {"outcome": "not run in a dry run"}
+        subprocess.run([sys.executable, str(ROOT / "benchmarks" / name), *arguments], cwd=ROOT, check=True)
+        found: Result = json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8"))
+        return found
+
+    return call
 
 
 def http(context: Context) -> Result:
@@ -104,6 +107,7 @@ def apart(context: Context) -> Result:
 
 _ALL = ("ready", "decode", "prefill", "nano", "batch")
 _DRAFTS = {"num_speculative_tokens": 3}
+_TRAINED = "speculation_gpu"
 _LONG = {"max_model_len": 20_000, "max_num_seqs": 64}
 _CONTEXTS = {"max_model_len": 66_000, "max_num_seqs": 16}
 STAGES = (
@@ -131,11 +135,12 @@ STAGES = (
             config={"num_nextn_predict_layers": 1},
         ),
     ),
+    Stage("speculation", 1, 60, 120, script("speculation.py", _TRAINED, "--device", "cuda", "--name", _TRAINED)),
     Stage("sparse", 1, 80, 180, offline("deepseek-v3.2-cut", "by_context", **_CONTEXTS)),
     Stage("dense", 1, 90, 180, offline("deepseek-v3.2-cut", "by_context", sparse_attention=False, **_CONTEXTS)),
     Stage("tp1", 2, 45, 120, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill")),
     Stage("apart", 2, 200, 330, apart),
-    Stage("transfer", 2, 40, 80, transfer),
+    Stage("transfer", 2, 40, 80, script("kv_transfer_gpu.py", "kv_transfer_gpu")),
     Stage("tp2", 2, 60, 150, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill", tensor_parallel_size=2)),
 )
 SINGLE = tuple(stage.name for stage in STAGES if stage.gpus == 1)
