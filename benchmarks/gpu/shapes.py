@@ -83,6 +83,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 27,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
+        "q_lora_rank": None,
         "n_routed_experts": 64,
         "n_shared_experts": 2,
         "num_experts_per_tok": 6,
@@ -165,7 +166,7 @@ _TINY: dict[str, int] = {
 def tiny(config: dict[str, Any]) -> dict[str, Any]:
     """The same architecture in small; without its quantisation, whose blocks are larger than the matrices now are."""
     small = {key: value for key, value in config.items() if key != "quantization_config"}
-    return small | {key: value for key, value in _TINY.items() if key in config}
+    return small | {key: value for key, value in _TINY.items() if config.get(key) is not None}
 
 
 def write_model(parent: Path, name: str, *, dry_run: bool, **overrides: Any) -> Path:
