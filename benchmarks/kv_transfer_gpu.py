@@ -33,7 +33,8 @@ from benchmarks import report  # noqa: E402
 from common.config.schema import UcxConfig  # noqa: E402
 from common.kvcache.layout import FULL_GROUP, GroupSpec, KVLayout, RegionSpec, Retention, Sharding  # noqa: E402
 from common.kvcache.pool import GUARD_NBYTES, KVPool  # noqa: E402
-from common.kvtransfer.device import DeviceDigests, DeviceTransport, over_ucx  # noqa: E402
+from common.kvtransfer.device import DeviceTransport, over_ucx  # noqa: E402
+from common.kvtransfer.device_digests import DeviceDigests  # noqa: E402
 from common.kvtransfer.orders import OrderExtent  # noqa: E402
 from common.kvtransfer.plan import block_checks, plan_extent  # noqa: E402
 from common.kvtransfer.transport import ReadResult, ReadStatus  # noqa: E402

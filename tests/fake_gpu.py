@@ -79,9 +79,12 @@ class _Child:
             case "fill", str(group), int(value):
                 self.memory[group][:] = value
             case "hold", int(peer):
-                pieces = [ReadPiece(group, 8, 0, 8) for group in self.memory]
-                held = self.transport.hold(peer, pieces)
+                held = self.transport.hold(peer, [ReadPiece("tail", 8 * i, 8 * i, 8) for i in range(3)])
+                if held is not None:
+                    assert (np.diff(held[:, 0]) == 8).all()
                 return None if held is None else len(held)
+            case "hold outside", int(peer):
+                return self.transport.hold(peer, [ReadPiece("tail", 996, 0, 8)])
             case "release", int(peer):
                 return self.transport.release(peer)
             case "describe", int(peer):

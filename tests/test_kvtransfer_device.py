@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 import pytest
 from kvtransfer_support import FakeCache, FakeClock, allocate, chain_of, prompt, small_layout
+from numpy.typing import NDArray
 
 from common.errors import PeerLostError
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP
@@ -234,20 +236,20 @@ class FakeGatherer:
         self.holds = self.copied = 0
         self.refuses = self.breaks = False
 
-    def hold(self, peer_id: int, pieces: Sequence[ReadPiece]) -> Sequence[int] | None:
+    def hold(self, peer_id: int, pieces: Sequence[ReadPiece]) -> NDArray[np.int64] | None:
         if self.refuses:
             return None
         self.holds += 1
-        return [self.bases[p.group] + p.remote_offset for p in pieces]
+        return np.array([(self.bases[p.group] + p.remote_offset, p.local_address, p.nbytes) for p in pieces])
 
     def release(self, peer_id: int) -> None:
         self.holds -= 1
 
-    def gather(self, sources: Sequence[int], pieces: Sequence[ReadPiece]) -> FakeBatch:
+    def gather(self, pieces_N3: NDArray[np.int64]) -> FakeBatch:
         if self.breaks:
             raise RuntimeError("no such kernel")
-        for source, piece in zip(sources, pieces, strict=True):
-            ctypes.memmove(piece.local_address, source, piece.nbytes)
+        for source, target, nbytes in pieces_N3.tolist():
+            ctypes.memmove(target, source, nbytes)
             self.copied += 1
         batch = FakeBatch([])
         batch.done.set()

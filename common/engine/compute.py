@@ -23,7 +23,8 @@ from common.engine.sizing import EngineSizing, size_engine
 from common.errors import ConfigError
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP, KVLayout, Retention
 from common.kvcache.pool import GUARD_NBYTES, KVPool
-from common.kvtransfer.device import DeviceDigests, over_ucx
+from common.kvtransfer.device import over_ucx
+from common.kvtransfer.device_digests import DeviceDigests
 from common.kvtransfer.digester import digest
 from common.kvtransfer.memory import MemoryNetwork, MemoryTransport
 from common.kvtransfer.publish import DigestLauncher, HostDigests

@@ -14,25 +14,21 @@ comparisons are launched and waited for by a thread, so that a read does not hav
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from common.kernels import gpu
-from common.kernels.native import DigestGeometry
+from common.kvtransfer.device_digests import DeviceDigests, DeviceGather
 from common.kvtransfer.transport import DigestCheck, Endpoint, PeerDown, ReadPiece, ReadResult, ReadStatus, Transport
 from common.kvtransfer.ucx import UcxTransport
 from common.telemetry import get_logger
@@ -41,32 +37,6 @@ log = get_logger(__name__)
 
 MANY_PIECES = 64
 SMALL_NBYTES = 1 << 20  # a copy engine takes 2 us for any piece, in which a link between two GPUs moves 0.8 MB
-_WORD = 8
-
-
-@dataclass
-class DigestBatch:
-    """Digests under way. `result_N`: pinned, int64 sums, or bool: does the digest differ from what is expected?"""
-
-    result_N: Tensor
-    event: torch.cuda.Event | None
-    _values: list[int] = field(default_factory=list)
-
-    def values(self) -> list[int]:
-        """Waits."""
-        if not self._values:
-            if self.event is not None:
-                self.event.synchronize()
-            self._values = [value % 2**64 for value in self.result_N.tolist()]
-        return self._values
-
-
-@dataclass(frozen=True)
-class PreparedChecks:
-    """Checks on the device: by shape a table of segments (see `add_digests`), its tokens at most, are places even?"""
-
-    tables: Sequence[tuple[DigestGeometry, Tensor, int, bool]]
-    expected_N: Tensor
 
 
 class Comparer(Protocol):
@@ -82,114 +52,17 @@ class Comparison(Protocol):
         """For each check, 1 if its digest is not what was expected. Waits."""
 
 
-class DeviceDigests:
-    """Launches digests of memory of `device`. `stream`: None for the caller's current one."""
-
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
-        self._device = device
-        self._stream = stream
-        self._anchor = torch.zeros(2, dtype=torch.int64, device=device)
-
-    @torch.inference_mode()
-    def launch(self, checks: Sequence[DigestCheck]) -> DigestBatch:
-        """Digests of `checks`, in their order; `expected` is not looked at."""
-        with _on(self._stream):
-            return _fetch(self._sums(self.prepare(checks)))
-
-    @torch.inference_mode()
-    def prepare(self, checks: Sequence[DigestCheck]) -> PreparedChecks:
-        with _on(self._stream):
-            tables = [self._table(shape, checks, found) for shape, found in _by_shape(checks).items()]
-            expected = np.array([c.expected for c in checks], np.uint64).view(np.int64)
-            return PreparedChecks(tables, _to_device(expected, self._device))
-
-    @torch.inference_mode()
-    def compare(self, prepared: PreparedChecks) -> DigestBatch:
-        with _on(self._stream):
-            return _fetch(self._sums(prepared) != prepared.expected_N)
-
-    def _sums(self, prepared: PreparedChecks) -> Tensor:
-        sums = torch.zeros_like(prepared.expected_N)
-        for geometry, table_N4, max_tokens, aligned in prepared.tables:
-            gpu.digest.add_digests(sums, self._anchor, table_N4, geometry, max_tokens, aligned)
-        return sums
-
-    def _table(
-        self, shape: tuple[int, ...], checks: Sequence[DigestCheck], numbers: Sequence[int]
-    ) -> tuple[DigestGeometry, Tensor, int, bool]:
-        rows = [(*segment, i) for i in numbers for segment in checks[i].segments]
-        table_N4 = np.array(rows, np.int64)
-        places = table_N4[:, 0] - self._anchor.data_ptr()
-        assert not (places % _WORD).any(), "digests count whole words"
-        table_N4[:, 0] = places // _WORD
-        *geometry, max_tokens = shape  # what is compiled depends on these alone
-        aligned = not (places % (2 * _WORD)).any()
-        table = _to_device(table_N4, self._device)
-        return DigestGeometry(*geometry), table, max_tokens or int(table_N4[:, 2].max()), aligned
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
-
-
-def _fetch(result: Tensor) -> DigestBatch:
-    """On its way to the host."""
-    if not result.is_cuda:
-        return DigestBatch(result, None)
-    pinned = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-    pinned.copy_(result, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return DigestBatch(pinned, event)
-
-
-def _by_shape(checks: Sequence[DigestCheck]) -> dict[tuple[int, ...], list[int]]:
-    """Numbers of the checks of each geometry and most tokens: those are one launch."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    for i, c in enumerate(checks):
-        strides = (c.layer_stride, c.part_stride, c.token_stride)
-        found.setdefault((c.num_layers, c.num_parts, *strides, c.token_nbytes, c.max_tokens), []).append(i)
-    return found
-
-
-def _to_device(x: NDArray[np.int64], device: torch.device) -> Tensor:
-    """A copy that nobody waits for: torch keeps the pinned memory until it is made."""
-    tensor = torch.from_numpy(x)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 class Gatherer(Protocol):
     """Reads mapped memory of peers with kernels."""
 
-    def hold(self, peer_id: int, pieces: Sequence[ReadPiece], /) -> Sequence[int] | None:
-        """Where the pieces lie in our address space, until `release`; None if they do not."""
+    def hold(self, peer_id: int, pieces: Sequence[ReadPiece], /) -> NDArray[np.int64] | None:
+        """int64 [pieces, 3]: address in our address space, until `release`, local address, bytes. None: not there."""
 
     def release(self, peer_id: int, /) -> None:
         """Undo one `hold`."""
 
-    def gather(self, sources: Sequence[int], pieces: Sequence[ReadPiece], /) -> Comparison:
+    def gather(self, pieces_N3: NDArray[np.int64], /) -> Comparison:
         """Begin to copy, before whatever is compared next. `values`, empty, waits for the end."""
-
-
-class DeviceGather:
-    """Over a `UcxTransport`, on the stream of the comparisons."""
-
-    def __init__(self, transport: UcxTransport, device: torch.device, stream: torch.cuda.Stream | None) -> None:
-        self.hold = transport.hold
-        self.release = transport.release
-        self._device = device
-        self._stream = stream
-        self._anchor = torch.zeros(2, dtype=torch.int64, device=device)
-
-    @torch.inference_mode()
-    def gather(self, sources: Sequence[int], pieces: Sequence[ReadPiece]) -> DigestBatch:
-        base = self._anchor.data_ptr()
-        table = np.array([(s - base, p.local_address - base, p.nbytes) for s, p in zip(sources, pieces, strict=True)])
-        assert not (table % _WORD).any(), "rows are whole words"
-        with _on(self._stream):
-            items = _to_device(gpu.gather.cut(table // _WORD), self._device)
-            gpu.gather.gather(self._anchor, items, not (table % (2 * _WORD)).any())
-            return _fetch(items[:0, 0])
 
 
 @dataclass(frozen=True)
@@ -198,8 +71,7 @@ class _Gathering:
 
     peer_id: int
     read_id: int
-    sources: Sequence[int]
-    pieces: Sequence[ReadPiece]
+    pieces_N3: NDArray[np.int64]
     asked: float
 
 
@@ -258,9 +130,9 @@ class DeviceTransport:
         if checks:
             self._checks[read_id] = self._digests.prepare(checks), len(checks)
         if self._gatherer is not None and _are_small(pieces):
-            sources = self._gatherer.hold(peer_id, pieces)
-            if sources is not None:
-                self._asked.append(_Gathering(peer_id, read_id, sources, pieces, time.perf_counter()))
+            pieces_N3 = self._gatherer.hold(peer_id, pieces)
+            if pieces_N3 is not None:
+                self._asked.append(_Gathering(peer_id, read_id, pieces_N3, time.perf_counter()))
                 os.eventfd_write(self._asked_fd, 1)
                 return
         try:
@@ -311,9 +183,9 @@ class DeviceTransport:
     def _gather(self, asked: _Gathering) -> ReadResult:
         assert self._gatherer is not None
         prepared, count = self._checks.pop(asked.read_id, (None, 0))
-        began, nbytes = time.perf_counter(), sum(p.nbytes for p in asked.pieces)
+        began, nbytes = time.perf_counter(), int(asked.pieces_N3[:, 2].sum())
         try:
-            copies = self._gatherer.gather(asked.sources, asked.pieces)
+            copies = self._gatherer.gather(asked.pieces_N3)
             outcome: _Outcome = (self._digests.compare(prepared) if count else copies), count
             copies.values()
         except Exception as error:  # noqa: BLE001 - edge of the thread: fails that read

@@ -19,7 +19,8 @@ from common.config.schema import UcxConfig
 from common.errors import KVTransferError, NanoDeployError
 from common.kvcache.layout import FULL_GROUP, GroupSpec, KVLayout, RegionSpec, Retention, Sharding
 from common.kvcache.pool import GUARD_NBYTES, KVPool
-from common.kvtransfer.device import DeviceDigests, DeviceTransport, over_ucx
+from common.kvtransfer.device import DeviceTransport, over_ucx
+from common.kvtransfer.device_digests import DeviceDigests
 from common.kvtransfer.orders import OrderExtent
 from common.kvtransfer.plan import block_checks, plan_extent
 from common.kvtransfer.transport import Endpoint, PeerDown, ReadStatus

@@ -24,6 +24,9 @@ from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from common.config.schema import UcxConfig
 from common.errors import ConfigError, InternalError, KVTransferError
 from common.kernels.native import Signatures, load_library
@@ -239,22 +242,27 @@ class UcxTransport:
             len(segments) // 3,
         )
 
-    def hold(self, peer_id: int, pieces: Sequence[ReadPiece]) -> array[int] | None:
-        """For kernels that read a ready peer's memory by themselves: address of each piece in this GPU's address space.
+    def hold(self, peer_id: int, pieces: Sequence[ReadPiece]) -> NDArray[np.int64] | None:
+        """For kernels that read a ready peer's memory by themselves: int64 [pieces, 3], each one's address in this
+        GPU's address space, its local address, and its size.
 
-        It stays there until `release`, whatever becomes of the peer. None if it is not there, or a piece outside of it.
+        The memory stays there until `release`, whatever becomes of the peer. None if it is not there, or a piece is
+        outside of it.
         """
         remote = self._remote.get(peer_id)
-        if self._device is None or not remote:
+        groups = {p.group for p in pieces}
+        if self._device is None or not remote or len(groups) != 1 or not groups <= remote.keys():
             return None
-        try:
-            _pack_pieces(pieces, remote)
-        except ValueError:
+        index, memory = remote[groups.pop()]
+        rows = [(p.remote_offset, p.local_address, p.nbytes) for p in pieces]
+        table = np.array(rows, np.int64)
+        if (table[:, ::2] < 0).any() or (table[:, 0] + table[:, 2] > memory.nbytes).any():
             return None
         places = (ctypes.c_uint64 * len(remote))()
         if self._lib.nd_ucx_hold(self._open_handle(), peer_id, places, len(remote)) != len(remote):
             return None
-        return array("Q", [places[remote[p.group][0]] + p.remote_offset for p in pieces])
+        table[:, 0] += places[index]
+        return table
 
     def release(self, peer_id: int) -> None:
         """Undo one `hold`."""

@@ -4,7 +4,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <sys/random.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -246,7 +245,7 @@ bool Transport::take_calls() {
 
 void Transport::handle(std::shared_ptr<MemoryCall>& call) {
   LocalMemory memory;
-  const std::string error = map_memory(*call, &memory);
+  const std::string error = map_memory(call->address, call->nbytes, call->cookie_address, &memory);
   if (error.empty()) memories_.push_back(memory);
   call->done.set_value({memory, error});
 }
@@ -301,69 +300,6 @@ void Transport::handle(ReleaseCall& call) {
 }
 
 void Transport::handle(StopCall&) { stopping_ = true; }
-
-std::string Transport::map_memory(const MemoryCall& call, LocalMemory* out) {
-  if (cuda_) return offer_device(call.address, call.nbytes, call.cookie_address, out);
-  std::string error;
-  if (call.address == 0) {
-    error = allocate_host(call.nbytes, &out->handle, &out->address, &out->key);
-    out->cookie_address = out->address + call.cookie_address;
-  } else {
-    ucp_mem_map_params_t params{};
-    params.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_ADDRESS;
-    params.length = call.nbytes;
-    params.address = reinterpret_cast<void*>(call.address);
-    const ucs_status_t status = ucx_->ucp_mem_map(context_, &params, &out->handle);
-    if (status != UCS_OK) return std::to_string(call.nbytes) + " bytes: " + why(status);
-    error = pack_key(out->handle, &out->key);
-    out->address = call.address;
-    out->cookie_address = call.cookie_address;
-  }
-  if (!error.empty()) return error;
-  out->end = out->address + call.nbytes;
-  error = place_cookie(out);
-  if (!error.empty()) ucx_->ucp_mem_unmap(context_, out->handle);
-  return error;
-}
-
-// Zeroed memory of what peers on this machine can map.
-std::string Transport::allocate_host(uint64_t nbytes, ucp_mem_h* handle, uint64_t* address, Bytes* key) {
-  ucp_mem_map_params_t params{};
-  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_FLAGS;
-  params.length = nbytes;
-  params.flags = UCP_MEM_MAP_ALLOCATE;
-  ucs_status_t status = ucx_->ucp_mem_map(context_, &params, handle);
-  if (status != UCS_OK) return std::to_string(nbytes) + " bytes: " + why(status);
-  ucp_mem_attr_t attributes{};
-  attributes.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS;
-  status = ucx_->ucp_mem_query(*handle, &attributes);
-  *address = reinterpret_cast<uint64_t>(attributes.address);
-  take_ucx_log();  // of allocators that it tried before
-  if (status == UCS_OK) return pack_key(*handle, key);
-  ucx_->ucp_mem_unmap(context_, *handle);
-  return "registering memory: " + why(status);
-}
-
-// The handle is unmapped if that fails.
-std::string Transport::pack_key(ucp_mem_h handle, Bytes* out) {
-  void* key = nullptr;
-  size_t nbytes = 0;
-  const ucs_status_t status = ucx_->ucp_rkey_pack(context_, handle, &key, &nbytes);
-  if (status != UCS_OK) {
-    ucx_->ucp_mem_unmap(context_, handle);
-    return "registering memory: " + why(status);
-  }
-  out->assign(static_cast<uint8_t*>(key), static_cast<uint8_t*>(key) + nbytes);
-  ucx_->ucp_rkey_buffer_release(key);
-  return "";
-}
-
-std::string Transport::place_cookie(LocalMemory* memory) {
-  Cookie& cookie = memory->cookie;
-  if (getrandom(cookie.data(), cookie.size(), 0) != static_cast<ssize_t>(cookie.size())) return "no random bytes";
-  std::copy(cookie.begin(), cookie.end(), reinterpret_cast<uint8_t*>(memory->cookie_address));
-  return "";
-}
 
 void Transport::sleep() {
   if (calls_.any() || verified_.any() || ucx_->ucp_worker_arm(worker_) != UCS_OK) return;

@@ -202,11 +202,13 @@ class Transport {
   void wait(int timeout_ms, bool for_ucx);
   void shut_down();
   bool memory_call(std::shared_ptr<MemoryCall> call, LocalMemory* out, std::string* error);
-  std::string map_memory(const MemoryCall& call, LocalMemory* out);
+  std::string why(ucs_status_t status) const;
+
+  // memory.cpp
+  std::string map_memory(uint64_t address, uint64_t nbytes, uint64_t cookie_address, LocalMemory* out);
   std::string allocate_host(uint64_t nbytes, ucp_mem_h* handle, uint64_t* address, Bytes* key);
   std::string pack_key(ucp_mem_h handle, Bytes* out);
   std::string place_cookie(LocalMemory* memory);
-  std::string why(ucs_status_t status) const;
 
   // peers.cpp
   void begin_connect(Peer* peer, const Bytes& address);

@@ -21,7 +21,8 @@ from common.kvcache.layout import (
     Sharding,
 )
 from common.kvcache.pool import GUARD_NBYTES, KVPool
-from common.kvtransfer.device import DeviceDigests, DeviceTransport, over_ucx
+from common.kvtransfer.device import DeviceTransport, over_ucx
+from common.kvtransfer.device_digests import DeviceDigests
 from common.kvtransfer.plan import block_checks
 from common.kvtransfer.transport import Endpoint, PeerDown, ReadResult
 from common.kvtransfer.ucx import UcxTransport

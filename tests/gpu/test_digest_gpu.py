@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from common.kernels.native import DigestGeometry
 from common.kvcache.digest import digest_reference
-from common.kvtransfer.device import DeviceDigests
+from common.kvtransfer.device_digests import DeviceDigests
 from common.kvtransfer.transport import DigestCheck
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,144 @@
+"""Digests and copies of many small pieces, launched on a GPU: tables from the transfer layer's words to the kernels'.
+
+Nothing waits but `DigestBatch.values`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.kernels import gpu
+from common.kernels.native import DigestGeometry
+from common.kvtransfer.transport import DigestCheck
+from common.kvtransfer.ucx import UcxTransport
+
+_WORD = 8
+
+
+@dataclass
+class DigestBatch:
+    """Digests under way. `result_N`: pinned, int64 sums, or bool: does the digest differ from what is expected?"""
+
+    result_N: Tensor
+    event: torch.cuda.Event | None
+    _values: list[int] = field(default_factory=list)
+
+    def values(self) -> list[int]:
+        """Waits."""
+        if not self._values:
+            if self.event is not None:
+                self.event.synchronize()
+            self._values = [value % 2**64 for value in self.result_N.tolist()]
+        return self._values
+
+
+@dataclass(frozen=True)
+class PreparedChecks:
+    """Checks on the device: by shape a table of segments (see `add_digests`), its tokens at most, are places even?"""
+
+    tables: Sequence[tuple[DigestGeometry, Tensor, int, bool]]
+    expected_N: Tensor
+
+
+class DeviceDigests:
+    """Launches digests of memory of `device`. `stream`: None for the caller's current one."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
+        self._device = device
+        self._stream = stream
+        self._anchor = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def launch(self, checks: Sequence[DigestCheck]) -> DigestBatch:
+        """Digests of `checks`, in their order; `expected` is not looked at."""
+        with _on(self._stream):
+            return _fetch(self._sums(self.prepare(checks)))
+
+    @torch.inference_mode()
+    def prepare(self, checks: Sequence[DigestCheck]) -> PreparedChecks:
+        with _on(self._stream):
+            tables = [self._table(shape, checks, found) for shape, found in _by_shape(checks).items()]
+            expected = np.array([c.expected for c in checks], np.uint64).view(np.int64)
+            return PreparedChecks(tables, _to_device(expected, self._device))
+
+    @torch.inference_mode()
+    def compare(self, prepared: PreparedChecks) -> DigestBatch:
+        with _on(self._stream):
+            return _fetch(self._sums(prepared) != prepared.expected_N)
+
+    def _sums(self, prepared: PreparedChecks) -> Tensor:
+        sums = torch.zeros_like(prepared.expected_N)
+        for geometry, table_N4, max_tokens, aligned in prepared.tables:
+            gpu.digest.add_digests(sums, self._anchor, table_N4, geometry, max_tokens, aligned)
+        return sums
+
+    def _table(
+        self, shape: tuple[int, ...], checks: Sequence[DigestCheck], numbers: Sequence[int]
+    ) -> tuple[DigestGeometry, Tensor, int, bool]:
+        rows = [(*segment, i) for i in numbers for segment in checks[i].segments]
+        table_N4 = np.array(rows, np.int64)
+        places = table_N4[:, 0] - self._anchor.data_ptr()
+        assert not (places % _WORD).any(), "digests count whole words"
+        table_N4[:, 0] = places // _WORD
+        *geometry, max_tokens = shape  # what is compiled depends on these alone
+        aligned = not (places % (2 * _WORD)).any()
+        table = _to_device(table_N4, self._device)
+        return DigestGeometry(*geometry), table, max_tokens or int(table_N4[:, 2].max()), aligned
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
+
+
+def _fetch(result: Tensor) -> DigestBatch:
+    """On its way to the host."""
+    if not result.is_cuda:
+        return DigestBatch(result, None)
+    pinned = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+    pinned.copy_(result, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return DigestBatch(pinned, event)
+
+
+def _by_shape(checks: Sequence[DigestCheck]) -> dict[tuple[int, ...], list[int]]:
+    """Numbers of the checks of each geometry and most tokens: those are one launch."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i, c in enumerate(checks):
+        strides = (c.layer_stride, c.part_stride, c.token_stride)
+        found.setdefault((c.num_layers, c.num_parts, *strides, c.token_nbytes, c.max_tokens), []).append(i)
+    return found
+
+
+def _to_device(x: NDArray[np.int64], device: torch.device) -> Tensor:
+    """A copy that nobody waits for: torch keeps the pinned memory until it is made."""
+    tensor = torch.from_numpy(x)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class DeviceGather:
+    """Over a `UcxTransport`, on the stream of the comparisons."""
+
+    def __init__(self, transport: UcxTransport, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self.hold = transport.hold
+        self.release = transport.release
+        self._device = device
+        self._stream = stream
+        self._anchor = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def gather(self, pieces_N3: NDArray[np.int64]) -> DigestBatch:
+        table_N3 = pieces_N3 - np.array([self._anchor.data_ptr()] * 2 + [0])
+        assert not (table_N3 % _WORD).any(), "rows are whole words"
+        with _on(self._stream):
+            items = _to_device(gpu.gather.cut(table_N3 // _WORD), self._device)
+            gpu.gather.gather(self._anchor, items, not (table_N3 % (2 * _WORD)).any())
+            return _fetch(items[:0, 0])
