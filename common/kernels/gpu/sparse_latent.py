@@ -49,6 +49,16 @@ class Places:
         return self.lens_S if self.sequence_T is None else self.sequence_T
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """`heads` and `positions` that a program of `warps` takes at once, with loads for `stages` of them under way."""
+
+    heads: int
+    positions: int
+    warps: int
+    stages: int = 2
+
+
 def few(num_tokens: int, num_sequences: int, max_query_len: int) -> int:
     """`Places.per_sequence` of a step."""
     return max_query_len if num_tokens == num_sequences * max_query_len and max_query_len <= _FEW else 0
@@ -225,9 +235,9 @@ def attend(
     form = Packed.of(cache, value_dim, rest) if packed else None
     stored = cache if form is None else form.bytes8
     latent_block = max(triton.next_power_of_2(value_dim), 128 if packed else 16)
-    lot, positions, num_warps = _tiles(heads, latent_block, dtype.itemsize, packed)
-    lots = triton.cdiv(heads, lot)
-    shares = _num_shares(q_THW.device, tokens * lots, triton.cdiv(most, positions))
+    tiles = _tiles(heads, latent_block, dtype.itemsize, packed)
+    lots = triton.cdiv(heads, tiles.heads)
+    shares = _num_shares(q_THW.device, tokens * lots, triton.cdiv(most, tiles.positions))
     out_THV = torch.empty(tokens, heads, value_dim, dtype=dtype, device=q_THW.device)
     target, sums = out_THV, log_sums_TH if log_sums_TH is not None else out_THV
     if shares > 1:
@@ -264,16 +274,16 @@ def attend(
         REST=rest,
         LATENT_BLOCK=latent_block,
         REST_BLOCK=max(triton.next_power_of_2(max(rest, 1)), 16),
-        HEADS=lot,
-        POSITIONS=positions,
+        HEADS=tiles.heads,
+        POSITIONS=tiles.positions,
         SHARES=shares,
         SCALES_AT=0 if form is None else form.scales_at,
         REST_AT=0 if form is None else form.rope_at,
         PACKED=packed,
         SELECTED=selected is not None,
         WITH_SUMS=log_sums_TH is not None,
-        num_warps=num_warps,
-        num_stages=2,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
     if shares > 1:
         _join[(tokens * heads,)](
@@ -291,15 +301,15 @@ def attend(
     return out_THV
 
 
-def _tiles(heads: int, latent_block: int, itemsize: int, packed: bool) -> tuple[int, int, int]:
-    """(heads of a program, positions at once, warps): what a multiprocessor's registers and shared memory hold."""
+def _tiles(heads: int, latent_block: int, itemsize: int, packed: bool) -> Tiles:
+    """What a multiprocessor's registers and shared memory hold."""
     if latent_block * itemsize > 1024:  # fp32 rows of latents: for tests and checks, not for speed
-        return 16, 16, 4
-    if heads > 32:
-        return 64, 32 if packed else 64, 8
-    if heads > 16 and not packed:
-        return 32, 32, 8
-    return 16, 32, 4
+        return Tiles(16, 16, 4)
+    if packed:  # with two stages rows would be loaded when they are needed
+        return Tiles(64, 32, 8, 3) if heads > 32 else Tiles(16, 32, 4, 3)
+    if heads > 16:
+        return Tiles(64, 64, 8) if heads > 32 else Tiles(32, 32, 8)
+    return Tiles(16, 32, 4)
 
 
 def _num_shares(device: torch.device, programs: int, tiles: int) -> int:
