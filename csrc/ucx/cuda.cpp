@@ -2,6 +2,10 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+
 // Signatures of cuda.h, with its handles as pointers and CUresult as int.
 #define ND_CUDA_SYMBOLS(X)                                                                         \
   X(cuInit, unsigned flags)                                                                        \
@@ -40,6 +44,17 @@ constexpr unsigned kNonBlocking = 1;     // CU_STREAM_NON_BLOCKING: no waiting f
 constexpr unsigned kNoTiming = 2;        // CU_EVENT_DISABLE_TIMING
 constexpr unsigned kLazyPeerAccess = 1;  // CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 constexpr int kNotReady = 600;           // CUDA_ERROR_NOT_READY
+
+// What this process has mapped: a handle is opened once, whoever needs it. Small pools share an allocation, and a peer
+// may be reached anew while it is still being let go.
+struct Mapped {
+  IpcHandle handle;
+  int device;
+  uint64_t base;
+  uint32_t count;
+};
+std::mutex g_mapped_mutex;
+auto* const g_mapped = new std::vector<Mapped>;
 
 template <typename Function>
 bool resolve(void* library, const char* name, Function* function) {
@@ -117,12 +132,30 @@ bool Cuda::share(uint64_t address, IpcHandle* handle, uint64_t* offset, std::str
 }
 
 uint64_t Cuda::map(const IpcHandle& handle, std::string* error) {
+  const std::lock_guard<std::mutex> lock(g_mapped_mutex);
+  const auto same = [&](const Mapped& m) {
+    return m.device == device_ && std::memcmp(&m.handle, &handle, sizeof handle) == 0;
+  };
+  const auto found = std::find_if(g_mapped->begin(), g_mapped->end(), same);
+  if (found != g_mapped->end()) {
+    ++found->count;
+    return found->base;
+  }
   unsigned long long base = 0;
   const int result = driver_->cuIpcOpenMemHandle_v2(&base, handle, kLazyPeerAccess);
-  return failed("mapping a peer's memory", result, error) ? 0 : base;
+  if (failed("mapping a peer's memory", result, error)) return 0;
+  g_mapped->push_back({handle, device_, base, 1});
+  return base;
 }
 
-void Cuda::unmap(uint64_t base) { driver_->cuIpcCloseMemHandle(base); }
+void Cuda::unmap(uint64_t base) {
+  const std::lock_guard<std::mutex> lock(g_mapped_mutex);
+  const auto same = [&](const Mapped& m) { return m.device == device_ && m.base == base; };
+  const auto found = std::find_if(g_mapped->begin(), g_mapped->end(), same);
+  if (found == g_mapped->end() || --found->count > 0) return;
+  driver_->cuIpcCloseMemHandle(base);
+  g_mapped->erase(found);
+}
 
 bool Cuda::copy(uint64_t to, uint64_t from, size_t nbytes, std::string* error) {
   return !failed("copying", driver_->cuMemcpyDtoDAsync_v2(to, from, nbytes, stream_), error);
