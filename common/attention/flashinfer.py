@@ -3,11 +3,13 @@
     plan(ctx)      on the host, from the step's lengths and tables: one copy to the GPU, nothing waits for the GPU
     attend(...)    in each layer, and in recorded steps: launches what was planned
 
-Sequences at a step's start with one new token each (decode) and the others are two launches: `fa2` packs the query
-heads of a key head into one tile and splits long keys over the GPU, so that one new token costs a read of its keys;
-`fa3` is the faster kernel where there are many new tokens to a key, but has neither, and would take a tile of 128
-rows for each query head of each decode sequence. Few new tokens (a check of drafts) go to `fa2` too, as do 8-bit
-caches and positions that hold nothing, which `fa3` does not know.
+Sequences at a step's start with one new token each (decode) and the others are two launches. One new token goes to XQA,
+which needs no plan, where it has a kernel (Hopper, no 8-bit cache, no window); else to `fa2`, which packs the query
+heads of a key head into one tile and splits long keys over the GPU, so that a token costs a read of its keys. `fa3` is
+the faster kernel where there are many new tokens to a key, but has neither, and would take a tile of 128 rows for
+each query head of each decode sequence. Few new tokens (a check of drafts) go to `fa2` too, as do 8-bit caches and
+positions that hold nothing, which `fa3` does not know. Our own kernel (`common.kernels.gpu.paged_attention`) can take
+the place of XQA and `fa2` for few new tokens; it serves small heads, which FlashInfer has no kernels for.
 
 A recorded step (`ctx.graph`) has launches of a fixed shape whose arrays lie in memory that is filled again before
 each replay. That memory, like the workspace of partial results, is shared by all recorded steps: they run one after
@@ -30,14 +32,16 @@ from common.attention import flashinfer_modules
 from common.attention.capability import Capability, Needs
 from common.attention.context import DTYPES, AttentionContext, GroupTables, HostLengths
 from common.attention.flashinfer_modules import Launch, Module
+from common.attention.flashinfer_parts import Few, One, Paged, Part, lay_out
 from common.attention.flashinfer_plan import Cut, Heads, Ints, Pages
+from common.attention.flashinfer_xqa import Xqa, XqaSpace
 from common.attention.reference import ReferenceBackend, store
 from common.attention.staging import Staging
 from common.kernels import gpu
 from common.kvcache.scales import KVScales
 
 if TYPE_CHECKING:
-    from common.kernels.gpu.paged_attention import Seen, Workspace
+    from common.kernels.gpu.paged_attention import Workspace
 
 HEAD_DIMS = (64, 128, 256)
 SMALL_HEAD_DIMS = (16, 32)  # of models for tests: our own kernel's, and the reference's where new tokens are many
@@ -71,7 +75,9 @@ def prepare(needs: Needs) -> None:
         drafts=False,  # a draft layer's first step compiles what no other layer has
         hopper=_is_hopper(),
     )
-    flashinfer_modules.build_missing(modules)
+    one = Xqa(DTYPES[needs.dtype], needs.head_dim, needs.group_size, needs.block_size)
+    can = _is_hopper() and needs.kv_dtype == needs.dtype and one.can
+    flashinfer_modules.build_missing([*modules, *([one] if can else [])])
 
 
 @dataclass(frozen=True)
@@ -84,50 +90,20 @@ class _Shape:
     kv_dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class _Paged:
-    """A launch of FlashInfer's over `pages`, for some tokens of a step."""
-
-    tokens: slice
-    pages: tuple[Tensor, Tensor, Tensor, Tensor]
-    launch: Launch
-
-    def run(self, q_THD: Tensor, k: Tensor, v: Tensor, out_THD: Tensor, scale: float, v_scale: float) -> None:
-        self.launch.run(q_THD, k, v, self.pages, out_THD, scale, v_scale)
-
-
-@dataclass
-class _Few:
-    """A launch of our own kernel, for sequences with equally many new tokens. `ran`: in a layer of this step."""
-
-    tokens: slice
-    tables_SB: Tensor
-    seen: Seen
-    items: Tensor
-    space: Workspace
-    ran: bool = False
-
-    def run(self, q_THD: Tensor, k: Tensor, v: Tensor, out_THD: Tensor, scale: float, v_scale: float) -> None:
-        places = (self.tables_SB, self.items, self.seen, self.space)
-        gpu.paged_attention.attend(q_THD, k, v, *places, out_THD, scale, v_scale, scheduled=self.ran)
-        self.ran = True
-
-
-_Part = _Paged | _Few
-
-
 class FlashInferBackend(ReferenceBackend):
     """Latent attention is not declared: what the protocol asks for it is the reference's."""
 
     name = "flashinfer"
     can_record = True
 
-    def __init__(self, own_kernel: bool = False) -> None:
-        """`own_kernel`: for few new tokens, instead of FlashInfer's."""
+    def __init__(self, own_kernel: bool = False, xqa: bool = True) -> None:
+        """`own_kernel`: for few new tokens, instead of FlashInfer's. `xqa`: for one, where it can."""
         self._own_kernel = own_kernel and not gpu.unavailable()
+        self._xqa = xqa
         self._shapes: dict[_Key, _Shape] = {}
-        self._recorded: dict[tuple[_Key, int, int], _Paged] = {}
+        self._recorded: dict[tuple[_Key, int, int], Paged] = {}
         self._spaces: dict[tuple[int, ...], Workspace] = {}
+        self._xqa_space: XqaSpace | None = None
         self._memory: dict[object, Tensor] = {}
         self._staging = Staging()
         self._latest: AttentionContext | None = None
@@ -176,13 +152,13 @@ class FlashInferBackend(ReferenceBackend):
             part.run(query_THD[part.tokens], k, v, out_THD[part.tokens], scale, v_scale)
         return out_THD.to(q_THD.dtype)
 
-    def _launches(self, name: str, tables: GroupTables, ctx: AttentionContext) -> list[_Part] | None:
+    def _launches(self, name: str, tables: GroupTables, ctx: AttentionContext) -> list[Part] | None:
         key = (name, tables.first)
-        found: list[_Part] | None = ctx.scratch.get((FlashInferBackend, key))
+        found: list[Part] | None = ctx.scratch.get((FlashInferBackend, key))
         if found is None and ctx.graph and key in self._shapes:
-            shape = self._shapes[key]
-            if self._takes_own(shape, ctx.max_query_len):
-                found = [self._plan_few(shape, tables, ctx, (0, ctx.graph), ctx.max_query_len)]
+            few = self._plan_few(self._shapes[key], tables, ctx, (0, ctx.graph), ctx.max_query_len)
+            if few is not None:
+                found = [few]
             elif (recorded := self._recorded.get((key, ctx.graph, ctx.max_query_len))) is not None:
                 found = [recorded]
             ctx.scratch[FlashInferBackend, key] = found
@@ -190,7 +166,7 @@ class FlashInferBackend(ReferenceBackend):
 
     def _plan_for_itself(
         self, name: str, tables: GroupTables, ctx: AttentionContext, q_THD: Tensor, cache: Tensor
-    ) -> list[_Part]:
+    ) -> list[Part]:
         assert not torch.cuda.is_current_stream_capturing(), "a step is recorded that was never run"
         dtype = q_THD.dtype if cache.dtype == torch.float8_e4m3fn else cache.dtype
         heads = Heads(q_THD.shape[1], cache.shape[2])
@@ -205,7 +181,7 @@ class FlashInferBackend(ReferenceBackend):
     def _plan_group(self, name: str, tables: GroupTables, ctx: AttentionContext) -> None:
         key = (name, tables.first)
         shape = self._shapes[key]
-        if ctx.graph and self._takes_own(shape, ctx.max_query_len):
+        if ctx.graph and self._is_few(shape, tables, ctx.max_query_len):
             return  # the step works it out itself
         host, tables_SB = _lengths(ctx), _host_tables(tables)
         starts_S1, lens_S = host.query_starts_S1, host.seq_lens_S
@@ -213,7 +189,7 @@ class FlashInferBackend(ReferenceBackend):
             pages = Pages.of(tables_SB, starts_S1, lens_S, tables.block_size, tables.window)
             self._plan_fa2(shape, pages, tables, slice(None), recorded=(key, ctx.graph, ctx.max_query_len))
             return
-        parts: list[_Part] = []
+        parts: list[Part] = []
         for first, end in _runs(np.diff(starts_S1)):
             part_starts = starts_S1[first : end + 1]
             tokens = slice(int(part_starts[0]), int(part_starts[-1]))
@@ -221,8 +197,11 @@ class FlashInferBackend(ReferenceBackend):
             most = int(counts_S.max())
             if not most:
                 continue
-            if most == counts_S.min() and self._takes_own(shape, most):
-                parts.append(self._plan_few(shape, tables, ctx, (first, end), most, tokens))
+            few = None
+            if most == counts_S.min():
+                few = self._plan_few(shape, tables, ctx, (first, end), most, tokens)
+            if few is not None:
+                parts.append(few)
                 continue
             if shape.head_dim not in HEAD_DIMS:
                 parts.clear()  # all is the reference's
@@ -232,6 +211,14 @@ class FlashInferBackend(ReferenceBackend):
             plan = self._plan_fa3 if self._takes_fa3(shape, tables, mean) else self._plan_fa2
             parts.append(plan(shape, pages, tables, tokens))
         ctx.scratch[FlashInferBackend, key] = parts
+
+    def _is_few(self, shape: _Shape, tables: GroupTables, num_new: int) -> bool:
+        return self._takes_xqa(shape, tables, num_new) or self._takes_own(shape, num_new)
+
+    def _takes_xqa(self, shape: _Shape, tables: GroupTables, num_new: int) -> bool:
+        """It would read blocks that a window gave back."""
+        plain = shape.kv_dtype == shape.dtype and not tables.first and not tables.window
+        return self._xqa and self._hopper and num_new == 1 and plain and _xqa_module(shape, tables).can
 
     def _takes_own(self, shape: _Shape, num_new: int) -> bool:
         rows = num_new * shape.heads.group
@@ -245,18 +232,31 @@ class FlashInferBackend(ReferenceBackend):
         sequences: tuple[int, int],
         num_new: int,
         tokens: slice = slice(None),
-    ) -> _Few:
+    ) -> Few | One | None:
+        """What needs no plan on the host; None where that is nothing."""
+        lens_S = ctx.seq_lens_S[sequences[0] : sequences[1]]
+        tables_SB = tables.block_tables_SB[sequences[0] : sequences[1]]
+        if self._takes_own(shape, num_new):
+            return self._plan_own(shape, tables, tables_SB, lens_S, num_new, tokens)
+        if not self._takes_xqa(shape, tables, num_new):
+            return None
+        if self._xqa_space is None:
+            self._xqa_space = XqaSpace.make(lens_S.device)
+        return One(tokens, _xqa_module(shape, tables), tables_SB, lens_S, self._xqa_space)
+
+    def _plan_own(
+        self, shape: _Shape, tables: GroupTables, tables_SB: Tensor, lens_S: Tensor, num_new: int, tokens: slice
+    ) -> Few:
         own, device = gpu.paged_attention, tables.slots_T.device
         units, rows = shape.heads.num_kv_heads, num_new * shape.heads.group
         slots = own.num_slots(units, device)
-        most = max(1024, 1 << (sequences[1] - sequences[0] - 1).bit_length())
+        most = max(1024, 1 << (len(lens_S) - 1).bit_length())
         key = (units, shape.head_dim, rows, most)
         if key not in self._spaces:
             self._spaces[key] = own.workspace(most, units, shape.head_dim, rows, slots, device)
-        lens_S = ctx.seq_lens_S[sequences[0] : sequences[1]]
         seen = own.Seen(num_new, tables.window, tables.first)
         items = own.schedule(lens_S, seen, shape.head_dim, slots)
-        return _Few(tokens, tables.block_tables_SB[slice(*sequences)], seen, items, self._spaces[key])
+        return Few(tokens, tables_SB, seen, items, self._spaces[key])
 
     def _takes_fa3(self, shape: _Shape, tables: GroupTables, mean_new_tokens: int) -> bool:
         plain = shape.kv_dtype == shape.dtype and not tables.first
@@ -264,14 +264,14 @@ class FlashInferBackend(ReferenceBackend):
 
     def _plan_fa2(
         self, shape: _Shape, pages: Pages, tables: GroupTables, tokens: slice, recorded: tuple[Any, ...] | None = None
-    ) -> _Paged:
+    ) -> Paged:
         cut = Cut.of(pages, shape.heads, shape.head_dim, tables.window, self._num_slots, fixed=recorded is not None)
         num_sequences = len(pages.last_S)
         head = cut.num_ints
         used = head + 3 * num_sequences + 2 + len(pages.block_ids_N)
         staged = self._staging.take(used)
         info = cut.write(staged.array)
-        views = _lay_out(pages, staged.array, head)
+        views = lay_out(pages, staged.array, head)
         known = self._recorded.get(recorded) if recorded is not None else None
         if known is not None:
             staged.send(known.launch.ints.view(torch.int32)[:used])
@@ -293,17 +293,17 @@ class FlashInferBackend(ReferenceBackend):
         module = Module("fa2", shape.dtype, shape.kv_dtype, shape.head_dim, tables.window > 0, first=tables.first > 0)
         launch = Launch(module, _vector(info), target.view(torch.uint8), floats, tables.window, tables.first)
         starts, blocks, lasts, ids = views
-        part = _Paged(tokens, (target[starts], target[blocks], target[ids : ids + last], target[lasts]), launch)
+        part = Paged(tokens, (target[starts], target[blocks], target[ids : ids + last], target[lasts]), launch)
         if recorded is not None:
             self._recorded[recorded] = part
         return part
 
-    def _plan_fa3(self, shape: _Shape, pages: Pages, tables: GroupTables, tokens: slice) -> _Paged:
+    def _plan_fa3(self, shape: _Shape, pages: Pages, tables: GroupTables, tokens: slice) -> Paged:
         """FlashInfer's own plan: it sorts the work over the GPU by a heap, and copies from memory that we give it."""
         device, num_sequences = tables.slots_T.device, len(pages.last_S)
         used = 3 * num_sequences + 2 + len(pages.block_ids_N)
         staged = self._staging.take(used)
-        starts, blocks, lasts, ids = _lay_out(pages, staged.array, 0)
+        starts, blocks, lasts, ids = lay_out(pages, staged.array, 0)
         target = torch.empty(used, dtype=torch.int32, device=device)
         staged.send(target)
         heads, dim = shape.heads, shape.head_dim
@@ -313,7 +313,7 @@ class FlashInferBackend(ReferenceBackend):
         ints = torch.empty(7 * 4 * (works + 8) + 4 * (self._num_slots + 8), dtype=torch.uint8, device=device)
         pinned = self._staging.take(ints.numel() // 4)
         floats = torch.empty(16, dtype=torch.uint8, device=device)
-        info = module.load().plan(
+        info = flashinfer_modules.function(module, "plan")(
             floats,
             ints,
             pinned.tensor.view(torch.uint8),
@@ -331,7 +331,7 @@ class FlashInferBackend(ReferenceBackend):
         )
         pinned.sent()
         launch = Launch(module, info, ints, floats, tables.window, 0)
-        return _Paged(tokens, (target[starts], target[blocks], target[ids:], target[lasts]), launch)
+        return Paged(tokens, (target[starts], target[blocks], target[ids:], target[lasts]), launch)
 
     def _lasting(self, key: object, num_ints: int, device: torch.device) -> Tensor:
         """Memory for recorded steps; a larger one takes its place, which those recorded before keep."""
@@ -345,15 +345,8 @@ def _is_hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 
 
-def _lay_out(pages: Pages, out: Ints, start: int) -> tuple[slice, slice, slice, int]:
-    """Write the pages from `start` on: where the starts of queries and of blocks, last lengths and blocks then are."""
-    count = len(pages.last_S)
-    blocks, lasts, ids = start + count + 1, start + 2 * count + 2, start + 3 * count + 2
-    out[start:blocks] = pages.query_starts_S1
-    out[blocks:lasts] = pages.block_starts_S1
-    out[lasts:ids] = pages.last_S
-    out[ids : ids + len(pages.block_ids_N)] = pages.block_ids_N
-    return slice(start, blocks), slice(blocks, lasts), slice(lasts, ids), ids
+def _xqa_module(shape: _Shape, tables: GroupTables) -> Xqa:
+    return Xqa(shape.dtype, shape.head_dim, shape.heads.group, tables.block_size)
 
 
 def _runs(counts_S: Ints) -> Sequence[tuple[int, int]]:

@@ -10,8 +10,8 @@ or nvcc. Two folders are looked through:
 The second is filled by `nanodeploy kernels build`, and by the first use of a module that is in neither. Only the
 kernels of causal masks are compiled, a third of what FlashInfer's own modules hold.
 
-Two kinds, `fa2` (any GPU that FlashInfer serves; query heads of a key head share a tile) and `fa3` (Hopper; no split
-along the keys, no 8-bit keys). Strides of pages are honoured by both, and offsets of pages are 64 bits wide:
+Two kinds of paged kernels, `fa2` (any GPU that FlashInfer serves; query heads of a key head share a tile) and `fa3`
+(Hopper; no split along the keys, no 8-bit keys). Strides of pages are honoured by both, and offsets are 64 bits wide:
 `paged_kv_t::get_elem_offset` multiplies as size_t, `SparseCollectiveMainloop` as int64.
 """
 
@@ -24,7 +24,6 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, Protocol
 
 import structlog
@@ -37,7 +36,7 @@ _log = structlog.stdlib.get_logger(__name__)
 VERSION = "0.6.13"
 """What the arguments below and the arrays of `flashinfer_plan` were written for."""
 
-_SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3"}
+SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3"}
 
 # Mask kCustom is computed, not read: causal, and nothing below `first`. DefaultAttention has the window.
 _VARIANT = """
@@ -114,7 +113,7 @@ class Module:
     @property
     def name(self) -> str:
         own = hashlib.sha256(_VARIANT.encode()).hexdigest()[:8] if self.kind == "fa2" else "stock"
-        types = f"{_SHORT[self.dtype]}_{_SHORT[self.kv_dtype]}_{self.head_dim}"
+        types = f"{SHORT[self.dtype]}_{SHORT[self.kv_dtype]}_{self.head_dim}"
         flags = ("_window" if self.window else "") + ("_first" if self.first else "")
         return f"nanodeploy_paged_{self.kind}_{types}{flags}_{own}"
 
@@ -130,10 +129,6 @@ class Module:
         kernels = "paged_kernel" if self.kind == "fa2" else "paged_sm90_kernel"
         wanted = {f"batch_prefill_{kernels}_mask_{m}.cu" for m in masks}
         return trimmed(spec, self.name, lambda file: "_kernel_mask_" not in file or file in wanted)
-
-    def load(self) -> Any:
-        """The module, compiled now if it was not before."""
-        return _load(self)
 
     def _fa2(self) -> Any:
         from flashinfer.jit.attention.modules import gen_customize_batch_prefill_module
@@ -224,9 +219,14 @@ def load_library(module: Compiled) -> Any:
 
 
 @functools.cache
-def _load(module: Module) -> Any:
-    loaded = load_library(module)
-    return SimpleNamespace(plan=loaded.plan, paged_run=loaded.paged_run, library=loaded)
+def function(module: Any, name: str) -> Any:
+    """Of the library of a module, which is hashable."""
+    return getattr(_kept(module), name)
+
+
+@functools.cache
+def _kept(module: Any) -> Any:
+    return load_library(module)
 
 
 @functools.cache
@@ -290,5 +290,5 @@ class Launch:
             assert v_scale == 1.0
             assert not self.first
             extra = (None, None, None, None, 0.0, scale, 1.0, 0)
-        run = self.module.load().paged_run
+        run = function(self.module, "paged_run")
         run(self.floats, self.ints, self.plan_info, q_THD, k, v, *pages, out_THD, None, *layout, *extra)

@@ -23,6 +23,7 @@ from common.attention import ragged
 from common.attention.context import DTYPES
 from common.attention.flashinfer import HEAD_DIMS
 from common.attention.flashinfer_modules import Compiled, Module, build, wanted
+from common.attention.flashinfer_xqa import Xqa
 from common.models.spec import ModelSpec
 
 _PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
@@ -44,6 +45,17 @@ def modules_for(model: str, dtype: str, kv_dtypes: list[str], hopper: bool) -> l
             windows, drafts = (spec.cache.has_windows, spec.has_drafts) if spec is not None else (False, False)
             found += wanted(DTYPES[dtype], kv, dim, windows=windows, drafts=drafts, hopper=hopper)
     return list(dict.fromkeys(found))
+
+
+def xqa_modules_for(model: str, dtype: str, kv_dtypes: list[str], hopper: bool) -> list[Xqa]:
+    """For one new token of a model's, or of usual, groups of query heads; blocks of 64 tokens."""
+    spec = ModelSpec.from_folder(model) if model else None
+    if not hopper or "auto" not in kv_dtypes or (spec is not None and (spec.mla is not None or spec.cache.has_windows)):
+        return []
+    sizes = [(128, group) for group in (2, 4, 8)]
+    if spec is not None:
+        sizes = [(spec.head_dim, spec.num_heads // spec.num_kv_heads)]
+    return [module for module in (Xqa(DTYPES[dtype], *size, 64) for size in sizes) if module.can]
 
 
 def latent_modules_for(model: str, dtype: str, hopper: bool) -> list[ragged.Module]:
@@ -69,6 +81,7 @@ def main() -> int:
         return 1
     try:
         modules: list[Compiled] = [*modules_for(args.model, args.dtype, args.kv_dtype, args.hopper)]
+        modules += xqa_modules_for(args.model, args.dtype, args.kv_dtype, args.hopper)
         modules += latent_modules_for(args.model, args.dtype, args.hopper)
         missing = [m for m in modules if m.path is None]
         if missing:

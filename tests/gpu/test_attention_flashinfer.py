@@ -29,12 +29,12 @@ SCALES = KVScales(0.02, 0.05)
 SEED = 20261126
 
 
-@pytest.fixture(params=[True, False], ids=["own", "fa2"])
+@pytest.fixture(params=["xqa", "own", "fa2"])
 def backend(cuda: torch.device, request: pytest.FixtureRequest) -> FlashInferBackend:
-    """Few new tokens go to our own kernel, or to FlashInfer's."""
+    """Few new tokens go to our own kernel, or to one of FlashInfer's."""
     if why := flashinfer.capability().unavailable:
         pytest.skip(why)
-    return FlashInferBackend(own_kernel=request.param)
+    return FlashInferBackend(own_kernel=request.param == "own", xqa=request.param == "xqa")
 
 
 @dataclass
