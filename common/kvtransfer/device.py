@@ -36,7 +36,7 @@ from common.telemetry import get_logger
 log = get_logger(__name__)
 
 MANY_PIECES = 64
-SMALL_NBYTES = 1 << 20  # a copy engine takes 2 us for any piece, in which a link between two GPUs moves 0.8 MB
+SMALL_NBYTES = 1 << 20  # a copy engine takes microseconds for any piece; a link between GPUs moves 0.4 MB in one
 
 
 class Comparer(Protocol):

@@ -56,9 +56,8 @@ bool Transport::issue() {
 
 Transport::Turn Transport::take_turn(Read* read) {
   if (read->next_chunk == 0) read->first_issue = Clock::now();
-  if (cuda_ && ops_in_flight_ < kMaxOps && read->peer->memories[read->plan.chunks[read->next_chunk].memory].on_device) {
-    return copy_on_device(read);
-  }
+  const Memory& next = read->peer->memories[read->plan.chunks[read->next_chunk].memory];
+  if (next.on_device != 0 && ops_in_flight_ < kMaxOps && !read->peer->failed) return copy_on_device(read);
   Turn turn = Turn::kNothing;
   uint64_t taken = 0;
   while (taken < pace_.chunk_nbytes && read->next_chunk < read->plan.chunks.size() && !read->ended && !read->peer->failed) {
