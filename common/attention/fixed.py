@@ -1,8 +1,8 @@
-"""Grouped-query attention on GPUs in a fixed order of operations: what `--deterministic` takes.
+"""Attention on GPUs in a fixed order of operations: what `--deterministic` takes.
 
 A query's result does not depend on the batch, on how the prompt was cut into chunks, or on how many tokens are new
 (`common.kernels.gpu.fixed_attention`). Nothing is planned on the host, so a recorded step needs no more than its
-tensors.
+tensors. Latent attention is that of `common.attention.latent_gpu`, and takes prompts as it takes decode steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from common.attention.capability import Capability
 from common.attention.context import AttentionContext, GroupTables
-from common.attention.reference import ReferenceBackend, store
+from common.attention.latent_gpu import LatentBackend
+from common.attention.reference import store
 from common.kernels import gpu
 from common.kvcache.scales import KVScales
 
@@ -25,15 +26,16 @@ def capability() -> Capability:
         dtypes=floats,
         kv_dtypes=(*floats, "float8_e4m3fn"),
         max_group_size=64,
+        latent=True,
         unavailable=gpu.unavailable(),
     )
 
 
-class FixedBackend(ReferenceBackend):
-    """Latent attention is not declared: what the protocol asks for it is the reference's."""
-
+class FixedBackend(LatentBackend):
     name = "fixed"
-    can_record = True
+
+    def __init__(self) -> None:
+        super().__init__(fixed=True)
 
     def write(
         self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None

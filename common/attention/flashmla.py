@@ -39,12 +39,11 @@ from common.attention.capability import Capability, Needs
 from common.attention.context import DTYPES, AttentionContext, GroupTables, Selection
 from common.attention.flashinfer_modules import build_missing
 from common.attention.latent import Part
+from common.attention.latent_gpu import LatentBackend, SlotSelection, meant, places_of, sequence_of_tokens
 from common.attention.ragged import Module, RaggedAttention
 from common.attention.ragged import missing as ragged_missing
-from common.attention.reference import ReferenceBackend
 from common.kernels import gpu
 from common.kvcache.packing import RowPacking
-from common.kvcache.scales import KVScales
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -53,7 +52,6 @@ _ROW, _VALUE, _BLOCK = 576, 512, 64  # of FlashMLA's kernels
 _SPARSE_HEADS = (64, 128)
 _TILES = 64  # of 64 heads of a token, from which sparse prefill's kernel, which splits nothing, fills half a GPU
 _MANY = 512  # new tokens of a step, from which 8-bit rows are unpacked before
-_SCORES = 1 << 26  # fp32 scores of an indexer at once
 
 
 def capability() -> Capability:
@@ -77,13 +75,6 @@ def prepare(needs: Needs) -> None:
 
 
 @dataclass(frozen=True)
-class SlotSelection(Selection):
-    """`slots_TK`: int32, block * block_size + offset of each position, -1 behind a row's count."""
-
-    slots_TK: Tensor
-
-
-@dataclass(frozen=True)
 class _Scheduled:
     """What FlashMLA's dense decode takes of a step: `queries` each of `tables` and `lens`, and its schedule."""
 
@@ -93,13 +84,11 @@ class _Scheduled:
     schedule: Any
 
 
-class FlashMlaBackend:
+class FlashMlaBackend(LatentBackend):
     name = "flashmla"
-    plain_writes = True
-    can_record = True
 
     def __init__(self) -> None:
-        self._plain = ReferenceBackend()
+        super().__init__()
         self._flash: Any = None
         hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
         if not hopper or importlib.util.find_spec("flash_mla") is None:
@@ -110,46 +99,6 @@ class FlashMlaBackend:
         if why := ragged_missing():
             _log.warning("prompts of latent attention without FlashInfer", reason=why, instead="plain torch")
         self.ragged = RaggedAttention()
-
-    def plan(self, ctx: AttentionContext) -> None:
-        """Schedules are made on the device, and those of prompts when they are needed: prompts are not recorded."""
-
-    def write(
-        self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
-    ) -> None:
-        """Keys and values of heads: as the reference backend stores them."""
-        self._plain.write(k_TUD, v_TUD, cache, tables, scales)
-
-    def attend(
-        self,
-        q_THD: Tensor,
-        cache: Tensor,
-        tables: GroupTables,
-        ctx: AttentionContext,
-        scale: float,
-        scales: KVScales | None = None,
-    ) -> Tensor:
-        """Over keys and values of heads: as the reference backend does."""
-        return self._plain.attend(q_THD, cache, tables, ctx, scale, scales)
-
-    def write_rows(
-        self, rows_TW: Tensor, cache: Tensor, tables: GroupTables, packing: RowPacking | None = None
-    ) -> None:
-        """Store a row per new token, cast to the cache's type. `cache`: [num_blocks, 1, 1, block_size, W]."""
-        latent = rows_TW.shape[1] if packing is None else packing.latent_dim
-        gpu.rows.store_rows(rows_TW, cache, tables.slots_T, latent, packed=packing is not None)
-
-    def read_rows(
-        self, cache: Tensor, block_ids_N: Tensor, dtype: torch.dtype, packing: RowPacking | None = None
-    ) -> Tensor:
-        """Rows of whole blocks: a new [N * block_size, W]."""
-        return self._plain.read_rows(cache, block_ids_N, dtype, packing)
-
-    def gather_rows(self, cache: Tensor, part: Part, dtype: torch.dtype, packing: RowPacking | None = None) -> Tensor:
-        """Rows of all positions of a part, as `Part.ragged` lines them up: a new [P, W]."""
-        latent, rope = (packing.latent_dim, packing.rope_dim) if packing else (cache.shape[4], 0)
-        slots_P = part.ragged.slots_P
-        return gpu.rows.gather_rows(cache, slots_P, latent, rope, dtype, packed=packing is not None)
 
     def attend_rows(
         self,
@@ -164,11 +113,7 @@ class FlashMlaBackend:
         packing: RowPacking | None = None,
     ) -> Tensor:
         """Causal attention over [num_blocks, U, block_size, W] rows of key and value: a new [T, H, V]."""
-        width, value_dim = q_THD.shape[2], values.stop
-        if rows.shape[1] != 1 or values.start != 0 or value_dim > width:
-            more = (selected, log_sums_TH, packing)
-            return self._plain.attend_rows(q_THD, rows, values, tables, ctx, scale, *more)
-        if log_sums_TH is None and self._fits_flash(q_THD, value_dim, tables):
+        if log_sums_TH is None and self._fits_flash(q_THD, rows, values, tables):
             if selected is None and rows.dtype == q_THD.dtype:
                 return self._dense(q_THD, rows, tables, ctx, scale)
             if selected is not None and q_THD.shape[1] in _SPARSE_HEADS and q_THD.dtype == torch.bfloat16:
@@ -180,75 +125,18 @@ class FlashMlaBackend:
                     return self._sparse_unpacked(q_THD, rows, tables, ctx, scale, selected, packing)
                 elif packing is not None and num_selected % 64 == 0:
                     return self._sparse_decode(q_THD, rows, tables, ctx, scale, selected)
-        return gpu.sparse_latent.attend(
-            q_THD,
-            rows[:, 0],
-            self._places(tables, ctx),
-            value_dim,
-            scale,
-            most=_most(ctx, tables) if selected is None else selected.positions_TK.shape[1],
-            selected=None if selected is None else (selected.positions_TK, selected.counts_T),
-            log_sums_TH=log_sums_TH,
-            packed=packing is not None,
-        )
+        more = (selected, log_sums_TH, packing)
+        return super().attend_rows(q_THD, rows, values, tables, ctx, scale, *more)
 
-    def select(
-        self,
-        q_THD: Tensor,
-        weights_TH: Tensor,
-        keys: Tensor,
-        tables: GroupTables,
-        ctx: AttentionContext,
-        scale: float,
-        top_k: int,
-        packing: RowPacking | None = None,
-    ) -> Selection:
-        """The best `top_k` positions of each token, see the protocol. `keys`: [num_blocks, block_size, D]."""
-        most, tokens = _most(ctx, tables), q_THD.shape[0]
-        at_once = tokens if ctx.graph else max(1, _SCORES // most)
-        found: list[Any] = []
-        part = Part(slice(0, tokens), tables, ctx)
-        for band in part.bands(at_once):
-            places = self._places(band.tables, band.ctx)
-            widest = _most(band.ctx, band.tables)
-            args = (band.take(q_THD), band.take(weights_TH), keys, places, scale)
-            scores_TL = gpu.indexer.score(*args, most=widest, packed=packing is not None)
-            found.append(gpu.indexer.top_k(scores_TL, places, top_k, with_slots=True))
-        if len(found) == 1:
-            return SlotSelection(found[0].positions_TK, found[0].counts_T, found[0].slots_TK)
-        return SlotSelection(
-            torch.cat([f.positions_TK for f in found]),
-            torch.cat([f.counts_T for f in found]),
-            torch.cat([f.slots_TK for f in found]),
-        )
-
-    def _fits_flash(self, q_THD: Tensor, value_dim: int, tables: GroupTables) -> bool:
+    def _fits_flash(self, q_THD: Tensor, rows: Tensor, values: slice, tables: GroupTables) -> bool:
         return (
             self._flash is not None
-            and (q_THD.shape[2], value_dim, tables.block_size) == (_ROW, _VALUE, _BLOCK)
+            and (q_THD.shape[2], rows.shape[1], tables.block_size) == (_ROW, 1, _BLOCK)
+            and values == slice(0, _VALUE)
             and q_THD.dtype in (torch.bfloat16, torch.float16)
             and not tables.first
             and not tables.window
         )
-
-    def _places(self, tables: GroupTables, ctx: AttentionContext) -> Any:
-        """Where the tokens of a step look; a `common.kernels.gpu.sparse_latent.Places`."""
-        key = (FlashMlaBackend, id(tables), "places")
-        found = ctx.scratch.get(key)
-        if found is None:
-            tokens, sequences = tables.slots_T.shape[0], ctx.seq_lens_S.shape[0]
-            per_sequence = gpu.sparse_latent.few(tokens, sequences, ctx.max_query_len)
-            found = ctx.scratch[key] = gpu.sparse_latent.Places(
-                tables.block_tables_SB,
-                ctx.query_starts_S1,
-                ctx.seq_lens_S,
-                tables.block_size,
-                per_sequence,
-                None if per_sequence else _sequence_of_tokens(ctx, tokens),
-                tables.first,
-                tables.window,
-            )
-        return found
 
     def _dense(self, q_THD: Tensor, rows: Tensor, tables: GroupTables, ctx: AttentionContext, scale: float) -> Tensor:
         heads = q_THD.shape[1]
@@ -270,7 +158,7 @@ class FlashMlaBackend:
         return out.view(-1, heads, _VALUE)
 
     def _schedule_dense(self, tables: GroupTables, ctx: AttentionContext) -> _Scheduled:
-        places = self._places(tables, ctx)
+        places = places_of(tables, ctx, tables.slots_T.shape[0])
         schedule = self._flash.get_mla_metadata()[0]
         if places.per_sequence:
             return _Scheduled(places.per_sequence, tables.block_tables_SB, ctx.seq_lens_S, schedule)
@@ -311,14 +199,14 @@ class FlashMlaBackend:
     def _slots(self, selected: Selection, tables: GroupTables, ctx: AttentionContext) -> Tensor:
         if isinstance(selected, SlotSelection):
             return selected.slots_TK
-        places = self._places(tables, ctx)
         tokens = selected.counts_T.shape[0]
+        places = places_of(tables, ctx, tokens)
         sequence_T = places.sequence_T
         if sequence_T is None:
             sequence_T = torch.arange(tokens, device=selected.counts_T.device) // places.per_sequence
         positions_TK, size = selected.positions_TK.clamp(min=0).long(), tables.block_size
         slots_TK = tables.block_tables_SB[sequence_T.long()[:, None], positions_TK // size] * size + positions_TK % size
-        return slots_TK.int().masked_fill_(~_meant(selected), -1)
+        return slots_TK.int().masked_fill_(~meant(selected), -1)
 
     def _sparse_in_place(
         self,
@@ -354,26 +242,8 @@ class FlashMlaBackend:
         part: Part = ctx.scratch.setdefault(key, Part(slice(0, q_THD.shape[0]), tables, ctx))
         row_PW = self.gather_rows(rows.unsqueeze(1), part, q_THD.dtype, packing)
         starts_S = part.ragged.starts_S1[:-1]
-        sequence_T = _sequence_of_tokens(ctx, q_THD.shape[0]).long()
-        index_TK = (selected.positions_TK + starts_S[sequence_T][:, None]).masked_fill_(~_meant(selected), -1)
+        sequence_T = sequence_of_tokens(ctx, q_THD.shape[0]).long()
+        index_TK = (selected.positions_TK + starts_S[sequence_T][:, None]).masked_fill_(~meant(selected), -1)
         args = (q_THD, row_PW.unsqueeze(1), index_TK.unsqueeze(1), scale)
         out: Tensor = self._flash.flash_mla_sparse_fwd(*args, d_v=_VALUE)[0]
         return out
-
-
-def _most(ctx: AttentionContext, tables: GroupTables) -> int:
-    """No sequence of the step has more positions, whatever a recorded one is replayed with."""
-    return tables.block_tables_SB.shape[1] * tables.block_size if ctx.graph else ctx.max_seq_len
-
-
-def _sequence_of_tokens(ctx: AttentionContext, num_tokens: int) -> Tensor:
-    """int32 [T]: the sequence that each new token belongs to."""
-    counts_S = ctx.query_starts_S1.diff()
-    ids_S = torch.arange(counts_S.shape[0], dtype=torch.int32, device=counts_S.device)
-    return torch.repeat_interleave(ids_S, counts_S, output_size=num_tokens)
-
-
-def _meant(selected: Selection) -> Tensor:
-    """Which entries of a selection are meant: [T, K]."""
-    index_K = torch.arange(selected.positions_TK.shape[1], device=selected.counts_T.device)
-    return index_K < selected.counts_T[:, None]

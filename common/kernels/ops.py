@@ -82,7 +82,12 @@ def linear_silu_mul(
 
 
 def linear_heads(
-    x_THK: Tensor, weight_HNK: Tensor, out_THN: Tensor | None = None, *, isa: cpu.Isa = cpu.Isa.BEST
+    x_THK: Tensor,
+    weight_HNK: Tensor,
+    out_THN: Tensor | None = None,
+    *,
+    fixed: bool = False,
+    isa: cpu.Isa = cpu.Isa.BEST,
 ) -> Tensor:
     """For each head a product of its own, x[:, h] @ weight[h]^T, as `linear` computes it: [T, H, N] of x's type.
 
@@ -94,6 +99,9 @@ def linear_heads(
         out_THN = x_THK.new_empty(tokens, heads, n)
     lib = cpu.library()
     rows = (x_THK.stride(2), weight_HNK.stride(2), out_THN.stride(2))
+    if fixed and gpu.enabled(x_THK) and rows == (1, 1, 1):
+        gpu.fixed.linear_heads(x_THK, weight_HNK, out_THN)
+        return out_THN
     if x_THK.is_cuda:
         torch.bmm(x_THK.transpose(0, 1), weight_HNK.transpose(1, 2), out=out_THN.transpose(0, 1))
         return out_THN

@@ -45,6 +45,7 @@ class Indexer(Layer):
         self._place = place
         heads, width = spec.num_heads, spec.head_dim
         self._scale = width**-0.5
+        self._fixed = build.fixed
         self.wq_b = ColumnLinear(build, q_lora_rank, {"wq_b": (1, heads * width)}, bias=False)
         self.wk = ColumnLinear(build, hidden_size, {"wk": (1, width)}, bias=False)
         self.k_norm = LayerNorm(build, width, spec.norm_eps)
@@ -66,7 +67,8 @@ class Indexer(Layer):
         cos, sin = (sparse.take(row) for row in step.rope[MAIN_ROPE])
         q_NHD = self.wq_b(sparse.take(q_TR)).view(-1, spec.num_heads, spec.head_dim)
         apply_rope_(q_NHD[..., : spec.rope_dim], cos, sin, interleaved=spec.interleaved)
-        weights_NH = linear(sparse.take(x_TD), self.weights_proj.weight, out_dtype=torch.float32)
+        x_ND, weight_HD = sparse.take(x_TD), self.weights_proj.weight
+        weights_NH = linear(x_ND, weight_HD, out_dtype=torch.float32, fixed=self._fixed)
         weights_NH *= spec.num_heads**-0.5
         packing = spec.packing if cache.dtype == torch.uint8 else None
         return sparse.ctx.backend.select(

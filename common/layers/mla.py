@@ -37,6 +37,7 @@ from common.layers.rms_norm import RMSNorm
 from common.layers.rope import apply_rope_
 from common.layers.step import MAIN_ROPE, Step
 
+_ANY = 1 << 30  # with a fixed order, so that a prompt's tokens get what they would get one by one
 _MAX_ELEMENTS = 1 << 23
 _MAX_POSITIONS = 1 << 16  # of several sequences that are expanded on a GPU at once
 MAX_ABSORBED = 64  # new tokens of a sequence; with more, expanding pays at DeepSeek's widths (bfloat16; fp32: 256)
@@ -61,6 +62,7 @@ class MLA(Layer):
         self._spec = spec
         self._place = place
         self._top_k = top_k
+        self._fixed = build.fixed and build.device.type == "cuda"  # on the CPU all orders are
         heads = self._heads = build.tp.share(num_heads)[1]
         row, rank, qk = {"kv_a_proj_with_mqa": (1, spec.row_dim)}, spec.q_lora_rank, spec.qk_dim
         if rank:
@@ -87,7 +89,7 @@ class MLA(Layer):
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         spec, ctx, tables = self._spec, step.ctx, step.tables(self._place)
         rows = step.cache(self._place)
-        parts = split(tables, ctx, MAX_ABSORBED, self._top_k)
+        parts = split(tables, ctx, _ANY if self._fixed else MAX_ABSORBED, self._top_k)
         q_TR, q_THD, row_TW = self._project(x_TD)
         q_THW = self._latent_queries(q_THD, parts)
         self._store(q_THD, row_TW, rows, step, q_THW)
@@ -193,12 +195,12 @@ class MLA(Layer):
             selected,
             packing=self._packing_of(rows),
         )
-        linear_heads(latent_NHR, self._kv_b_HER[:, spec.nope_dim :], out_NHV)
+        linear_heads(latent_NHR, self._kv_b_HER[:, spec.nope_dim :], out_NHV, fixed=self._fixed)
 
     def _to_latent(self, q_NHD: Tensor) -> Tensor:
         spec, rank = self._spec, self._spec.kv_lora_rank
         q_NHW = q_NHD.new_empty(*q_NHD.shape[:2], spec.row_dim)
-        linear_heads(q_NHD[..., : spec.nope_dim], self._to_latent_HRD, q_NHW[..., :rank])
+        linear_heads(q_NHD[..., : spec.nope_dim], self._to_latent_HRD, q_NHW[..., :rank], fixed=self._fixed)
         return q_NHW
 
     def _expanded(self, q_THD: Tensor, row_TW: Tensor, rows: Tensor, part: Part) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.attention.context import AttentionContext, GroupTables, HostLengths
 from common.attention.cpu import CpuBackend
+from common.attention.fixed import FixedBackend
 from common.attention.flashmla import FlashMlaBackend
 from common.attention.latent import Part, on_device
 from common.attention.reference import ReferenceBackend
@@ -176,8 +177,16 @@ PLACE, KEYS = KVPlace("mla_latent", "full", 1), KVPlace("indexer_key", "full", 0
 class Paged:
     """A layer with its cache on one device; `step` computes new tokens of some sequences."""
 
-    def __init__(self, device: torch.device, backend: Any, indexer: IndexerSpec | None, weights: dict[str, Tensor]):
-        build = Build(torch.bfloat16, device)
+    def __init__(
+        self,
+        device: torch.device,
+        backend: Any,
+        indexer: IndexerSpec | None,
+        weights: dict[str, Tensor],
+        *,
+        fixed: bool = False,
+    ) -> None:
+        build = Build(torch.bfloat16, device, fixed=fixed)
         owned = Indexer(build, HIDDEN, SPEC.q_lora_rank, indexer, KEYS) if indexer else None
         self.layer = MLA(build, HIDDEN, HEADS, SPEC, PLACE, indexer=owned, top_k=indexer.top_k if indexer else 0)
         for slot in self.layer.slots():
@@ -243,3 +252,23 @@ def test_layers_as_on_the_cpu(backend: FlashMlaBackend, cuda: torch.device, spar
         limit = 0.25 if sparse else 0.04
         assert off.max().item() < limit, (work, off.max())
         assert off.median().item() < 0.03
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_fixed_order_gives_the_same_bits_in_any_batch(cuda: torch.device, sparse: bool) -> None:
+    """A prompt in one step beside others, in chunks, and token by token."""
+    weights: dict[str, Tensor] = {}
+    prompt, other = (torch.randn(n, HIDDEN).bfloat16() for n in (150, 90))
+    results = []
+    for cuts in ([150], [64, 1, 85], [1] * 150):
+        paged = Paged(cuda, FixedBackend(), INDEXER if sparse else None, weights, fixed=True)
+        out, done = [], 0
+        for i, n in enumerate(cuts):
+            work = [(0, prompt[done : done + n])]
+            if i < 3 and len(cuts) > 1:
+                work.append((1, other[30 * i : 30 * i + 30]))
+            out.append(paged.step(work)[:n])
+            done += n
+        results.append(torch.cat(out))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

@@ -103,3 +103,18 @@ def test_keys_of_heads(kernel_device: torch.device, nope: int, rope: int, value:
     rope_PD = torch.randn(37, 9 + rope, device=kernel_device).bfloat16()[:, 9:]
     want = torch.cat((kv_PGE[..., :nope], rope_PD[:, None].expand(-1, heads, -1)), -1)
     assert torch.equal(gpu.rows.expand_keys(kv_PGE, rope_PD, nope), want)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "width", "columns"), [(5, 3, 24, 40), (70, 2, 128, 64)])
+def test_products_of_heads_in_a_fixed_order(
+    kernel_device: torch.device, tokens: int, heads: int, width: int, columns: int
+) -> None:
+    x_THK = torch.randn(tokens, heads, 2 * width, device=kernel_device)[..., :width]
+    weight_HNK = torch.randn(heads, columns + 3, width, device=kernel_device)[:, 3:]
+    out_THN = torch.full((tokens, heads, columns + 8), float("nan"), device=kernel_device)
+    gpu.fixed.linear_heads(x_THK, weight_HNK, out_THN[..., 8:])
+    want = torch.einsum("thk,hnk->thn", x_THK.double(), weight_HNK.double())
+    torch.testing.assert_close(out_THN[..., 8:].double(), want, rtol=1e-5, atol=1e-4)
+    assert bool(out_THN[..., :8].isnan().all())
+    gpu.fixed.linear_heads(x_THK[-1:], weight_HNK, out_THN[:1, :, 8:])
+    assert torch.equal(out_THN[0, :, 8:], out_THN[-1, :, 8:])

@@ -111,3 +111,68 @@ def _tile(rows: int, columns: int, dtype: torch.dtype) -> _Tile:
     if rows <= 64:
         return _Tile(64, 64 if columns >= 64 * 132 else 32, 128, 4, 4)
     return _Tile(64, 128, 64, 4, 4) if rows <= 1024 else _Tile(128, 128, 64, 8, 4)
+
+
+@triton.jit
+def _linear_heads(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    columns,
+    width,
+    x_stride,
+    x_head_stride,
+    weight_stride,
+    weight_head_stride,
+    out_stride,
+    out_head_stride,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    head = tl.program_id(2).to(tl.int64)
+    m = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    k = tl.arange(0, K)
+    x_place = x_ptr + head * x_head_stride + m[:, None] * x_stride + k[None, :]
+    weight_place = weight_ptr + head * weight_head_stride + n[None, :] * weight_stride + k[:, None]
+    has_m, has_n = (m < rows)[:, None], (n < columns)[None, :]
+    out = tl.zeros((M, N), tl.float32)
+    for start in range(0, width, K):
+        has_k = start + k < width
+        x = tl.load(x_place, mask=has_m & has_k[None, :], other=0.0)
+        weight = tl.load(weight_place, mask=has_n & has_k[:, None], other=0.0)
+        out = tl.dot(x, weight, out, input_precision="ieee")
+        x_place += K
+        weight_place += K
+    place = out_ptr + head * out_head_stride + m[:, None] * out_stride + n[None, :]
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=has_m & has_n)
+
+
+def linear_heads(x_THK: Tensor, weight_HNK: Tensor, out_THN: Tensor) -> None:
+    """As `common.kernels.ops.linear_heads`, for operands with contiguous rows."""
+    rows, heads, width = x_THK.shape
+    columns = weight_HNK.shape[1]
+    assert x_THK.stride(2) == weight_HNK.stride(2) == out_THN.stride(2) == 1
+    tile = _Tile(64, 64, 32 if x_THK.dtype == torch.float32 else 64, 4, 3)
+    grid = (triton.cdiv(rows, tile.m), triton.cdiv(columns, tile.n), heads)
+    _linear_heads[grid](
+        x_THK,
+        weight_HNK,
+        out_THN,
+        rows,
+        columns,
+        width,
+        x_THK.stride(0),
+        x_THK.stride(1),
+        weight_HNK.stride(1),
+        weight_HNK.stride(0),
+        out_THN.stride(0),
+        out_THN.stride(1),
+        M=tile.m,
+        N=tile.n,
+        K=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

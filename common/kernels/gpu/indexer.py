@@ -103,11 +103,20 @@ def _score(
 
 
 def score(
-    q_THD: Tensor, weights_TH: Tensor, keys: Tensor, places: Places, scale: float, *, most: int, packed: bool = False
+    q_THD: Tensor,
+    weights_TH: Tensor,
+    keys: Tensor,
+    places: Places,
+    scale: float,
+    *,
+    most: int,
+    packed: bool = False,
+    alone: bool = False,
 ) -> Tensor:
     """fp32 [T, L] with L >= `most`: of the positions that a token sees, sum_h weights[h] * max(0, q[h] . key * scale).
 
-    What lies behind them is not written. `keys`: [num_blocks, block_size, D]; `weights_TH`: fp32.
+    What lies behind them is not written. `keys`: [num_blocks, block_size, D]; `weights_TH`: fp32. `alone`: by one
+    kernel, however many new tokens a sequence has.
     """
     tokens, heads, width = q_THD.shape
     out_TL = torch.empty(tokens, triton.cdiv(most, 64) * 64, dtype=torch.float32, device=q_THD.device)
@@ -119,7 +128,7 @@ def score(
     head_block = triton.next_power_of_2(heads)
     wide = q_THD.dtype.itemsize > 2
     together = triton.cdiv(16, head_block)  # tokens of a program: a few, or as many as make tensor cores busy
-    if not places.per_sequence and not wide:
+    if not (places.per_sequence or wide or alone):
         together = max(together, 256 // head_block)
     at_once = 32 if wide else 64 if together * head_block > 128 else _KEYS
     programs = triton.cdiv(tokens, together)

@@ -224,11 +224,13 @@ def attend(
     selected: tuple[Tensor, Tensor] | None = None,
     log_sums_TH: Tensor | None = None,
     packed: bool = False,
+    whole: bool = False,
 ) -> Tensor:
     """A new [T, H, value_dim] of q's type.
 
     `cache`: [num_blocks, block_size, W], a row's value its first `value_dim` numbers. `selected`: int32 positions
     [T, K] and how many of each row are meant; without it a token sees all up to its own. `most`: no token sees more.
+    `whole`: one program takes all positions of a token, so that nothing depends on the other tokens.
     """
     tokens, heads, width = q_THW.shape
     rest, dtype = width - value_dim, q_THW.dtype
@@ -237,7 +239,7 @@ def attend(
     latent_block = max(triton.next_power_of_2(value_dim), 128 if packed else 16)
     tiles = _tiles(heads, latent_block, dtype.itemsize, packed)
     lots = triton.cdiv(heads, tiles.heads)
-    shares = _num_shares(q_THW.device, tokens * lots, triton.cdiv(most, tiles.positions))
+    shares = 1 if whole else _num_shares(q_THW.device, tokens * lots, triton.cdiv(most, tiles.positions))
     out_THV = torch.empty(tokens, heads, value_dim, dtype=dtype, device=q_THW.device)
     target, sums = out_THV, log_sums_TH if log_sums_TH is not None else out_THV
     if shares > 1:
