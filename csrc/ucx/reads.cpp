@@ -60,7 +60,8 @@ Transport::Turn Transport::take_turn(Read* read) {
   if (next.on_device != 0 && ops_in_flight_ < kMaxOps && !read->peer->failed) return copy_on_device(read);
   Turn turn = Turn::kNothing;
   uint64_t taken = 0;
-  while (taken < pace_.chunk_nbytes && read->next_chunk < read->plan.chunks.size() && !read->ended && !read->peer->failed) {
+  while (taken < pace_.chunk_nbytes && read->next_chunk < read->plan.chunks.size() && !read->ended &&
+         !read->peer->failed) {
     const auto index = static_cast<uint32_t>(read->next_chunk);
     const Chunk& chunk = read->plan.chunks[index];
     const Memory& memory = read->peer->memories[chunk.memory];
@@ -156,7 +157,8 @@ void Transport::op_done(Op* op, ucs_status_t status) {
 // Network hardware wants to know the registration of the memory it writes to.
 ucp_mem_h Transport::local_handle(uint64_t address, uint64_t nbytes) const {
   for (const LocalMemory& memory : memories_) {
-    if (memory.address <= address && address + nbytes <= memory.end) return cuda_ ? memory.device_handle : memory.handle;
+    if (memory.address > address || address + nbytes > memory.end) continue;
+    return cuda_ ? memory.device_handle : memory.handle;
   }
   return nullptr;
 }

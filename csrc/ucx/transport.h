@@ -147,8 +147,8 @@ class Transport {
   void connect(uint64_t peer_id, Bytes address, std::vector<RemoteMemory> memories);
   void disconnect(uint64_t peer_id);
   void read(uint64_t peer_id, uint64_t read_id, ReadPlan plan, Clock::time_point queued_at);
-  // Where a ready peer's memories are in our GPU's address space, kept there until as many `release`s; none if it is not
-  // ready, or one of them is not there. Waits for the progress thread.
+  // Where a ready peer's memories are in our GPU's address space, kept there until as many `release`s; none if it is
+  // not ready, or one of them is not there. Waits for the progress thread.
   std::vector<uint64_t> hold(uint64_t peer_id);
   void release(uint64_t peer_id);
   std::vector<Event> poll(size_t most) { return events_.take_and_quiet(most); }
