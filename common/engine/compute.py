@@ -137,6 +137,8 @@ def _attention(engine: EngineConfig, sizing: EngineSizing, device: torch.device)
     if engine.deterministic and device.type == "cuda":
         if any(group.retention is Retention.SNAPSHOT for group in sizing.layout.groups):
             raise ConfigError("recurrent layers have no kernels of a fixed order on a GPU", param="deterministic")
+        if sizing.spec.compress is not None:
+            raise ConfigError("compressed entries have no kernels of a fixed order on a GPU", param="deterministic")
         if requested not in ("auto", "fixed"):
             raise ConfigError(f"deterministic: {requested} adds in an order of its own", param="attention_backend")
         requested = "fixed"
