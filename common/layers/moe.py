@@ -64,6 +64,8 @@ class Router(Layer):
         experts, device = spec.num_experts, build.device
         dtype = torch.float32 if spec.router_fp32 else build.dtype
         self.weight = torch.empty(experts, hidden_size, dtype=dtype, device=device)
+        self._multiplied = self.weight
+        self._dtype = build.dtype
         has_bias = spec.correction_bias and not hash_vocab
         self.bias_E = torch.empty(experts, dtype=torch.float32, device=device) if has_bias else None
         table = torch.empty(hash_vocab, spec.top_k, dtype=torch.int64, device=device)
@@ -78,9 +80,15 @@ class Router(Layer):
             shape = tuple(self.table_VK.shape)
             yield Slot(self._names.table, self.table_VK, shape, init=Init.INDEX, num_values=experts)
 
+    def derive_own(self) -> None:
+        """On a GPU an fp32 weight whose numbers the model's type has too goes in that type: products stay fp32's."""
+        short = self.weight.to(self._dtype)
+        if self.weight.is_cuda and torch.equal(short.to(self.weight.dtype), self.weight):
+            self._multiplied = short
+
     def __call__(self, x_TD: Tensor, input_ids_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """(expert ids int64 [T, K], weights fp32 [T, K]). A hash layer needs the tokens' ids."""
-        logits_TE = linear(x_TD, self.weight, out_dtype=torch.float32, fixed=self._fixed)
+        logits_TE = linear(x_TD, self._multiplied, out_dtype=torch.float32, fixed=self._fixed)
         if self.table_VK is None:
             return choose(logits_TE, self._rule, self.bias_E)
         assert input_ids_T is not None, "a hash layer routes by token id"

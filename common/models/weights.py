@@ -203,7 +203,8 @@ def _draw_on_device(slot: Slot, seed: int) -> None:
     first, end = (slot.start, slot.start + slot.target.shape[0]) if slot.dim == 0 else (0, rows)
     for row in range(first - first % step, end, step):
         generator = torch.Generator(slot.target.device).manual_seed(zlib.crc32(f"{seed} {slot.name} {row}".encode()))
-        dtype = slot.target.dtype if slot.scales is None else torch.bfloat16
+        held = slot.scales is None and slot.target.dtype != torch.float32  # else as a checkpoint would hold it
+        dtype = slot.target.dtype if held else torch.bfloat16
         run = _drawn(slot, (min(step, rows - row), *slot.shape[1:]), dtype, generator)
         here = slice(max(row, first), min(row + run.shape[0], end))
         run = run[here.start - row : here.stop - row]

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from common.kernels import moe_ops
 from common.kernels.expert_weights import ExpertWeights
+from common.layers.base import Build
+from common.layers.moe import MoENames, Router
+from common.layers.moe_spec import MoESpec
 
 pytestmark = pytest.mark.gpu
 
@@ -225,3 +228,22 @@ def test_a_long_step_goes_in_parts(kernel_device: torch.device, monkeypatch: pyt
     there = ExpertWeights(*(t.to(kernel_device) for t in given[:2]))
     got = kernels.swiglu_moe(*args, there, 0.0, added.to(kernel_device))
     assert error(got, moe(x, ids, weights, *given[:2], 0.0) + added.double()) < 1e-5
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_router_in_fp32(cuda: torch.device, exact: bool) -> None:
+    """Logits are fp32's, whether the weight has digits that bf16 has not or none."""
+    spec = MoESpec(64, 6, 32, (True,), "sigmoid", correction_bias=True, router_fp32=True)
+    router = Router(Build(torch.bfloat16, cuda), 512, spec, MoENames())
+    with torch.inference_mode():
+        weight = torch.randn(64, 512, device=cuda) / 20
+        router.weight.copy_(weight.bfloat16() if exact else weight)
+        router.bias_E.zero_()
+        router.derive()
+        for tokens in (1, 40, 300):
+            x = torch.randn(tokens, 512, device=cuda, dtype=torch.bfloat16)
+            ids, weights = router(x, None)
+            scores = (x.double() @ router.weight.double().T).sigmoid()
+            chosen = scores.gather(1, ids)
+            assert torch.allclose(weights.double(), chosen / chosen.sum(1, keepdim=True), atol=1e-4)
+            assert torch.allclose(chosen, scores.topk(6).values, atol=1e-5)
