@@ -95,6 +95,10 @@ class Selection:
     positions_TK: Tensor
     counts_T: Tensor
 
+    def take(self, tokens: slice) -> Selection:
+        """That of some of the tokens."""
+        return Selection(self.positions_TK[tokens], self.counts_T[tokens])
+
 
 class KVViews(Protocol):
     """Pool memory by region."""

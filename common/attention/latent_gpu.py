@@ -29,6 +29,10 @@ class SlotSelection(Selection):
 
     slots_TK: Tensor
 
+    def take(self, tokens: slice) -> SlotSelection:
+        """That of some of the tokens."""
+        return SlotSelection(self.positions_TK[tokens], self.counts_T[tokens], self.slots_TK[tokens])
+
 
 class LatentBackend(ReferenceBackend):
     """Keys and values of heads are the reference's, and so is what no latent model asks for: units, and values that do

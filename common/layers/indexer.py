@@ -25,6 +25,7 @@ from torch import Tensor
 
 from common.attention.context import Selection
 from common.attention.latent import Part
+from common.kernels import gpu
 from common.kernels.ops import linear
 from common.kvcache.layout import KVPlace
 from common.layers.base import Build, Layer
@@ -54,13 +55,27 @@ class Indexer(Layer):
 
     def __call__(self, x_TD: Tensor, q_TR: Tensor, step: Step, sparse: Part | None) -> None:
         """Store the new tokens' keys; leave a selection for the tokens of `sparse`, or None, in `Step.shared`."""
-        spec, ctx, cache = self._spec, step.ctx, step.cache(self._place)
-        cos, sin = step.rope[MAIN_ROPE]
-        k_TD = self.k_norm(self.wk(x_TD))
-        apply_rope_(k_TD[:, None, : spec.rope_dim], cos, sin, interleaved=spec.interleaved)
-        packing = spec.packing if cache.dtype == torch.uint8 else None
-        ctx.backend.write_rows(k_TD, cache, step.tables(self._place), packing)
+        cache = step.cache(self._place)
+        self._store(self.wk(x_TD), cache, step)
         step.shared[SELECTION] = None if sparse is None else self._select(x_TD, q_TR, step, sparse, cache)
+
+    def _store(self, k_TD: Tensor, cache: Tensor, step: Step) -> None:
+        spec, tables, (cos, sin) = self._spec, step.tables(self._place), step.rope[MAIN_ROPE]
+        packing = spec.packing if cache.dtype == torch.uint8 else None
+        if gpu.enabled(k_TD):
+            gpu.index_keys.store_keys(
+                k_TD,
+                (self.k_norm.weight, self.k_norm.bias, spec.norm_eps),
+                (cos, sin),
+                cache,
+                tables.slots_T,
+                interleaved=spec.interleaved,
+                packed=packing is not None,
+            )
+            return
+        k_TD = self.k_norm(k_TD)
+        apply_rope_(k_TD[:, None, : spec.rope_dim], cos, sin, interleaved=spec.interleaved)
+        step.ctx.backend.write_rows(k_TD, cache, tables, packing)
 
     def _select(self, x_TD: Tensor, q_TR: Tensor, step: Step, sparse: Part, cache: Tensor) -> Selection:
         spec = self._spec

@@ -168,7 +168,8 @@ class MLA(Layer):
         for band in bands:
             some = selected
             if selected is not None and len(bands) > 1:
-                some = Selection(band.take(selected.positions_TK), band.take(selected.counts_T))
+                assert isinstance(band.tokens, slice)
+                some = selected.take(band.tokens)
             self._absorb(band.take(q_NHD), q_THW, rows, band, some, band.take(out_NHV))
         return out_NHV
 

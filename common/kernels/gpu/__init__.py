@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for the type checker
     from common.kernels.gpu import fixed_attention as fixed_attention
     from common.kernels.gpu import fp8 as fp8
     from common.kernels.gpu import gather as gather
+    from common.kernels.gpu import index_keys as index_keys
     from common.kernels.gpu import indexer as indexer
     from common.kernels.gpu import linear as linear
     from common.kernels.gpu import masks as masks

@@ -86,22 +86,23 @@ def rounded8(x):
 
 
 @triton.jit
+def power_scale(largest):
+    """The least power of two that brings `largest` to LARGEST or below, and its inverse."""
+    bits = tl.maximum(tl.div_rn(largest, LARGEST), LEAST_RATIO).to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) + tl.where((bits & 0x7FFFFF) != 0, 1, 0)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def store_packed(x, tile, column, bytes_ptr, scales_ptr, LATENT: tl.constexpr):
     """Pack fp32 [tiles, TILE] (zero behind the latent) at the beginning of a row, whose views the pointers are."""
-    magnitude = tl.abs(x)
-    largest = tl.max(tl.where(magnitude <= _FINITE, magnitude, 0.0), 1)
-    broken = tl.max(tl.where(magnitude <= _FINITE, 0, 1), 1) > 0
-    least = tl.maximum(tl.div_rn(largest, LARGEST), LEAST_RATIO)
-    bits = least.to(tl.int32, bitcast=True)
-    exponent = (bits >> 23) + tl.where((bits & 0x7FFFFF) != 0, 1, 0)  # of the least power of two that is enough
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    number = tl.where(broken[:, None], x * float("nan"), x * inverse[:, None])
-    number = tl.where(number == number, number, 0.0)
-    scale = tl.where(broken, float("nan"), scale)
+    finite = tl.abs(x) <= _FINITE
+    broken = tl.min(finite.to(tl.int32), 1) == 0
+    scale, inverse = power_scale(tl.max(tl.where(finite, tl.abs(x), 0.0), 1))
+    number = tl.where(broken[:, None], 0.0, x * inverse[:, None])
     place = tile[:, None] * TILE + column[None, :]
     tl.store(bytes_ptr + place, rounded8(number).to(bytes_ptr.dtype.element_ty), mask=place < LATENT)
-    tl.store(scales_ptr + tile, scale, mask=tile * TILE < LATENT)
+    tl.store(scales_ptr + tile, tl.where(broken, float("nan"), scale), mask=tile * TILE < LATENT)
 
 
 @triton.jit
