@@ -1,7 +1,8 @@
 """Latent attention on GPUs: FlashMLA's kernels where they fit, our own in Triton for everything else.
 
     all positions, few new tokens     FlashMLA's dense decode: rows of 512 + 64 in bfloat16 or float16, blocks of 64,
-                                      any number of heads; sequences with equally many new tokens, else token by token
+                                      any number of heads, but for very few of them; sequences with equally many new
+                                      tokens, else token by token
     selected positions, 8-bit rows    FlashMLA's sparse decode: 64 or 128 heads, selections of a multiple of 64
     selected positions, more tokens   FlashMLA's sparse prefill, over rows in place, or gathered and unpacked: 64 or 128
                                       heads, selections of a multiple of 128
@@ -50,6 +51,7 @@ _log = structlog.stdlib.get_logger(__name__)
 _FLOATS = ("bfloat16", "float16", "float32")
 _ROW, _VALUE, _BLOCK = 576, 512, 64  # of FlashMLA's kernels
 _SPARSE_HEADS = (64, 128)
+_LITTLE = 64  # queries of all heads, up to which our own kernel is done sooner: 16 heads of 4 tokens
 _TILES = 64  # of 64 heads of a token, from which sparse prefill's kernel, which splits nothing, fills half a GPU
 _MANY = 512  # new tokens of a step, from which 8-bit rows are unpacked before
 
@@ -114,7 +116,7 @@ class FlashMlaBackend(LatentBackend):
     ) -> Tensor:
         """Causal attention over [num_blocks, U, block_size, W] rows of key and value: a new [T, H, V]."""
         if log_sums_TH is None and self._fits_flash(q_THD, rows, values, tables):
-            if selected is None and rows.dtype == q_THD.dtype:
+            if selected is None and rows.dtype == q_THD.dtype and q_THD.shape[0] * q_THD.shape[1] > _LITTLE:
                 return self._dense(q_THD, rows, tables, ctx, scale)
             if selected is not None and q_THD.shape[1] in _SPARSE_HEADS and q_THD.dtype == torch.bfloat16:
                 tokens, num_selected = q_THD.shape[0], selected.positions_TK.shape[1]
