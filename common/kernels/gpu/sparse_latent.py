@@ -24,7 +24,6 @@ from common.kernels.gpu.rows import TILE, Packed
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _FEW = 8  # equally many new tokens of every sequence, up to which their number is a constant of the kernel
-_WAVES = 2  # programs for each multiprocessor, at least, before positions are split
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,19 @@ class Places:
 
 @dataclass(frozen=True)
 class Tiles:
-    """`heads` and `positions` that a program of `warps` takes at once, with loads for `stages` of them under way."""
+    """`heads` and `positions` that a program of `warps` takes at once, with loads for `stages` of them under way.
+
+    A multiprocessor holds one program of many heads, and two of 16.
+    """
 
     heads: int
     positions: int
     warps: int
     stages: int = 2
+
+    @property
+    def at_once(self) -> int:
+        return 2 if self.heads == 16 else 1
 
 
 def few(num_tokens: int, num_sequences: int, max_query_len: int) -> int:
@@ -239,7 +245,8 @@ def attend(
     latent_block = max(triton.next_power_of_2(value_dim), 128 if packed else 16)
     tiles = _tiles(heads, latent_block, dtype.itemsize, packed)
     lots = triton.cdiv(heads, tiles.heads)
-    shares = 1 if whole else _num_shares(q_THW.device, tokens * lots, triton.cdiv(most, tiles.positions))
+    parts = triton.cdiv(most, tiles.positions)
+    shares = 1 if whole else _num_shares(q_THW.device, tokens * lots, parts, tiles.at_once)
     out_THV = torch.empty(tokens, heads, value_dim, dtype=dtype, device=q_THW.device)
     target, sums = out_THV, log_sums_TH if log_sums_TH is not None else out_THV
     if shares > 1:
@@ -314,9 +321,9 @@ def _tiles(heads: int, latent_block: int, itemsize: int, packed: bool) -> Tiles:
     return Tiles(16, 32, 4)
 
 
-def _num_shares(device: torch.device, programs: int, tiles: int) -> int:
-    """A power of two, so that few kernels are compiled."""
+def _num_shares(device: torch.device, programs: int, parts: int, at_once: int) -> int:
+    """As many as make all programs run at once, since a share costs a write of its own; a power of two, up to 32."""
     if device.type != "cuda":
-        return min(4, triton.next_power_of_2(tiles))
-    wanted = _WAVES * torch.cuda.get_device_properties(device).multi_processor_count / programs
-    return 1 << max(0, min(math.floor(math.log2(max(wanted, 1))), math.ceil(math.log2(max(tiles, 1))), 5))
+        return min(4, triton.next_power_of_2(parts))
+    wanted = at_once * torch.cuda.get_device_properties(device).multi_processor_count / programs
+    return 1 << max(0, min(math.floor(math.log2(max(wanted, 1))), math.ceil(math.log2(max(parts, 1))), 5))
