@@ -3,13 +3,12 @@
     plan(ctx)      on the host, from the step's lengths and tables: one copy to the GPU, nothing waits for the GPU
     attend(...)    in each layer, and in recorded steps: launches what was planned
 
-Sequences at a step's start with one new token each (decode) and the others are two launches. One new token goes to XQA,
-which needs no plan, where it has a kernel (Hopper, no 8-bit cache, no window); else to `fa2`, which packs the query
-heads of a key head into one tile and splits long keys over the GPU, so that a token costs a read of its keys. `fa3` is
-the faster kernel where there are many new tokens to a key, but has neither, and would take a tile of 128 rows for
-each query head of each decode sequence. Few new tokens (a check of drafts) go to `fa2` too, as do 8-bit caches and
-positions that hold nothing, which `fa3` does not know. Our own kernel (`common.kernels.gpu.paged_attention`) can take
-the place of XQA and `fa2` for few new tokens; it serves small heads, which FlashInfer has no kernels for.
+Sequences at a step's start with one new token each (decode) and the others are two launches. One new token of some tens
+of sequences goes to XQA, where it has a kernel (Hopper, no 8-bit cache, no window). Other few new tokens, drafts to
+check among them, go to our own kernel (`common.kernels.gpu.paged_attention`), which shares any mix of lengths evenly
+over the GPU, is the faster one for many sequences and for an 8-bit cache, and serves small heads too. Neither needs a
+plan on the host. Many new tokens go to `fa3`, where it can (Hopper, no 8-bit cache), else to `fa2`; which stands in for
+our kernel, too, where Triton is missing: it packs the query heads of a key head into one tile and splits long keys.
 
 A recorded step (`ctx.graph`) has launches of a fixed shape whose arrays lie in memory that is filled again before
 each replay. That memory, like the workspace of partial results, is shared by all recorded steps: they run one after
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
 HEAD_DIMS = (64, 128, 256)
 SMALL_HEAD_DIMS = (16, 32)  # of models for tests: our own kernel's, and the reference's where new tokens are many
 MAX_ROWS = 64  # new tokens times query heads of a key head, up to which they are a tile of our own kernel
+XQA_SEQUENCES = 64  # up to which XQA is faster than our kernel
 MANY_NEW_TOKENS = 64  # a sequence's, on average, from which on tiles of one query head are full enough
 
 _Key = tuple[str, int]  # group, first position that holds something
@@ -96,8 +96,8 @@ class FlashInferBackend(ReferenceBackend):
     name = "flashinfer"
     can_record = True
 
-    def __init__(self, own_kernel: bool = False, xqa: bool = True) -> None:
-        """`own_kernel`: for few new tokens, instead of FlashInfer's. `xqa`: for one, where it can."""
+    def __init__(self, own_kernel: bool = True, xqa: bool = True) -> None:
+        """`own_kernel`: for few new tokens. `xqa`: for one, in few sequences. Without them `fa2` does that work."""
         self._own_kernel = own_kernel and not gpu.unavailable()
         self.takes_xqa = xqa and _is_hopper()
         self._shapes: dict[_Key, _Shape] = {}
@@ -181,7 +181,7 @@ class FlashInferBackend(ReferenceBackend):
     def _plan_group(self, name: str, tables: GroupTables, ctx: AttentionContext) -> None:
         key = (name, tables.first)
         shape = self._shapes[key]
-        if ctx.graph and self._is_few(shape, tables, ctx.max_query_len):
+        if ctx.graph and self._is_few(shape, tables, ctx.graph, ctx.max_query_len):
             return  # the step works it out itself
         host, tables_SB = _lengths(ctx), _host_tables(tables)
         starts_S1, lens_S = host.query_starts_S1, host.seq_lens_S
@@ -212,13 +212,14 @@ class FlashInferBackend(ReferenceBackend):
             parts.append(plan(shape, pages, tables, tokens))
         ctx.scratch[FlashInferBackend, key] = parts
 
-    def _is_few(self, shape: _Shape, tables: GroupTables, num_new: int) -> bool:
-        return self._takes_xqa(shape, tables, num_new) or self._takes_own(shape, num_new)
+    def _is_few(self, shape: _Shape, tables: GroupTables, num_sequences: int, num_new: int) -> bool:
+        return self._takes_xqa(shape, tables, num_sequences, num_new) or self._takes_own(shape, num_new)
 
-    def _takes_xqa(self, shape: _Shape, tables: GroupTables, num_new: int) -> bool:
+    def _takes_xqa(self, shape: _Shape, tables: GroupTables, num_sequences: int, num_new: int) -> bool:
         """It would read blocks that a window gave back."""
         plain = shape.kv_dtype == shape.dtype and not tables.first and not tables.window
-        return self.takes_xqa and num_new == 1 and plain and _xqa_module(shape, tables).can
+        few = num_new == 1 and num_sequences <= XQA_SEQUENCES
+        return self.takes_xqa and few and plain and _xqa_module(shape, tables).can
 
     def _takes_own(self, shape: _Shape, num_new: int) -> bool:
         rows = num_new * shape.heads.group
@@ -236,10 +237,9 @@ class FlashInferBackend(ReferenceBackend):
         """What needs no plan on the host; None where that is nothing."""
         lens_S = ctx.seq_lens_S[sequences[0] : sequences[1]]
         tables_SB = tables.block_tables_SB[sequences[0] : sequences[1]]
-        if self._takes_own(shape, num_new):
-            return self._plan_own(shape, tables, tables_SB, lens_S, num_new, tokens)
-        if not self._takes_xqa(shape, tables, num_new):
-            return None
+        if not self._takes_xqa(shape, tables, len(lens_S), num_new):
+            own = self._takes_own(shape, num_new)
+            return self._plan_own(shape, tables, tables_SB, lens_S, num_new, tokens) if own else None
         if self._xqa_space is None:
             self._xqa_space = XqaSpace.make(lens_S.device)
         return One(tokens, _xqa_module(shape, tables), tables_SB, lens_S, self._xqa_space)

@@ -28,9 +28,9 @@ ITEM = 8
 """int32 of an item: its sequence or -1, its first key and the end, the sequence's chunks, the first of its partial
 results, the item's own, the sequence's first key that is seen, its length."""
 MAX_ROWS = 128
-MIN_CHUNK = 64  # keys
+MIN_CHUNK = 128  # keys
 SLOTS_PER_PROCESSOR = 8  # items to aim for
-STAGES = {False: 3, True: 4}  # of loads ahead, by whether the cache is 8-bit
+STAGES = {False: 3, True: 5}  # of loads ahead, by whether the cache is 8-bit
 WARPS = 4
 JOINED = tl.constexpr(4096)  # numbers of partial results that are joined at once
 TILE_NUMBERS = 8192  # of keys that are multiplied at once
