@@ -37,7 +37,7 @@ TILE_NUMBERS = 8192  # of keys that are multiplied at once
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "num_items", "num_slots", "window", "first"])
 def _schedule(
     lens_ptr,
     items_ptr,
@@ -137,7 +137,7 @@ def _join(
     tl.store(out_row + d, whole.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _attend(
     q_ptr,
     k_ptr,
@@ -307,7 +307,7 @@ def schedule(seq_lens_S: Tensor, seen: Seen, width: int, slots: int) -> Tensor:
         WINDOW=seen.window > 0,
         TILE=tile,
         MIN_CHUNK=MIN_CHUNK,
-        SEQUENCES=triton.next_power_of_2(num_sequences),
+        SEQUENCES=max(64, triton.next_power_of_2(num_sequences)),  # few variants to compile
         ITEMS=at_once,
         PDL=use_pdl,
         num_warps=4,
