@@ -57,6 +57,7 @@ class Entries:
             max_seq_len=self.most,
             groups={},
             scratch={},
+            host=None,  # what the host knows is of the sequences
         )
         return replace(tables, block_tables_SB=table_TB), alone
 

@@ -100,7 +100,7 @@ class LatentBackend(ReferenceBackend):
         packing: RowPacking | None = None,
     ) -> Selection:
         """The best `top_k` positions of each token, see the protocol. `keys`: [num_blocks, block_size, D]."""
-        most, tokens = _most(ctx, tables), q_THD.shape[0]
+        most, tokens = max(_most(ctx, tables), 1), q_THD.shape[0]
         at_once = tokens if ctx.graph else max(1, _SCORES // most)
         found: list[Any] = []
         part = Part(slice(0, tokens), tables, ctx)
@@ -113,7 +113,7 @@ class LatentBackend(ReferenceBackend):
                 keys,
                 places,
                 scale,
-                most=_most(band.ctx, band.tables),
+                most=max(_most(band.ctx, band.tables), 1),
                 packed=packing is not None,
                 alone=self._fixed,
             )

@@ -272,3 +272,14 @@ def test_a_fixed_order_gives_the_same_bits_in_any_batch(cuda: torch.device, spar
         results.append(torch.cat(out))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_tokens_that_see_nothing_select_nothing(backend: FlashMlaBackend, cuda: torch.device) -> None:
+    case = LatentCase([(3, 1), (0, 1)], cuda, heads=16, value_dim=128, rest=0)
+    case.ctx.seq_lens_S.zero_()
+    weights_TH = torch.randn(2, 16, device=cuda)
+    for most in (4, 0):
+        ctx = replace(case.ctx, max_seq_len=most, host=None, scratch={})
+        got = backend.select(case.q_THD, weights_TH, case.cache[:, 0, 0], case.tables, ctx, 0.5, 8)
+        assert got.counts_T.tolist() == [0, 0]
+        assert bool((got.positions_TK == -1).all())
