@@ -59,6 +59,7 @@ class Tiles:
     positions: int
     warps: int
     stages: int = 2
+    registers: int | None = None  # of a thread, at most
 
     @property
     def at_once(self) -> int:
@@ -162,8 +163,8 @@ def _attend(
                 mask=inside[:, None] & (tile[None, :] * TILE < LATENT),
                 other=0.0,
             )
-            tiles = tl.reshape(latent.to(tl.float32), [POSITIONS, LATENT_BLOCK // TILE, TILE]) * factor[:, :, None]
-            latent = tl.reshape(tiles.to(dtype), [POSITIONS, LATENT_BLOCK])
+            tiles = tl.reshape(latent.to(dtype), [POSITIONS, LATENT_BLOCK // TILE, TILE])
+            latent = tl.reshape(tiles * factor.to(dtype)[:, :, None], [POSITIONS, LATENT_BLOCK])  # exact: powers of two
         latent = latent.to(dtype)
         scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
         if REST > 0:
@@ -293,6 +294,7 @@ def attend(
         WITH_SUMS=log_sums_TH is not None,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )
     if shares > 1:
         _join[(tokens * heads,)](
