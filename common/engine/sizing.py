@@ -140,7 +140,7 @@ def _scales(config: EngineConfig, spec: ModelSpec) -> dict[int, KVScales]:
 
 
 def _with_drafts(config: EngineConfig, spec: ModelSpec) -> ModelSpec:
-    if config.speculative_config.method != "mtp":
+    if config.speculative_config.method != "mtp" or spec.has_drafts:
         return spec
     if not spec.mtp_layers:
         raise ConfigError(

@@ -95,6 +95,8 @@ def multiply(
     `behind_ENK`: weights of the same experts that are read next; some of them are brought to the L2 cache.
     """
     assert x.stride(1) == weight_ENK.stride(2) == out.stride(1) == 1
+    if weight_ENK.element_size() == 4:
+        tile = tile._replace(depth=tile.depth // 2)  # shared memory holds half as many numbers
     assert scales is None or (tile.depth == 128 and weight_ENK.shape[2] % 128 == 0 and scales[1].stride(2) == 1)
     n = weight_ENK.shape[1] // 2 if gated else weight_ENK.shape[1]
     depth = weight_ENK.shape[2]
