@@ -94,6 +94,8 @@ def multiply(
     weight is [gate | up], and the result silu(gate) * up with `limit` as in `common.kernels.ops.silu_mul`.
     `behind_ENK`: weights of the same experts that are read next; some of them are brought to the L2 cache.
     """
+    if x.element_size() == 4:  # so that as many bytes lie in shared memory
+        tile = tile._replace(depth=tile.depth // 2)
     assert x.stride(1) == weight_ENK.stride(2) == out.stride(1) == 1
     if weight_ENK.element_size() == 4:
         tile = tile._replace(depth=tile.depth // 2)  # shared memory holds half as many numbers
