@@ -214,7 +214,7 @@ def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
         ({"scoring_func": "tanh"}, "scoring_func"),
         ({"n_shared_experts": 2}, "n_shared_experts"),
         ({"partial_rotary_factor": 0.1}, "partial_rotary_factor"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method"),
         ({"compress_rates": {"compressed_sparse_attention": 0}}, "compress_rates.compressed_sparse_attention"),
     ],
     ids=lambda value: str(value)[:30],

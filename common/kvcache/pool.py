@@ -129,10 +129,14 @@ class KVPool:
 
 
 def _allocate(nbytes: int, device: torch.device) -> Tensor:
-    """Zeros. On a GPU with a guard behind them, in memory that other processes can map: by cudaMalloc."""
+    """Zeros, once it returns: others than the current stream write and read there. On a GPU with a guard behind them,
+    in memory that other processes can map: by cudaMalloc.
+    """
     if device.type != "cuda":
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    return torch.zeros(nbytes + GUARD_NBYTES, dtype=torch.uint8, device=device)[:nbytes]
+    memory = torch.zeros(nbytes + GUARD_NBYTES, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)
+    return memory[:nbytes]
 
 
 def _wrap(address: int, nbytes: int, device: torch.device) -> Tensor:
