@@ -35,7 +35,6 @@ class Sizes:
     one_at_a_time: int = 12
     rates: tuple[tuple[float, float], ...] = ((4.0, 20.0), (8.0, 30.0), (10.0, 20.0))
     max_num_seqs: int = 512
-    max_num_batched_tokens: int = 8192
     token_ids: range = range(300, 10_000)  # of prompts; those below are single bytes
 
 
@@ -46,7 +45,6 @@ DRY = Sizes(
     one_at_a_time=3,
     rates=((4.0, 1.0),),
     max_num_seqs=16,
-    max_num_batched_tokens=256,
     token_ids=range(300, 500),
 )
 
@@ -61,11 +59,10 @@ def serving(folder: Path, *, apart: bool, dry_run: bool, devices: Sequence[int] 
         "device": "cpu" if dry_run else "cuda",
         "max_model_len": 512 if dry_run else sum(sizes.apart_lengths) + 64,
         "max_num_seqs": sizes.max_num_seqs,
-        "max_num_batched_tokens": sizes.max_num_batched_tokens,
         "enable_prefix_caching": apart,  # a reader finds handed-over blocks by their prefix
     }
     if dry_run:
-        engine["kv_cache_memory_bytes"] = 64 << 20
+        engine |= {"kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 256}
     config = {
         role: {"engine": engine | ({} if dry_run else {"devices": [device]})}
         for role, device in zip(("decode", "prefill"), devices, strict=True)

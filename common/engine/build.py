@@ -98,7 +98,7 @@ def build_engine(
     image embeddings come from; without it requests with images are refused. `ranks`: what other ranks run in,
     processes of their own by default.
     """
-    engine = resolve_engine(config.engine)
+    engine = resolve_engine(config.engine, role)
     config = config.model_copy(update={"engine": engine})
     if engine.num_threads:
         torch.set_num_threads(engine.num_threads)

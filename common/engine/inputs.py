@@ -24,7 +24,7 @@ Arrays = dict[str, NDArray[np.generic]]
 Tensors = dict[str, Tensor]
 
 _ALIGN = 64
-_DEPTH = 3  # steps whose arrays may be under way at once
+_DEPTH = 16  # copies that may be under way at once: those of two steps, and their indices
 
 
 class Inputs(Protocol):

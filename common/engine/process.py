@@ -32,6 +32,7 @@ from common.types import Clock, Failure, MonotonicClock, Role
 log = get_logger(__name__)
 
 BEAT_S = 1.0
+SWITCH_S = 2e-4  # a thread beside the loop gives the interpreter back this soon: the device waits for the loop
 LEAVE_S = 5.0
 
 
@@ -47,6 +48,7 @@ def main() -> int:
         return 0
     setup = messages.pop(0)
     assert isinstance(setup, Setup)
+    sys.setswitchinterval(SWITCH_S)
     configure_logging(LogConfig.model_validate_json(setup.log_json), f"{setup.role}-engine")
     try:
         built = _build(setup, channel)

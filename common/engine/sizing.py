@@ -34,11 +34,14 @@ class DeviceDefaults:
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    prefill_tokens: int  # of a prefill worker's step
 
 
+# Latent kernels want blocks of 64. A prefill worker's steps are just long enough to keep the device busy: prompts that
+# share a step all wait for its end, and what is computed is sent only then.
 DEFAULTS = {
-    "cpu": DeviceDefaults(block_size=16, max_num_seqs=64, max_num_batched_tokens=2048),
-    "cuda": DeviceDefaults(block_size=64, max_num_seqs=512, max_num_batched_tokens=8192),  # latent kernels want 64
+    "cpu": DeviceDefaults(block_size=16, max_num_seqs=64, max_num_batched_tokens=2048, prefill_tokens=2048),
+    "cuda": DeviceDefaults(block_size=64, max_num_seqs=512, max_num_batched_tokens=8192, prefill_tokens=2048),
 }
 LEASED_TAILS = 8  # tail rows of published prompts outlive their sequences on a prefill worker
 MIN_MODEL_LEN = 3  # a prompt token and two of output, which the self-test takes
@@ -55,9 +58,9 @@ class EngineSizing:
     scales: Mapping[str, tuple[KVScales, ...]]  # by region, of an 8-bit cache
 
 
-def resolve_engine(config: EngineConfig) -> EngineConfig:
-    """The config with its device, and what follows from that, filled in. Raises `ConfigError` for what is not possible
-    on this machine; without torch, so an engine may still find that its torch has no CUDA.
+def resolve_engine(config: EngineConfig, role: Role = Role.DECODE) -> EngineConfig:
+    """The config with its device, and what follows from that and the role, filled in; without torch, so an engine may
+    still find that its torch has no CUDA. Raises `ConfigError` for what is not possible on this machine.
     """
     has_driver = NVIDIA_DRIVER.exists()
     if config.device == "cuda" and not has_driver:
@@ -69,13 +72,14 @@ def resolve_engine(config: EngineConfig) -> EngineConfig:
             param="devices",
         )
     default = DEFAULTS[device]
+    max_tokens = default.prefill_tokens if role is Role.PREFILL else default.max_num_batched_tokens
     overlap = "on" if device == "cuda" else "off"
     return config.model_copy(
         update={
             "device": device,
             "block_size": config.block_size or default.block_size,
             "max_num_seqs": config.max_num_seqs or default.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens or default.max_num_batched_tokens,
+            "max_num_batched_tokens": config.max_num_batched_tokens or max_tokens,
             "async_scheduling": {"auto": overlap}.get(config.async_scheduling, config.async_scheduling),
         }
     )
@@ -89,7 +93,7 @@ def size_engine(
     `budget_nbytes`: of the KV pool, where the config leaves it open; 0: what the CPU's memory allows, and on a GPU, of
     which nothing is known here, no limit.
     """
-    config = resolve_engine(config)
+    config = resolve_engine(config, role)
     if not config.sparse_attention:
         spec = spec.with_dense_attention()
     spec = _with_drafts(config, spec)

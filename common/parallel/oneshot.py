@@ -124,7 +124,7 @@ def make_one_shot(meeting: Rendezvous, rank: int, size: int, device: torch.devic
             made = OneShot(bases, rank, size, device)
         except (ImportError, OSError, RuntimeError) as error:
             why = str(error)
-    if meeting.least([made is not None])[0]:
+    if meeting.least([int(made is not None)])[0]:
         return made
     log.info("sums over ranks go through NCCL alone", reason=why or "another rank cannot share memory")
     return None

@@ -67,8 +67,8 @@ def run_up(request: ClusterRequest, options: UpOptions, detach: bool, console: C
         with _ports() as ports:  # flags and ports first: a model may take minutes to prepare
             plan = build_plan(base, request, folder.path, ports, os.environ, named)
         engines = _engines(plan, request)
-        for engine, _ in engines:
-            resolve_engine(engine)
+        for engine, role in engines:
+            resolve_engine(engine, role)
         request = replace(request, model=resolve_model(request.model or base.decode.engine.model, console))
         spec = ModelSpec.from_folder(request.model, weights=False)  # an unknown family is said first
         for engine, role in engines:

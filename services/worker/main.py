@@ -26,7 +26,7 @@ def run_worker(
     try:
         config = load(arguments.config, environ)
         worker = config.prefill if role is Role.PREFILL else config.decode
-        worker = worker.model_copy(update={"engine": resolve_engine(worker.engine)})
+        worker = worker.model_copy(update={"engine": resolve_engine(worker.engine, role)})
         configure_logging(config.log, f"{role.value}_worker")
 
         async def serve() -> None:
