@@ -94,8 +94,6 @@ def multiply(
     weight is [gate | up], and the result silu(gate) * up with `limit` as in `common.kernels.ops.silu_mul`.
     `behind_ENK`: weights of the same experts that are read next; some of them are brought to the L2 cache.
     """
-    if x.element_size() == 4:  # so that as many bytes lie in shared memory
-        tile = tile._replace(depth=tile.depth // 2)
     assert x.stride(1) == weight_ENK.stride(2) == out.stride(1) == 1
     if weight_ENK.element_size() == 4:
         tile = tile._replace(depth=tile.depth // 2)  # shared memory holds half as many numbers
@@ -105,16 +103,7 @@ def multiply(
     wide = tile.weights // 2 if gated else tile.weights
     if not out.shape[0]:
         return
-    tiles, experts = rows.tiles, rows.experts_P
-    if tiles is not None:
-        count, mode = tiles.expert_B.numel(), 2
-        lists = (tiles.order_P, tiles.expert_B, tiles.first_row_B, tiles.end_row_B)
-    elif experts is not None:
-        count, mode = experts.numel(), 1
-        lists = (experts, experts, experts, experts)
-    else:
-        count, mode = triton.cdiv(out.shape[0], tile.tokens), 0
-        lists = (x, x, x, x)
+    mode, count, lists = _lists(rows, x, triton.cdiv(out.shape[0], tile.tokens))
     x_scales, w_scales = scales or (None, None)
     use_pdl = pdl(x.device)
     programs = count * triton.cdiv(n, wide)
@@ -158,6 +147,16 @@ def multiply(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def _lists(rows: Rows, unused: Tensor, tiles_of_all: int) -> tuple[int, int, tuple[Tensor, ...]]:
+    """(MODE, number of tiles, their order, experts, first and end rows)"""
+    tiles, experts = rows.tiles, rows.experts_P
+    if tiles is not None:
+        return 2, tiles.expert_B.numel(), (tiles.order_P, tiles.expert_B, tiles.first_row_B, tiles.end_row_B)
+    if experts is not None:
+        return 1, experts.numel(), (experts,) * 4
+    return 0, tiles_of_all, (unused,) * 4
 
 
 def _brings(programs: int, n: int, wide: int, behind_ENK: Tensor) -> bool:
