@@ -49,14 +49,13 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Short hash, with a + when tracked Python, C++ or proto files differ from it.
-
-    Outside a checkout what NANODEPLOY_COMMIT says, or nothing.
-    """
+    """What NANODEPLOY_COMMIT says; else the short hash, with a + when tracked sources differ from it."""
+    if told := os.environ.get("NANODEPLOY_COMMIT"):
+        return told
     sources = ["*.py", "*.cpp", "*.h", "*.proto", "pyproject.toml"]
     head = _git("rev-parse", "--short", "HEAD")
     if not head:
-        return os.environ.get("NANODEPLOY_COMMIT", "")
+        return ""
     return head + ("+" if _git("status", "--porcelain", "-uno", "--", *sources) else "")
 
 
