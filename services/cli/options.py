@@ -58,6 +58,15 @@ KvDtype = Annotated[
 ]
 KvScales = Annotated[str | None, _engine("File that `calibrate-kv` wrote; by default the checkpoint's own scales.")]
 BlockSize = Annotated[int | None, _engine("Tokens in a KV block, a multiple of 16.")]
+LoadFormat = Annotated[str | None, _engine("auto, or dummy: random weights, for benchmarks.")]
+Quantization = Annotated[
+    str | None, _engine("auto keeps a checkpoint's FP8 on a GPU, fp8 makes it of any other, none keeps none.")
+]
+AttentionBackend = Annotated[str | None, _engine("auto, or one that the log names.")]
+EnforceEager = Annotated[bool | None, _engine("Record no CUDA graphs.", "--enforce-eager/--no-enforce-eager")]
+Deterministic = Annotated[
+    bool | None, _engine("Kernels that add in a fixed order, on a GPU too.", "--deterministic/--no-deterministic")
+]
 EnablePrefixCaching = Annotated[
     bool | None, _engine("Reuse KV of equal prefixes.", "--enable-prefix-caching/--no-enable-prefix-caching")
 ]
