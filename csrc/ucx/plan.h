@@ -67,8 +67,7 @@ struct ReadPlan {
   std::vector<uint32_t> segments_summed;  // ... and how many those are
   uint64_t nbytes = 0;
 
-  ReadPlan(const Pace& pace, std::vector<Piece> pieces, std::vector<Check> checks,
-           std::vector<DigestSegment> segments);
+  ReadPlan(const Pace& pace, std::vector<Piece> pieces, std::vector<Check> checks, std::vector<DigestSegment> segments);
 
   // Copies a chunk from memory of this address space and digests its families on the way.
   void copy(uint32_t chunk, const uint8_t* source);
