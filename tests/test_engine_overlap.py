@@ -108,3 +108,32 @@ def _is_idle(solo: Solo) -> bool:
     except AssertionError:
         return False
     return True
+
+
+def test_messages_are_handled_while_the_device_computes(llama: Path) -> None:
+    pair = Pair(llama, prefill=OVERLAP, **OVERLAP)
+    seen: list[object] = []
+    runner, engine = pair.decode.parts.runner, pair.decode.engine
+    runner.is_done = lambda pending: seen.count(pending) >= 3 or seen.append(pending) is not None  # type: ignore[method-assign]
+    long, short, other = prompts(17, [30, 12, 50])
+    first = pair.submit(long, greedy(30))
+    later: list[Any] = []
+
+    def listen() -> None:
+        if len(seen) == 20:
+            later.append(pair.submit(short, greedy(5)))
+        if len(seen) == 23:
+            later.append(pair.submit(other, greedy(40)))
+        if len(seen) == 30:
+            pair.cancel(later[1])
+
+    engine.while_waiting = listen
+    pair.run(first)
+    pair.run(later[0])
+    plain = Solo(llama)
+    expected = [plain.submit(long, greedy(30)), plain.submit(short, greedy(5))]
+    plain.run()
+    assert [first.tokens, later[0].tokens] == [e.tokens for e in expected]
+    assert later[1].finish[0] is FinishReason.CANCELLED
+    engine.while_waiting = None
+    pair.check_idle()

@@ -12,7 +12,7 @@ several in a row.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from common.engine.batch import BatchRow, build_batch
@@ -97,6 +97,8 @@ class Engine:
         self._failed_steps = 0
         self._stalled = False
         self._under_way: _Launched | None = None
+        self.while_waiting: Callable[[], None] | None = None
+        """Called again and again while the device computes what is to be collected next; may handle messages."""
         self.steps = 0
 
     # -- messages --
@@ -220,6 +222,9 @@ class Engine:
         if self._under_way is None:
             return
         p, plan, pending = self._p, self._under_way.plan, self._under_way.pending
+        while self.while_waiting is not None and not p.runner.is_done(pending):
+            self.while_waiting()
+            p.demand.poll(p.scheduler)  # what hand-offs have brought is read on without waiting for the step
         self._under_way = None
         for item in plan.items:
             item.seq.steps_under_way -= 1

@@ -32,6 +32,7 @@ from common.types import Clock, Failure, MonotonicClock, Role
 log = get_logger(__name__)
 
 BEAT_S = 1.0
+LISTEN_S = 1e-4
 SWITCH_S = 2e-4  # a thread beside the loop gives the interpreter back this soon: the device waits for the loop
 LEAVE_S = 5.0
 
@@ -112,11 +113,31 @@ class _Beat:
 def serve(built: BuiltEngine, channel: EngineChannel, messages: list[ToEngine]) -> int:
     """Run the engine until Shutdown or the channel's end; `messages` came before. Returns the exit code."""
     engine, clock = built.engine, built.clock
-    while not channel.closed:
-        for message in messages:
+    stopping = False
+
+    def handle(some: list[ToEngine]) -> None:
+        nonlocal stopping
+        for message in some:
             if isinstance(message, Shutdown):
-                return 0
-            engine.handle(message)
+                stopping = True
+            elif not stopping:
+                engine.handle(message)
+
+    def listen() -> None:
+        """While the device computes: messages are handled and answered, and read ones leave at once."""
+        arrived = [] if channel.congested or channel.closed else channel.wait(0.0)
+        handle(arrived)
+        built.check()
+        if sent := engine.drain():
+            channel.send(sent)
+        if not arrived:
+            time.sleep(LISTEN_S)
+
+    engine.while_waiting = listen
+    while not channel.closed:
+        handle(messages)
+        if stopping:
+            return 0
         built.check()
         if channel.congested:
             messages = channel.wait(IDLE_WAIT_S)

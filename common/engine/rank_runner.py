@@ -49,6 +49,8 @@ class Runner(Protocol):
 
     def sample(self, pending: Pending, masks: Tensor | None = None) -> None: ...
 
+    def is_done(self, pending: Pending) -> bool: ...
+
     def collect(self, pending: Pending) -> StepResult: ...
 
     def observe(self, wrap: Callable[[AttentionBackend, KVPool], AttentionBackend]) -> None: ...
@@ -88,6 +90,9 @@ class RankedRunner:
         self._ranks.tell(SAMPLE)
         with together():
             self._inner.sample(pending)
+
+    def is_done(self, pending: Pending) -> bool:
+        return self._inner.is_done(pending)
 
     def collect(self, pending: Pending) -> StepResult:
         self._ranks.tell(COLLECT)

@@ -30,6 +30,11 @@ class Fetched:
         copied.record()
         return cls(host, copied)
 
+    @property
+    def ready(self) -> bool:
+        """Does `get` not wait?"""
+        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
+
     def get(self) -> Sequence[Tensor]:
         if self._copied is not None:
             self._copied.synchronize()

@@ -124,6 +124,10 @@ class ModelRunner:
             count = min(len(pending.sample_rows), len(self.drawn_R))
             self.drawn_R[:count].copy_(pending.result.token_ids_R[:count])
 
+    def is_done(self, pending: Pending) -> bool:
+        """Does `collect` not wait?"""
+        return pending.result is None or pending.result.fetched.ready
+
     def collect(self, pending: Pending) -> StepResult:
         """Wait for the step and bring its results to the host."""
         rows, result = pending.batch.rows, pending.result
