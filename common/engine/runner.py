@@ -21,6 +21,7 @@ from common.engine.batch import Batch, BatchMedia, SampleRow
 from common.engine.graphs import DecodeGraphs, known_or_drawn
 from common.engine.inputs import HostInputs, Inputs, PinnedInputs, arrays_of, context_of
 from common.engine.logprobs import prompt_logprobs
+from common.engine.results import Fetched
 from common.engine.sampler import Sampler, SampleResult
 from common.kvcache.manager import BlockCopy
 from common.kvcache.pool import KVPool
@@ -52,6 +53,7 @@ class Pending:
     sample_rows: Sequence[SampleRow]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     result: SampleResult | None = None
+    ran: Fetched | None = None  # where nothing is drawn: there when all is computed
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,10 @@ class ModelRunner:
         self._write_tails(batch, hidden_TD)
         rows = [sample for r in batch.rows for sample in r.samples]
         logits = self._model.logits(self._gather(batch, hidden_TD, len(rows))) if rows else None
-        return Pending(batch, hidden_TD, logits, rows, self._prompt_logprobs(batch, hidden_TD))
+        pending = Pending(batch, hidden_TD, logits, rows, self._prompt_logprobs(batch, hidden_TD))
+        if not rows:
+            pending.ran = Fetched.start([self.drawn_R[:1]])
+        return pending
 
     @torch.inference_mode()
     def sample(self, pending: Pending, masks: Tensor | None = None) -> None:
@@ -126,12 +131,15 @@ class ModelRunner:
 
     def is_done(self, pending: Pending) -> bool:
         """Does `collect` not wait?"""
-        return pending.result is None or pending.result.fetched.ready
+        awaited = pending.ran if pending.result is None else pending.result.fetched
+        return awaited is None or awaited.ready
 
     def collect(self, pending: Pending) -> StepResult:
         """Wait for the step and bring its results to the host."""
         rows, result = pending.batch.rows, pending.result
         if result is None:
+            if pending.ran is not None:
+                pending.ran.get()  # blocks that are given back now may be written by others than this stream
             return StepResult([_NOTHING] * len(rows), pending.prompt_logprobs)
         tokens, failures, logprobs = result.tokens, result.failures, result.logprobs
         drawn, first = [], 0
