@@ -1,4 +1,4 @@
-"""Products of few rows, x @ weight^T with up to 64 rows of x: their time is that of reading the weights once.
+"""Products of few rows, x @ weight^T with up to MAX_ROWS rows of x: their time is that of reading the weights once.
 
 Up to MAX_ROWS_IN_REGISTERS rows each program holds some rows of the weight in registers, loaded before the kernel in
 front is done: while a small kernel runs, memory is already busy. With more rows the tensor cores take tiles of the
@@ -21,8 +21,8 @@ from torch import Tensor
 from common.kernels.gpu.launch import bring_to_l2, let_next_start, pdl, wait
 from common.kernels.gpu.pointwise import silu_times
 
-MAX_ROWS = 64
-MAX_ROWS_IN_REGISTERS = 4
+MAX_ROWS = 32  # from there on cuBLAS is as fast
+MAX_ROWS_IN_REGISTERS = 2  # with three, tiles are faster (benchmarks/LOG.md, 2026-11-26)
 _NUM_COUNTERS = 4096
 
 
@@ -69,7 +69,7 @@ def plan(num_rows: int, n: int, k: int, num_sms: int) -> InRegisters | InTiles |
         columns = min(4096, triton.next_power_of_2(k))
         return InRegisters(rows=16384 // columns, columns=columns) if columns >= 1024 else None
     rows, columns = 64, 128
-    if k % columns or num_rows > 16:
+    if k % columns or num_rows > MAX_ROWS:
         return None
     tiles = triton.cdiv(n, rows)
     parts = [p for p in (1, 2, 3, 4, 6, 8) if k % (p * columns) == 0 and k // p >= 2 * columns]
