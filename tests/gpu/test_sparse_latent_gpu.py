@@ -52,29 +52,6 @@ def test_rows_of_all_heads(kernel_device: torch.device, spans: Any, selects: boo
             assert (sums_TH.double().cpu() - sums).abs().max().item() < tolerance
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("selects", [False, True], ids=["all", "some"])
-def test_heads_as_columns(kernel_device: torch.device, monkeypatch: Any, packed: bool, selects: bool) -> None:
-    on_gpu = kernel_device.type == "cuda"
-    tiles = gpu.sparse_latent.Tiles(16, 64 if on_gpu else 16, 4, turned=True)
-    monkeypatch.setattr(gpu.sparse_latent, "_tiles", lambda *_: tiles)
-    shape = {"value_dim": 512, "rest": 64} if on_gpu else {"value_dim": 24, "rest": 8, "block_size": 16}
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    case = LatentCase(SPANS["decode"], kernel_device, heads=12, **shape, dtype=dtype, packed=packed)
-    selected = case.chosen(33) if selects else None
-    out = gpu.sparse_latent.attend(
-        case.q_THD,
-        case.cache[:, 0, 0],
-        case.triton_places(),
-        case.value_dim,
-        SCALE,
-        most=33 if selected is not None else case.ctx.max_seq_len,
-        selected=None if selected is None else (selected.positions_TK, selected.counts_T),
-        packed=packed,
-    )
-    case.check(out, case.expected(selected)[0], 2e-2 if on_gpu else 1e-4)
-
-
 def test_windows_and_empty_first_positions(kernel_device: torch.device) -> None:
     case = LatentCase([(50, 1), (3, 1)], kernel_device, heads=4, value_dim=16, rest=0, first=1, dtype=torch.float32)
     rows = (case.q_THD, case.cache[:, 0, 0], case.triton_places(), 16, SCALE)

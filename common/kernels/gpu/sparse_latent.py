@@ -59,8 +59,6 @@ class Tiles:
     positions: int
     warps: int
     stages: int = 2
-    turned: bool = False  # see `_attend`
-    registers: int | None = None  # of a thread, at most
 
     @property
     def at_once(self) -> int:
@@ -121,14 +119,9 @@ def _attend(
     REST_AT: tl.constexpr,
     PACKED: tl.constexpr,
     SELECTED: tl.constexpr,
-    TURNED: tl.constexpr,
     WITH_SUMS: tl.constexpr,
 ):
-    """With one share: the result, and logarithms of sums where wanted; with more: fp32 shares, and those to base 2.
-
-    `TURNED`: products have positions and numbers of a row as their rows and heads as their columns, of which 16 are
-    enough for the instructions that read shared memory; rows then never go through registers on their way there.
-    """
+    """With one share: the result, and logarithms of sums where wanted; with more: fp32 shares, and those to base 2."""
     token, share = tl.program_id(0), tl.program_id(2)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     sequence, end = whose(token, sequence_ptr, starts_ptr, lens_ptr, PER_SEQUENCE)
@@ -152,7 +145,7 @@ def _attend(
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    out = tl.zeros([LATENT_BLOCK, HEADS] if TURNED else [HEADS, LATENT_BLOCK], tl.float32)
+    out = tl.zeros([HEADS, LATENT_BLOCK], tl.float32)
     for at in range(begin, stop, POSITIONS):
         index = at + tl.arange(0, POSITIONS)
         inside = index < stop
@@ -169,37 +162,23 @@ def _attend(
                 mask=inside[:, None] & (tile[None, :] * TILE < LATENT),
                 other=0.0,
             )
-            tiles = tl.reshape(latent.to(dtype), [POSITIONS, LATENT_BLOCK // TILE, TILE])
-            latent = tl.reshape(tiles * factor.to(dtype)[:, :, None], [POSITIONS, LATENT_BLOCK])  # exact: powers of two
+            tiles = tl.reshape(latent.to(tl.float32), [POSITIONS, LATENT_BLOCK // TILE, TILE]) * factor[:, :, None]
+            latent = tl.reshape(tiles.to(dtype), [POSITIONS, LATENT_BLOCK])
         latent = latent.to(dtype)
-        if TURNED:
-            scores = tl.dot(latent, tl.trans(q_latent), input_precision="ieee")
-        else:
-            scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
+        scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
         if REST > 0:
             source = cache_ptr + start + LATENT
             if PACKED:
                 source = halves_ptr + start // 2 + REST_AT
             rest = tl.load(source + j[None, :], mask=inside[:, None] & (j[None, :] < REST), other=0.0).to(dtype)
-            if TURNED:
-                scores = tl.dot(rest, tl.trans(q_rest), scores, input_precision="ieee")
-            else:
-                scores = tl.dot(q_rest, tl.trans(rest), scores, input_precision="ieee")
-        if TURNED:
-            scores = tl.trans(scores)
+            scores = tl.dot(q_rest, tl.trans(rest), scores, input_precision="ieee")
         scores = tl.where(inside[None, :], scores * (scale * _LOG2E), float("-inf"))
         peak = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2(top - peak)
         share_of = tl.exp2(scores - peak[:, None])
         total = total * shrink + tl.sum(share_of, 1)
-        if TURNED:
-            share_of = tl.trans(share_of.to(dtype))
-            out = tl.dot(tl.trans(latent), share_of, out * shrink[None, :], input_precision="ieee")
-        else:
-            out = tl.dot(share_of.to(dtype), latent, out * shrink[:, None], input_precision="ieee")
+        out = tl.dot(share_of.to(dtype), latent, out * shrink[:, None], input_precision="ieee")
         top = peak
-    if TURNED:
-        out = tl.trans(out)
 
     place = (token * heads + head) * SHARES + share
     if (begin < stop) | (SHARES == 1):
@@ -311,11 +290,9 @@ def attend(
         REST_AT=0 if form is None else form.rope_at,
         PACKED=packed,
         SELECTED=selected is not None,
-        TURNED=tiles.turned,
         WITH_SUMS=log_sums_TH is not None,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        maxnreg=tiles.registers,
     )
     if shares > 1:
         _join[(tokens * heads,)](
