@@ -15,7 +15,7 @@ import pytest
 from kvtransfer_support import FakeCache, FakeClock, allocate, chain_of, prompt, small_layout
 from numpy.typing import NDArray
 
-from common.errors import PeerLostError
+from common.errors import InternalError, PeerLostError
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP
 from common.kvtransfer import device
 from common.kvtransfer.device import DeviceTransport
@@ -43,6 +43,7 @@ class FakeDevice:
     """Digests right away; says so at once if it is not `held`, else when `batches[i].done` is set."""
 
     held: bool = False
+    full: bool = False  # no memory for tables
     batches: list[FakeBatch] = field(default_factory=list)
     checks: list[list[DigestCheck]] = field(default_factory=list)
 
@@ -50,6 +51,8 @@ class FakeDevice:
         return self._add(checks, [numpy_digest(c) for c in checks])
 
     def prepare(self, checks: Sequence[DigestCheck]) -> Sequence[DigestCheck]:
+        if self.full:
+            raise MemoryError
         return checks
 
     def compare(self, prepared: Sequence[DigestCheck]) -> FakeBatch:
@@ -208,6 +211,31 @@ def test_what_cannot_be_compared_has_failed_and_the_next_read_has_not(reading: R
     assert only(reading.events(1)).status is ReadStatus.OK
 
 
+def test_a_read_that_cannot_be_prepared_has_failed_and_nothing_was_read(reading: Reading) -> None:
+    reading.device.full = True
+    reading.read(1)
+    result = only(reading.events(1))
+    assert (result.status, result.message) == (ReadStatus.FAILED, "its digests could not be compared: MemoryError")
+    assert reading.owner.network.delivered == 0
+    reading.device.full = False
+    reading.read(2)
+    assert only(reading.events(1)).status is ReadStatus.OK
+
+
+def test_a_thread_that_ends_is_no_silence(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a read learns that none will end any more."""
+
+    def poll() -> list[ReadResult | PeerDown]:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(reading.inner, "poll", poll)
+    reading.read(1)
+    with pytest.raises(InternalError, match="out of order"):
+        reading.events(1)
+    reading.transport.close()
+    assert reading.inner.address not in reading.owner.network.transports
+
+
 def test_reads_that_fail_or_have_nothing_to_compare_end_by_themselves(reading: Reading) -> None:
     target = reading.bases[FULL_GROUP]
     reading.transport.read(reading.peer, 1, [ReadPiece(FULL_GROUP, 0, target, 64)], [])
@@ -234,7 +262,8 @@ class FakeGatherer:
     def __init__(self, owner: Published) -> None:
         self.bases = owner.bases
         self.holds = self.copied = 0
-        self.refuses = self.breaks = False
+        self.refuses = self.breaks = self.held = False
+        self.batches: list[FakeBatch] = []
 
     def hold(self, peer_id: int, pieces: Sequence[ReadPiece]) -> NDArray[np.int64] | None:
         if self.refuses:
@@ -252,7 +281,9 @@ class FakeGatherer:
             ctypes.memmove(target, source, nbytes)
             self.copied += 1
         batch = FakeBatch([])
-        batch.done.set()
+        if not self.held:
+            batch.done.set()
+        self.batches.append(batch)
         return batch
 
 
@@ -305,5 +336,16 @@ def test_what_is_not_mapped_is_read_piece_by_piece(small: SmallPieces) -> None:
 def test_a_launch_that_fails_lets_the_peer_go(small: SmallPieces) -> None:
     small.gatherer.breaks = True
     small.read(1)
+    assert only(small.events(1)).status is ReadStatus.FAILED
+    assert small.gatherer.holds == 0
+
+
+def test_copies_under_way_end_before_their_read_has_failed(small: SmallPieces) -> None:
+    """What is compared behind them cannot be launched: they write all the same."""
+    small.gatherer.held = True
+    small.read(1, with_digest(small.extent, 0, BROKEN))
+    assert small.events(1, 0.1) == []
+    assert small.gatherer.holds == 1
+    small.gatherer.batches[0].done.set()
     assert only(small.events(1)).status is ReadStatus.FAILED
     assert small.gatherer.holds == 0

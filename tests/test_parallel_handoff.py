@@ -13,7 +13,9 @@ from families import FAMILIES
 from mtp_support import MTP, make_mtp
 
 from common.config import SpeculativeConfig
+from common.errors import RankLostError
 from common.kvtransfer.memory import Fault
+from common.kvtransfer.rank_reads import ReadExtent, ReadsLoop
 from common.types import WorkerRef
 
 __all__ = ["llama"]
@@ -136,6 +138,19 @@ def test_a_source_that_is_lost_on_one_rank_is_lost(llama: Path, pairs: Pairs) ->
     pair.run()
     assert answer.tokens[0] == reference_tokens(llama, prompt, COUNT)
     pair.check_idle()
+
+
+def test_reads_that_end_on_one_rank_end_the_engine(llama: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a read that no rank will ever say has ended are never free again."""
+
+    def break_down(self: ReadsLoop, message: ReadExtent) -> None:
+        raise RuntimeError("out of order")
+
+    pair = pairs(llama, 2, 2)
+    monkeypatch.setattr(ReadsLoop, "_read", break_down)
+    pair.submit(prompts(21, [90])[0], greedy(COUNT))
+    with pytest.raises(RankLostError, match="rank 1 is gone"):
+        pair.run()
 
 
 def test_a_source_that_offers_too_few_ranks_is_refused(llama: Path, pairs: Pairs) -> None:

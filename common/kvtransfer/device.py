@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from common.errors import InternalError
 from common.kvtransfer.device_digests import DeviceDigests, DeviceGather
 from common.kvtransfer.transport import DigestCheck, Endpoint, PeerDown, ReadPiece, ReadResult, ReadStatus, Transport
 from common.kvtransfer.ucx import UcxTransport
@@ -104,6 +105,8 @@ class DeviceTransport:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._begin = begin
+        self._broken: Exception | None = None  # what ended the thread
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="nd-compare", daemon=True)
         self._thread.start()
 
@@ -128,7 +131,11 @@ class DeviceTransport:
 
     def read(self, peer_id: int, read_id: int, pieces: Sequence[ReadPiece], checks: Sequence[DigestCheck]) -> None:
         if checks:
-            self._checks[read_id] = self._digests.prepare(checks), len(checks)
+            try:
+                self._checks[read_id] = self._digests.prepare(checks), len(checks)
+            except Exception as error:  # noqa: BLE001 - fails this read, of which nothing has begun
+                self._report(_verdict(ReadResult(read_id, ReadStatus.OK, 0, 0.0, 0.0), error, 0.0))
+                return
         if self._gatherer is not None and _are_small(pieces):
             pieces_N3 = self._gatherer.hold(peer_id, pieces)
             if pieces_N3 is not None:
@@ -142,6 +149,8 @@ class DeviceTransport:
             raise
 
     def poll(self) -> list[ReadResult | PeerDown]:
+        if self._broken is not None:  # no read would end any more, and their blocks never be free
+            raise InternalError(f"the thread that compares digests has ended: {self._broken}")
         with self._lock:
             ended, self._ended = self._ended, []
             if ended:
@@ -152,8 +161,9 @@ class DeviceTransport:
         return self._inner.describe(peer_id)
 
     def close(self) -> None:
-        if not self._thread.is_alive():
+        if self._closed:
             return
+        self._closed = True
         os.eventfd_write(self._stop_fd, 1)
         self._thread.join()
         self._inner.close()
@@ -163,7 +173,15 @@ class DeviceTransport:
     # -- the thread --
 
     def _run(self) -> None:
-        self._begin()
+        try:
+            self._begin()
+            self._serve()
+        except Exception as error:
+            log.exception("the thread that compares digests has ended")
+            self._broken = error
+            os.eventfd_write(self._fd, 1)
+
+    def _serve(self) -> None:
         poll = select.poll()
         for fd in (self._inner.wakeup_fd, self._stop_fd, self._asked_fd):
             poll.register(fd, select.POLLIN)
@@ -186,8 +204,10 @@ class DeviceTransport:
         began, nbytes = time.perf_counter(), int(asked.pieces_N3[:, 2].sum())
         try:
             copies = self._gatherer.gather(asked.pieces_N3)
-            outcome: _Outcome = (self._digests.compare(prepared) if count else copies), count
-            copies.values()
+            try:
+                outcome: _Outcome = (self._digests.compare(prepared) if count else copies), count
+            finally:
+                copies.values()  # they write, whatever becomes of the comparison
         except Exception as error:  # noqa: BLE001 - edge of the thread: fails that read
             outcome = error
         ended = time.perf_counter()

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import msgspec
 
-from common.errors import NanoDeployError, PeerLostError
+from common.errors import NanoDeployError, PeerLostError, RankLostError
 from common.kvcache.layout import KVLayout
 from common.kvtransfer.reads import Joined, Planned, RankReads, Wanted, together
 from common.kvtransfer.transport import Endpoint, PeerDown, ReadResult, ReadStatus
@@ -154,8 +154,8 @@ class RankedReads:
                         self._take(PeerDown(message.peer_id, message.message))
                     case Reached() if message.peer_id in self._over:
                         self._over[message.peer_id][index] = message.over
-        except LinkClosedError:
-            pass  # as in `_tell`
+        except LinkClosedError:  # reads that are under way there would never end
+            raise RankLostError(f"rank {index + 1} is gone: its reads have ended") from None
 
     def _take(self, event: ReadResult | PeerDown) -> None:
         if isinstance(event, PeerDown):
@@ -170,7 +170,7 @@ class RankedReads:
     def _tell(self, message: ToRank) -> None:
         payload = self._encoder.encode(message)
         for link in self._links:
-            with contextlib.suppress(LinkClosedError):  # the rank is gone, and the engine with it: its steps say so
+            with contextlib.suppress(LinkClosedError):  # the rank is gone: `poll` says so
                 link.send(0, payload)
 
 
