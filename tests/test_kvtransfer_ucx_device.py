@@ -229,6 +229,9 @@ def bent(endpoint: Endpoint, how: str) -> Endpoint:
             del payload[at + 50 :]
         case "another handle":
             payload[at : at + 64] = os.urandom(64)
+        case "another handle beside a key of UCX":
+            payload[at : at + 64] = os.urandom(64)
+            payload += payload[at + 120 :]
         case "another place in the allocation":
             payload[at + 64] ^= 1
         case "another machine":
@@ -244,6 +247,7 @@ def bent(endpoint: Endpoint, how: str) -> Endpoint:
     [
         ("cut", "too short"),
         ("another handle", "mapping a peer's memory of GPU 0: invalid argument"),
+        ("another handle beside a key of UCX", "mapping a peer's memory of GPU 0: invalid argument, and UCX would"),
         ("another place in the allocation", "does not lead to the memory it claims"),
         ("another machine", "on another machine"),
         ("a host key longer than all", "cut"),

@@ -109,13 +109,15 @@ std::string Transport::open_device(Peer* peer, Memory* memory) {
     memory->on_device = memory->remote.base;
     return "";
   }
+  const bool is_near = offered.machine == this_machine();
   std::string why_not = "it is on another machine";
-  if (offered.machine == this_machine()) memory->opened = cuda_->map(offered.handle, &why_not);
+  if (is_near) memory->opened = cuda_->map(offered.handle, &why_not);
   if (memory->opened != 0) {
     memory->on_device = memory->opened + offered.offset;
     return "";
   }
   if (offered.host_key_nbytes == nbytes) return why_not + ", and the owner's UCX knows no GPUs";
+  if (is_near) memory->why_not_mapped = why_not;
   error = unpack_key(peer, host_key + offered.host_key_nbytes, &memory->device_key);
   return error.empty() ? "" : why_not + "; " + error;
 }

@@ -102,13 +102,20 @@ std::string Transport::unpack_key(Peer* peer, const uint8_t* packed, ucp_rkey_h*
 }
 
 // Every memory's cookie was read: the peer lives, its error detection is armed, and its keys lead to the
-// memory they claim. Only now may a mapping be touched.
+// memory they claim. Only now may a mapping be touched. A GPU of this machine that cannot be mapped is read by a
+// network card or not at all.
 void Transport::end_handshake(Peer* peer) {
   for (const Memory& memory : peer->memories) {
     if (!has_cookie(memory)) return fail(peer, "the remote key does not lead to the memory it claims");
   }
+  const std::string over = lane(*peer);
+  const bool by_host = over.find("tcp") != std::string::npos || over.find("unknown") != std::string::npos;
+  for (const Memory& memory : peer->memories) {
+    if (!by_host || memory.why_not_mapped.empty()) continue;
+    return fail(peer, memory.why_not_mapped + ", and UCX would copy it by way of the host");
+  }
   peer->state = Peer::State::kReady;
-  show(peer->id, lane(*peer));
+  show(peer->id, over);
   for (auto& [order, read] : peer->reads) activate(read.get());
 }
 

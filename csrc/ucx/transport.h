@@ -102,6 +102,7 @@ struct Memory {
   // address space, in an allocation that is mapped at `opened` if it is another process's; else `device_key` is UCX's.
   uint64_t on_device = 0, opened = 0, guard = 0;
   ucp_rkey_h device_key = nullptr;
+  std::string why_not_mapped{};  // though it is on this machine
 };
 
 // Chunks of one read that were queued for a GPU's copies at once.
