@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from engine_support import Pair, Solo, greedy, llama, prompts, windowed
 
+from common.engine.runner import Pending
 from common.types import FinishReason, SamplingParams
 
 __all__ = ["llama", "windowed"]
@@ -60,6 +61,28 @@ def test_tokens_do_not_depend_on_overlap(model: str, few_blocks: bool, request: 
 def test_a_handed_over_prompt_goes_on_with_overlap(llama: Path) -> None:
     pair = Pair(llama, prefill=OVERLAP | {"max_num_batched_tokens": 16}, **OVERLAP)
     assert answers(pair, 13) == answers(Solo(llama), 13)
+
+
+def test_a_step_that_fails_gives_its_blocks_back_when_the_device_is_at_rest(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What of it was launched before it failed still writes to them, and a read may be next."""
+    solo = Solo(llama, **OVERLAP)
+    runner, cache, seen = solo.decode.parts.runner, solo.decode.parts.cache, list[str]()
+
+    def fail(pending: Pending) -> None:
+        raise RuntimeError("out of memory")
+
+    close = cache.close
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "sample", fail)
+        patch.setattr(runner, "wait", lambda: seen.append("wait"))
+        patch.setattr(cache, "close", lambda seq_id: (seen.append("close"), close(seq_id)))
+        answer = solo.submit(prompts(18, [40])[0], greedy(5))
+        solo.step()
+    assert answer.failure is not None
+    assert seen[:2] == ["wait", "close"]
+    solo.check_idle()
 
 
 def test_what_runs_past_a_stop_is_never_shown(llama: Path) -> None:

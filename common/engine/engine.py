@@ -337,6 +337,7 @@ class Engine:
         log.error("step failed", step=self.steps, sequences=len(plan.items), exc_info=error)
         if self._failed_steps >= MAX_FAILED_STEPS or isinstance(error, RankLostError):
             raise error
+        self._p.runner.wait()  # what of it was launched still writes to blocks that are given back now
         reason = InternalError(f"the engine step failed: {type(error).__name__}")
         for item in plan.items:
             if item.seq.order is not None:

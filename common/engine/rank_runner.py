@@ -53,6 +53,8 @@ class Runner(Protocol):
 
     def collect(self, pending: Pending) -> StepResult: ...
 
+    def wait(self) -> None: ...
+
     def observe(self, wrap: Callable[[AttentionBackend, KVPool], AttentionBackend]) -> None: ...
 
 
@@ -100,6 +102,9 @@ class RankedRunner:
             result = self._inner.collect(pending)
         self._ranks.check()
         return result
+
+    def wait(self) -> None:
+        self._inner.wait()
 
     def observe(self, wrap: Callable[[AttentionBackend, KVPool], AttentionBackend]) -> None:
         raise ConfigError("scales are calibrated on one rank: say tensor_parallel_size 1", param="tensor_parallel_size")

@@ -151,6 +151,11 @@ class ModelRunner:
             first = end
         return StepResult(drawn, pending.prompt_logprobs)
 
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def _run_model(self, batch: Batch) -> Tensor:
         size = self.graphs.size_for(batch) if self.graphs is not None else 0
         if size:
