@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from common.config import EngineConfig, LogConfig, WorkerConfig
 from common.engine.channel import EngineChannel, FrameDecoder, frame
 from common.engine.client import ProcessEngine
 from common.engine.messages import Cancel, Deltas, EngineLoad, FromEngine, Shutdown, Submit, ToEngine
-from common.engine.process import serve
+from common.engine.process import _abort, serve
 from common.kvtransfer.memory import MemoryNetwork
 from common.types import GenerationRequest, MonotonicClock, Role
 
@@ -153,3 +154,15 @@ async def test_an_engine_that_cannot_be_ended_is_still_reported(llama: Path, mon
     os.kill(process.pid, signal.SIGKILL)
     process.wait(10)
     assert deaths == [f"engine process {process.pid} went silent and cannot be ended"]
+
+
+def test_who_notices_a_lost_rank_is_not_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the loop itself, which has to say why the engine ends; it is ended if it cannot."""
+    ended = threading.Event()
+    monkeypatch.setattr("common.engine.process.LEAVE_S", 0.3)
+    monkeypatch.setattr("common.engine.process.os._exit", lambda code: ended.set())
+    aborted: list[bool] = []
+    _abort(SimpleNamespace(abort=lambda: aborted.append(ended.is_set())))  # type: ignore[arg-type]
+    assert aborted == [False]
+    assert not ended.is_set()
+    assert ended.wait(10)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_support import Pair, Solo, greedy, llama, prompts, windowed
+from engine_support import READER, Pair, Solo, greedy, llama, prompts, windowed
 
+from common.engine.messages import ReaderEvent
 from common.engine.runner import Pending
+from common.kvtransfer.orders import DropOrder, OrderFailed, PlaceOrder
 from common.types import FinishReason, SamplingParams
 
 __all__ = ["llama", "windowed"]
@@ -159,4 +161,70 @@ def test_messages_are_handled_while_the_device_computes(llama: Path) -> None:
     assert [first.tokens, later[0].tokens] == [e.tokens for e in expected]
     assert later[1].finish[0] is FinishReason.CANCELLED
     engine.while_waiting = None
+    pair.check_idle()
+
+
+def test_an_engine_does_not_sleep_when_the_last_step_gave_room(llama: Path) -> None:
+    """What the step under way frees, and what comes while it is awaited, is seen by the next plan."""
+    solo = Solo(llama, max_num_seqs=1, **OVERLAP)
+    engine, runner = solo.decode.engine, solo.decode.parts.runner
+    first, second, third = prompts(18, [20, 30, 10])
+    answers = [solo.submit(first, greedy(3)), solo.submit(second, greedy(3))]
+    waits: list[object] = []
+    runner.is_done = lambda pending: pending in waits or waits.append(pending) is not None  # type: ignore[method-assign]
+
+    def listen() -> None:
+        if len(answers) == 2 and len(answers[1].tokens.get(0, ())) == 2:  # its last token is awaited
+            answers.append(solo.submit(third, greedy(3)))
+
+    engine.while_waiting = listen
+    for _ in range(20):
+        if len(answers) == 3 and all(a.ended for a in answers):
+            break
+        assert engine.has_work
+        solo.step()
+    assert [len(a.tokens[0]) for a in answers] == [3, 3, 3]
+    engine.while_waiting = None
+    solo.check_idle()
+
+
+def test_an_interrupted_wait_leaves_nothing_behind(llama: Path) -> None:
+    """Ctrl-C in a notebook: the next call has all blocks."""
+    solo = Solo(llama, **OVERLAP)
+    runner = solo.decode.parts.runner
+    answers = [solo.submit(prompt, greedy(20)) for prompt in prompts(19, [20, 30])]
+    for _ in range(4):
+        solo.step()
+    collect = runner.collect
+
+    def interrupted(pending: Any) -> Any:
+        raise KeyboardInterrupt
+
+    runner.collect = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        solo.step()
+    runner.collect = collect  # type: ignore[method-assign]
+    for answer in answers:
+        solo.cancel(answer)
+    solo.decode.engine.settle()
+    solo.check_idle()
+
+
+def test_an_order_that_was_dropped_does_not_fail_with_its_step(llama: Path) -> None:
+    pair = Pair(llama, prefill=OVERLAP | {"max_num_batched_tokens": 16})
+    engine, runner = pair.prefill.engine, pair.prefill.parts.runner
+    (prompt,) = prompts(20, [60])
+    engine.handle(PlaceOrder(READER, 1, "r", prompt, 0, "", "", (), 0, 0.0))
+    engine.step()
+    collect = runner.collect
+
+    def fails(pending: Any) -> Any:
+        raise RuntimeError("made up")
+
+    runner.collect = fails  # type: ignore[method-assign]
+    engine.handle(DropOrder(READER, 1))
+    engine.step()
+    runner.collect = collect  # type: ignore[method-assign]
+    events = [m.event for m in engine.drain() if isinstance(m, ReaderEvent)]
+    assert not any(isinstance(e, OrderFailed) for e in events)
     pair.check_idle()

@@ -159,6 +159,7 @@ class Engine:
     def step(self) -> bool:
         """Do what can be done now; True if tokens were computed."""
         p = self._p
+        worked = self._under_way is not None
         p.demand.poll(p.scheduler)
         p.media.poll()
         p.requests.expire()
@@ -169,13 +170,14 @@ class Engine:
         if plan.short_of_blocks:
             self.settle()
             plan = p.scheduler.schedule()
-        launched = self._launch(plan) if plan.items else None
-        worked = launched is not None or self._under_way is not None
-        self.settle()
-        self._under_way = launched
+        before, self._under_way = self._under_way, self._launch(plan) if plan.items else None
+        worked = worked or self._under_way is not None
+        if before is not None:
+            self._collect(before)
         if not p.overlap:
             self.settle()
-        self._stalled = not plan.items and p.scheduler.has_work
+        # what was collected behind the plan may have given blocks back, and messages may have come meanwhile
+        self._stalled = not plan.items and before is None and p.scheduler.has_work
         p.meter.report(self.steps, idle=not p.scheduler.has_work)
         if p.check_ledger:
             p.cache.check()
@@ -219,13 +221,16 @@ class Engine:
 
     def settle(self) -> None:
         """Bring what the step under way has computed, if there is one."""
-        if self._under_way is None:
-            return
-        p, plan, pending = self._p, self._under_way.plan, self._under_way.pending
+        step, self._under_way = self._under_way, None
+        if step is not None:
+            self._collect(step)
+
+    def _collect(self, step: _Launched) -> None:
+        """Wait for a step that is no longer `_under_way`, and bring what it has computed."""
+        p, plan, pending = self._p, step.plan, step.pending
         while self.while_waiting is not None and not p.runner.is_done(pending):
             self.while_waiting()
             p.demand.poll(p.scheduler)  # what hand-offs have brought is read on without waiting for the step
-        self._under_way = None
         for item in plan.items:
             item.seq.steps_under_way -= 1
             item.seq.num_launched -= item.num_new
@@ -241,8 +246,9 @@ class Engine:
             self._failed_steps = 0
             p.meter.step(plan)
             self._deliver(result, moved)
-        for item in plan.items:
-            p.scheduler.settle(item.seq)
+        finally:
+            for item in plan.items:
+                p.scheduler.settle(item.seq)
 
     def _state_copies(self, plan: StepPlan) -> list[BlockCopy]:
         """What gives the states of sequences that start now their first values, and keeps those that may go back."""
@@ -340,6 +346,8 @@ class Engine:
         self._p.runner.wait()  # what of it was launched still writes to blocks that are given back now
         reason = InternalError(f"the engine step failed: {type(error).__name__}")
         for item in plan.items:
+            if item.seq.phase is Phase.ENDED:
+                continue  # its end is known: it was cancelled while the step was under way
             if item.seq.order is not None:
                 self._p.supply.fail(item.seq, reason)
             else:

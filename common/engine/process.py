@@ -13,6 +13,7 @@ import gc
 import os
 import socket
 import sys
+import threading
 import time
 from functools import partial
 
@@ -81,15 +82,20 @@ def _build(setup: Setup, channel: EngineChannel) -> BuiltEngine:
     gc.collect()
     gc.freeze()  # a full collection that looks through model and libraries would hold a step up for 0.1 s
     if built.fleet is not None:
-        built.fleet.ranks.on_lost = partial(_leave, built.fleet)
+        built.fleet.ranks.on_lost = partial(_abort, built.fleet)
     channel.send([built.ready])
     built.parts.runner.on_progress = _Beat(channel, built.clock)
     return built
 
 
-def _leave(fleet: Fleet) -> None:
-    """In a thread of its own: a step on a GPU may wait for a lost rank for ever. Else the loop says why it ends."""
+def _abort(fleet: Fleet) -> None:
+    """Whoever noticed that a rank is lost goes on: the loop says why it ends, if it can."""
+    threading.Thread(target=_leave, name="leave", daemon=True).start()
     fleet.abort()
+
+
+def _leave() -> None:
+    """A step on a GPU may wait for a lost rank for ever, and the loop for the step."""
     time.sleep(LEAVE_S)
     log.error("a step waits for a lost rank")
     os._exit(1)
@@ -140,11 +146,12 @@ def serve(built: BuiltEngine, channel: EngineChannel, messages: list[ToEngine]) 
             return 0
         built.check()
         if channel.congested:
+            engine.settle()  # ranks that wait for the end of a step would pass for hung
             messages = channel.wait(IDLE_WAIT_S)
             continue
         engine.step()
         channel.send(engine.drain())
-        messages = channel.wait(sleep_until(engine, clock.now()))
+        messages = channel.wait(0.0 if stopping else sleep_until(engine, clock.now()))
     return 0
 
 
