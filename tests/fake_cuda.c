@@ -1,6 +1,7 @@
 // A stand-in for libcuda.so.1: "the GPU's memory" is the process's own, and what another process shared is read out of
 // that process. Enough for what csrc/ucx/cuda.cpp calls. FAKE_CUDA_COPY_US: how long each copy takes until its event
-// is seen as done. What is mapped is counted in the file FAKE_CUDA_MAPPED, so that a test sees what is given back.
+// is seen as done; FAKE_CUDA_COPIES: how many there are before one fails; FAKE_CUDA_EVENTS: how many are seen before one
+// says that the copies failed. What is mapped is counted in the file FAKE_CUDA_MAPPED, so that a test sees what is given back.
 #define _GNU_SOURCE
 #include <stdint.h>
 #include <stdio.h>
@@ -27,11 +28,17 @@ struct Event {
 
 static struct Open opened[kMaxOpen];
 static double busy_until;
+static int copies, events;
 
 static double now(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+static int is_next(const char* name, int* count) {
+  const char* at = getenv(name);
+  return at != NULL && (*count)++ == atoi(at);
 }
 
 static void count_mapped(void) {
@@ -85,6 +92,7 @@ int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t nbytes, void*
 int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t nbytes, void* stream) {
   const char* us = getenv("FAKE_CUDA_COPY_US");
   (void)stream;
+  if (is_next("FAKE_CUDA_COPIES", &copies)) return kInvalid;
   busy_until = (busy_until > now() ? busy_until : now()) + (us ? atof(us) * 1e-6 : 0);
   return move((char*)to, from, nbytes);
 }
@@ -128,7 +136,10 @@ int cuEventCreate(struct Event** event, unsigned flags) { return *event = calloc
 int cuEventRecord(struct Event* event, void* stream) {
   return (void)stream, *event = (struct Event){busy_until}, 0;
 }
-int cuEventQuery(struct Event* event) { return now() < event->done_at ? kNotReady : 0; }
+int cuEventQuery(struct Event* event) {
+  if (now() < event->done_at) return kNotReady;
+  return is_next("FAKE_CUDA_EVENTS", &events) ? kInvalid : 0;
+}
 int cuEventDestroy_v2(struct Event* event) { return free(event), 0; }
 int cuGetErrorString(int result, const char** text) {
   return *text = result == kInvalid ? "invalid argument" : result == 101 ? "invalid device ordinal" : "error", 0;

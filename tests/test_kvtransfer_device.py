@@ -265,6 +265,13 @@ class FakeGatherer:
         self.refuses = self.breaks = self.held = False
         self.batches: list[FakeBatch] = []
 
+    def batch(self, number: int) -> FakeBatch:
+        """That launch, when it is made."""
+        deadline = time.monotonic() + 10
+        while len(self.batches) <= number and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return self.batches[number]
+
     def hold(self, peer_id: int, pieces: Sequence[ReadPiece]) -> NDArray[np.int64] | None:
         if self.refuses:
             return None
@@ -311,6 +318,9 @@ class SmallPieces(Reading):
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallPieces]:
     small = SmallPieces(monkeypatch)
     yield small
+    small.gatherer.held = False
+    for batch in small.gatherer.batches:
+        batch.done.set()
     small.transport.close()
 
 
@@ -346,6 +356,28 @@ def test_copies_under_way_end_before_their_read_has_failed(small: SmallPieces) -
     small.read(1, with_digest(small.extent, 0, BROKEN))
     assert small.events(1, 0.1) == []
     assert small.gatherer.holds == 1
-    small.gatherer.batches[0].done.set()
+    small.gatherer.batch(0).done.set()
     assert only(small.events(1)).status is ReadStatus.FAILED
     assert small.gatherer.holds == 0
+
+
+def test_reads_that_ended_by_themselves_do_not_wait_for_all_launches(small: SmallPieces) -> None:
+    small.gatherer.held = True
+    small.read(1)
+    small.read(2)
+    tail = small.bases[FULL_GROUP]
+    small.transport.read(small.peer, 3, [ReadPiece(FULL_GROUP, 0, tail, 64)], [])
+    small.gatherer.batch(0).done.set()
+    assert [e.read_id for e in small.events(2) if isinstance(e, ReadResult)] == [1, 3]
+    small.gatherer.batch(1).done.set()
+    assert only(small.events(1)).read_id == 2
+
+
+def test_launches_that_have_not_begun_let_their_peers_go_when_all_ends(small: SmallPieces) -> None:
+    small.gatherer.held = True
+    for read_id in range(3):
+        small.read(read_id)
+    batch = small.gatherer.batch(0)
+    threading.Timer(0.2, batch.done.set).start()
+    small.transport.close()
+    assert (small.gatherer.holds, len(small.gatherer.batches)) == (0, 1)

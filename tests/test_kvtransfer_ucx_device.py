@@ -195,6 +195,30 @@ def test_a_disconnected_peer_is_fenced(driver: Path, owner: FakeGpu) -> None:
     reader.stop()
 
 
+@pytest.mark.parametrize("what", ["FAKE_CUDA_COPIES", "FAKE_CUDA_EVENTS"])
+def test_copies_that_fail_lose_the_peer_and_no_more(driver: Path, owner: FakeGpu, tmp_path: Path, what: str) -> None:
+    """Each read ends once, after the copies under way; what was mapped is given back, and can be again."""
+    environ = {"FAKE_CUDA_COPY_US": "20000", "FAKE_CUDA_MAPPED": str(tmp_path / "mapped"), what: "7"}
+    reader = FakeGpu(driver, GROUPS, 100, environ=environ)
+    connect(reader, owner)
+    for i in range(20):
+        reader.read(i, "full", [("full", 0, 0, 40 * MIB)])
+    events = reader.events(21)
+    assert isinstance(events[-1], PeerDown)
+    assert "copying of GPU 0: invalid argument" in events[-1].message
+    reads = [e for e in events if isinstance(e, ReadResult)]
+    assert sorted(e.read_id for e in reads) == list(range(20))
+    assert {e.status for e in reads} >= {ReadStatus.FAILED}
+    assert num_mapped(tmp_path) == 0
+    reader.call("fill", "full", 7)
+    time.sleep(0.2)
+    assert set(reader.call("bytes", "full")) == {7}
+    connect(reader, owner)
+    reader.read(100, "full", [("full", 0, 0, MIB)])
+    assert only(reader.events(1)).status is ReadStatus.OK
+    reader.stop()
+
+
 def test_a_process_reads_its_own_memory(owner: FakeGpu) -> None:
     """As the self-test of an engine does."""
     peer = connect(owner, owner)

@@ -187,16 +187,19 @@ class DeviceTransport:
             poll.register(fd, select.POLLIN)
         stopped = False
         while not stopped:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(0 if self._asked else None)}
             stopped = self._stop_fd in ready
             if self._asked_fd in ready:
                 os.eventfd_read(self._asked_fd)
-            while self._asked:
+            if self._asked and not stopped:
                 self._report(self._gather(self._asked.popleft()))
             began = time.perf_counter()
             launched = [(event, self._launch(event)) for event in self._inner.poll()]
             for event, outcome in launched:
                 self._report(event if outcome is None else _verdict(event, outcome, began))
+        for asked in self._asked:  # nobody waits for it any more
+            assert self._gatherer is not None
+            self._gatherer.release(asked.peer_id)
 
     def _gather(self, asked: _Gathering) -> ReadResult:
         assert self._gatherer is not None
