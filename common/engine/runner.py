@@ -128,6 +128,7 @@ class ModelRunner:
             pending.result = self._sampler.sample(pending.logits_RV, pending.sample_rows, masks)
             count = min(len(pending.sample_rows), len(self.drawn_R))
             self.drawn_R[:count].copy_(pending.result.token_ids_R[:count])
+            pending.logits_RV = None  # memory for the next step's
 
     def is_done(self, pending: Pending) -> bool:
         """Does `collect` not wait?"""
