@@ -31,7 +31,7 @@ def build_driver(folder: Path) -> Path:
     """`libcuda.so.1` in `folder`."""
     library = folder / "libcuda.so.1"
     source = Path(__file__).parent / "fake_cuda.c"
-    command = ["cc", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+    command = ["cc", "-O1", "-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     return library
 
