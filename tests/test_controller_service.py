@@ -30,6 +30,7 @@ from common.rpc.codec import Change, ChangeKind, Loads, Ping, Snapshot, WatchEve
 from common.rpc.controller import GrpcController
 from common.rpc.membership import Membership, MembershipChange
 from common.rpc.registry import RegistryClient
+from common.rpc.tasks import end_tasks
 from common.types import WorkerInfo, WorkerLoad, WorkerState
 from services.controller import __main__ as main_module
 from services.controller import watch as watch_module
@@ -127,8 +128,7 @@ class Watched:
         return [(c.kind.value, c.reason) for c in self.changes]
 
     async def stop(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await end_tasks([self._task])
 
 
 @asynccontextmanager

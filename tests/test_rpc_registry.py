@@ -18,6 +18,7 @@ from common.rpc.codec import Change, ChangeKind, LoadEntry, Loads, Ping, Snapsho
 from common.rpc.controller import Registered
 from common.rpc.membership import Membership, MembershipChange, MembershipTable, RevisionGapError
 from common.rpc.registry import RegistryClient
+from common.rpc.tasks import end_tasks
 from common.types import WorkerInfo, WorkerLoad, WorkerState
 
 
@@ -375,3 +376,28 @@ async def test_membership_survives_listeners_and_never_synced():
         late: list[MembershipChange] = []
         following.subscribe(late.append)
         assert told(late) == told(changes) == [("added", "a", "")]
+
+
+async def test_a_task_that_loses_a_cancellation_ends_all_the_same() -> None:
+    lost = 0
+
+    async def forgetful() -> None:
+        nonlocal lost
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                lost += 1
+                if lost > 1:
+                    raise
+
+    async def broken() -> None:
+        await asyncio.sleep(0)
+        raise RuntimeError("on its own")
+
+    tasks = [asyncio.create_task(forgetful()), asyncio.create_task(broken())]
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        await end_tasks(tasks)
+    assert lost == 2
+    assert all(task.done() for task in tasks)

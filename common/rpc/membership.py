@@ -23,6 +23,7 @@ from common.errors import UnavailableError
 from common.rpc.client import Backoff
 from common.rpc.codec.watch import PING_INTERVAL_S, Change, ChangeKind, Loads, Ping, Snapshot, WatchEvent
 from common.rpc.controller import Connect, ControllerPeer, GrpcController
+from common.rpc.tasks import end_tasks
 from common.telemetry import get_logger
 from common.types import Clock, MonotonicClock, WorkerInfo
 
@@ -191,9 +192,7 @@ class Membership:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end_tasks([self._task])
             self._task = None
         self.connected = False
         for peer in self._peers.values():

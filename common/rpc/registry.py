@@ -22,6 +22,7 @@ from common.errors import NotFoundError
 from common.rpc.client import Backoff
 from common.rpc.controller import Connect, ControllerPeer, GrpcController, Registered
 from common.rpc.membership import Membership, MembershipChange
+from common.rpc.tasks import end_tasks
 from common.telemetry import get_logger
 from common.types import WorkerInfo, WorkerLoad, WorkerState
 
@@ -81,9 +82,7 @@ class RegistryClient:
     async def stop(self, timeout_s: float = 2.0) -> None:
         """Leave the cluster, in at most `timeout_s`; the lease removes what could not be told."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end_tasks([self._task])
             self._task = None
         if self._known_as is not None:
             with contextlib.suppress(TimeoutError):

@@ -11,6 +11,7 @@ import random
 from common.config import ControllerConfig
 from common.rpc.codec import PING_INTERVAL_S
 from common.rpc.server import HttpEndpoint, RpcServer, Service, Verdict, serve_http
+from common.rpc.tasks import end_tasks
 from common.telemetry import Metrics, get_logger
 from common.types import Clock, MonotonicClock, Role
 from services.controller.servicer import SERVICE, ControllerServicer
@@ -72,9 +73,7 @@ class Controller:
 
     async def stop(self, grace_s: float = 2.0) -> None:
         await self._server.drain(grace_s)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         self._tasks.clear()
         if self._http is not None:
             await self._http.stop()
