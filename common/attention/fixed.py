@@ -13,7 +13,6 @@ from torch import Tensor
 from common.attention.capability import Capability
 from common.attention.context import AttentionContext, GroupTables
 from common.attention.latent_gpu import LatentBackend
-from common.attention.reference import store
 from common.kernels import gpu
 from common.kvcache.scales import KVScales
 
@@ -36,13 +35,6 @@ class FixedBackend(LatentBackend):
 
     def __init__(self) -> None:
         super().__init__(fixed=True)
-
-    def write(
-        self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
-    ) -> None:
-        """As the reference, with places worked out at each call: a recorded step must do it in each replay."""
-        slots_T, size = tables.slots_T, tables.block_size
-        store(k_TUD, v_TUD, cache, (slots_T // size, slots_T % size), scales)
 
     def attend(
         self,

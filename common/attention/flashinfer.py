@@ -34,7 +34,7 @@ from common.attention.flashinfer_modules import Launch, Module
 from common.attention.flashinfer_parts import Few, One, Paged, Part, lay_out
 from common.attention.flashinfer_plan import Cut, Heads, Ints, Pages
 from common.attention.flashinfer_xqa import Xqa, XqaSpace
-from common.attention.reference import ReferenceBackend, store
+from common.attention.reference import RecordableBackend
 from common.attention.staging import Staging
 from common.kernels import gpu
 from common.kvcache.scales import KVScales
@@ -90,11 +90,10 @@ class _Shape:
     kv_dtype: torch.dtype
 
 
-class FlashInferBackend(ReferenceBackend):
+class FlashInferBackend(RecordableBackend):
     """Latent attention is not declared: what the protocol asks for it is the reference's."""
 
     name = "flashinfer"
-    can_record = True
 
     def __init__(self, own_kernel: bool = True, xqa: bool = True) -> None:
         """`own_kernel`: for few new tokens. `xqa`: for one, in few sequences. Without them `fa2` does that work."""
@@ -117,13 +116,6 @@ class FlashInferBackend(ReferenceBackend):
         for name, tables in ctx.groups.items():
             if (name, tables.first) in self._shapes:
                 self._plan_group(name, tables, ctx)
-
-    def write(
-        self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
-    ) -> None:
-        """As the reference, with places worked out at each call: a recorded step must do it in each replay."""
-        slots_T, size = tables.slots_T, tables.block_size
-        store(k_TUD, v_TUD, cache, (slots_T // size, slots_T % size), scales)
 
     def attend(
         self,

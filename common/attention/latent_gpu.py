@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.attention.context import AttentionContext, GroupTables, Selection
 from common.attention.latent import Part
-from common.attention.reference import ReferenceBackend
+from common.attention.reference import RecordableBackend
 from common.kernels import gpu
 from common.kvcache.packing import RowPacking
 
@@ -34,13 +34,12 @@ class SlotSelection(Selection):
         return SlotSelection(self.positions_TK[tokens], self.counts_T[tokens], self.slots_TK[tokens])
 
 
-class LatentBackend(ReferenceBackend):
+class LatentBackend(RecordableBackend):
     """Keys and values of heads are the reference's, and so is what no latent model asks for: units, and values that do
     not begin a row.
     """
 
     name = "latent"
-    can_record = True
 
     def __init__(self, *, fixed: bool = False) -> None:
         self._fixed = fixed

@@ -168,6 +168,19 @@ class ReferenceBackend:
         return Selection(positions_TK, counts_T)
 
 
+class RecordableBackend(ReferenceBackend):
+    """The base of backends whose steps can be recorded and replayed."""
+
+    can_record = True
+
+    def write(
+        self, k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, tables: GroupTables, scales: KVScales | None = None
+    ) -> None:
+        """As the reference, with places worked out at each call: a recorded step must do it in each replay."""
+        slots_T, size = tables.slots_T, tables.block_size
+        store(k_TUD, v_TUD, cache, (slots_T // size, slots_T % size), scales)
+
+
 def store(k_TUD: Tensor, v_TUD: Tensor, cache: Tensor, place: tuple[Tensor, Tensor], scales: KVScales | None) -> None:
     """Write keys and values to `place`, the block and the offset of each token."""
     assert (scales is not None) == (cache.dtype == torch.float8_e4m3fn)

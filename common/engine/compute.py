@@ -104,9 +104,10 @@ def make_compute(
         progress=lambda name, done, total: progress("loading weights", done, total),
     )
     sampler = Sampler(spec.vocab_size, device)
+    records = device.type == "cuda" and _may_record(engine, model, backend)
     if device.type == "cuda":
         progress("measuring memory", 0, 1)
-        sizing = _size_for_gpu(engine, spec, role, mesh, sizing, model, backend, sampler)
+        sizing = _size_for_gpu(engine, spec, role, mesh, sizing, model, backend, sampler, records)
     layout = sizing.layout
     blocks = {g.name: g.num_blocks for g in layout.groups}
     log.info("kv cache sized", budget_bytes=sizing.budget_nbytes, blocks=blocks, dtype=sizing.kv_dtype)
@@ -120,7 +121,7 @@ def make_compute(
         for name, guard in pool.guards().items():
             transport.register(name, bases[name], pool.nbytes(name), guard, GUARD_NBYTES)
     runner = ModelRunner(model, pool, backend, sampler, device, engine.max_num_seqs)
-    if device.type == "cuda" and _may_record(engine, model, backend):
+    if records:
         runner.graphs = _record(runner, model, engine, layout, pool, backend, sizing.max_model_len, progress)
     draft_runner = None
     if spec.has_drafts:
@@ -161,8 +162,12 @@ def _size_for_gpu(
     model: DecoderModel,
     backend: AttentionBackend,
     sampler: Sampler,
+    records: bool,
 ) -> EngineSizing:
-    """The sizing with a pool that fits beside weights and steps on the GPU of every rank, which measure it together."""
+    """The sizing with a pool that fits beside weights and steps on the GPU of every rank, which measure it together.
+
+    `records`: leave room for recorded steps.
+    """
     weights, tokens = weights_nbytes(), engine.max_num_batched_tokens
     small = _smallest_sizing(engine, spec, role, mesh.rank, min(sizing.max_model_len, tokens))
     pool = KVPool(small.layout, None, mesh.device, small.scales)
@@ -172,7 +177,7 @@ def _size_for_gpu(
         runner, small.layout, max_tokens=tokens, max_seqs=engine.max_num_seqs, max_model_len=small.max_model_len
     )
     del pool, runner
-    memory = measure(weights, graphs=_may_record(engine, model, backend), beside=beside)
+    memory = measure(weights, graphs=records, beside=beside)
     (budget,) = mesh.least([memory.pool_nbytes(engine.gpu_memory_utilization)])
     log.info("gpu memory", total_mib=memory.total >> 20, pool_mib=budget >> 20, taken=memory.describe())
     return size_engine(engine, spec, role, budget, mesh.rank)
