@@ -10,6 +10,11 @@ or nvcc. Two folders are looked through:
 The second is filled by `nanodeploy kernels build`, and by the first use of a module that is in neither. Only the
 kernels of causal masks are compiled, a third of what FlashInfer's own modules hold.
 
+    sources -> NAME.building/ (one process at a time, under a lock) -> renamed to NAME/NAME.so -> found, mapped
+
+A process that maps a file that is still written dies of SIGBUS. So a library gets its name when it is complete, is not
+written again, and one that ends before its last section (someone unpacks an archive) is not there yet.
+
 Two kinds of paged kernels, `fa2` (any GPU that FlashInfer serves; query heads of a key head share a tile) and `fa3`
 (Hopper; no split along the keys, no 8-bit keys). Strides of pages are honoured by both, and offsets are 64 bits wide:
 `paged_kv_t::get_elem_offset` multiplies as size_t, `SparseCollectiveMainloop` as int64.
@@ -17,11 +22,16 @@ Two kinds of paged kernels, `fa2` (any GPU that FlashInfer serves; query heads o
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
+import os
+import struct
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -35,6 +45,9 @@ _log = structlog.stdlib.get_logger(__name__)
 
 VERSION = "0.6.13"
 """What the arguments below and the arrays of `flashinfer_plan` were written for."""
+
+BUILD_LIMIT_S = 3600.0
+"""Longest wait for another process that compiles."""
 
 SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3"}
 
@@ -60,6 +73,8 @@ struct FromFirst : DefaultAttention<false, window, false, false> {
 """
 _CAUSAL, _CLOSED = 1, 2  # FlashInfer's MaskMode: kCausal, kCustom
 _HND = 1  # FlashInfer's QKVLayout: pages are [heads, tokens, width]
+_LOCK_LOOK_S = 0.2  # flock(2) knows no time limit
+_ELF = struct.Struct("<4s36xQ10xHH2x")  # magic; where the table of sections begins, the size and number of its entries
 
 
 def missing() -> str:
@@ -92,11 +107,22 @@ class Compiled(Protocol):
 
 
 def find(name: str) -> Path | None:
-    """The library of this name, None if it was not built."""
+    """The library of this name, None if it was not built, or not to its end."""
     from flashinfer.jit import env
 
     places = (env.FLASHINFER_AOT_DIR, env.FLASHINFER_JIT_DIR)
-    return next((p for p in (d / name / f"{name}.so" for d in places) if p.exists()), None)
+    return next((p for p in (d / name / f"{name}.so" for d in places) if _is_whole(p)), None)
+
+
+def _is_whole(path: Path) -> bool:
+    """Is it a library with all its sections? Their table lies at its end, and its place is at its beginning."""
+    try:
+        with path.open("rb") as file:
+            magic, table_at, entry_nbytes, num_entries = _ELF.unpack(file.read(_ELF.size))
+            nbytes = os.fstat(file.fileno()).st_size
+    except (OSError, struct.error):
+        return False
+    return bool(magic == b"\x7fELF" and nbytes >= table_at + entry_nbytes * num_entries)
 
 
 @dataclass(frozen=True)
@@ -186,26 +212,16 @@ def wanted(
 
 
 def build_missing(modules: Sequence[Compiled]) -> None:
-    """Compile those that are not there, with a line in the log. Processes that want the same wait for each other.
-
-    ConfigError if there is no compiler, or it fails.
-    """
-    if all(m.path is not None for m in modules):
+    """Compile those that are not there, with a line in the log. ConfigError if there is no compiler, or it fails."""
+    missing = [m for m in modules if m.path is None]
+    if not missing:
         return
-    from filelock import FileLock
-    from flashinfer.jit import env
-
-    env.FLASHINFER_JIT_DIR.mkdir(parents=True, exist_ok=True)
-    with FileLock(env.FLASHINFER_JIT_DIR / "nanodeploy.lock"):
-        missing = [m for m in modules if m.path is None]
-        if not missing:
-            return
-        names = [m.name for m in missing]
-        _log.warning("attention kernels are compiled now; `nanodeploy kernels build` does it beforehand", kernels=names)
-        try:
-            build([m.sources() for m in missing])
-        except (RuntimeError, OSError) as error:
-            raise ConfigError(f"attention kernels {', '.join(names)} are not built: {error}") from error
+    names = [m.name for m in missing]
+    _log.warning("attention kernels are compiled now; `nanodeploy kernels build` does it beforehand", kernels=names)
+    try:
+        build(missing)
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"attention kernels {', '.join(names)} are not built: {error}") from error
 
 
 def load_library(module: Compiled) -> Any:
@@ -235,22 +251,58 @@ def _overlaps_launches() -> bool:
     return torch.cuda.get_device_capability() >= (9, 0)
 
 
-def build(specs: Sequence[Any], num_jobs: int = 0, on_line: Callable[[str], None] = lambda _: None) -> None:
-    """Compile in parallel, all files of all modules in one run of ninja. `on_line`: each line that it prints.
+def build(
+    modules: Sequence[Compiled], num_jobs: int = 0, on_line: Callable[[str], None] = lambda _: None
+) -> list[Compiled]:
+    """Compile those that are not there, and return them. Processes that want the same wait for each other.
 
-    RuntimeError, with the end of the compiler's output, if something does not compile.
+    `on_line`: each line that the compiler prints. RuntimeError, with the end of its output, if something does not
+    compile; TimeoutError if another process compiles for longer than `BUILD_LIMIT_S`.
     """
     from flashinfer.jit import env
 
+    folder: Path = env.FLASHINFER_JIT_DIR
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder / "nanodeploy.lock") as lock:
+        missing = [m for m in modules if m.path is None]
+        specs = [replace(m.sources(), name=f"{m.name}.building") for m in missing]
+        if specs:
+            _compile(folder, specs, lock, num_jobs, on_line)
+        for module, spec in zip(missing, specs, strict=True):
+            target = folder / module.name / f"{module.name}.so"
+            target.parent.mkdir(exist_ok=True)
+            os.replace(spec.jit_library_path, target)
+    return missing
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[int]:
+    """Hold the lock of this file, by a descriptor; a child that has the descriptor too holds it as long as it lives."""
+    deadline = time.monotonic() + BUILD_LIMIT_S
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"another process has held {path} for {BUILD_LIMIT_S:.0f} s") from None
+                time.sleep(_LOCK_LOOK_S)
+        yield file.fileno()
+
+
+def _compile(folder: Path, specs: Sequence[Any], lock: int, num_jobs: int, on_line: Callable[[str], None]) -> None:
+    """In parallel, all files of all modules in one run of ninja, which holds the lock even if this process ends."""
     for spec in specs:
         spec.write_ninja()
-    top = env.FLASHINFER_JIT_DIR / "nanodeploy.ninja"
+    top = folder / "nanodeploy.ninja"
     top.write_text("\n".join(["ninja_required_version = 1.3", *(f"subninja {s.ninja_path}" for s in specs), ""]))
-    command = ["ninja", "-C", str(env.FLASHINFER_JIT_DIR), "-f", str(top)]
+    command = ["ninja", "-C", str(folder), "-f", str(top)]
     if num_jobs:
         command += ["-j", str(num_jobs)]
     output: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, pass_fds=[lock], **pipes) as process:
         assert process.stdout is not None
         for line in process.stdout:
             output.append(line)

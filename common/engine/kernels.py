@@ -83,14 +83,12 @@ def main() -> int:
         modules: list[Compiled] = [*modules_for(args.model, args.dtype, args.kv_dtype, args.hopper)]
         modules += xqa_modules_for(args.model, args.dtype, args.kv_dtype, args.hopper)
         modules += latent_modules_for(args.model, args.dtype, args.hopper)
-        missing = [m for m in modules if m.path is None]
-        if missing:
-            build([m.sources() for m in missing], args.jobs, _on_line)
+        built = build(modules, args.jobs, _on_line)
     except Exception as error:  # noqa: BLE001  the edge of this process: what failed is said in its one way
         _say({"error": str(error)})
         return 1
     for module in modules:
-        _say({"kernel": module.name, "path": str(module.path), "built": module in missing})
+        _say({"kernel": module.name, "path": str(module.path), "built": module in built})
     return 0
 
 
