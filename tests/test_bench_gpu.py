@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.gpu import show
@@ -89,3 +92,33 @@ def test_dry_run_measures_and_goes_on_after_a_failure(tmp_path: Path) -> None:
     assert {"ready", "decode", "prefill", "nano", "batch"} <= set(parts)
     assert not show.errors(parts)
     assert (tmp_path / "gpu.png").is_file()
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """Of its command."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_stage_ends_with_the_one_who_started_it(tmp_path: Path) -> None:
+    """A run that is killed must not leave a stage that holds the GPU. The stage has a cluster of its own."""
+    command = [sys.executable, "benchmarks/gpu/run.py", "--dry-run", "--out", str(tmp_path), "--only", "http"]
+    environ = os.environ | {"TMPDIR": str(tmp_path)}
+    run = psutil.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while not any("services.cli.main" in words_of(process) for process in started):
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        started = run.children(recursive=True)
+    run.kill()
+    run.wait()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
+    assert list(tmp_path.rglob("earlier.json"))
+    assert not list(tmp_path.rglob("output.json")), "the stage went on to its end"

@@ -49,6 +49,7 @@ def run_stage(stage: Stage, folder: Path, results: dict[str, Any], limit_s: floa
             command + ["--dry-run"] * dry_run,
             cwd=ROOT,
             env=environ,
+            stdin=subprocess.PIPE,  # it ends with this process: the stage stops then
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -72,11 +73,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
     process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def run_all(names: list[str], arguments: argparse.Namespace, results: dict[str, Any]) -> None:
