@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,9 +41,9 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "keeps_fp8", lambda *_: True)
 
 
-def load(folder: Path, tp: TensorParallel | None = None, load_format: str = "auto") -> dict[str, Slot]:
+def load(folder: Path, tp: TensorParallel | None = None, **options: Any) -> dict[str, Slot]:
     spec = ModelSpec.from_folder(folder)
-    model = load_model(spec, dtype="float32", device=CPU, tp=tp, load_format=load_format)
+    model = load_model(spec, dtype="float32", device=CPU, tp=tp, **options)
     found = weights.assemble(weights.read_index(spec.folder), spec.quant).stored
     return {slot.name: slot for slot in choose_forms(model.slots(), found)[0]}
 
@@ -88,7 +89,7 @@ def test_a_checkpoints_scales_stay(
 def test_other_weights_are_quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As --quantization fp8 does; shares off the boundaries, and what a layer reads itself, stay as they are."""
     folder = make_deepseek_v3(tmp_path / "model", hidden_size=128, q_lora_rank=128, moe_intermediate_size=128)
-    got = load(folder)
+    got = load(folder, quantization="fp8")
     monkeypatch.undo()
     want = load(folder)
     assert any("experts" in name for name in in_fp8(got))

@@ -63,7 +63,8 @@ class EngineConfig(_Section):
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, for benchmarks")
     quantization: Literal["auto", "fp8", "none"] = Field(
         "auto",
-        description="of weights on a GPU: auto keeps FP8 as stored, fp8 makes others so, none has dtype for all",
+        description="of weights on a GPU: auto keeps FP8 as stored, fp8 makes others so but what the checkpoint "
+        "excludes, none has dtype for all",
     )
     max_model_len: int = Field(0, ge=0, description="tokens; 0 takes the checkpoint's")
     max_num_seqs: int = Field(0, ge=0, description="sequences in a batch; 0 is 64 on the CPU and 512 on a GPU")

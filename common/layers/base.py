@@ -19,6 +19,15 @@ import torch
 from torch import Tensor
 
 
+def share_size(num_units: int, ranks: int) -> int:
+    """Units of one of `ranks` ranks (`TensorParallel.share`). ValueError where it does not divide."""
+    if num_units % ranks == 0:
+        return num_units // ranks
+    if ranks % num_units:
+        raise ValueError(f"{num_units} units do not divide over {ranks} ranks")
+    return 1
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """The place of a rank, and the sum over ranks (in place, returned) that partial products go through.
@@ -42,12 +51,8 @@ class TensorParallel:
 
         The same rule as `common.kvcache.layout`'s SPLIT and GROUPED. ValueError where it does not divide.
         """
-        if num_units % self.size == 0:
-            count = num_units // self.size
-            return self.rank * count, count
-        if self.size % num_units:
-            raise ValueError(f"{num_units} units do not divide over {self.size} ranks")
-        return self.rank * num_units // self.size, 1
+        count = share_size(num_units, self.size)
+        return (self.rank * count if num_units % self.size == 0 else self.rank * num_units // self.size), count
 
     def reduce(self, partial: Tensor) -> Tensor:
         return partial if self.all_reduce is None else self.all_reduce(partial)
@@ -58,7 +63,8 @@ class Build:
     """How the tensors of a model are made.
 
     `fp8_linears`, `fp8_experts`: these weights stay in FP8 where their sizes allow it (`common.layers.fp8_weight`).
-    `fixed`: a token's bits do not depend on the others of a step, on a GPU too.
+    `exact`: the layer reads its weights itself, in `dtype`. `fixed`: a token's bits do not depend on the others of a
+    step, on a GPU too.
     """
 
     dtype: torch.dtype
@@ -66,6 +72,7 @@ class Build:
     tp: TensorParallel = TensorParallel()
     fp8_linears: bool = False
     fp8_experts: bool = False
+    exact: bool = False
     fixed: bool = False
 
     def empty(self, *shape: int) -> Tensor:
@@ -92,7 +99,7 @@ class Slot:
 
     A layer may offer its tensors in several `form`s; a checkpoint holds one of them, whole, for each layer (`owner`,
     filled in by `Layer.slots`). Slots of one form may share a name: each takes its part. `num_values` above 0: whole
-    numbers from 0 to below it.
+    numbers from 0 to below it. `holder`: of a weight of linear layers, who holds it.
     """
 
     name: str
@@ -106,6 +113,7 @@ class Slot:
     owner: str = ""
     num_values: int = 0
     scales: Tensor | None = None
+    holder: Holder | None = None
 
 
 class Layer:
@@ -141,3 +149,22 @@ class Layer:
             elif isinstance(child, list):
                 for i, item in enumerate(child):
                     yield from item.slots(f"{prefix}{name}.{i}.")
+
+
+class Holder(Layer):
+    """A layer of matrices that may stay in FP8.
+
+    `is_exact`: it never does. `wants_fp8`: `Build` asks for it. `in_fp8`: it is so, for its parts begin on blocks.
+    """
+
+    is_exact: bool
+    wants_fp8: bool
+    in_fp8: bool
+
+    def fits(self, ranks: int) -> bool:
+        """Do all parts, and a rank's share of each, begin on blocks? ValueError where they do not divide."""
+        raise NotImplementedError
+
+    def hold_floats(self, dtype: torch.dtype) -> None:
+        """Exchange weights in FP8, which are not filled yet, for ones of `dtype`; slots from before are void."""
+        raise NotImplementedError

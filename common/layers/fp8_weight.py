@@ -1,8 +1,8 @@
 """Weights that stay in FP8 on a GPU: values in E4M3, and a scale for each block of 128 x 128 beside them.
 
 A layer asks for them where `Build` says so and all of its parts, and a rank's share of each, begin on a block boundary;
-its other weights have the model's type. A checkpoint that has just such blocks fills them as they are; from any other
-form a weight is quantised when it is loaded.
+its other weights have the model's type. A checkpoint that has just such blocks, or one scale for a tensor, fills them
+as they are. Which of the rest are quantised when they are loaded `common.models.fp8_choice` says.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def empty_weight(build: Build, in_fp8: bool, *shape: int) -> tuple[Tensor, Tenso
 
 def exact(build: Build) -> Build:
     """The same with all linear weights in the model's type: for a layer that reads them itself."""
-    return replace(build, fp8_linears=False)
+    return replace(build, fp8_linears=False, exact=True)
 
 
 def blocks_of(scales: Tensor | None, dim: int, part: slice) -> Tensor | None:

@@ -29,6 +29,7 @@ from common.kernels import gpu
 from common.kernels.ops import linear
 from common.kvcache.layout import KVPlace
 from common.layers.base import Build, Layer
+from common.layers.fp8_weight import exact
 from common.layers.layer_norm import LayerNorm
 from common.layers.linear import ColumnLinear
 from common.layers.mla_spec import IndexerSpec
@@ -50,7 +51,7 @@ class Indexer(Layer):
         self.wq_b = ColumnLinear(build, q_lora_rank, {"wq_b": (1, heads * width)}, bias=False)
         self.wk = ColumnLinear(build, hidden_size, {"wk": (1, width)}, bias=False)
         self.k_norm = LayerNorm(build, width, spec.norm_eps)
-        in_fp32 = replace(build, dtype=torch.float32, fp8_linears=False)
+        in_fp32 = replace(exact(build), dtype=torch.float32)
         self.weights_proj = ColumnLinear(in_fp32, hidden_size, {"weights_proj": (1, heads)}, bias=False)
 
     def __call__(self, x_TD: Tensor, q_TR: Tensor, step: Step, sparse: Part | None) -> None:

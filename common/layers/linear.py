@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
-from common.layers.base import Build, Init, Layer, Slot, TensorParallel
+from common.layers.base import Build, Holder, Init, Slot, TensorParallel, share_size
 from common.layers.fp8_weight import blocks_of, empty_weight, fits_blocks, gated_product, product
 
 
-class ColumnLinear(Layer):
+class ColumnLinear(Holder):
     """`parts`: checkpoint name -> (units, width of a unit); a rank holds whole units of every part."""
 
     transparent = True
@@ -27,11 +28,21 @@ class ColumnLinear(Layer):
         self._in_features = in_features
         self._fixed = build.fixed
         rows = [shares[name][1] * width for name, (_, width) in parts.items()]
-        whole = all(shares[name][1] == units for name, (units, _) in parts.items())
         self.out_features = sum(rows)
-        fits = build.fp8_linears and fits_blocks(in_features, *(rows[:-1] if whole else rows))
-        self.weight, self.scales = empty_weight(build, fits, self.out_features, in_features)
+        self.is_exact, self.wants_fp8 = build.exact, build.fp8_linears
+        self.in_fp8 = build.fp8_linears and self.fits(build.tp.size)
+        self.weight, self.scales = empty_weight(build, self.in_fp8, self.out_features, in_features)
         self.bias = build.empty(self.out_features) if bias else None
+
+    def fits(self, ranks: int) -> bool:
+        """The last part may end anywhere if every rank has all of it."""
+        counts = [(share_size(units, ranks), units, width) for units, width in self._parts.values()]
+        rows = [count * width for count, _, width in counts]
+        is_last_whole = counts[-1][0] == counts[-1][1]
+        return fits_blocks(self._in_features, *(rows[:-1] if is_last_whole else rows))
+
+    def hold_floats(self, dtype: torch.dtype) -> None:
+        self.weight, self.scales, self.in_fp8 = torch.empty_like(self.weight, dtype=dtype), None, False
 
     def own_slots(self) -> Iterator[Slot]:
         row = 0
@@ -41,7 +52,7 @@ class ColumnLinear(Layer):
             row = rows.stop
             shape = (units * width, self._in_features)
             scales = blocks_of(self.scales, 0, rows)
-            yield Slot(f"{name}.weight", self.weight[rows], shape, 0, first * width, scales=scales)
+            yield Slot(f"{name}.weight", self.weight[rows], shape, 0, first * width, scales=scales, holder=self)
             if self.bias is not None:
                 yield Slot(f"{name}.bias", self.bias[rows], shape[:1], 0, first * width, Init.ZEROS)
 
@@ -53,7 +64,7 @@ class ColumnLinear(Layer):
         return gated_product(x_TD, self.weight, self.scales, self.bias, limit, fixed=self._fixed)
 
 
-class RowLinear(Layer):
+class RowLinear(Holder):
     """Inputs are `units` x `width`; each rank reads its units, `out_features` are whole on every rank.
 
     `reduce=False` leaves the partial sums to the caller, who adds others to them before they are added up over
@@ -69,12 +80,20 @@ class RowLinear(Layer):
         self._shape = (out_features, units * width)
         self._start = first * width
         self._fixed = build.fixed
-        fits = build.fp8_linears and fits_blocks(count * width)
-        self.weight, self.scales = empty_weight(build, fits, out_features, count * width)
+        self._units = units
+        self.is_exact, self.wants_fp8 = build.exact, build.fp8_linears
+        self.in_fp8 = build.fp8_linears and self.fits(build.tp.size)
+        self.weight, self.scales = empty_weight(build, self.in_fp8, out_features, count * width)
         self.bias = build.empty(out_features) if bias else None
 
+    def fits(self, ranks: int) -> bool:
+        return fits_blocks(share_size(self._units, ranks) * (self._shape[1] // self._units))
+
+    def hold_floats(self, dtype: torch.dtype) -> None:
+        self.weight, self.scales, self.in_fp8 = torch.empty_like(self.weight, dtype=dtype), None, False
+
     def own_slots(self) -> Iterator[Slot]:
-        yield Slot("weight", self.weight, self._shape, 1, self._start, scales=self.scales)
+        yield Slot("weight", self.weight, self._shape, 1, self._start, scales=self.scales, holder=self)
         if self.bias is not None:
             yield Slot("bias", self.bias, self._shape[:1], init=Init.ZEROS)
 

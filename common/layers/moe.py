@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.kernels.expert_weights import ExpertWeights
 from common.kernels.ops import linear, sigmoid_mul
-from common.layers.base import Build, Init, Layer, Slot
+from common.layers.base import Build, Holder, Init, Layer, Slot, share_size
 from common.layers.fp8_weight import empty_weight, fits_blocks
 from common.layers.mlp import SWIGLU_NAMES, SwiGLU, SwiGLUNames
 from common.layers.moe_spec import MoESpec
@@ -109,11 +109,11 @@ class _Part:
     def turned(self) -> _Part:
         return _Part(self.values.mT, None if self.scales is None else self.scales.mT)
 
-    def slot(self, name: str, shape: tuple[int, ...], dim: int, start: int, form: str) -> Slot:
-        return Slot(name, self.values, shape, dim, start, form=form, scales=self.scales)
+    def slot(self, name: str, shape: tuple[int, ...], dim: int, start: int, form: str, holder: Holder) -> Slot:
+        return Slot(name, self.values, shape, dim, start, form=form, scales=self.scales, holder=holder)
 
 
-class Experts(Layer):
+class Experts(Holder):
     """Checkpoint names under `experts.`. Gives the rank's partial sums."""
 
     def __init__(self, build: Build, hidden_size: int, spec: MoESpec, names: SwiGLUNames) -> None:
@@ -123,10 +123,19 @@ class Experts(Layer):
         self._limit = spec.swiglu_limit
         self._fixed = build.fixed
         self._dispatcher = LocalDispatcher(spec.num_experts)
-        in_fp8 = build.fp8_experts and fits_blocks(count, hidden_size)
-        gate_up, gate_up_scales = empty_weight(build, in_fp8, spec.num_experts, 2 * count, hidden_size)
-        down, down_scales = empty_weight(build, in_fp8, spec.num_experts, hidden_size, count)
+        self._hidden_size = hidden_size
+        self.is_exact, self.wants_fp8 = build.exact, build.fp8_experts
+        self.in_fp8 = build.fp8_experts and self.fits(build.tp.size)
+        gate_up, gate_up_scales = empty_weight(build, self.in_fp8, spec.num_experts, 2 * count, hidden_size)
+        down, down_scales = empty_weight(build, self.in_fp8, spec.num_experts, hidden_size, count)
         self.weights = ExpertWeights(gate_up, down, gate_up_scales, down_scales)
+
+    def fits(self, ranks: int) -> bool:
+        return fits_blocks(share_size(self._width, ranks), self._hidden_size)
+
+    def hold_floats(self, dtype: torch.dtype) -> None:
+        gate_up, down = (torch.empty_like(w, dtype=dtype) for w in self.weights[:2])
+        self.weights, self.in_fp8 = ExpertWeights(gate_up, down), False
 
     def own_slots(self) -> Iterator[Slot]:
         yield from self._separate()
@@ -139,8 +148,8 @@ class Experts(Layer):
         wide, tall = (self._width, hidden_size), (hidden_size, self._width)
         for e in range(experts):
             for name, part in ((self._names.gate, gate), (self._names.up, up)):
-                yield part.of(e).slot(f"{e}.{name}.weight", wide, 0, self._first, _SEPARATE)
-            yield down.of(e).slot(f"{e}.{self._names.down}.weight", tall, 1, self._first, _SEPARATE)
+                yield part.of(e).slot(f"{e}.{name}.weight", wide, 0, self._first, _SEPARATE, self)
+            yield down.of(e).slot(f"{e}.{self._names.down}.weight", tall, 1, self._first, _SEPARATE, self)
 
     def _fused(self, form: str) -> Iterator[Slot]:
         gate, up, down = self._parts()
@@ -150,9 +159,9 @@ class Experts(Layer):
         if form == _TURNED:
             gate, up, down = gate.turned(), up.turned(), down.turned()
             wide, tall, wide_dim, tall_dim = (experts, *wide[:0:-1]), (experts, *tall[:0:-1]), 2, 1
-        yield gate.slot("gate_up_proj", wide, wide_dim, self._first, form)
-        yield up.slot("gate_up_proj", wide, wide_dim, self._width + self._first, form)
-        yield down.slot("down_proj", tall, tall_dim, self._first, form)
+        yield gate.slot("gate_up_proj", wide, wide_dim, self._first, form, self)
+        yield up.slot("gate_up_proj", wide, wide_dim, self._width + self._first, form, self)
+        yield down.slot("down_proj", tall, tall_dim, self._first, form, self)
 
     def _parts(self) -> tuple[_Part, _Part, _Part]:
         """Gate, up and down of all experts."""

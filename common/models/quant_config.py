@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from common.layers.quant_spec import WHOLE, QuantSpec
 from common.models.config_reader import ConfigReader
 
 _FIELD = "quantization_config"
+_UNCONVERTED = ("modules_to_not_convert", "ignored_layers")  # Transformers', and others', name of the same
 
 
 def read_quant(*configs: ConfigReader) -> QuantSpec | None:
@@ -30,10 +33,12 @@ def _fp8(quant: ConfigReader, expert_dtype: str) -> QuantSpec:
     quant.choice("fmt", "e4m3", ("e4m3",))
     quant.choice("activation_scheme", "dynamic", ("dynamic", "static"))
     quant.choice("scale_fmt", "float", ("float", "ue8m0"))
-    block = quant.values.get("weight_block_size")
-    if block is None:
-        return QuantSpec("fp8", (WHOLE, WHOLE))
-    return QuantSpec("fp8", _block(quant, "weight_block_size"), fp4_experts=expert_dtype == "fp4")
+    block, is_fp4 = (WHOLE, WHOLE), False
+    if quant.values.get("weight_block_size") is not None:
+        block, is_fp4 = _block(quant, "weight_block_size"), expert_dtype == "fp4"
+    fields = [name for name in _UNCONVERTED if quant.values.get(name)] or _UNCONVERTED[:1]
+    ignored = tuple(entry for name in fields for entry in _names(quant, name))
+    return QuantSpec("fp8", block, is_fp4, ignored, " and ".join(fields), by_parts=True)
 
 
 def _compressed_fp8(quant: ConfigReader, group: ConfigReader) -> QuantSpec:
@@ -44,7 +49,8 @@ def _compressed_fp8(quant: ConfigReader, group: ConfigReader) -> QuantSpec:
             raise weights.error(name, f"{weights.values.get(name)!r} is not supported; supported is: {wanted!r}")
     strategy = weights.choice("strategy", "", ("tensor", "channel", "block"))
     blocks = {"tensor": (WHOLE, WHOLE), "channel": (1, WHOLE)}
-    return QuantSpec("fp8", blocks.get(strategy) or _block(weights, "block_structure"), ignored=_ignored(quant))
+    block = blocks.get(strategy) or _block(weights, "block_structure")
+    return QuantSpec("fp8", block, ignored=_names(quant, "ignore"), targets=_targets(group))
 
 
 def _int4(quant: ConfigReader, group: ConfigReader) -> QuantSpec:
@@ -60,14 +66,26 @@ def _int4(quant: ConfigReader, group: ConfigReader) -> QuantSpec:
     for name in ("actorder", "dynamic"):
         if weights.values.get(name):
             raise weights.error(name, f"{weights.values[name]!r} is not supported")
-    return QuantSpec("int4", (1, weights.integer("group_size")), ignored=_ignored(quant))
+    block = (1, weights.integer("group_size"))
+    return QuantSpec("int4", block, ignored=_names(quant, "ignore"), targets=_targets(group))
 
 
-def _ignored(quant: ConfigReader) -> tuple[str, ...]:
-    ignored = quant.values.get("ignore") or []
-    if not isinstance(ignored, list) or not all(isinstance(entry, str) for entry in ignored):
-        raise quant.error("ignore", f"must be a list of names, got {ignored!r}")
-    return tuple(ignored)
+def _targets(group: ConfigReader) -> tuple[str, ...]:
+    return _names(group, "targets") or ("Linear",)
+
+
+def _names(config: ConfigReader, field: str) -> tuple[str, ...]:
+    """Names of modules, and regular expressions after "re:"."""
+    names = config.values.get(field) or []
+    if not isinstance(names, list) or not all(isinstance(entry, str) and entry for entry in names):
+        raise config.error(field, f"must be a list of names, got {names!r}")
+    for entry in names:
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry.removeprefix("re:"))
+            except re.error as e:
+                raise config.error(field, f"{entry!r} is no regular expression: {e}") from None
+    return tuple(names)
 
 
 def _block(config: ConfigReader, field: str) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,7 @@ def _fp8(tensors: Mapping[str, TensorInfo], quant: QuantSpec) -> Iterator[_Found
             yield name, (info,), f"missing: {names[0]} {list(_grid(shape, block))}"
         else:
             others = tuple(tensors[n] for n in (f"{module}.input_scale",) if n in tensors)
-            wrong = _misfit(scales, shape, block)
+            wrong = _excluded(info, quant) or _misfit(scales, shape, block)
             yield name, (info, scales, *others), wrong or Scaled(info, scales, shape, block, per_word, others)
 
 
@@ -222,11 +223,22 @@ def _int4(tensors: Mapping[str, TensorInfo], quant: QuantSpec) -> Iterator[_Foun
             yield name, parts, f"misshapen: {info.name} is {list(info.shape)}, {name}_shape says {list(shape)}"
         elif name in tensors:
             yield name, (*parts, tensors[name]), f"twice: {name} and {info.name}"
-        elif quant.is_ignored(name.removesuffix(".weight")):
-            yield name, parts, f"quantised: {info.name}, which quantization_config.ignore excludes"
         else:
-            wrong = _misfit(parts[1], shape, quant.block)
+            wrong = _excluded(info, quant) or _misfit(parts[1], shape, quant.block)
             yield name, parts, wrong or Scaled(info, parts[1], shape, quant.block, 8, (parts[2],))
+
+
+def modules_of(info: TensorInfo) -> tuple[str, str]:
+    """The module that a weight belongs to, by its names here and in the checkpoint."""
+    ours, theirs = (re.sub(r"\.weight(_packed)?$", "", name) for name in (info.name, info.name_in_file))
+    return ours, theirs
+
+
+def _excluded(info: TensorInfo, quant: QuantSpec) -> str:
+    """What is wrong with a quantised tensor whose module is not to be, or nothing."""
+    if not quant.is_ignored(*modules_of(info)):
+        return ""
+    return f"quantised: {info.name}, which quantization_config.{quant.ignored_by} excludes"
 
 
 def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:

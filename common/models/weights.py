@@ -24,13 +24,14 @@ from common.attention.context import DTYPES
 from common.errors import ConfigError
 from common.layers.base import Build, Init, Slot, TensorParallel
 from common.layers.fp8_weight import BLOCK_SHAPE, fill_drawn, fill_quantised
-from common.layers.quant_spec import WHOLE, QuantSpec
+from common.layers.quant_spec import QuantSpec
 from common.models.checkpoint import TensorInfo, read_index
 from common.models.decoder import DecoderModel
+from common.models.fp8_choice import WHOLE_SHAPE, FP8Choice, stays_as_stored
 from common.models.kv_scales import is_scale
 from common.models.registry import model_class
 from common.models.spec import ModelSpec
-from common.models.stored import Assembled, Files, Part, Plain, Scaled, Stored, assemble, box
+from common.models.stored import Assembled, Files, Part, Plain, Scaled, Stored, assemble, box, modules_of
 from common.models.stream import Wanted, is_streamable, stream
 
 Progress = Callable[[str, int, int], None]
@@ -39,7 +40,6 @@ Progress = Callable[[str, int, int], None]
 _DUMMY_STD = 0.02
 _DRAWN_AT_ONCE = 2**26  # elements that are drawn on a GPU beside the model
 _MAX_LISTED = 40
-_WHOLE_SHAPE = (WHOLE, WHOLE)
 
 
 def load_model(
@@ -59,22 +59,26 @@ def load_model(
 
     `max_positions`: 0 takes the checkpoint's. `load_format`: auto reads the folder's safetensors, dummy draws
     weights from `seed`. `quantization`: auto keeps a checkpoint's FP8 weights as they are where the device multiplies
-    them, fp8 quantises other weights to that form, none turns all of them into `dtype`. `fixed`: see `Build`.
+    them, fp8 quantises other weights to that form too, but those that the checkpoint's config excludes, none turns all
+    of them into `dtype`. `fixed`: see `Build`.
     ConfigError lists all that is wrong with the checkpoint.
     """
-    in_fp8 = keeps_fp8(spec.quant, quantization, dtype, device)
+    in_fp8, tp = keeps_fp8(spec.quant, quantization, dtype, device), tp or TensorParallel()
     in_fp4 = spec.quant is not None and spec.quant.fp4_experts
-    build = Build(DTYPES[dtype], device, tp or TensorParallel(), in_fp8, in_fp8 and not in_fp4, fixed)
+    build = Build(DTYPES[dtype], device, tp, in_fp8, in_fp8 and not in_fp4, fixed=fixed)
     try:
         model = model_class(spec.model_type)(spec, build, max_positions or spec.max_position_embeddings)
     except ValueError as e:
         raise ConfigError(f"{spec.model_type} cannot be split over {build.tp.size} ranks: {e}") from None
     except (ArithmeticError, MemoryError, RuntimeError) as e:  # sizes that no machine, or not this one, has room for
         raise ConfigError(f"{spec.folder}: the model that config.json describes cannot be made here: {e}") from e
+    choice = FP8Choice(spec.quant, quantization == "fp8", build.dtype, tp.rank, tp.size)
+    choice.say_turned(in_fp8)
     if load_format == "dummy":
+        choice.settle(drawn_slots(model.slots()), None)
         draw_weights(model, seed)
     else:
-        load_weights(model, read_index(spec.folder), progress, spec.quant)
+        load_weights(model, read_index(spec.folder), choice, progress)
     with torch.inference_mode():
         model.derive()
     return model
@@ -87,7 +91,7 @@ def keeps_fp8(quant: QuantSpec | None, quantization: str, dtype: str, device: to
         raise ConfigError(
             f"quantization fp8 needs a GPU and bfloat16, not {device.type} and {dtype}", param="quantization"
         )
-    stored = quant is not None and quant.method == "fp8" and quant.block in (BLOCK_SHAPE, _WHOLE_SHAPE)
+    stored = quant is not None and quant.method == "fp8" and quant.block in (BLOCK_SHAPE, WHOLE_SHAPE)
     return can and (quantization == "fp8" or (quantization == "auto" and stored))
 
 
@@ -95,14 +99,16 @@ def keeps_fp8(quant: QuantSpec | None, quantization: str, dtype: str, device: to
 def load_weights(
     model: DecoderModel,
     tensors: Mapping[str, TensorInfo],
+    choice: FP8Choice,
     progress: Progress | None = None,
-    quant: QuantSpec | None = None,
 ) -> None:
     """Copy every tensor of `tensors` into its slots. ConfigError if names, shapes or dtypes do not match exactly."""
-    found = assemble(rename(tensors, model.renamed), quant)
+    found = assemble(rename(tensors, model.renamed), choice.quant)
     stored = found.stored
     slots, mixed = choose_forms(model.slots(), stored)
-    _check(slots, found, model.ignored, mixed)
+    _check(slots, found, choice.quant, model.ignored, mixed)
+    if choice.settle(slots, stored):
+        slots, _ = choose_forms(model.slots(), stored)
     todo = sorted((s for s in slots if s.name in stored), key=lambda s: _place(stored[s.name].parts[0], s))
     total = sum(part.nbytes for name in {s.name for s in todo} for part in stored[name].parts)
     done = 0
@@ -240,7 +246,7 @@ def _streamed(slot: Slot, stored: Stored) -> list[Wanted]:
     part = box(slot.shape, slot.dim, slot.start, slot.target.shape[slot.dim])
     if slot.scales is None:
         out = [Wanted(stored.info, part, slot.target)] if isinstance(stored, Plain) else []
-    elif isinstance(stored, Scaled) and stored.values.dtype == "F8_E4M3" and stored.block == BLOCK_SHAPE:
+    elif isinstance(stored, Scaled) and stays_as_stored(stored) and stored.block == BLOCK_SHAPE:
         out = [
             Wanted(stored.values, part, slot.target),
             Wanted(stored.scales, _scales_part(part, stored.block), slot.scales),
@@ -272,7 +278,7 @@ def _fill(slot: Slot, stored: Stored, files: Files) -> None:
 
 def _fill_fp8(slot: Slot, scales: torch.Tensor, stored: Stored, files: Files, part: Part) -> None:
     """Values and scales as they are stored if they have the layer's form, else quantised anew."""
-    if isinstance(stored, Scaled) and stored.values.dtype == "F8_E4M3" and stored.block in (BLOCK_SHAPE, _WHOLE_SHAPE):
+    if isinstance(stored, Scaled) and stays_as_stored(stored):
         slot.target.copy_(files.view(stored.values)[part])
         scales.copy_(stored.read_scales(files)[_scales_part(part, stored.block)].float())
         return
@@ -282,7 +288,15 @@ def _fill_fp8(slot: Slot, scales: torch.Tensor, stored: Stored, files: Files, pa
     fill_quantised(slot, whole)
 
 
-def _check(slots: list[Slot], found: Assembled, ignored: tuple[str, ...], mixed: list[str]) -> None:
+def _lacks_scales(slot: Slot, stored: Stored, quant: QuantSpec) -> bool:
+    """Is it a weight of a linear layer that the config says is quantised? Layers that are exact may have either."""
+    is_linear = slot.holder is not None and not slot.holder.is_exact
+    return is_linear and isinstance(stored, Plain) and quant.covers(*modules_of(stored.info))
+
+
+def _check(
+    slots: list[Slot], found: Assembled, quant: QuantSpec | None, ignored: tuple[str, ...], mixed: list[str]
+) -> None:
     wrong = [*found.broken.values(), *mixed]
     wanted = {s.name: s for s in slots}
     assert all(s.form for s in slots if wanted[s.name] is not s), "two slots of one name"
@@ -295,6 +309,9 @@ def _check(slots: list[Slot], found: Assembled, ignored: tuple[str, ...], mixed:
             wrong.append(f"misshapen: {slot.name} is {list(stored.shape)}, the config wants {list(slot.shape)}")
         elif not stored.is_of(whole_numbers=slot.num_values > 0):
             wrong.append(f"of the wrong type: {slot.name} is {stored.parts[0].dtype}")
+        elif quant is not None and _lacks_scales(slot, stored, quant):
+            what = f"{slot.name} is {stored.parts[0].dtype} without scales"
+            wrong.append(f"not quantised: {what}, and quantization_config.{quant.ignored_by} does not name it")
     skip = re.compile("|".join(ignored)) if ignored else None
     for name, stored in found.stored.items():
         if name not in wanted and not (skip and skip.fullmatch(name)) and not is_scale(name):
