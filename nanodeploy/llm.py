@@ -46,6 +46,7 @@ from common.types import (
     SamplingParams,
     TokenLogprobs,
 )
+from nanodeploy.guard import EngineGuard, interrupts_held_back
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,13 @@ class _Choice:
         return True
 
 
-def _say_nothing(stage: str, done: int, total: int) -> None:
-    pass
-
-
 class LLM:
     """A model, loaded. `options` are the fields of `EngineConfig` (vLLM's names): dtype, max_model_len ...
 
     Any number of prompts may wait, unless `max_waiting_seqs` says otherwise. `loading(stage, done, total)` is called
     as it loads; stage "loading weights" counts bytes. Raises ConfigError for a bad checkpoint or option.
+
+    A rank that is lost (`RankLostError`) ends it, and so does Ctrl-C that does not wait for the end of a step.
     """
 
     def __init__(self, model: str | Path, *, loading: Loading | None = None, **options: Any) -> None:
@@ -153,8 +152,9 @@ class LLM:
         self._folder = Path(model)
         self._clock = MonotonicClock()
         self._media = LocalMedia()
-        self._built = build_engine(config, Role.DECODE, self._clock, loading or _say_nothing, media=self._media)
+        self._built = build_engine(config, Role.DECODE, self._clock, loading or (lambda *_: None), media=self._media)
         self._built.engine.drain()
+        self._guard = EngineGuard(self._built)
         if self._built.ready.device != "cpu":
             gc.collect()
             gc.freeze()  # a full collection that looks through model and libraries would hold a step up for 0.1 s
@@ -176,8 +176,11 @@ class LLM:
         """Answer all prompts (texts, token ids, or token ids with images), batched, in their order.
 
         `progress(done, total)` is called as requests end. Raises the error of the first request that fails; with
-        `keep_errors` that becomes the `error` of its output, and the others go on.
+        `keep_errors` that becomes the `error` of its output, and the others go on. Ctrl-C waits for the step that is
+        under way; pressed again it does not, and ends this LLM.
         """
+        if self._guard.ended is not None:
+            raise self._guard.ended
         many = _many(prompts)
         params = sampling_params if sampling_params is not None else SamplingParams()
         per_prompt = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
@@ -245,6 +248,7 @@ class _Run:
         self._llm = llm
         self._keep_errors = keep_errors
         self._engine = llm._built.engine
+        self._guard = llm._guard
         self._outputs: list[RequestOutput] = []
         self._choices: dict[int, list[_Choice]] = {}
         self._by_slot: dict[int, RequestOutput] = {}
@@ -256,23 +260,31 @@ class _Run:
         """Run to the end; what still runs when that fails is cancelled."""
         total = len(prompts)
         try:
-            for prompt, one in zip(prompts, params, strict=True):
-                self._submit(prompt, one)
-            while self._by_slot:
-                self._engine.step()
-                for message in self._engine.drain():
-                    if isinstance(message, Deltas):
-                        self._take(message)
-                if progress is not None:
-                    progress(total - len(self._by_slot), total)
+            with interrupts_held_back() as look:
+                for prompt, one in zip(prompts, params, strict=True):
+                    self._submit(prompt, one)
+                while self._by_slot:
+                    with self._guard.computing():
+                        self._engine.step()
+                    for message in self._engine.drain():
+                        if isinstance(message, Deltas):
+                            self._take(message)
+                    if progress is not None:
+                        progress(total - len(self._by_slot), total)
+                    look()
         finally:
+            self._end()
+        return self._outputs
+
+    def _end(self) -> None:
+        if self._guard.ended is None:
             if self._by_slot:
                 self._engine.handle(Cancel(tuple(self._by_slot)))
-            self._engine.settle()
+            with self._guard.computing():
+                self._engine.settle()
             self._engine.drain()
-            for handle in self._handles:
-                self._llm._media.drop(handle)
-        return self._outputs
+        for handle in self._handles:
+            self._llm._media.drop(handle)
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> None:
         llm = self._llm

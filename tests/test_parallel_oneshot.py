@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -56,3 +57,25 @@ def test_parts_of_a_rank_s_memory_do_not_touch(size: int) -> None:
     assert flags_at + 4 * programs * size <= slots_at
     assert slots_at % 256 == flags_at % 256 == 0
     assert nbytes == slots_at + 2 * MOST_NBYTES[size]
+
+
+def test_a_sum_without_the_others_ends_when_it_is_told_to() -> None:
+    """On a GPU the kernel would spin for ever, and the host with it; so would every sum behind it."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1")
+    memory = [np.zeros(layout_of(2)[2], np.uint8) for _ in range(2)]
+    sums = OneShot([m.ctypes.data for m in memory], 0, 2, torch.device("cpu"))
+    x = torch.randn(64)
+
+    def sum_up() -> None:
+        for _ in range(3):
+            sums.all_reduce(x.clone())
+
+    thread = threading.Thread(target=sum_up, daemon=True)
+    thread.start()
+    thread.join(1.0)
+    assert thread.is_alive()
+    sums.abort()
+    thread.join(60.0)
+    assert not thread.is_alive()

@@ -44,6 +44,7 @@ log = get_logger(__name__)
 
 SETUP = 1
 LINK_S = 60.0  # for rank 0 to take what a rank says
+KILL_S = 10.0  # from SIGKILL to a rank's end: a driver takes its time to free a GPU
 
 
 class RankSetup(msgspec.Struct, frozen=True):
@@ -90,6 +91,7 @@ class Fleet:
 
     def close(self) -> None:
         self.ranks.close()
+        self.abort()  # nobody is left to compute with
         self.mesh.close()
         self.starter.close()
 
@@ -235,7 +237,10 @@ class _Child:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait(timeout_s)
+            try:
+                self._process.wait(KILL_S)
+            except subprocess.TimeoutExpired:
+                log.error("a rank's process cannot be ended", pid=self._process.pid)
 
 
 def main() -> int:

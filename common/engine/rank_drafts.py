@@ -37,7 +37,7 @@ class RankedDrafts:
     def take(self, hidden: object, row: int, count: int) -> object:
         number = next(self._next)
         self._ranks.tell(KEEP, pickle.dumps((number, row, count)))
-        with together():
+        with together(self._ranks):
             part = self._inner.take(hidden, row, count)
         self._numbers[id(part)] = number
         weakref.finalize(part, self._let_go, id(part))
@@ -48,7 +48,7 @@ class RankedDrafts:
         rows = [self._sent(row) for row in work.rows]
         kept = [(row, tuple(place_of(kept))) for row, kept in work.kept]
         self._ranks.tell(DRAFT, pickle.dumps((gone, rows, kept)))
-        with together():
+        with together(self._ranks):
             return self._inner.run(hidden, work)
 
     def _sent(self, row: DraftRow) -> tuple[Any, ...]:

@@ -79,18 +79,18 @@ class RankedRunner:
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         if copies:
             self._ranks.tell(COPY, pickle.dumps([tuple(c) for c in copies]))
-        with together():
+        with together(self._ranks):
             self._inner.copy_blocks(copies)
 
     def forward(self, batch: Batch) -> Pending:
         self._ranks.tell(FORWARD, self._encoder.encode(batch), is_step=True)
-        with together():
+        with together(self._ranks):
             return self._inner.forward(batch)
 
     def sample(self, pending: Pending, masks: Tensor | None = None) -> None:
         assert masks is None, "masks do not go to other ranks"
         self._ranks.tell(SAMPLE)
-        with together():
+        with together(self._ranks):
             self._inner.sample(pending)
 
     def is_done(self, pending: Pending) -> bool:
@@ -98,10 +98,8 @@ class RankedRunner:
 
     def collect(self, pending: Pending) -> StepResult:
         self._ranks.tell(COLLECT)
-        with together():
-            result = self._inner.collect(pending)
-        self._ranks.check()
-        return result
+        with together(self._ranks):
+            return self._inner.collect(pending)
 
     def wait(self) -> None:
         self._inner.wait()
@@ -115,14 +113,25 @@ class RankedRunner:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """What fails in it fails on all ranks."""
+def together(ranks: Ranks) -> Iterator[None]:
+    """What fails in it, or does not come to its end, fails on all ranks; what is computed without one of them counts
+    for nothing. `RankLostError` names the rank.
+    """
     try:
         yield
     except RankLostError:
         raise
     except Exception as error:
-        raise RankLostError(f"a step failed on rank 0 of several: {type(error).__name__}: {error}") from error
+        ranks.give_up(f"a step failed on rank 0 of several: {type(error).__name__}: {error}")
+        try:
+            ranks.check()
+        except RankLostError as lost:
+            raise lost from error
+        raise
+    except BaseException as error:
+        ranks.give_up(f"rank 0 was interrupted inside a step: {type(error).__name__}", 0.0)
+        raise
+    ranks.check()
 
 
 class RankedDigests:

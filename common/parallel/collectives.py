@@ -82,6 +82,8 @@ class GpuCollectives:
         return self._nccl.all_gather(x)
 
     def abort(self) -> None:
+        if self._small is not None:  # first: NCCL may wait for what is queued before its own
+            self._small.abort()
         self._nccl.abort()
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from common.errors import ConfigError
 from common.parallel.store import put
 
 _ID_NBYTES = 128
+_CALL_S = 2.0  # longest wait of `abort` for a call that is being made
 _SUM = 0
 _TYPES = {
     torch.uint8: 1,
@@ -65,27 +67,31 @@ class NcclCollectives:
         else:
             ctypes.memmove(ctypes.byref(unique), store.get("nccl"), _ID_NBYTES)
         self._comm = ctypes.c_void_p()
+        self._calling = threading.Lock()
         self._check(self._lib.ncclCommInitRank(ctypes.byref(self._comm), size, unique, rank))
         self._warm_up()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         assert x.is_contiguous(), "a sum over ranks takes contiguous tensors"
-        at = x.data_ptr()
-        self._check(self._lib.ncclAllReduce(at, at, x.numel(), _TYPES[x.dtype], _SUM, self._open(), self._stream()))
+        at, kind, stream = x.data_ptr(), _TYPES[x.dtype], self._stream()
+        with self._calling:
+            self._check(self._lib.ncclAllReduce(at, at, x.numel(), kind, _SUM, self._open(), stream))
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         out = x.new_empty(self._size, *x.shape)
-        self._check(
-            self._lib.ncclAllGather(
-                x.data_ptr(), out.data_ptr(), x.numel(), _TYPES[x.dtype], self._open(), self._stream()
-            )
-        )
+        source, target, kind, stream = x.data_ptr(), out.data_ptr(), _TYPES[x.dtype], self._stream()
+        with self._calling:
+            self._check(self._lib.ncclAllGather(source, target, x.numel(), kind, self._open(), stream))
         return out
 
     def abort(self) -> None:
+        """From another thread too: not amid a call, unless that waits itself, for room in the queue of a stuck GPU."""
+        made = self._calling.acquire(timeout=_CALL_S)
         comm, self._comm = self._comm, ctypes.c_void_p()
+        if made:
+            self._calling.release()
         if comm:
             self._lib.ncclCommAbort(comm)
 

@@ -11,6 +11,10 @@ all processes (CUDA IPC over NVLink) and holds
 
 so calls need no host and can be recorded. A slot is written again two calls later: a rank that has seen a call's flags
 knows that the others have ended the call before. All ranks make the same calls.
+
+A rank that is lost sets no flags. So a program that waits looks now and then at a word of the host's memory, which
+`abort` writes: calls then end without the others, and what they leave is no sum. Whoever aborts sees to it that nothing
+of it is used.
 """
 
 from __future__ import annotations
@@ -75,7 +79,8 @@ class OneShot:
         self._rank, self._size = rank, size
         self._most = MOST_NBYTES[size]
         self._flags_at, self._slots_at, _ = layout_of(size)
-        self._bases = torch.tensor(bases, dtype=torch.int64, device=device)
+        self._stop = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._bases = torch.tensor([*bases, self._stop.data_ptr()], dtype=torch.int64, device=device)
 
     def takes(self, x: Tensor) -> bool:
         return x.numel() * x.element_size() <= self._most and x.dtype in _DTYPES and x.data_ptr() % 16 == 0
@@ -96,6 +101,10 @@ class OneShot:
             num_warps=8,
         )
         return x
+
+    def abort(self) -> None:
+        """From any thread, and without the GPU: no call waits for other ranks any more, begun or not."""
+        self._stop.fill_(1)
 
 
 def layout_of(size: int) -> tuple[int, int, int]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOOK = tl.constexpr(1024)  # turns of waiting, each of about a microsecond, between looks at the host's memory
+
 
 @triton.jit
 def one_shot(
     x_ptr,
-    bases_ptr,  # int64 [size]: where each rank's memory begins, in this process
+    bases_ptr,  # int64 [size + 1]: where each rank's memory begins, in this process; a word that ends all waiting
     n,
     slot_nbytes: tl.constexpr,
     flags_at: tl.constexpr,
@@ -40,8 +42,15 @@ def one_shot(
             total += x.to(tl.float32)
         else:
             flag_ptr = (own + flags_at + (program * size + other) * 4).to(tl.pointer_type(tl.int32))
-            while epoch - tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") > 0:  # which may wrap around
-                pass
+            behind = epoch - tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")  # which may wrap around
+            turns = 0
+            while behind > 0:
+                behind = epoch - tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys")
+                turns += 1
+                if turns % LOOK == 0:
+                    stop_ptr = tl.load(bases_ptr + size).to(tl.pointer_type(tl.int32))
+                    stop = tl.atomic_add(stop_ptr, 0, sem="acquire", scope="sys")  # one thread looks, for all
+                    behind = tl.where(stop == 0, behind, 0)
             theirs = tl.multiple_of((tl.load(bases_ptr + other) + slot).to(x_ptr.dtype), 16)
             total += tl.load(theirs + at, mask=mask, cache_modifier=".cg").to(tl.float32)
     tl.store(x_ptr + at, total.to(x_ptr.dtype.element_ty), mask=mask)

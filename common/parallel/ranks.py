@@ -5,7 +5,7 @@
 
 Orders are not answered one by one: collectives keep ranks together. A thread of its own hears what ranks say, so that
 a rank's end is noticed while rank 0 is inside of a step. It then ends the collectives, which a step on a GPU would
-wait for without end, and the loop finds out at its next `check`.
+wait for without end, and the loop finds out at its next `check`. Rank 0 may be the one that cannot go on (`give_up`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FAILED = 0  # kind of a rank's last frame: why it ends
 DONE = 1  # a step has ended there
 ANSWER = 2  # to what was asked
 _LOOK_S = 0.5
+_CAUSE_S = 1.0  # from an error of rank 0's collectives to the news of the rank that is its cause
 _END_S = 5.0
 
 
@@ -73,6 +74,15 @@ class Ranks:
         """`RankLostError` if a rank is lost."""
         if self._lost:
             raise RankLostError(self._lost)
+
+    def give_up(self, reason: str, cause_s: float = _CAUSE_S) -> None:
+        """Rank 0 cannot go on: all are lost, for this reason unless it turns out within `cause_s` that one was before.
+
+        `check` raises after it.
+        """
+        with self._heard:
+            self._heard.wait_for(lambda: self._lost, cause_s)
+        self._lose(reason)
 
     @property
     def num_orders(self) -> int:
@@ -162,11 +172,11 @@ class Ranks:
             self._lose(f"rank {behind[0]} has not ended a step, and none got on with it for {self._hang_s:.0f} s")
 
     def _lose(self, reason: str) -> None:
-        if self._lost or self._closing:
-            return
-        self._lost = reason
+        with self._heard:
+            if self._lost or self._closing:
+                return
+            self._lost = reason
+            self._heard.notify_all()
         log.error("ranks are lost", reason=reason)
         os.eventfd_write(self.wakeup_fd, 1)
-        with self._heard:
-            self._heard.notify_all()
         self.on_lost()

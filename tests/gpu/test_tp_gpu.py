@@ -8,10 +8,12 @@ much.
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny_models
 import torch
@@ -19,6 +21,7 @@ from engine_support import prompts
 from teacher_forced import EQUAL, LIMIT
 from torch import Tensor
 
+from common.errors import RankLostError
 from common.parallel.collectives import make_collectives
 from common.parallel.store import Rendezvous, file_store
 from nanodeploy import LLM, SamplingParams
@@ -90,6 +93,29 @@ def test_two_gpus_answer_as_one_does(model: str, eager: bool, two: None, tmp_pat
     assert len(gaps) == COUNT * len(asked)
     assert max(gaps) <= LIMIT * (2 if "moe" in model else 1)  # a rounding may choose another expert
     assert sum(gap > EQUAL for gap in gaps) <= 0.05 * len(gaps)
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["recorded", "eager"])
+def test_a_killed_rank_ends_what_waits_for_it(eager: bool, two: None, tmp_path: Path) -> None:
+    """Sums in one kernel and NCCL's would both spin for ever; afterwards the GPU is free for others."""
+    folder = MODELS["llama"](tmp_path / "checkpoint")
+    began: list[float] = []
+
+    def kill(done: int, total: int) -> None:
+        if not began:
+            began.append(time.monotonic())
+            rank.kill()
+
+    with engine(folder, tensor_parallel_size=2, enforce_eager=eager) as pair:
+        (rank,) = [p for p in psutil.Process().children() if "common.engine.rank" in p.cmdline()]
+        sampling = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True, seed=0)
+        with pytest.raises(RankLostError, match="rank 1 "):
+            pair.generate(prompts(13, [20] * 4), sampling, progress=kill)
+        assert time.monotonic() - began[0] < 10
+    torch.cuda.synchronize()
+    assert time.monotonic() - began[0] < 25
+    with engine(folder, enforce_eager=eager) as single:
+        assert answers(single, prompts(14, [20]))
 
 
 def test_one_engine_on_the_second_gpu(two: None, tmp_path: Path) -> None:
