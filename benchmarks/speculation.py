@@ -1,6 +1,7 @@
 """Decode tokens/s of one request with and without speculation, and how many drafts were right.
 
     python benchmarks/speculation.py [--tokens 256] [--prompts 4] [--rounds 3] [--threads 1] [--device cuda --name NAME]
+        [--engines none "mtp 1" ...]
 
 The model is the small DeepSeek-V3 that tests/train_models.py trains on a formal language and that is committed in
 tests/data/mtp-dyck. One request at a time, fp32, greedy and sampled (temperature 0.8, a seed each); all engines live
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="with `none` among them")
     parser.add_argument("--name", default=NAME, help="of the results")
     args = parser.parse_args()
     work = {"tokens": args.tokens, "prompts": args.prompts}
@@ -112,6 +114,7 @@ def main() -> None:
                 )
             )
             for name, config in ENGINES.items()
+            if name in args.engines
         }
         for index in range(args.rounds + 1):  # the first one warms up
             for sampling in SAMPLING:
@@ -121,7 +124,7 @@ def main() -> None:
                         raise SystemExit(f"{name}, {sampling}: the tokens differ from those without speculation")
                     if index:
                         runs.append(run)
-    rows = [summary(name, sampling, runs) for sampling in SAMPLING for name in ENGINES]
+    rows = [summary(name, sampling, runs) for sampling in SAMPLING for name in args.engines]
     show(rows)
     best = max((r for r in rows if r["sampling"] == "greedy" and r["engine"].startswith("mtp")), key=speed_up)
     goals = [
@@ -133,7 +136,7 @@ def main() -> None:
         print(f"{'met' if goal['met'] else 'MISSED'}: {goal['goal']}: {goal['got']}, wanted above {goal['above']}")
     content = {"environment": about, "goals": goals, "rows": rows, "runs": [asdict(run) for run in runs]}
     print(f"wrote {report.write_json(args.name, content)}")
-    series = {name: [r["tokens_per_s"] for r in rows if r["engine"] == name] for name in ENGINES}
+    series = {name: [r["tokens_per_s"] for r in rows if r["engine"] == name] for name in args.engines}
     print(f"wrote {report.write_bars(args.name, 'One request, small DeepSeek-V3', 'tokens/s', list(SAMPLING), series)}")
 
 

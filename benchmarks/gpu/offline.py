@@ -116,11 +116,16 @@ class Session:
             )
         return seconds, ends
 
-    def steps(self, batch: int, context: int, num_tokens: int) -> dict[str, float]:
+    @property
+    def decoder(self) -> Any:
+        """`common.models.decoder.DecoderModel`, of an engine in this process."""
+        return self.llm._built.parts.runner._model  # type: ignore[attr-defined]
+
+    def steps(self, batch: int, context: int, num_tokens: int, prompts: Prompts | None = None) -> dict[str, float]:
         """Milliseconds of a step in which `batch` sequences decode, at `context` tokens and those they gain."""
-        self.run(self.prompts(batch, context), [TRIM] * batch)
+        self.run(prompts or self.prompts(batch, context), [TRIM] * batch)
         filling = -(-batch * context // self.sizes.max_num_batched_tokens)
-        _, ends = self.run(self.prompts(batch, context), [num_tokens] * batch)
+        _, ends = self.run(prompts or self.prompts(batch, context), [num_tokens] * batch)
         steady = ends[filling + 4 : num_tokens - 4]
         gaps = sorted(b - a for a, b in itertools.pairwise(steady))
         return {
@@ -217,9 +222,29 @@ def long_context(session: Session) -> dict[str, Any]:
 
 
 def by_context(session: Session) -> dict[str, Any]:
-    """Decode step times as the context grows."""
-    sizes = session.sizes
-    return {str(length): session.steps(sizes.contexts_batch, length, 49) for length in sizes.contexts}
+    """Decode step times as the context grows. Wants a prefix cache: each context begins with the one before."""
+    sizes, found = session.sizes, {}
+    longest = session.prompts(sizes.contexts_batch, max(sizes.contexts))
+    for length in sizes.contexts:
+        began = time.perf_counter()
+        prompts = [prompt[:length] for prompt in longest]
+        session.run(prompts, [1] * len(prompts))
+        filled = time.perf_counter()
+        found[str(length)] = session.steps(len(prompts), length, 49, prompts)
+        print(f"{length}: filled in {filled - began:.1f} s, step {found[str(length)]['mean']:.2f} ms", flush=True)
+    return found
+
+
+@torch.inference_mode()
+def same_experts(session: Session) -> dict[str, Any]:
+    """From here on all tokens go to the same experts: their correction biases differ by more than any score.
+
+    What vLLM's dummy weights do to a model with such biases: it draws those too, and its scores are all near one half.
+    """
+    slots = [s for s in session.decoder.slots() if s.name.endswith("e_score_correction_bias")]
+    for slot in slots:
+        slot.target.copy_(torch.linspace(2.0 * len(slot.target), 0.0, len(slot.target)))
+    return {"layers": len(slots)}
 
 
 def drafts(session: Session) -> dict[str, Any]:
@@ -247,7 +272,19 @@ def _forced_drafts(count: int) -> Iterator[None]:
 
 
 PARTS: dict[str, Callable[[Session], dict[str, Any]]] = {
-    part.__name__: part for part in (ready, decode, prefill, one_prompt, nano, batch, long_context, by_context, drafts)
+    part.__name__: part
+    for part in (
+        ready,
+        decode,
+        prefill,
+        one_prompt,
+        nano,
+        batch,
+        long_context,
+        by_context,
+        drafts,
+        same_experts,
+    )
 }
 
 

@@ -126,6 +126,16 @@ def rows(results: Results, targets: Mapping[str, Any]) -> list[Row]:
     ]
     for model in MODELS:
         found += _offline(results, model, targets, copy, product, by_copy, by_product)
+    same = "moonlight-same-experts"
+    found += _offline(
+        results,
+        same,
+        {**targets, "offline": {same: targets["offline"]["moonlight-16b-a3b"]}},
+        None,
+        None,
+        by_copy,
+        by_product,
+    )
     for stage, label in (("deterministic", "deterministic"), ("tp1", "TP 1"), ("tp2", "TP 2")):
         found += _steps(results, stage, f"qwen3-8b, {label}", {}, copy, by_copy, None, None)
     found += _deterministic(results)

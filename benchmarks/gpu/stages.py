@@ -109,19 +109,22 @@ _ALL = ("ready", "decode", "prefill", "nano", "batch")
 _DRAFTS = {"num_speculative_tokens": 3}
 _TRAINED = "speculation_gpu"
 _LONG = {"max_model_len": 20_000, "max_num_seqs": 64}
-_CONTEXTS = {"max_model_len": 66_000, "max_num_seqs": 16}
+_CONTEXTS = {"max_model_len": 66_000, "max_num_seqs": 16, "enable_prefix_caching": True}
+_TRAINED_ENGINES = ("none", "mtp 1", "mtp 2", "mtp 3")
+_MOONLIGHT = "moonlight-16b-a3b"
 STAGES = (
     Stage("limits", 1, 15, 60, limits),
     Stage("tests", 1, 120, 200, tests),
     Stage("qwen3-8b", 1, 80, 170, offline("qwen3-8b", *_ALL)),
     Stage("http", 1, 75, 200, http),
     Stage("qwen3-0.6b", 1, 45, 120, offline("qwen3-0.6b", *_ALL)),
-    Stage("moonlight-16b-a3b", 1, 70, 150, offline("moonlight-16b-a3b", *_ALL)),
+    Stage(_MOONLIGHT, 1, 70, 150, offline(_MOONLIGHT, *_ALL)),
+    Stage("moonlight-same-experts", 1, 45, 120, offline(_MOONLIGHT, "same_experts", "decode", "nano", "batch")),
     Stage("qwen3-30b-a3b", 1, 100, 200, offline("qwen3-30b-a3b", *_ALL)),
     Stage("deterministic", 1, 60, 150, offline("qwen3-8b", "decode", "batch", deterministic=True)),
     Stage("long", 1, 50, 120, offline("qwen3-8b", "ready", "long_context", **_LONG)),
     Stage("long-fp8", 1, 50, 120, offline("qwen3-8b", "ready", "long_context", kv_dtype="fp8_e4m3", **_LONG)),
-    Stage("moonlight-fp8", 1, 30, 90, offline("moonlight-16b-a3b", "ready", kv_dtype="fp8_e4m3")),
+    Stage("moonlight-fp8", 1, 30, 90, offline(_MOONLIGHT, "ready", kv_dtype="fp8_e4m3")),
     Stage("drafts", 1, 50, 120, offline("qwen3-8b", "drafts", speculative_config={"method": "ngram", **_DRAFTS})),
     Stage(
         "drafts-mtp",
@@ -129,13 +132,23 @@ STAGES = (
         50,
         120,
         offline(
-            "moonlight-16b-a3b",
+            _MOONLIGHT,
             "drafts",
             speculative_config={"method": "mtp", **_DRAFTS},
             config={"num_nextn_predict_layers": 1},
         ),
     ),
-    Stage("speculation", 1, 60, 120, script("speculation.py", _TRAINED, "--device", "cuda", "--name", _TRAINED)),
+    Stage(
+        "speculation",
+        1,
+        100,
+        200,
+        script(
+            "speculation.py",
+            _TRAINED,
+            *("--device", "cuda", "--name", _TRAINED, "--rounds", "1", "--engines", *_TRAINED_ENGINES),
+        ),
+    ),
     Stage("sparse", 1, 80, 180, offline("deepseek-v3.2-cut", "by_context", **_CONTEXTS)),
     Stage("dense", 1, 90, 180, offline("deepseek-v3.2-cut", "by_context", sparse_attention=False, **_CONTEXTS)),
     Stage("tp1", 2, 45, 120, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill")),
