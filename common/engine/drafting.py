@@ -114,8 +114,12 @@ class Drafting:
         self._speculator = speculator
         self._held: weakref.WeakKeyDictionary[Sequence, Held] = weakref.WeakKeyDictionary()
 
-    def follow(self, hidden: object, moved: Tokens[Moved]) -> None:
-        """Bring the layer up to what a step did, and give sequences the drafts for their next step."""
+    def follow(self, hidden: object, moved: Tokens[Moved]) -> bool:
+        """Bring the layer up to what a step did, and give sequences the drafts for their next step.
+
+        True if the device may still be writing to blocks: a draft is waited for, with all before it; what is only kept
+        for later is not.
+        """
         work = DraftWork()
         seqs: list[Sequence] = []
         running = [m for m in moved if m.seq.phase is Phase.RUNNING]
@@ -131,6 +135,8 @@ class Drafting:
         if work.rows or work.kept:
             for seq, drafts in zip(seqs, self._model.run(hidden, work), strict=True):
                 seq.drafts = drafts
+        has_drawn = any(row.num_drafts for row in work.rows)
+        return bool(work.rows or work.kept) and not has_drawn
 
     def _keep(self, moved: Moved, work: DraftWork) -> None:
         seq, start = moved.seq, moved.start

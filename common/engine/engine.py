@@ -95,6 +95,7 @@ class Engine:
             g.name: (g.block_size, g.window) for g in parts.layout.groups if g.retention is not Retention.SNAPSHOT
         }
         self._failed_steps = 0
+        self._writes_on = False  # the device, to blocks, behind the step that is collected
         self._stalled = False
         self._under_way: _Launched | None = None
         self.while_waiting: Callable[[], None] | None = None
@@ -239,7 +240,10 @@ class Engine:
             result = p.runner.collect(pending)
             moved = self._advance(plan, result)
             if p.drafting is not None:
-                p.drafting.follow(pending.hidden_TD, moved)
+                self._writes_on |= p.drafting.follow(pending.hidden_TD, moved)
+            if self._writes_on:  # hand-offs write to blocks that are given back now, beside the device's own stream
+                p.runner.wait()
+                self._writes_on = False
         except Exception as error:  # noqa: BLE001 - the same edge
             self._step_failed(plan, error)
         else:
@@ -337,6 +341,7 @@ class Engine:
     def _checkpoint(self, seq: Sequence) -> None:
         """Cache a copy of the state that the step has left, where there is room for one."""
         self._p.runner.copy_blocks(self._p.cache.checkpoint(seq.seq_id, seq.prefix_hash(seq.num_computed)))
+        self._writes_on = True
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         self._failed_steps += 1

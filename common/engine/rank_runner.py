@@ -1,6 +1,6 @@
 """One model on several ranks: rank 0 tells the others what it runs, and they run the same.
 
-    rank 0   forward(batch)   sample   collect   copy_blocks      each told before it is done here
+    rank 0   forward(batch)   sample   collect   copy_blocks   wait      each told before it is done here
     others   the same calls of the same runner, in the same order
 
 Every rank draws every token itself, from logits that are equal to the bit and noise keyed by place, so the next step
@@ -32,7 +32,7 @@ from common.kvtransfer.transport import DigestCheck
 from common.parallel.link import Link, LinkClosedError
 from common.parallel.ranks import ANSWER, DONE, Ranks
 
-FORWARD, SAMPLE, COLLECT, COPY, DIGEST, TAKE, KEEP, DRAFT = range(16, 24)
+FORWARD, SAMPLE, COLLECT, COPY, DIGEST, TAKE, KEEP, DRAFT, WAIT = range(16, 25)
 _ANSWER_S = 30.0  # a rank digests behind the step that it is in
 _MAX_DIGESTS = 4096  # batches that nobody asked for, of orders that ended early
 _IDLE_S = 5.0
@@ -102,7 +102,9 @@ class RankedRunner:
             return self._inner.collect(pending)
 
     def wait(self) -> None:
-        self._inner.wait()
+        self._ranks.tell(WAIT)
+        with together(self._ranks):
+            self._inner.wait()
 
     def observe(self, wrap: Callable[[AttentionBackend, KVPool], AttentionBackend]) -> None:
         raise ConfigError("scales are calibrated on one rank: say tensor_parallel_size 1", param="tensor_parallel_size")
@@ -227,6 +229,8 @@ class RankLoop:
             self._link.send(DONE)
         elif kind == COPY:
             self._runner.copy_blocks([BlockCopy(*c) for c in pickle.loads(payload)])
+        elif kind == WAIT:
+            self._runner.wait()
         elif kind == DIGEST:
             self._digest(*pickle.loads(payload))
         elif kind == TAKE:

@@ -153,9 +153,9 @@ class ModelRunner:
         return StepResult(drawn, pending.prompt_logprobs)
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Until the device has done all steps, copies and passes that it was given; not what hand-offs gave it."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _run_model(self, batch: Batch) -> Tensor:
         size = self.graphs.size_for(batch) if self.graphs is not None else 0
