@@ -112,7 +112,16 @@ FLAGS = {
     ],
     "calibrate-kv": ["model", "--text", "--output", "-o", "--max-tokens", "--dtype"],
     "doctor": ["--model", "--name", "--json"],
-    "kernels build": ["--model", "--dtype", "--kv-dtype", "--arch", "--jobs"],
+    "kernels build": [
+        "--model",
+        "--dtype",
+        "--kv-dtype",
+        "--arch",
+        "--jobs",
+        "--quantization",
+        "--tensor-parallel-size",
+        "--max-num-batched-tokens",
+    ],
 }
 
 _WORKER_METRICS = [

@@ -263,7 +263,7 @@ def build(
 
     folder: Path = env.FLASHINFER_JIT_DIR
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder / "nanodeploy.lock") as lock:
+    with alone(folder / "nanodeploy.lock") as lock:
         missing = [m for m in modules if m.path is None]
         specs = [replace(m.sources(), name=f"{m.name}.building") for m in missing]
         if specs:
@@ -276,7 +276,7 @@ def build(
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[int]:
+def alone(path: Path) -> Iterator[int]:
     """Hold the lock of this file, by a descriptor; a child that has the descriptor too holds it as long as it lives."""
     deadline = time.monotonic() + BUILD_LIMIT_S
     with path.open("ab") as file:

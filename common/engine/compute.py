@@ -15,6 +15,7 @@ from common.attention.context import AttentionBackend
 from common.attention.select import choose
 from common.config import EngineConfig, WorkerConfig
 from common.engine.draft_runner import DraftRunner
+from common.engine.fp8_kernels import compile_beforehand
 from common.engine.gpu_memory import measure, run_largest_step, weights_nbytes
 from common.engine.graphs import DecodeGraphs, GraphShape, graph_sizes
 from common.engine.runner import ModelRunner
@@ -92,6 +93,16 @@ def make_compute(
     sizing = _size(engine, spec, role, mesh)
     spec = sizing.spec
     backend = _attention(engine, sizing, device)
+    if device.type == "cuda" and not engine.deterministic:  # whose kernels are others
+        compile_beforehand(
+            spec,
+            sizing.dtype,
+            engine.quantization,
+            ranks=mesh.size,
+            tokens=engine.max_num_batched_tokens,
+            device=device,
+            progress=lambda done, total: progress("compiling FP8 kernels", done, total),
+        )
     model = load_model(
         spec,
         dtype=sizing.dtype,

@@ -2,7 +2,8 @@
 
 A process of its own, because it imports torch and FlashInfer and prints what they print. Each line of its output is
 JSON: {"done", "total"} while files are compiled, then {"kernel", "path"} for each, or {"error"}. The GPU itself is
-not needed, but the CUDA toolkit (`nvcc`), a C++ compiler and ninja are.
+not needed, but the CUDA toolkit (`nvcc`), a C++ compiler and ninja are. DeepGEMM's kernels for a model in FP8, which
+come after them, do need the GPU; without one {"note"} says that they are left.
 
 FlashInfer takes its folder and the architectures from its own variables, FLASHINFER_WORKSPACE_BASE (by default the
 home folder) and FLASHINFER_CUDA_ARCH_LIST.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
 from typing import Any
@@ -24,6 +26,10 @@ from common.attention.context import DTYPES
 from common.attention.flashinfer import HEAD_DIMS
 from common.attention.flashinfer_modules import Compiled, Module, build, wanted
 from common.attention.flashinfer_xqa import Xqa
+from common.engine.deepgemm_build import Request
+from common.engine.fp8_kernels import products_of, run
+from common.errors import NanoDeployError
+from common.kernels.gpu import deepgemm
 from common.models.spec import ModelSpec
 
 _PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
@@ -75,6 +81,9 @@ def main() -> int:
     parser.add_argument("--kv-dtype", nargs="+", default=["auto", "fp8_e4m3"])
     parser.add_argument("--hopper", action="store_true")
     parser.add_argument("--jobs", type=int, default=0)
+    parser.add_argument("--quantization", default="auto", choices=["auto", "fp8", "none"])
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=8192)
     args = parser.parse_args()
     if importlib.util.find_spec("flashinfer") is None:
         _say({"error": "flashinfer is not installed: there is nothing to compile"})
@@ -89,7 +98,33 @@ def main() -> int:
         return 1
     for module in modules:
         _say({"kernel": module.name, "path": str(module.path), "built": module in built})
+    return _build_products(args) if args.model and args.hopper else 0
+
+
+def _build_products(args: argparse.Namespace) -> int:
+    """DeepGEMM's kernels of a model in FP8. Returns the exit code."""
+    try:
+        products = products_of(ModelSpec.from_folder(args.model), args.dtype, args.quantization, args.ranks)
+    except NanoDeployError as error:
+        _say({"error": error.message})
+        return 1
+    if not products:
+        return 0
+    reason = "there is no GPU" if not torch.cuda.is_available() else deepgemm.unavailable()
+    if reason:
+        _say({"note": f"DeepGEMM's kernels of {len(products)} FP8 products are left to the first start: {reason}"})
+        return 0
+    request = Request(products, args.tokens, 0, os.getpid(), args.jobs)
+    failed = "" if request.is_done(torch.cuda.get_device_name()) else run(request, _on_kernels)
+    if failed:
+        _say({"error": f"DeepGEMM's kernels are not built: {failed}"})
+        return 1
+    _say({"note": f"{deepgemm.folder()}: DeepGEMM's kernels of {len(products)} FP8 products are there"})
     return 0
+
+
+def _on_kernels(done: int, total: int) -> None:
+    _say({"done": done, "total": total})
 
 
 def _on_line(line: str) -> None:

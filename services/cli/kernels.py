@@ -1,4 +1,4 @@
-"""`nanodeploy kernels build`: attention kernels compiled beforehand, by a process that may import torch."""
+"""`nanodeploy kernels build`: kernels compiled beforehand, by a process that may import torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -15,15 +16,31 @@ from services.cli import child
 from services.cli.report import bars
 
 
-def run_build(model: str, dtype: str, kv_dtypes: Sequence[str], arch: str, num_jobs: int, console: Console) -> int:
-    """Compile for GPUs of compute capability `arch` (such as 9.0a) what `model`, or any usual one, needs.
+@dataclass(frozen=True)
+class Build:
+    """What is compiled: for GPUs of compute capability `arch` (such as 9.0a) what `model`, or any usual one, needs.
 
-    Returns the exit code.
+    `ranks`, `quantization`: as its engines will have them. `tokens`: of the longest step.
     """
+
+    model: str
+    dtype: str
+    kv_dtypes: Sequence[str]
+    arch: str
+    num_jobs: int
+    quantization: str
+    ranks: int
+    tokens: int
+
+
+def run_build(build: Build, console: Console) -> int:
+    """Compile it. Returns the exit code."""
     command = [sys.executable, "-I", "-S", child.__file__, str(os.getpid()), sys.executable]
-    command += ["-m", "common.engine.kernels", "--dtype", dtype, "--kv-dtype", *kv_dtypes]
-    command += ["--model", model, "--jobs", str(num_jobs), *(["--hopper"] if arch.startswith("9.") else [])]
-    env = os.environ | {"FLASHINFER_CUDA_ARCH_LIST": arch}
+    command += ["-m", "common.engine.kernels", "--dtype", build.dtype, "--kv-dtype", *build.kv_dtypes]
+    command += ["--model", build.model, "--jobs", str(build.num_jobs), "--quantization", build.quantization]
+    command += ["--ranks", str(build.ranks), "--tokens", str(build.tokens)]
+    command += ["--hopper"] if build.arch.startswith("9.") else []
+    env = os.environ | {"FLASHINFER_CUDA_ARCH_LIST": build.arch}
     failed = ""
     with bars(console) as tell, subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as process:
         assert process.stdout is not None
@@ -34,6 +51,8 @@ def run_build(model: str, dtype: str, kv_dtypes: Sequence[str], arch: str, num_j
             elif "kernel" in said:
                 state = "built" if said["built"] else "there already"
                 console.print(f"{said['path']}: {state}", highlight=False, soft_wrap=True)
+            elif "note" in said:
+                console.print(said["note"], highlight=False, soft_wrap=True, markup=False)
             failed = said.get("error", failed)
     if failed:
         console.print(failed, style="red", highlight=False, soft_wrap=True, markup=False)

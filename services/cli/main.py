@@ -342,12 +342,16 @@ def kernels_build(
     kv_dtype: Annotated[str, typer.Option(help="Type of the KV cache: auto, fp8_e4m3, or both.")] = "both",
     arch: Annotated[str, typer.Option(help="Compute capability of the GPUs.")] = "9.0a",
     jobs: Annotated[int, typer.Option(min=0, help="Files compiled at once; 0: as ninja has it.")] = 0,
+    quantization: Annotated[str, typer.Option(help="As the engines will have it: auto, fp8 or none.")] = "auto",
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs of an engine.")] = 1,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest step.")] = 8192,
 ) -> None:
-    """Compile the attention kernels of a model, so that no engine does at its start."""
-    from services.cli.kernels import run_build
+    """Compile the attention kernels of a model, and on a GPU those of its FP8 products, so that no engine has to."""
+    from services.cli.kernels import Build, run_build
 
     kinds = ["auto", "fp8_e4m3"] if kv_dtype == "both" else [kv_dtype]
-    raise typer.Exit(run_build(model, dtype, kinds, arch, jobs, make_console()))
+    build = Build(model, dtype, kinds, arch, jobs, quantization, tensor_parallel_size, max_num_batched_tokens)
+    raise typer.Exit(run_build(build, make_console()))
 
 
 @app.command(hidden=True)
