@@ -147,8 +147,6 @@ def _attention(engine: EngineConfig, sizing: EngineSizing, device: torch.device)
     """The backend that can serve and, on a GPU too, adds in a fixed order where that is asked for; else ConfigError."""
     requested: str = engine.attention_backend
     if engine.deterministic and device.type == "cuda":
-        if any(g.retention is Retention.SNAPSHOT and g.name != TAIL_GROUP for g in sizing.layout.groups):
-            raise ConfigError("recurrent layers have no kernels of a fixed order on a GPU", param="deterministic")
         if sizing.spec.compress is not None:
             raise ConfigError("compressed entries have no kernels of a fixed order on a GPU", param="deterministic")
         if requested not in ("auto", "fixed"):

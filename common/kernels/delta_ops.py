@@ -1,7 +1,8 @@
 """A gated delta net between its projections, as one operation: convolution, gates, rule, norm, output gate.
 
 The CPU kernel goes through the tokens one by one, so a token's result has the same bits in every batch and however
-its prompt is cut into steps. The fallback writes long runs of tokens in the chunked form (`common.kernels.delta_rule`).
+its prompt is cut into steps. The fallback and the kernels of GPUs write long runs of tokens in the chunked form
+(`common.kernels.delta_rule`).
 
 What a token is projected to is taken as views of one row, by key head: a key head *unit* has its query, its key and
 all that belongs to the value heads which it serves.
@@ -15,12 +16,13 @@ from __future__ import annotations
 import itertools
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.kernels import cpu
+from common.kernels import cpu, gpu
 from common.kernels.delta_rule import chunked_rule, recurrent_step
 from common.kernels.ops import DTYPES, rms_norm
 
@@ -61,14 +63,34 @@ def delta_net(
     blocks_S: Tensor,
     query_starts_S1: Tensor,
     *,
+    max_query_len: int = 0,
+    fixed: bool = False,
+    shared: dict[str, Any] | None = None,
     isa: cpu.Isa = cpu.Isa.BEST,
 ) -> Tensor:
     """norm(rule) * silu(z): a new contiguous [T, H * V] of the inputs' type.
 
     `conv` [blocks, W - 1, G, 1, C] of that type, the oldest input first, and `state` [blocks, 1, H, 1, K * V] in fp32
     are one layer's; the blocks `blocks_S` (int64) of the step's sequences are updated in place. `query_starts_S1` is
-    int32.
+    int32; `max_query_len` is the largest number of new tokens in it, 0 if that is not known. `fixed`: on a GPU too a
+    token's bits depend neither on the batch nor on cuts. `shared`: kept from layer to layer of a step.
+
+    On a GPU nothing is read back, and the same shapes and `max_query_len` launch the same work.
     """
+    if gpu.enabled(inputs.q_TGK) and is_regular(inputs, weights, conv, state):
+        out: Tensor = gpu.delta.delta_net(
+            inputs,
+            weights,
+            conv,
+            state,
+            blocks_S,
+            query_starts_S1,
+            unit_eps=UNIT_EPS,
+            max_query_len=max_query_len or len(inputs.q_TGK),
+            fixed=fixed,
+            shared={} if shared is None else shared,
+        )
+        return out
     lib = cpu.library()
     if lib is None or not _fits(inputs, weights, conv, state):
         return _delta_net(inputs, weights, conv, state, blocks_S, query_starts_S1)
@@ -100,19 +122,27 @@ def delta_net(
     return out
 
 
-def _fits(inputs: DeltaInputs, weights: DeltaWeights, conv: Tensor, state: Tensor) -> bool:
-    """Are strides and types those that the kernel takes? The stride of a dimension of one means nothing."""
+def is_regular(inputs: DeltaInputs, weights: DeltaWeights, conv: Tensor, state: Tensor) -> bool:
+    """Are strides those that kernels take? The stride of a dimension of one means nothing."""
     q, k, v, z, b, a = inputs.q_TGK, inputs.k_TGK, inputs.v, inputs.z, inputs.b_TGR, inputs.a_TGR
     tokens, units, _ = q.shape
     return (
-        q.device.type == "cpu"
-        and q.dtype in DTYPES
-        and all(x.dtype == q.dtype for x in (k, v, z, b, a, conv, weights.norm_V))
-        and (tokens == 1 or all(x.stride(0) == q.stride(0) for x in (k, v, z, b, a)))
+        (tokens == 1 or all(x.stride(0) == q.stride(0) for x in (k, v, z, b, a)))
         and (units == 1 or (k.stride(1) == q.stride(1) and a.stride(1) == b.stride(1)))
         and all(x.stride(2) == 1 or x.shape[2] == 1 for x in (q, k, v, z, b, a))
         and weights.taps_GWC.is_contiguous()
         and conv.stride(-1) == state.stride(-1) == 1
+    )
+
+
+def _fits(inputs: DeltaInputs, weights: DeltaWeights, conv: Tensor, state: Tensor) -> bool:
+    """Does the CPU's kernel take them?"""
+    q, k, v, z, b, a = inputs.q_TGK, inputs.k_TGK, inputs.v, inputs.z, inputs.b_TGR, inputs.a_TGR
+    return (
+        q.device.type == "cpu"
+        and q.dtype in DTYPES
+        and all(x.dtype == q.dtype for x in (k, v, z, b, a, conv, weights.norm_V))
+        and is_regular(inputs, weights, conv, state)
     )
 
 

@@ -72,6 +72,7 @@ class DeltaProjection(Layer):
     def __init__(self, build: Build, hidden_size: int, heads: Heads, *, fused: bool) -> None:
         self._heads = heads
         self._fused = fused
+        self._fixed = build.fixed
         self._hidden_size = hidden_size
         self._rows = (*heads.widths, heads.widths[2], heads.num_values, heads.num_values)
         self.weight = build.empty(sum(self._rows), hidden_size)
@@ -98,7 +99,7 @@ class DeltaProjection(Layer):
 
     def __call__(self, x_TD: Tensor) -> DeltaInputs:
         spec, units = self._heads.spec, self._heads.num_keys
-        y = linear(x_TD, self.weight)
+        y = linear(x_TD, self.weight, fixed=self._fixed)
         if not self._fused:
             return DeltaInputs(*(p.view(len(x_TD), units, -1) for p in y.split_with_sizes(self._rows, 1)))
         values, per_key = spec.values_per_key * spec.value_dim, spec.values_per_key
@@ -143,6 +144,7 @@ class GatedDeltaNet(Layer):
         heads = Heads(spec, *build.tp.share(spec.num_key_heads))
         self._heads = heads
         self._eps = eps
+        self._fixed = build.fixed
         self._conv_place, self._state_place = places[CONV_REGION], places[RECURRENT_REGION]
         self.in_proj = DeltaProjection(build, hidden_size, heads, fused=fused)
         self.conv1d = CausalConv(build, heads)
@@ -166,6 +168,15 @@ class GatedDeltaNet(Layer):
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         conv, state = step.cache(self._conv_place), step.cache(self._state_place)
-        blocks_S = step.states(self._state_place)
-        y = delta_net(self.in_proj(x_TD), self._weights, conv, state, blocks_S, step.ctx.query_starts_S1)
+        y = delta_net(
+            self.in_proj(x_TD),
+            self._weights,
+            conv,
+            state,
+            step.states(self._state_place),
+            step.ctx.query_starts_S1,
+            max_query_len=step.ctx.max_query_len,
+            fixed=self._fixed,
+            shared=step.shared,
+        )
         return self.out_proj(y)

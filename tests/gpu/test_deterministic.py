@@ -22,6 +22,8 @@ FAMILIES: dict[str, Callable[..., Path]] = {
     "llama": tiny_models.make_llama,
     "qwen3": tiny_models.make_qwen3,
     "qwen3_moe": tiny_models.make_qwen3_moe,
+    "qwen3_next": lambda folder, **_: tiny_models.make_qwen3_next(folder),
+    "qwen3_5": lambda folder, **_: tiny_models.make_qwen3_5(folder),
     "deepseek_v3": lambda folder, **_: tiny_models.make_deepseek_v3(folder),
     "deepseek_v32": lambda folder, **_: tiny_models.make_deepseek_v32(folder),
 }

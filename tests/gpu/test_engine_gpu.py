@@ -20,7 +20,7 @@ import torch
 from engine_support import prompts
 from families import FAMILIES, Family
 from mtp_support import make_mtp
-from tiny_models import make_llama, make_qwen3, make_qwen3_moe
+from tiny_models import make_llama, make_qwen3, make_qwen3_5, make_qwen3_moe, make_qwen3_next
 
 from nanodeploy import LLM, SamplingParams
 
@@ -126,7 +126,7 @@ def test_a_family_in_fp32_gives_the_tokens_of_the_cpu(family: Family, tmp_path: 
     assert max(errors) < 1e-3
 
 
-@pytest.mark.parametrize("make", [make_llama, make_qwen3, make_qwen3_moe])
+@pytest.mark.parametrize("make", [make_llama, make_qwen3, make_qwen3_moe, make_qwen3_next, make_qwen3_5])
 def test_a_recorded_step_has_the_bits_of_a_step_as_it_is_run(make: Any, tmp_path: Path) -> None:
     folder, texts = make(tmp_path / "model", seed=3), prompts(51, (5, 60, 200, 31))
     sizes = {"cuda_graph_sizes": (len(texts),)}  # other sizes are other products
