@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.kernels import gpu
 from common.kernels.delta_ops import DeltaInputs, DeltaWeights, delta_net
 from common.kernels.ops import linear
 from common.kvcache.layout import KVPlace
@@ -135,6 +136,9 @@ class CausalConv(Layer):
 
 class GatedDeltaNet(Layer):
     """Checkpoint names under `linear_attn.`. ValueError where ranks do not divide the key heads."""
+
+    can_record = not gpu.unavailable()
+    """On a GPU: does it launch the same work for the same shapes? In torch the rule's chunks follow the lengths."""
 
     def __init__(
         self, build: Build, hidden_size: int, spec: DeltaSpec, places: Mapping[str, KVPlace], eps: float, *, fused: bool

@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.kernels import gpu
 from common.layers.attention import AttentionShape
 from common.layers.base import Build, Layer
 from common.layers.fp8_weight import exact
@@ -87,7 +86,7 @@ class Qwen3NextMTP(Layer):
 
 
 class Qwen3NextForCausalLM(DecoderModel):
-    can_record = not gpu.unavailable()  # in torch the rule's chunks follow the lengths of a step
+    can_record = GatedDeltaNet.can_record
 
     mtp_prefix = "mtp."
 
