@@ -66,6 +66,12 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.make_qwen3(tmp_path_factory.mktemp("windowed"), seed=2, sliding_window=24, num_hidden_layers=4)
 
 
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of three kinds of layers: delta nets and one that attends."""
+    return tiny_models.make_qwen3_5(tmp_path_factory.mktemp("hybrid"), seed=6, max_position_embeddings=1024)
+
+
 @functools.cache
 def _oracle(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

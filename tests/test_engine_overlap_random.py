@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_support import Answer, Pair, Solo, greedy, llama, prompts, windowed
+from engine_support import Answer, Pair, Solo, greedy, hybrid, llama, prompts, windowed
 
 from common.engine.batch import Batch
 from common.engine.build import BuiltEngine
 from common.engine.runner import Pending, StepResult
 from common.types import SamplingParams
 
-__all__ = ["llama", "windowed"]
+__all__ = ["hybrid", "llama", "windowed"]
 
 OVERLAP = {"async_scheduling": "on"}
 TIGHT = {"max_num_batched_tokens": 24, "max_model_len": 128, "kv_cache_memory_bytes": 192 << 10, "max_num_seqs": 6}
@@ -49,7 +49,8 @@ class Watched:
     def forward(self, batch: Batch) -> Pending:
         self._fail("launch")
         pending = self._forward(batch)
-        self._writes[id(pending)] = {g: set(a.slots_T // a.block_size) for g, a in batch.groups.items()}
+        writes = {g: set(a.slots_T // a.block_size) for g, a in batch.groups.items()}
+        self._writes[id(pending)] = writes | {g: set(ids.tolist()) for g, ids in batch.states_S.items()}
         return pending
 
     def collect(self, pending: Pending) -> StepResult:
@@ -105,7 +106,7 @@ def run(engine: Solo, seed: int) -> tuple[list[Answer], list[Answer]]:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("failures", [0.0, 0.02])
 @pytest.mark.parametrize("make", [Solo, Pair])
-@pytest.mark.parametrize("model", ["llama", "windowed"])
+@pytest.mark.parametrize("model", ["llama", "windowed", "hybrid"])
 def test_what_is_answered_is_right_whatever_happens(
     model: str,
     make: type[Solo],

@@ -10,23 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
-from engine_support import PEER, Answer, Pair, Solo, abort_after, greedy, prompts, reference_tokens
+from engine_support import PEER, Answer, Pair, Solo, abort_after, greedy, hybrid, prompts, reference_tokens
 from speculative_support import TestDrafter, use
 
 from common.kvtransfer.memory import Fault
 from common.types import SamplingParams
 
+__all__ = ["hybrid"]
+
 COUNT = 10
 SMALL_CHUNKS = {"max_num_batched_tokens": 32}
 STATE_NBYTES = 3 * (3 * 2 * 40 * 4 + 4 * 16 * 8 * 4)  # layers of a convolution's and a rule's state
 (PROMPT,) = prompts(20, (100,))
-
-
-@pytest.fixture(scope="module")
-def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two of three kinds of layers: delta nets and one that attends."""
-    return tiny_models.make_qwen3_5(tmp_path_factory.mktemp("hybrid"), seed=6, max_position_embeddings=1024)
 
 
 def settle(solo: Solo, answer: Answer, folder: Path, prompt: tuple[int, ...] = PROMPT) -> Answer:

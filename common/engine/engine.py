@@ -4,9 +4,9 @@
 
 A step is planned, launched, and collected: then it brings tokens to requests and extents to readers. Where the device
 works by itself the next step is planned and launched before this one is collected (decision 5), whose tokens are known
-to the device alone until then. What follows from tokens beside the tokens themselves (drafts, penalties, states that go
-back) has the step collected first. A step that raises fails the requests that were in it; the engine gives up after
-several in a row.
+to the device alone until then. What follows from tokens beside the tokens themselves (drafts, penalties), and what
+copies states, has the step collected first. A step that raises fails the requests that were in it; the engine gives
+up after several in a row.
 """
 
 from __future__ import annotations
@@ -187,9 +187,18 @@ class Engine:
     def _may_go_ahead(self, plan: StepPlan) -> bool:
         """Can the next step be planned without the tokens of this one?"""
         p = self._p
-        if p.speculator is not None or p.drafting is not None or p.cache.has_states:
+        if p.speculator is not None or p.drafting is not None:
             return False
-        return not any(item.draws and needs_history(item.seq) for item in plan.items)
+        if any(item.draws and needs_history(item.seq) for item in plan.items):
+            return False
+        return not p.cache.has_states or not any(self._copies_state(item) for item in plan.items)
+
+    def _copies_state(self, item: StepItem) -> bool:
+        """Does the step leave a state that is to be cached, or begin one, as it would again until it is collected?"""
+        seq = item.seq
+        if seq.phase is not Phase.RUNNING:
+            return False
+        return item.start + item.num_new in seq.checkpoints or bool(self._p.cache.state_origin(seq.seq_id))
 
     def drain(self) -> list[FromEngine]:
         """Messages since the last call."""
