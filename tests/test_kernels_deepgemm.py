@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -31,6 +32,7 @@ from tiny_models import (
     make_qwen3_next,
 )
 
+from common.attention.flashinfer_modules import alone
 from common.engine import kernels
 from common.engine.deepgemm_build import Product, Request, Shelf, compile_all
 from common.engine.fp8_kernels import products_of, run
@@ -259,3 +261,20 @@ def test_the_command_without_a_gpu(tmp_path: Path, capfdbinary: pytest.CaptureFi
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "none"}))
     assert kernels._build_products(argparse.Namespace(**args, jobs=0)) == 1
     assert "error" in orjson.loads(capfdbinary.readouterr().out)
+
+
+def test_one_at_a_time_has_the_folder(tmp_path: Path) -> None:
+    """flock(2) knows descriptors, not threads: as between processes."""
+    order: list[str] = []
+
+    def wait() -> None:
+        with alone(tmp_path / "lock"):
+            order.append("second")
+
+    with alone(tmp_path / "lock"):
+        other = threading.Thread(target=wait)
+        other.start()
+        other.join(0.5)
+        order.append("first")
+    other.join(30)
+    assert order == ["first", "second"]

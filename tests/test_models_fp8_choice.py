@@ -162,10 +162,16 @@ def test_a_last_part_that_every_rank_has_may_end_anywhere(tmp_path: Path) -> Non
     quantise(folder, tmp_path / "plain", fp8_config((128, 128)), all_but())
     for rank in range(2):
         tp = TensorParallel(rank, 2, lambda partial: partial)
-        got, want = load(folder, tp), plain_of_rank(folder, tp)
+        with structlog.testing.capture_logs() as logs:
+            got = load(folder, tp)
+        want = plain_of_rank(folder, tp)
         a_proj = {f"{LAYER}.self_attn.{name}.weight" for name in ("q_proj", "kv_a_proj_with_mqa")}
         assert a_proj <= in_fp8(got)
         assert all(torch.equal(floats(got[name]), want[name].target) for name in a_proj)
+        if rank == 0:  # which the layer reads itself
+            line = said(logs)["stored in FP8, and used by their layers in another type"]
+            assert [name.split(" ")[0] for name in line["weights"]] == ["model.layers.*.self_attn.kv_b_proj.weight"]
+            assert line["bytes"] == line["layers"] * 4 * got[f"{LAYER}.self_attn.kv_b_proj.weight"].target.numel()
 
 
 @pytest.mark.usefixtures("kept")

@@ -27,7 +27,7 @@ from common.attention.flashinfer import HEAD_DIMS
 from common.attention.flashinfer_modules import Compiled, Module, build, wanted
 from common.attention.flashinfer_xqa import Xqa
 from common.engine.deepgemm_build import Request
-from common.engine.fp8_kernels import products_of, run
+from common.engine.fp8_kernels import BUILD_LIMIT_S, products_of, run
 from common.errors import NanoDeployError
 from common.kernels.gpu import deepgemm
 from common.models.spec import ModelSpec
@@ -115,7 +115,7 @@ def _build_products(args: argparse.Namespace) -> int:
         _say({"note": f"DeepGEMM's kernels of {len(products)} FP8 products are left to the first start: {reason}"})
         return 0
     request = Request(products, args.tokens, 0, os.getpid(), args.jobs)
-    failed = "" if request.is_done(torch.cuda.get_device_name()) else run(request, _on_kernels)
+    failed = "" if request.is_done(torch.cuda.get_device_name()) else run(request, _on_kernels, BUILD_LIMIT_S)
     if failed:
         _say({"error": f"DeepGEMM's kernels are not built: {failed}"})
         return 1

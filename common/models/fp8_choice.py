@@ -27,6 +27,7 @@ WHOLE_SHAPE = (WHOLE, WHOLE)
 
 _MAX_LISTED = 12
 _NOT_CONVERTED = "not converted, by the checkpoint"
+_READ_OTHERWISE = "stored in FP8, and used by their layers in another type"
 _log = structlog.stdlib.get_logger(__name__)
 
 
@@ -39,9 +40,10 @@ class Left:
     names: list[str] = field(default_factory=list)
     nbytes: int = 0
 
-    def add(self, holder: Holder, slots: Sequence[Slot], dtype: torch.dtype) -> None:
-        self.holders.append(holder)
-        self.names += dict.fromkeys(s.name for s in slots)
+    def add(self, holder: Holder | None, slots: Sequence[Slot], dtype: torch.dtype) -> None:
+        if holder is not None:
+            self.holders.append(holder)
+        self.names += dict.fromkeys(s.name for s in slots if s.name not in self.names[-len(slots) :])
         self.nbytes += sum(s.target.numel() for s in slots) * dtype.itemsize
 
 
@@ -84,12 +86,17 @@ class FP8Choice:
         return bool(changed)
 
     def sort_out(self, slots: Iterable[Slot], stored: Mapping[str, Stored] | None) -> list[Left]:
-        """By reason the layers that a model would keep in FP8 and cannot."""
+        """By reason the layers that a model would keep in FP8 and cannot, and what else of the checkpoint is in FP8."""
         by_holder: dict[int, tuple[Holder, list[Slot]]] = {}
+        others: list[Slot] = []
         for slot in slots:
             if slot.holder is not None and slot.holder.wants_fp8:
                 by_holder.setdefault(id(slot.holder), (slot.holder, []))[1].append(slot)
+            elif stored is not None and slot.name in stored and stays_as_stored(stored[slot.name]):
+                others.append(slot)
         left: dict[str, Left] = {}
+        for slot in others if by_holder else ():
+            left.setdefault(_READ_OTHERWISE, Left(_READ_OTHERWISE)).add(None, [slot], slot.target.dtype)
         for holder, some in by_holder.values():
             if reason := self._why_not(holder, [self._is_wanted(slot, stored) for slot in some]):
                 left.setdefault(reason, Left(reason)).add(holder, some, self.dtype)
@@ -119,11 +126,11 @@ class FP8Choice:
             if self.ranks > 1 and not _fit(one.holders, self.ranks):
                 more["degrees_that_fit"] = [n for n in range(1, self.ranks) if _fit(one.holders, n)]
             _log.log(
-                logging.INFO if one.reason == _NOT_CONVERTED else logging.WARNING,
+                logging.INFO if one.reason in (_NOT_CONVERTED, _READ_OTHERWISE) else logging.WARNING,
                 "layers not in FP8",
                 reason=one.reason,
                 held_in=_name(self.dtype),
-                layers=len(one.holders),
+                layers=len(one.holders) or len(one.names),
                 bytes=one.nbytes,
                 weights=_listed(one.names),
                 **more,
