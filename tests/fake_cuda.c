@@ -174,6 +174,8 @@ static int open_handle(unsigned long long* base, struct Handle handle, unsigned 
   return *base = (uint64_t)here, count_mapped(), 0;
 }
 int cuIpcOpenMemHandle_v2(unsigned long long* base, struct Handle handle, unsigned flags) {
+  static int opens;
+  if (is_next("FAKE_CUDA_SLOW_OPEN", &opens)) sleep(3);
   pthread_mutex_lock(&mutex);
   const int result = open_handle(base, handle, flags);
   pthread_mutex_unlock(&mutex);

@@ -167,6 +167,31 @@ def test_what_is_held_stays_mapped_though_its_owner_dies(driver: Path, reader: F
     assert reader.call("hold", peer) is None
 
 
+def test_who_holds_a_peer_does_not_wait_for_a_slow_driver(driver: Path, owner: FakeGpu, tmp_path: Path) -> None:
+    """The engine's loop asks. What it no longer waits for is not held, or the peer would never be let go."""
+    environ = {"FAKE_CUDA_MAPPED": str(tmp_path / "mapped"), "FAKE_CUDA_SLOW_OPEN": str(len(GROUPS))}
+    reader, other = FakeGpu(driver, GROUPS, 100, environ=environ), FakeGpu(driver, GROUPS, 1)
+    peer = connect(reader, owner)
+    reader.read(1, "tail", [("tail", 0, 0, 1000)])
+    assert only(reader.events(1)).status is ReadStatus.OK
+    second = reader.call("connect", other.call("endpoint"))
+    began = time.monotonic()
+    assert reader.call("hold", peer) is None
+    assert 0.5 < time.monotonic() - began < 2.5
+    reader.read(2, "tail", [("tail", 0, 0, 1000)])
+    assert only(reader.events(1)).status is ReadStatus.OK
+    assert reader.call("hold", second) == 3
+    assert num_mapped(tmp_path) == 2 * len(GROUPS)
+    reader.call("disconnect", peer)
+    deadline = time.monotonic() + 10
+    while num_mapped(tmp_path) > len(GROUPS):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    reader.call("release", second)
+    reader.stop()
+    other.stop()
+
+
 def test_a_stopped_owner_is_read_all_the_same(driver: Path, reader: FakeGpu) -> None:
     owner = FakeGpu(driver, GROUPS, 1)
     connect(reader, owner)

@@ -246,8 +246,8 @@ class UcxTransport:
         """For kernels that read a ready peer's memory by themselves: int64 [pieces, 3], each one's address in this
         GPU's address space, its local address, and its size.
 
-        The memory stays there until `release`, whatever becomes of the peer. None if it is not there, or a piece is
-        outside of it.
+        The memory stays there until `release`, whatever becomes of the peer. None if it is not there, a piece is
+        outside of it, or the transport's thread has not looked within a second: a driver may be slow.
         """
         remote = self._remote.get(peer_id)
         groups = {p.group for p in pieces}

@@ -6,6 +6,7 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <future>
 #include <tuple>
@@ -13,7 +14,7 @@
 namespace nd {
 namespace {
 
-constexpr std::chrono::seconds kAllocateTimeout{300}, kCloseTimeout{5};
+constexpr std::chrono::seconds kAllocateTimeout{300}, kCloseTimeout{5}, kHoldTimeout{1};
 constexpr std::chrono::microseconds kSpin{50};      // without a move, before it sleeps
 constexpr std::chrono::milliseconds kNap{1};        // while peers connect or close
 constexpr std::chrono::milliseconds kPatience{20};  // with a peer that does not answer at once
@@ -48,8 +49,11 @@ struct Transport::MemoryCall {
   std::promise<std::pair<LocalMemory, std::string>> done;
 };
 
+// `met` by the first of two: the caller that waits no longer, or the thread that answers. What nobody waits for is not
+// held, since nobody would release it.
 struct Transport::HoldCall {
   uint64_t peer_id;
+  std::atomic<bool> met{false};
   std::promise<std::vector<uint64_t>> done;
 };
 
@@ -142,7 +146,8 @@ std::vector<uint64_t> Transport::hold(uint64_t peer_id) {
   auto call = std::make_shared<HoldCall>();
   call->peer_id = peer_id;
   auto done = call->done.get_future();
-  calls_.put(std::move(call));
+  calls_.put(call);
+  if (done.wait_for(kHoldTimeout) != std::future_status::ready && !call->met.exchange(true)) return {};
   return done.get();
 }
 
@@ -279,6 +284,7 @@ void Transport::handle(ReadCall& call) {
 }
 
 void Transport::handle(std::shared_ptr<HoldCall>& call) {
+  if (call->met.exchange(true)) return;
   const auto found = peers_.find(call->peer_id);
   std::vector<uint64_t> places;
   if (found != peers_.end() && found->second->state == Peer::State::kReady && !found->second->failed) {
