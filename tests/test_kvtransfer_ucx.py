@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -545,6 +545,38 @@ def test_tcp_moves_large_segments_unless_the_operator_says_otherwise(monkeypatch
         with running("tcp", {"full": 24 * MIB}) as owner, closing(make_transport("tcp")) as transport:
             sent[kind] = segments_of_reads(transport, owner, 12)
     assert 2 * min(sent["ours"]) < max(sent["ucx"]), sent
+
+
+def num_sockets(pid: int | str) -> int:
+    """Open ones of a process."""
+    count = 0
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            count += os.readlink(fd).startswith("socket:")
+    return count
+
+
+def test_sockets_of_closed_endpoints_are_closed_at_the_next_look_for_dead_peers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """UCX has an endpoint on both sides, and tells the other one of a close only when that asks: over TCP alone the
+    socket stays until then.
+    """
+    monkeypatch.setenv("UCX_KEEPALIVE_INTERVAL", "500ms")
+    with running("tcp", {"full": MIB}) as owner, closing(make_transport("tcp")) as transport:
+        local, pid = allocate(transport, "full", MIB), owner.process.pid
+        assert pid is not None
+        before = num_sockets("self"), num_sockets(pid)
+        for read_id in range(12):
+            peer = transport.connect(owner.endpoint)
+            transport.read(peer, read_id, [piece(local, "full", 0, 0, MIB)], [])
+            assert only(wait_for(transport, 1)).status is ReadStatus.OK
+            transport.disconnect(peer)
+        deadline = time.monotonic() + 20
+        while (num_sockets("self"), num_sockets(pid)) > before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert num_sockets(pid) == before[1]
 
 
 def test_a_closed_transport_says_so(owner: Owner, transport: UcxTransport) -> None:
