@@ -20,9 +20,9 @@ import contextlib
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -173,19 +173,31 @@ def _build(request: Request, progress: Progress) -> int:
     """How many kernels were not there. TimeoutError if another process compiles for too long."""
     folder = deepgemm.folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder / "nanodeploy.lock"), tempfile.TemporaryDirectory(prefix="nanodeploy-shelf-") as place:
-        shelf = Shelf(Path(place), deepgemm.compiler())
+    with alone(folder / "nanodeploy.lock"), _emptied(folder / "nanodeploy-shelf") as place:
+        shelf = Shelf(place, deepgemm.compiler())
         deepgemm.compile_with(shelf.open())
+        if torch.cuda.is_available():
+            torch.cuda.set_device(request.device)
         reason = deepgemm.unavailable()  # imports it, with the stand-in in place
         if reason:
             raise RuntimeError(reason)
-        torch.cuda.set_device(request.device)
         if request.is_done(torch.cuda.get_device_name()):  # by the process that had the lock before
             return 0
         num = compile_all(lambda: _calls(request), shelf, request.jobs, progress)
         torch.cuda.synchronize()
         request.set_done(torch.cuda.get_device_name())
     return num
+
+
+@contextlib.contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """A new folder, for so long; what a process that was killed has left there goes too."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _calls(request: Request) -> Iterator[Callable[[], None]]:

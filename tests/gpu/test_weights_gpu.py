@@ -54,6 +54,22 @@ def test_blocks_of_fp8_stay(cuda: torch.device, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["auto", "fp8"])
+def test_what_is_not_converted_is_read_as_it_is(cuda: torch.device, tmp_path: Path, quantization: str) -> None:
+    """A layer's attention, and a matrix of a packed two: the other is turned into numbers."""
+    excluded = ["model.layers.0.self_attn", "model.layers.1.mlp.up_proj"]
+    folder = make_llama(tmp_path / "model", **SIZES)
+    config = fp8_config((128, 128), modules_to_not_convert=excluded)
+    choose = lambda name, w: None if any(part in name for part in excluded) else blocks(name, w)  # noqa: E731
+    quantise(folder, tmp_path / "plain", config, choose)
+    got, want = load(folder, cuda, quantization=quantization), load(folder, torch.device("cpu"))
+    floating = {name for name, slot in got.items() if slot.target.dtype != torch.float8_e4m3fn and "_proj." in name}
+    assert {".".join(name.split(".")[2:4]) for name in floating} == {"0.self_attn", "1.mlp"}
+    assert not any("down_proj" in name for name in floating)
+    for name, slot in got.items():
+        assert torch.equal(floats(slot), floats(want[name])), name
+
+
+@pytest.mark.parametrize("quantization", ["auto", "fp8"])
 def test_drawn_weights(cuda: torch.device, tmp_path: Path, quantization: str) -> None:
     folder = make_qwen3_moe(tmp_path / "model", moe_intermediate_size=256, **SIZES)
     options = {"load_format": "dummy", "quantization": quantization}
