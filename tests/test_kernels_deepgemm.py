@@ -21,15 +21,22 @@ import orjson
 import pytest
 import torch
 from models_support import CPU
+from mtp_support import make_mtp, make_qwen_mtp
 from quant_support import fp8_block, fp8_config, quantise
 from test_models_fp8 import LLAMA, MOE, NAMES
 from tiny_models import (
     make_deepseek_v3,
     make_deepseek_v4,
     make_deepseek_v32,
+    make_glm_moe_dsa,
+    make_kimi_k25,
     make_llama,
+    make_qwen3,
+    make_qwen3_5,
     make_qwen3_moe,
     make_qwen3_next,
+    make_qwen3_vl,
+    make_qwen3_vl_moe,
 )
 
 from common.attention.flashinfer_modules import alone
@@ -103,7 +110,23 @@ def test_products_are_those_of_the_loaded_model(
     assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("make", [make_deepseek_v3, make_deepseek_v32, make_deepseek_v4, make_qwen3_next])
+FAMILIES = [
+    make_qwen3,
+    make_qwen3_vl,
+    make_qwen3_vl_moe,
+    make_kimi_k25,
+    make_deepseek_v3,
+    make_deepseek_v32,
+    make_glm_moe_dsa,
+    make_deepseek_v4,
+    make_qwen3_next,
+    make_qwen3_5,
+    make_mtp,
+    make_qwen_mtp,
+]
+
+
+@pytest.mark.parametrize("make", FAMILIES)
 def test_families_are_looked_at_without_memory(tmp_path: Path, make: Any) -> None:
     spec = ModelSpec.from_folder(make(tmp_path / "model"))
     assert isinstance(products_of(spec, "bfloat16", "fp8", 1), list)
