@@ -1,8 +1,8 @@
 """FlashInfer's XQA: attention of one new token, on Hopper, without a plan.
 
-It takes block tables and lengths as they lie on the GPU. Where there are fewer sequences times key heads than
-processors, a sequence's keys are shared by several thread blocks; else a sequence has one for each key head, however
-long it is. Strides of blocks are honoured: it counts in rows of a head, in 32 bits, and rows of 256 bytes reach 1 TB.
+It takes block tables and lengths as they lie on the GPU. A thread block has a key head of a sequence, or a part of its
+keys where there are too few of them to fill all processors, or to fill them evenly (`num_parts`). Strides of blocks
+are honoured: it counts in rows of a head, in 32 bits, and rows of 256 bytes reach 1 TB.
 """
 
 from __future__ import annotations
@@ -14,6 +14,22 @@ from typing import Any
 import torch
 
 from common.attention.flashinfer_modules import SHORT, find, function
+
+BLOCKS_PER_PROCESSOR = 2  # that the kernel has room for at once
+MOST_PARTS = 16
+_MOST_ROUNDS = 2  # of thread blocks, where keys are shared; scratch memory is as large
+_JOINING = 0.05  # of a round: what it costs that parts are put together
+
+
+def num_parts(num: int, num_processors: int) -> int:
+    """In how many parts each of `num` rows of keys is read, so that thread blocks come in few, even rounds."""
+    at_once = num_processors * BLOCKS_PER_PROCESSOR
+    most = min(MOST_PARTS, _MOST_ROUNDS * at_once // num)
+
+    def rounds(parts: int) -> float:
+        return -(-num * parts // at_once) / parts + (_JOINING if parts > 1 else 0.0)
+
+    return min(range(1, most + 1), key=rounds, default=1)
 
 
 @dataclass(frozen=True)
@@ -65,10 +81,11 @@ class Xqa:
     ) -> None:
         """Queries and output are contiguous; `k`, `v`: [num_blocks, U, block_size, D] of the same strides."""
         assert k.stride(0) % self.head_dim == 0
+        num = len(lens_S) * k.shape[1]
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
         function(self, "xqa_wrapper")(
             False,  # Hopper's 8-bit kernel
-            space.num_processors,
+            num_parts(num, space.num_processors) * num,  # it divides by `num` to find the parts
             k.shape[1],
             0,  # no window
             scale * self.head_dim**0.5,
@@ -105,7 +122,8 @@ class XqaSpace:
 
     @classmethod
     def make(cls, device: torch.device) -> XqaSpace:
-        """For any step: parts of a sequence are no more than a GPU has processors, 32 rows of 256 numbers each."""
+        """For any step: a part has up to 32 rows of 256 numbers."""
         num = torch.cuda.get_device_properties(device).multi_processor_count
         semaphores = torch.zeros(1 << 18, dtype=torch.int32, device=device)
-        return cls(num, semaphores, torch.empty(num << 16, dtype=torch.uint8, device=device))
+        nbytes = num * BLOCKS_PER_PROCESSOR * _MOST_ROUNDS << 16
+        return cls(num, semaphores, torch.empty(nbytes, dtype=torch.uint8, device=device))
