@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from common.attention.capability import Needs
-from common.attention.context import AttentionBackend
+from common.attention.context import DTYPES, AttentionBackend
 from common.attention.select import choose
 from common.config import EngineConfig, WorkerConfig
+from common.engine.draft_graphs import DraftGraphs, DraftLimits
 from common.engine.draft_runner import DraftRunner
+from common.engine.drafting import FIRST
 from common.engine.fp8_kernels import compile_beforehand
 from common.engine.gpu_memory import measure, run_largest_step, weights_nbytes
 from common.engine.graphs import DecodeGraphs, GraphShape, graph_sizes
@@ -22,6 +24,7 @@ from common.engine.runner import ModelRunner
 from common.engine.sampler import Sampler
 from common.engine.sizing import EngineSizing, size_engine
 from common.errors import ConfigError
+from common.kernels import gpu
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP, KVLayout, Retention
 from common.kvcache.pool import GUARD_NBYTES, KVPool
 from common.kvtransfer.device import over_ucx
@@ -136,10 +139,13 @@ def make_compute(
         runner.graphs = _record(runner, model, engine, layout, pool, backend, sizing.max_model_len, progress)
     draft_runner = None
     if spec.has_drafts:
+        runner.rows_outlive = True
         groups = {FULL_GROUP: (layout.group(FULL_GROUP).block_size, 0)}
         draft_runner = DraftRunner(
             model, pool, backend, sampler, runner.inputs, spec.hidden_size, groups, lambda: runner.on_progress()
         )
+        if runner.graphs is not None and role is Role.DECODE and not gpu.unavailable():
+            draft_runner.graphs = _record_drafts(runner.graphs, runner, model, engine, sizing, pool, backend, progress)
     return Compute(sizing, bases, transport, runner, draft_runner)
 
 
@@ -226,6 +232,27 @@ def _record(
     sizes = engine.cuda_graph_sizes or graph_sizes(engine.max_num_seqs)
     graphs = DecodeGraphs(model.forward, pool, backend, runner.inputs, runner.drawn_R, shape, sizes, range(1, most + 1))
     graphs.record(lambda done, total: progress("recording decode steps", done, total))
+    return graphs
+
+
+def _record_drafts(
+    decode: DecodeGraphs,
+    runner: ModelRunner,
+    model: DecoderModel,
+    engine: EngineConfig,
+    sizing: EngineSizing,
+    pool: KVPool,
+    backend: AttentionBackend,
+    progress: Progress,
+) -> DraftGraphs:
+    """Passes of the draft layer over the tokens that a step with drafts may bring, and over each draft."""
+    spec = sizing.spec
+    shape = GraphShape({FULL_GROUP: (engine.block_size, 0)}, (), sizing.max_model_len, FIRST)
+    max_new = 1 + engine.speculative_config.num_speculative_tokens
+    limits = DraftLimits(max_new, spec.hidden_size, DTYPES[sizing.dtype], spec.vocab_size)
+    sizes = engine.cuda_graph_sizes or graph_sizes(engine.max_num_seqs)
+    graphs = DraftGraphs(model, pool, backend, runner.inputs, shape, sizes, limits, decode.memory_pool)
+    graphs.record(lambda done, total: progress("recording drafts", done, total))
     return graphs
 
 

@@ -1,11 +1,15 @@
 """Runs the multi-token-prediction layer on the device, and draws drafts from it: see `common.engine.drafting`.
 
+Rows of few tokens go through recorded passes where there are some (`common.engine.draft_graphs`): drafts come to the
+host all at once. The others go through passes as they are run, and each draft is waited for before the next.
+
 Shape letters: T tokens of the step, N tokens of the layer's pass, R rows that drafts are drawn from, D hidden size,
-B blocks, U places of kept rows in a block.
+Q tokens of each row in a recorded pass, B blocks, U places of kept rows in a block.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -15,8 +19,10 @@ from torch import Tensor
 
 from common.attention.context import AttentionBackend, AttentionContext
 from common.engine.batch import Batch, BatchRow, build_batch
+from common.engine.draft_graphs import DraftGraphs, source_rows
 from common.engine.drafting import FIRST, DraftRow, DraftWork, Held, KeptRow
 from common.engine.inputs import Inputs, arrays_of, context_of
+from common.engine.results import Fetched
 from common.engine.sampler import Sampler
 from common.kvcache.pool import KVPool
 from common.models.cache_spec import DRAFT_ROWS_REGION
@@ -57,6 +63,7 @@ class DraftRunner:
         rows = pool.region(DRAFT_ROWS_REGION)[:, 0, 0, 0]
         self._kept_BUD = rows.view(rows.shape[0], -1, UNIT * rows.shape[2])
         self._on_progress = on_progress
+        self.graphs: DraftGraphs | None = None
 
     def take(self, hidden: object, row: int, count: int) -> Tensor:
         """Rows of the step that outlive it."""
@@ -69,6 +76,52 @@ class DraftRunner:
         hidden_TD = hidden if isinstance(hidden, Tensor) else None
         self._keep(hidden_TD, work.kept)
         rows = work.rows
+        drafts: list[tuple[int, ...]] = [()] * len(rows)
+        lots = self._lots(rows)
+        drawn = [self._launch(hidden_TD, [rows[i] for i in lot]) for lot in lots]
+        others = sorted(set(range(len(rows))).difference(*lots))
+        for i, found in zip(others, self._run_eagerly(hidden_TD, [rows[i] for i in others]), strict=True):
+            drafts[i] = found
+        fetched = Fetched.start(drawn).get()  # behind all that was launched
+        for lot, drawn_KR in zip(lots, fetched, strict=True):
+            for i, token_ids in zip(lot, drawn_KR.T.tolist(), strict=True):
+                drafts[i] = _up_to_failed(token_ids[: rows[i].num_drafts])
+        return drafts
+
+    def _lots(self, rows: Sequence[DraftRow]) -> list[list[int]]:
+        """Those of `rows` that recorded passes take, in lots of one chain of passes; most drafts first."""
+        graphs = self.graphs
+        if graphs is None:
+            return []
+        taken = sorted((i for i, r in enumerate(rows) if graphs.takes(r)), key=lambda i: -rows[i].num_drafts)
+        return [taken[n : n + graphs.max_sequences] for n in range(0, len(taken), graphs.max_sequences)]
+
+    def _launch(self, hidden_TD: Tensor | None, rows: Sequence[DraftRow]) -> Tensor:
+        """A chain of recorded passes: drafts [K, R] on the device, the k-th of those rows that have so many."""
+        assert self.graphs is not None
+        graphs, query_len = self.graphs, max(len(r.token_ids) for r in rows)
+        before_ND = self._model.norm(self._before_padded(hidden_TD, rows, query_len))
+        graphs.rows_ND[: len(before_ND)].copy_(before_ND)
+        token_ids_R = graphs.first(rows, query_len)
+        drafts_KR = token_ids_R.new_empty(rows[0].num_drafts, len(rows))
+        for k in range(rows[0].num_drafts):
+            going = sum(r.num_drafts > k for r in rows)
+            if k:
+                token_ids_R = graphs.next(rows[:going], k)
+            drafts_KR[k, :going].copy_(token_ids_R[:going])
+        return drafts_KR
+
+    def _before_padded(self, hidden_TD: Tensor | None, rows: Sequence[DraftRow], query_len: int) -> Tensor:
+        """As `_before`, for `query_len` tokens of each row: [R * Q, D]."""
+        counts = [len(r.token_ids) for r in rows]
+        if hidden_TD is not None and all(r.before is None for r in rows):
+            rows_ND, firsts = hidden_TD, [r.row for r in rows]
+        else:
+            rows_ND, firsts = self._before(hidden_TD, rows), [0, *itertools.accumulate(counts)][:-1]
+        index = self._inputs.put({"index": source_rows(firsts, counts, query_len)})["index"]
+        return rows_ND.index_select(0, index)
+
+    def _run_eagerly(self, hidden_TD: Tensor | None, rows: Sequence[DraftRow]) -> list[tuple[int, ...]]:
         if not rows:
             return []
         rows_ND = self._model.norm(self._before(hidden_TD, rows))
@@ -143,10 +196,14 @@ class DraftRunner:
         if not kept:
             return
         assert hidden_TD is not None
-        rows_RD = hidden_TD.index_select(0, self._index([row for row, _ in kept]))
-        block_ids = self._index([place.block_id for _, place in kept])
-        units = self._index([place.unit for _, place in kept])
-        self._kept_BUD[block_ids, units, : self._hidden_size] = rows_RD.to(self._kept_BUD.dtype)
+        numbers = np.array([(row, place.block_id, place.unit) for row, place in kept], np.int64)
+        index = self._inputs.put({"index": numbers.T})["index"]
+        rows_RD = hidden_TD.index_select(0, index[0]).to(self._kept_BUD.dtype)
+        self._kept_BUD[index[1], index[2], : self._hidden_size] = rows_RD
 
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return self._inputs.put({"index": np.array(numbers, np.int64)})["index"]
+
+
+def _up_to_failed(token_ids: Sequence[int]) -> tuple[int, ...]:
+    return tuple(itertools.takewhile(lambda token_id: token_id >= 0, token_ids))

@@ -1,4 +1,4 @@
-"""Decode steps recorded once for each number of sequences and replayed: one launch instead of hundreds.
+"""Steps of few new tokens recorded once for each number of sequences and replayed: one launch instead of hundreds.
 
     record (largest first, one memory pool for all) -> fits(batch) -> replay(batch) -> hidden rows
 
@@ -11,6 +11,7 @@ before each replay.
 from __future__ import annotations
 
 import bisect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -35,11 +36,14 @@ class Forward(Protocol):
 
 @dataclass(frozen=True)
 class GraphShape:
-    """`groups`: (block size, window) of each positional group; `max_seq_len` bounds tables."""
+    """`groups`: (block size, window) of each positional group; `max_seq_len` bounds tables. `first`: see
+    `common.attention.context.GroupTables`.
+    """
 
     groups: Mapping[str, tuple[int, int]]
     states: Sequence[str]
     max_seq_len: int
+    first: int = 0
 
 
 @dataclass
@@ -60,24 +64,24 @@ def graph_sizes(max_seqs: int) -> tuple[int, ...]:
     return tuple(sorted({size for size in sizes if size <= max_seqs}))
 
 
-class DecodeGraphs:
+class StepGraphs(ABC):
     """Recorded steps of each of `sizes` sequences with each of `query_lens` new tokens in every one of them.
 
-    `drawn_R`: the tokens that the step before has drawn, which replays read where a batch says so.
+    `drawn_R`: the tokens that the step before has drawn, which replays read where a batch says so. `memory_pool`: of
+    other recorded steps, for what a step needs while it runs.
     """
 
     def __init__(
         self,
-        forward: Forward,
         pool: KVPool,
         backend: AttentionBackend,
         inputs: Inputs,
         drawn_R: Tensor,
         shape: GraphShape,
         sizes: Sequence[int],
-        query_lens: Sequence[int] = (1,),
+        query_lens: Sequence[int],
+        memory_pool: Any = None,
     ) -> None:
-        self._forward = forward
         self._pool = pool
         self._backend = backend
         self._inputs = inputs
@@ -86,15 +90,17 @@ class DecodeGraphs:
         self._sizes = sorted(sizes)
         self._query_lens = tuple(query_lens)
         self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self.memory_pool = memory_pool
 
     @torch.inference_mode()
     def record(self, progress: Callable[[int, int], None]) -> None:
         """Record all. `progress(done, total)`."""
         keys = [(n, q) for q in self._query_lens for n in reversed(self._sizes)]
-        memory = torch.cuda.graph_pool_handle()
+        if self.memory_pool is None:
+            self.memory_pool = torch.cuda.graph_pool_handle()
         for done, key in enumerate(keys):
             progress(done, len(keys))
-            self._recorded[key] = self._record(*key, memory)
+            self._recorded[key] = self._record(*key)
         torch.cuda.synchronize()
 
     def size_for(self, batch: Batch) -> int:
@@ -102,11 +108,15 @@ class DecodeGraphs:
         rows, query_len = len(batch.seq_lens_S), batch.max_query_len
         if query_len not in self._query_lens or rows * query_len != len(batch.input_ids_T) or batch.media is not None:
             return 0
-        at = bisect.bisect_left(self._sizes, rows)
+        return self.size_of(rows)
+
+    def size_of(self, num_sequences: int) -> int:
+        """The smallest that was recorded and holds so many; 0: none does."""
+        at = bisect.bisect_left(self._sizes, num_sequences)
         return self._sizes[at] if at < len(self._sizes) else 0
 
     def replay(self, batch: Batch, size: int) -> Tensor:
-        """Hidden rows [T, D] of the batch, valid until the next replay."""
+        """What `_compute` made, [T, ...] of the batch, valid until the next replay."""
         recorded = self._recorded[size, batch.max_query_len]
         self._fill(recorded, batch)
         self._inputs.put(recorded.arrays, recorded.memory)
@@ -114,7 +124,7 @@ class DecodeGraphs:
         recorded.graph.replay()
         return recorded.hidden_TD[: len(batch.input_ids_T)]
 
-    def _record(self, size: int, query_len: int, memory_pool: Any) -> _Recorded:
+    def _record(self, size: int, query_len: int) -> _Recorded:
         arrays = self._padding(size, query_len)
         memory = torch.zeros(nbytes_of(arrays), dtype=torch.uint8, device=self._drawn_R.device)
         tensors = view(memory, arrays)
@@ -126,7 +136,7 @@ class DecodeGraphs:
         torch.cuda.synchronize()
         self._backend.plan(self._with_host(ctx, arrays))
         fresh = replace(ctx, scratch={})
-        with torch.cuda.graph(graph, pool=memory_pool):
+        with torch.cuda.graph(graph, pool=self.memory_pool):
             hidden_TD = self._compute(tensors, fresh)
         return _Recorded(graph, memory, ctx, hidden_TD, arrays)
 
@@ -134,13 +144,15 @@ class DecodeGraphs:
         self._backend.plan(self._with_host(ctx, arrays))
         return self._compute(tensors, replace(ctx, scratch={}))
 
+    @abstractmethod
     def _compute(self, tensors: Tensors, ctx: AttentionContext) -> Tensor:
-        input_ids_T = known_or_drawn(tensors["input_ids"], tensors["pending"], self._drawn_R)
-        return self._forward(input_ids_T, tensors["positions"], ctx)
+        """What is recorded: reads `tensors`, which are those of `_padding` by name."""
 
     def _context(self, tensors: Tensors, size: int, query_len: int) -> AttentionContext:
         groups = {
-            name: GroupTables(tensors[f"tables.{name}"], tensors[f"slots.{name}"], block_size, window)
+            name: GroupTables(
+                tensors[f"tables.{name}"], tensors[f"slots.{name}"], block_size, window, self._shape.first
+            )
             for name, (block_size, window) in self._shape.groups.items()
         }
         return AttentionContext(
@@ -164,21 +176,21 @@ class DecodeGraphs:
         return replace(ctx, groups=groups, host=host)
 
     def _padding(self, size: int, query_len: int) -> Arrays:
-        """A step of padding alone: what a batch does not fill stays so."""
+        """A step of padding alone: what a batch does not fill stays so. Every token of it sees at least itself."""
         shape = self._shape
-        tokens = size * query_len
+        tokens, places_Q = size * query_len, np.arange(shape.first, shape.first + query_len, dtype=np.int64)
         arrays: Arrays = {
             "input_ids": np.zeros(tokens, np.int64),
-            "positions": np.tile(np.arange(query_len, dtype=np.int64), size),
+            "positions": np.tile(places_Q, size),
             "query_starts": np.arange(0, tokens + 1, query_len, dtype=np.int32),
-            "seq_lens": np.full(size, query_len, np.int32),
+            "seq_lens": np.full(size, shape.first + query_len, np.int32),
             "pending": np.full(tokens, -1, np.int64),
         }
         for name, (block_size, _) in shape.groups.items():
             block = self._pool.padding_block(name)
             width = -(-shape.max_seq_len // block_size)
             arrays[f"tables.{name}"] = np.full((size, width), block, np.int32)
-            arrays[f"slots.{name}"] = np.tile(block * block_size + np.arange(query_len, dtype=np.int64), size)
+            arrays[f"slots.{name}"] = np.tile(block * block_size + places_Q, size)
         for name in shape.states:
             arrays[f"states.{name}"] = np.full(size, self._pool.padding_block(name), np.int64)
         return arrays
@@ -202,6 +214,28 @@ class DecodeGraphs:
                     first = len(rest) // (before - rows) * rows
                     arrays[name][first : first + len(rest)] = rest
         recorded.num_rows = rows
+
+
+class DecodeGraphs(StepGraphs):
+    """Recorded steps of a model. A replay gives hidden rows [T, D]."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        pool: KVPool,
+        backend: AttentionBackend,
+        inputs: Inputs,
+        drawn_R: Tensor,
+        shape: GraphShape,
+        sizes: Sequence[int],
+        query_lens: Sequence[int] = (1,),
+    ) -> None:
+        super().__init__(pool, backend, inputs, drawn_R, shape, sizes, query_lens)
+        self._forward = forward
+
+    def _compute(self, tensors: Tensors, ctx: AttentionContext) -> Tensor:
+        input_ids_T = known_or_drawn(tensors["input_ids"], tensors["pending"], self._drawn_R)
+        return self._forward(input_ids_T, tensors["positions"], ctx)
 
 
 def known_or_drawn(input_ids_T: Tensor, pending_T: Tensor, drawn_R: Tensor) -> Tensor:

@@ -96,6 +96,8 @@ class ModelRunner:
         self.inputs: Inputs = HostInputs() if device.type == "cpu" else PinnedInputs(device)
         self.drawn_R = torch.zeros(max_seqs, dtype=torch.int64, device=device)
         self.graphs: DecodeGraphs | None = None
+        self.rows_outlive = False
+        """Are a step's hidden rows read when the next step may have run?"""
         self.on_progress: Callable[[], None] = lambda: None
         """Called at each layer of a step: a long step is not a hung one."""
 
@@ -161,7 +163,8 @@ class ModelRunner:
         size = self.graphs.size_for(batch) if self.graphs is not None else 0
         if size:
             assert self.graphs is not None
-            return self.graphs.replay(batch, size)
+            hidden_TD = self.graphs.replay(batch, size)
+            return hidden_TD.clone() if self.rows_outlive else hidden_TD
         tensors = self.inputs.put(arrays_of(batch))
         ctx = context_of(batch, tensors, self._pool, self._backend, self.on_progress)
         self._backend.plan(ctx)
