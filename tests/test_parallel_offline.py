@@ -106,3 +106,15 @@ def test_ctrl_c_waits_for_the_step_and_pressed_again_ends_the_engine(
         llm.generate([prompt], greedy(400))
     with pytest.raises(InternalError, match="interrupted inside a step"):
         llm.generate([prompt], greedy(6))
+
+
+def test_ranks_outlive_the_thread_that_made_the_engine(llama: Path) -> None:
+    """They end with the process. Linux tells of a parent's end by its thread."""
+    made: list[LLM] = []
+    thread = threading.Thread(target=lambda: made.append(LLM(llama, hang_timeout_s=HANG_S, **OPTIONS)))
+    thread.start()
+    thread.join()
+    (prompt,) = prompts(34, (20,))
+    with made[0] as llm:
+        (output,) = llm.generate([prompt], greedy(6))
+    assert output.outputs[0].token_ids == reference_tokens(llama, prompt, 6)

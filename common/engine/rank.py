@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -206,9 +207,12 @@ def _use(device: torch.device) -> None:
 
 
 class ProcessRanks:
-    """Each rank in a child process."""
+    """Each rank in a child process. All are started by one thread that is there until `close`: a child ends with the
+    thread that started it (`die_with_parent`), and the caller's own may end long before its process.
+    """
 
     def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "rank-starter")
         self._folder = Path(tempfile.mkdtemp(prefix="nanodeploy-ranks-"))
         self.path = str(self._folder / "store")
 
@@ -217,14 +221,12 @@ class ProcessRanks:
 
     def start(self, setup: RankSetup, steps: socket.socket, reads: socket.socket) -> RankBody:
         fds = [steps.fileno(), reads.fileno()]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "common.engine.rank", *map(str, fds), str(os.getpid())],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-        )
-        return _Child(process)
+        command = [sys.executable, "-m", "common.engine.rank", *map(str, fds), str(os.getpid())]
+        starting = self._thread.submit(subprocess.Popen, command, pass_fds=fds, stdin=subprocess.DEVNULL)
+        return _Child(starting.result())
 
     def close(self) -> None:
+        self._thread.shutdown(wait=False)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

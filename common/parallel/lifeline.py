@@ -10,7 +10,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Linux: be killed when the process `parent` ends, or at once if it has. Ctrl-C is the parent's business."""
+    """Linux: be killed when the thread of `parent` that started this process ends, or at once if the process has.
+    Ctrl-C is the parent's business.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
