@@ -60,8 +60,12 @@ class PagedModel:
         tp: TensorParallel | None = None,
         seed: int = 0,
         dense: bool = False,
+        recorded: bool = False,
     ) -> None:
-        """`dense`: without sparse attention, if the model has it."""
+        """`dense`: without sparse attention, if the model has it. `recorded`: steps of sequences with equally many new
+        tokens, but for the first, are run as those that are recorded on a GPU, the last block being nobody's.
+        """
+        self._recorded = recorded
         self.spec = ModelSpec.from_folder(folder)
         if dense:
             self.spec = self.spec.with_dense_attention()
@@ -86,7 +90,7 @@ class PagedModel:
         self._tables: dict[str, dict[int, list[int]]] = {g.name: {} for g in self.groups}
         self._lens: dict[int, int] = {}
         for g in (*self.groups, *(self.layout.group(name) for name in self._states)):
-            ids = list(range(g.num_blocks))
+            ids = list(range(g.num_blocks - recorded))
             rng.shuffle(ids)
             self._free[g.name] = ids
             self._spoil(g.name, ids)
@@ -105,16 +109,21 @@ class PagedModel:
         positions = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
         for (s, _), start, n in zip(work, starts, counts, strict=True):
             self._lens[s] = start + n
+        recorded = self._recorded and min(starts) > 0 and len(set(counts)) == 1
         groups = {g.name: self._group_tables(g.name, g.block_size, g.window, work, starts) for g in self.groups}
+        longest = max(self._lens[s] for s, _ in work)
+        if recorded:  # what bounds it is known when it is recorded
+            longest = max(t.block_tables_SB.shape[1] * t.block_size for t in groups.values())
         ctx = AttentionContext(
             query_starts_S1=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
             seq_lens_S=torch.tensor([self._lens[s] for s, _ in work], dtype=torch.int32),
             max_query_len=max(counts),
-            max_seq_len=max(self._lens[s] for s, _ in work),
+            max_seq_len=longest,
             groups=groups,
             kv=self.pool,
             backend=self.backend,
             states={group: torch.tensor([self._state_block(group, s) for s, _ in work]) for group in self._states},
+            graph=len(work) if recorded else 0,
         )
         spans = [(s, start, start + n) for (s, _), start, n in zip(work, starts, counts, strict=True)]
         media = self._media(spans, pictures) if pictures else None

@@ -108,6 +108,20 @@ def test_cuts(checkpoint: Path, backend: AttentionBackend, width: int) -> None:
     check(got, oracle(checkpoint, tokens)[0])
 
 
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_steps_as_they_are_recorded(checkpoint: Path, backend: AttentionBackend, width: int) -> None:
+    """Every token may complete an entry there, and what is none lands where nobody reads."""
+    prompts = [fresh_prompt(100 + 10 * width), fresh_prompt(120 + 10 * width)]
+    paged = PagedModel(checkpoint, backend=backend, seed=width, recorded=True)
+    got = [[paged.step([(s, tokens[: len(tokens) - 10 * width])])[0]] for s, tokens in enumerate(prompts)]
+    for back in range(10 * width, 0, -width):
+        work = [(s, tokens[len(tokens) - back :][:width]) for s, tokens in enumerate(prompts)]
+        for parts, part in zip(got, paged.step(work), strict=True):
+            parts.append(part)
+    for parts, want in zip(got, oracle(checkpoint, *prompts), strict=True):
+        check(torch.cat(parts), want)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_token_gets_has_the_same_bits_in_any_batch(checkpoint: Path, dtype: str) -> None:
     if cpu.library() is None:

@@ -23,7 +23,9 @@ from common.kernels.compress_ops import join_parts
 
 @dataclass(frozen=True)
 class Entries:
-    """The entries of one ratio in a step. `counts_T`: int32, how many are complete at each token, its own included."""
+    """The entries of one ratio in a step. `counts_T`: int32, how many are complete at each token, its own included;
+    `most`: no token sees more, whatever a recorded step is replayed with.
+    """
 
     ctx: AttentionContext
     tables: GroupTables
@@ -47,7 +49,7 @@ class Entries:
         """Each token as a sequence of its own, of as many positions as it sees entries."""
         num_tokens, ctx, tables = self.counts_T.shape[0], self.ctx, self.tables
         num_blocks = max(-(-self.most // tables.block_size), 1)
-        table_TB = tables.block_tables_SB[sequence_of_tokens(ctx), :num_blocks]
+        table_TB = tables.block_tables_SB[sequence_of_tokens(ctx, num_tokens), :num_blocks]
         starts = torch.arange(num_tokens + 1, dtype=torch.int32, device=self.counts_T.device)
         alone = replace(
             ctx,
@@ -65,8 +67,9 @@ class Entries:
 def entries_of(ctx: AttentionContext, positions_T: Tensor, tables: GroupTables, ratio: int) -> Entries:
     """`tables`: those of the tokens' group, whose blocks are whole multiples of `ratio` tokens."""
     counts_T = ((positions_T + 1) // ratio).int()
+    most = ctx.max_seq_len // ratio
     entry_tables = GroupTables(tables.block_tables_SB, tables.slots_T // ratio, tables.block_size // ratio)
-    return Entries(ctx, entry_tables, counts_T, int(counts_T.max()))
+    return Entries(ctx, entry_tables, counts_T, most)
 
 
 def attend(
@@ -99,7 +102,8 @@ def attend(
     return out_THD
 
 
-def sequence_of_tokens(ctx: AttentionContext) -> Tensor:
+def sequence_of_tokens(ctx: AttentionContext, num_tokens: int) -> Tensor:
     """int64 [T]: the sequence that each new token belongs to."""
     counts_S = ctx.query_starts_S1.diff()
-    return torch.repeat_interleave(torch.arange(counts_S.shape[0], device=counts_S.device), counts_S)
+    ids_S = torch.arange(counts_S.shape[0], device=counts_S.device)
+    return torch.repeat_interleave(ids_S, counts_S, output_size=num_tokens)

@@ -1,6 +1,6 @@
 """Operations of DeepSeek-V4 around products and attention: entries from tokens, joining parts, residual streams.
 
-As in `common.kernels.ops`, the CPU kernels compute every row alone and in one order, and torch is the fallback.
+As in `common.kernels.ops`, the kernels compute every row alone and in one order, and torch is the fallback.
 
 Shape letters: T tokens, S streams, D width, N entries, L tokens of an entry, H heads.
 """
@@ -13,7 +13,7 @@ import struct
 import torch
 from torch import Tensor
 
-from common.kernels import cpu
+from common.kernels import cpu, gpu
 from common.kernels.ops import DTYPES
 
 _POOL = struct.Struct("@13qi4x")  # nd::PoolCall
@@ -33,7 +33,12 @@ def pool_entries(
     `cache`: [num_blocks, block_size, columns]; a row holds values from column 0 on and gates from `gate_column` on.
     `slots_NL`: int64, block * block_size + offset of each token, -1 for one that is left out; `bias_LD`: fp32.
     `own` above 0: the first L - own tokens are read as said, the last `own` D columns further to the right.
+
+    Kernels of GPUs take an entry whose last token is left out for none, and give zeros.
     """
+    if gpu.enabled(cache) and cache.stride(2) == slots_NL.stride(1) == 1 and bias_LD.is_contiguous():
+        pooled_ND: Tensor = gpu.compress.pool_entries(cache, slots_NL, bias_LD, gate_column, own)
+        return pooled_ND
     entries, tokens = slots_NL.shape
     size, width = cache.shape[1], bias_LD.shape[1]
     lib = cpu.library()
@@ -81,6 +86,9 @@ def stream_weights(
     """
     tokens, columns = mix.shape
     assert columns == base.shape[0] == (2 + streams) * streams
+    if _on_gpu(mix, scale, base):
+        found: StreamWeights = gpu.compress.stream_weights(mix, scale, base, streams, steps, eps)
+        return found
     lib = _library(mix, scale, base)
     if lib is None:
         pre = mix[:, :streams] * scale[0] + base[:streams]
@@ -113,6 +121,9 @@ def collapse_weights(mix_TS: Tensor, scale: Tensor, base: Tensor, eps: float) ->
 
 def collapse_streams(x_TSD: Tensor, weights_TS: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> Tensor:
     """The sum over streams of weight * stream, in fp32 and rounded once: a new [T, D] of x's type."""
+    if _on_gpu(x_TSD, weights_TS):
+        collapsed_TD: Tensor = gpu.compress.collapse_streams(x_TSD, weights_TS)
+        return collapsed_TD
     lib = _library(x_TSD, weights_TS)
     if lib is None:
         return (weights_TS[:, :, None] * x_TSD).sum(1).to(x_TSD.dtype)
@@ -126,6 +137,9 @@ def collapse_streams(x_TSD: Tensor, weights_TS: Tensor, *, isa: cpu.Isa = cpu.Is
 
 def mix_streams(x_TSD: Tensor, y_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor, *, isa: cpu.Isa = cpu.Isa.BEST) -> None:
     """In place: stream k becomes post[k] * y + the sum over j of comb[j, k] * stream j, in fp32 and rounded once."""
+    if _on_gpu(x_TSD, y_TD, post_TS, comb_TSS):
+        gpu.compress.mix_streams(x_TSD, y_TD, post_TS, comb_TSS)
+        return
     lib = _library(x_TSD, y_TD, post_TS, comb_TSS)
     if lib is None:
         mixed_TSD = torch.matmul(comb_TSS.mT, x_TSD.float())
@@ -159,6 +173,9 @@ def join_parts(
         assert counts_T.dtype == torch.int32
         assert b_THD.dtype == a_THD.dtype
         parts += [b_THD, b_sums_TH]
+    if _on_gpu(*parts):
+        gpu.compress.join_parts(a_THD, sums_TH, sinks_H, b_THD, b_sums_TH, counts_T)
+        return
     lib = _library(*parts)
     if lib is not None:
         others = [0 if x is None else x.data_ptr() for x in (b_THD, b_sums_TH, counts_T)]
@@ -175,6 +192,10 @@ def join_parts(
     share_TH3 = logits_TH3.softmax(-1)
     b_THD = b_THD.masked_fill(none_T1[..., None], 0.0)
     a_THD.copy_(share_TH3[..., :1] * a_THD + share_TH3[..., 1:2] * b_THD)
+
+
+def _on_gpu(*tensors: Tensor) -> bool:
+    return gpu.enabled(tensors[0]) and all(t.is_contiguous() for t in tensors)
 
 
 def _library(*tensors: Tensor) -> ctypes.CDLL | None:

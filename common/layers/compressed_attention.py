@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.attention.compressed import attend
+from common.kernels import gpu
 from common.kernels.ops import linear_heads, rms_norm
 from common.kvcache.layout import KVPlace
 from common.layers.base import Build, Init, Layer, Slot
@@ -37,6 +38,9 @@ def back(rope: str) -> str:
 
 class CompressedAttention(Layer):
     """Checkpoint names under `attn.`. `places`: where each region of this layer lies."""
+
+    can_record = not gpu.unavailable()
+    """On a GPU: does it launch the same work for the same shapes? In torch nothing is pooled into no entry."""
 
     def __init__(
         self,

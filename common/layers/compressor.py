@@ -35,6 +35,9 @@ from common.layers.step import Rotation, Step
 class Completed:
     """The entries that a step completes. `tokens_N`: each one's last token; `slots_NL`: where its tokens' rows lie in
     the input's group, -1 before the sequence; `block_ids_N`, `offsets_N`: the entry's own place.
+
+    A recorded step has one for each token. Those that are none have no slots, and lie in the last block, the pool's
+    padding.
     """
 
     tokens_N: Tensor
@@ -48,15 +51,22 @@ def completed(step: Step, ratio: int, num_pooled: int, inputs: GroupTables, entr
     key = f"completed {ratio} {num_pooled}"
     found: Completed | None = step.shared.get(key)
     if found is None:
-        tokens_N = ((step.positions_T + 1) % ratio == 0).nonzero().flatten()
+        num_tokens = step.positions_T.shape[0]
+        ends_T = (step.positions_T + 1) % ratio == 0
+        is_recorded = step.ctx.graph > 0
+        tokens_N = torch.arange(num_tokens, device=ends_T.device) if is_recorded else ends_T.nonzero().flatten()
         last_N1 = step.positions_T[tokens_N][:, None]
-        sequence_N1 = sequence_of_tokens(step.ctx)[tokens_N][:, None]
+        sequence_N1 = sequence_of_tokens(step.ctx, num_tokens)[tokens_N][:, None]
         pooled_NL = last_N1 + torch.arange(1 - num_pooled, 1, device=last_N1.device)
         safe_NL = pooled_NL.clamp(min=0)
         slots_NL = _slots(inputs, sequence_N1, safe_NL).masked_fill_(pooled_NL < 0, -1)
         place_N = _slots(entries, sequence_N1, last_N1).flatten()
         size = entries.block_size
-        found = Completed(tokens_N, slots_NL, place_N // size, place_N % size // ratio)
+        block_ids_N = place_N // size
+        if is_recorded:
+            slots_NL.masked_fill_(~ends_T[:, None], -1)
+            block_ids_N.masked_fill_(~ends_T, -1)
+        found = Completed(tokens_N, slots_NL, block_ids_N, place_N % size // ratio)
         step.shared[key] = found
     return found
 

@@ -63,7 +63,7 @@ class DeepseekV4Layer(Layer):
 
 
 class DeepseekV4ForCausalLM(DecoderModel):
-    can_record = False  # which entries a step completes follows its lengths
+    can_record = CompressedAttention.can_record
 
     ignored: tuple[str, ...] = (r"mtp\..*", r"model\.mtp\..*")
     renamed: ClassVar[tuple[tuple[str, str], ...]] = (

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for the type checker
+    from common.kernels.gpu import compress as compress
     from common.kernels.gpu import delta as delta
     from common.kernels.gpu import digest as digest
     from common.kernels.gpu import experts as experts
