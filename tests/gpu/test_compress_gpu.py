@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,12 @@ def check(got: Tensor, want: Tensor) -> None:
     assert bool((off <= bound).all()), f"off by {off.max()}"
 
 
-def on_cpu(*tensors: Tensor) -> list[Tensor]:
-    return [t.cpu().clone() for t in tensors]
+def on_cpu(op: Callable[..., Any], *args: Any) -> Any:
+    """What the CPU's operation returns, or has made of its first argument."""
+    with torch.device("cpu"):
+        given = [a.cpu().clone() if isinstance(a, Tensor) else a for a in args]
+        found = op(*given)
+    return given[0] if found is None else found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,8 +53,7 @@ def test_pooling(dtype: torch.dtype, tokens: int, own: int, width: int) -> None:
     cache[unused.view(11, size)] = float("nan")
     there = [n for n in range(9) if n != 5]
     got = gpu.compress.pool_entries(cache, slots, bias, columns, own)
-    want = ops.pool_entries(cache.cpu(), slots[there].cpu(), bias.cpu(), columns, own)
-    check(got[there], want)
+    check(got[there], on_cpu(ops.pool_entries, cache, slots[there], bias, columns, own))
     assert bool((got[5] == 0).all())
     assert torch.equal(gpu.compress.pool_entries(cache, slots[3:4], bias, columns, own), got[3:4])
 
@@ -59,7 +63,7 @@ def test_stream_weights(streams: int) -> None:
     columns = (2 + streams) * streams
     given = torch.randn(33, columns) * 4, torch.randn(3), torch.randn(columns)
     got = gpu.compress.stream_weights(*given, streams, 20, 1e-6)
-    for ours, want in zip(got, ops.stream_weights(*on_cpu(*given), streams, 20, 1e-6), strict=True):
+    for ours, want in zip(got, on_cpu(ops.stream_weights, *given, streams, 20, 1e-6), strict=True):
         check(ours, want)
     one = gpu.compress.stream_weights(given[0][5:6], *given[1:], streams, 20, 1e-6)
     assert all(torch.equal(a[5:6], b) for a, b in zip(got, one, strict=True))
@@ -70,9 +74,8 @@ def test_stream_weights(streams: int) -> None:
 def test_streams_are_collapsed_and_mixed(dtype: torch.dtype, streams: int, width: int) -> None:
     x, y = torch.randn(7, streams, width).to(dtype), torch.randn(7, width).to(dtype)
     pre, post, comb = torch.rand(7, streams), torch.randn(7, streams), torch.randn(7, streams, streams)
-    check(gpu.compress.collapse_streams(x, pre), ops.collapse_streams(*on_cpu(x, pre)))
-    want, *others = on_cpu(x, y, post, comb)
-    ops.mix_streams(want, *others)
+    check(gpu.compress.collapse_streams(x, pre), on_cpu(ops.collapse_streams, x, pre))
+    want = on_cpu(ops.mix_streams, x, y, post, comb)
     one = x[1:2].clone()
     gpu.compress.mix_streams(one, y[1:2], post[1:2], comb[1:2])
     gpu.compress.mix_streams(x, y, post, comb)
@@ -89,7 +92,6 @@ def test_two_parts_and_a_sink_are_joined(dtype: torch.dtype, heads: int, width: 
     counts[1] = 0
     b[counts == 0], sums_b[counts == 0] = float("nan"), float("nan")
     for more in ((b, sums_b, counts), (None, None, None)):
-        got, (want, *others) = a.clone(), on_cpu(a, sums_a, sinks)
+        got = a.clone()
         gpu.compress.join_parts(got, sums_a, sinks, *more)
-        ops.join_parts(want, *others, *(None if x is None else x.cpu() for x in more))
-        check(got, want)
+        check(got, on_cpu(ops.join_parts, a, sums_a, sinks, *more))
