@@ -82,7 +82,8 @@ class DraftRunner:
         others = sorted(set(range(len(rows))).difference(*lots))
         for i, found in zip(others, self._run_eagerly(hidden_TD, [rows[i] for i in others]), strict=True):
             drafts[i] = found
-        fetched = Fetched.start(drawn).get()  # behind all that was launched
+        drawing = any(row.num_drafts for lot in lots for row in (rows[i] for i in lot))
+        fetched = Fetched.start(drawn).get() if drawing else drawn  # behind all that was launched
         for lot, drawn_KR in zip(lots, fetched, strict=True):
             for i, token_ids in zip(lot, drawn_KR.T.tolist(), strict=True):
                 drafts[i] = _up_to_failed(token_ids[: rows[i].num_drafts])

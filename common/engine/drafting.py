@@ -9,7 +9,7 @@ every last row of 16 tokens. Drafts are chained: each is drawn with the noise of
 with the row that it was drawn from gives the next one.
 
 Where no draft is wanted, rows wait: those of a block are made in one pass when it is full, so that a layer that is
-always wrong costs little.
+always wrong costs little. The next step may be under way then (`Engine._may_go_ahead`): it has no drafts.
 
 A sequence that goes back (`Engine._advance`) has no rows for that: its next step, which has no drafts, computes the
 same positions again and brings them.
@@ -161,7 +161,8 @@ class Drafting:
                 return None
         count = 0
         if moved.goes_on and self._speculator is not None:
-            count = self._speculator.count(seq, self._speculator.max_drafts, num_running)
+            if not seq.steps_under_way:  # else it is in the next step already, without drafts
+                count = self._speculator.count(seq, self._speculator.max_drafts, num_running)
             if not count and self._may_wait(seq, first) and (held is not None or first > start):
                 self._held[seq] = self._with(held, hidden, moved, first)
                 return None

@@ -4,16 +4,16 @@
 
 A step is planned, launched, and collected: then it brings tokens to requests and extents to readers. Where the device
 works by itself the next step is planned and launched before this one is collected (decision 5), whose tokens are known
-to the device alone until then. What follows from tokens beside the tokens themselves (drafts, penalties), and what
-copies states, has the step collected first. A step that raises fails the requests that were in it; the engine gives
-up after several in a row.
+to the device alone until then. Drafts that are to come, penalties and copies of states follow from tokens beside the
+tokens themselves: they have the step collected first. A step that raises fails the requests that were in it; the engine
+gives up after several in a row.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.engine.batch import BatchRow, build_batch
 from common.engine.demand import Demand
@@ -86,6 +86,7 @@ class _Launched:
 
     plan: StepPlan
     pending: Pending
+    followed: list[Sequence] = field(default_factory=list)  # by writes of the step before, which come behind this one
 
 
 class Engine:
@@ -187,11 +188,14 @@ class Engine:
     def _may_go_ahead(self, plan: StepPlan) -> bool:
         """Can the next step be planned without the tokens of this one?"""
         p = self._p
-        if p.speculator is not None or p.drafting is not None:
+        drawing = [item.seq for item in plan.items if item.draws and item.seq.phase is Phase.RUNNING]
+        if any(item.drafts for item in plan.items) or any(map(needs_history, drawing)):
             return False
-        if any(item.draws and needs_history(item.seq) for item in plan.items):
+        if p.cache.has_states and any(self._copies_state(item) for item in plan.items):
             return False
-        return not p.cache.has_states or not any(self._copies_state(item) for item in plan.items)
+        if p.drafting is not None and any(item.seq.order or item.seq.tail_ready for item in plan.items):
+            return False  # what its rows are made from, or published with, does not wait for another step
+        return p.speculator is None or not p.speculator.expects(drawing, len(p.scheduler.running))
 
     def _copies_state(self, item: StepItem) -> bool:
         """Does the step leave a state that is to be cached, or begin one, as it would again until it is collected?"""
@@ -245,14 +249,14 @@ class Engine:
             item.seq.steps_under_way -= 1
             item.seq.num_launched -= item.num_new
             item.seq.num_pending -= item.draws
+        for seq in step.followed:
+            seq.steps_under_way -= 1
         try:
             result = p.runner.collect(pending)
             moved = self._advance(plan, result)
             if p.drafting is not None:
                 self._writes_on |= p.drafting.follow(pending.hidden_TD, moved)
-            if self._writes_on:  # hand-offs write to blocks that are given back now, beside the device's own stream
-                p.runner.wait()
-                self._writes_on = False
+            self._hold_written(plan)
         except Exception as error:  # noqa: BLE001 - the same edge
             self._step_failed(plan, error)
         else:
@@ -260,8 +264,18 @@ class Engine:
             p.meter.step(plan)
             self._deliver(result, moved)
         finally:
+            for seq in (*(item.seq for item in plan.items), *step.followed):
+                p.scheduler.settle(seq)
+
+    def _hold_written(self, plan: StepPlan) -> None:
+        """What writes behind a step, or the one under way, holds blocks: hand-offs write to those given back."""
+        writes, self._writes_on, step = self._writes_on, False, self._under_way
+        if writes and step is None:
+            self._p.runner.wait()
+        elif writes and step is not None:
+            step.followed += (item.seq for item in plan.items)
             for item in plan.items:
-                p.scheduler.settle(item.seq)
+                item.seq.steps_under_way += 1
 
     def _state_copies(self, plan: StepPlan) -> list[BlockCopy]:
         """What gives the states of sequences that start now their first values, and keeps those that may go back."""

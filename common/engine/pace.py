@@ -33,9 +33,17 @@ class Pace:
     cost: float = 0.0  # of the drafts allowed last
     wait: int = 0  # steps until the next trial
     last_wait: int = 0
+    asked_at: int = -1  # how many tokens there were when drafts were allowed last
+    allowed: int = 0  # how many it were
     num_drafts: int = 0  # steps that had drafts
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+
+    def allow_at(self, num_tokens: int, most: int, cost: float) -> int:
+        """`allow` for the step behind `num_tokens`; may be asked again until there are more."""
+        if num_tokens != self.asked_at:
+            self.asked_at, self.allowed = num_tokens, self.allow(most, cost)
+        return min(self.allowed, most)
 
     def allow(self, most: int, cost: float) -> int:
         """Drafts for this step, `most` at most, at the `cost` that they have in it; called once a step."""

@@ -125,14 +125,18 @@ class Speculator(ABC):
         """
 
     def count(self, seq: Sequence, room: int, num_sequences: int) -> int:
-        """How many drafts `seq` is to have in its next step; asked once a step."""
-        left = min(seq.sampling.max_tokens - seq.num_output, self._max_model_len - seq.num_tokens) - 1
-        most = min(room, self.max_drafts, left)
+        """How many drafts `seq` is to have in its next step, or in the one behind the step that is under way."""
+        longest = min(seq.num_prompt + seq.sampling.max_tokens, self._max_model_len)
+        most = min(room, self.max_drafts, longest - seq.num_expected - 1)
         if most <= 0:
             return 0
         if seq.pace is None:
             seq.pace = Pace()
-        return seq.pace.allow(most, price(self._cost, num_sequences))
+        return seq.pace.allow_at(seq.num_expected, most, price(self._cost, num_sequences))
+
+    def expects(self, seqs: Tokens[Sequence], num_sequences: int) -> bool:
+        """Is one of `seqs`, each of which gets a token by the step under way, to have drafts behind it?"""
+        return any(self.count(seq, self.max_drafts, num_sequences) for seq in seqs)
 
     def observe(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
         """A step has verified drafts of `seq`; the first `num_accepted` stand."""
@@ -154,6 +158,11 @@ class LookedUp(Speculator):
     def __init__(self, drafter: Drafter, max_drafts: int, *, vocab_size: int, max_model_len: int) -> None:
         super().__init__(drafter.cost, max_drafts, vocab_size=vocab_size, max_model_len=max_model_len)
         self._drafter = drafter
+
+    def expects(self, seqs: Tokens[Sequence], num_sequences: int) -> bool:
+        """Not where the known tokens end in nothing that was there before: a repetition's first may have no drafts."""
+        allowed = [seq for seq in seqs if self.count(seq, self.max_drafts, num_sequences)]
+        return any(self._drafter.propose(seq, 1) for seq in allowed)
 
     def propose(self, seq: Sequence, room: int, num_sequences: int) -> tuple[int, ...]:
         count = self.count(seq, room, num_sequences)
