@@ -273,7 +273,7 @@ class Engine:
         if writes and step is None:
             self._p.runner.wait()
         elif writes and step is not None:
-            step.followed += (item.seq for item in plan.items)
+            step.followed.extend(item.seq for item in plan.items)
             for item in plan.items:
                 item.seq.steps_under_way += 1
 
