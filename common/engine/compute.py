@@ -14,11 +14,11 @@ from common.attention.capability import Needs
 from common.attention.context import DTYPES, AttentionBackend
 from common.attention.select import choose
 from common.config import EngineConfig, WorkerConfig
-from common.engine.draft_graphs import DraftGraphs, DraftLimits
+from common.engine.draft_graphs import DraftGraphs, DraftLimits, logits_nbytes
 from common.engine.draft_runner import DraftRunner
 from common.engine.drafting import FIRST
 from common.engine.fp8_kernels import compile_beforehand
-from common.engine.gpu_memory import measure, run_largest_step, weights_nbytes
+from common.engine.gpu_memory import GRAPHS_NBYTES, measure, run_largest_step, weights_nbytes
 from common.engine.graphs import DecodeGraphs, GraphShape, graph_sizes
 from common.engine.runner import ModelRunner
 from common.engine.sampler import Sampler
@@ -119,21 +119,17 @@ def make_compute(
     )
     sampler = Sampler(spec.vocab_size, device)
     records = device.type == "cuda" and _may_record(engine, model, backend)
+    records_drafts = records and spec.has_drafts and role is Role.DECODE and not gpu.unavailable()
     if device.type == "cuda":
         progress("measuring memory", 0, 1)
-        sizing = _size_for_gpu(engine, spec, role, mesh, sizing, model, backend, sampler, records)
+        draft_nbytes = logits_nbytes(engine.max_num_seqs, spec.vocab_size) if records_drafts else 0
+        graphs_nbytes = GRAPHS_NBYTES + draft_nbytes if records else 0
+        sizing = _size_for_gpu(engine, spec, role, mesh, sizing, model, backend, sampler, graphs_nbytes)
     layout = sizing.layout
     blocks = {g.name: g.num_blocks for g in layout.groups}
     log.info("kv cache sized", budget_bytes=sizing.budget_nbytes, blocks=blocks, dtype=sizing.kv_dtype)
     transport = transport or make_transport(config, clock, device)
-    if device.type == "cpu":
-        bases = {g.name: transport.allocate(g.name, layout.block_nbytes(g.name) * g.num_blocks) for g in layout.groups}
-        pool = KVPool(layout, bases, device, sizing.scales)
-    else:
-        pool = KVPool(layout, None, device, sizing.scales)
-        bases = pool.bases()
-        for name, guard in pool.guards().items():
-            transport.register(name, bases[name], pool.nbytes(name), guard, GUARD_NBYTES)
+    pool, bases = _pool(sizing, transport, device)
     runner = ModelRunner(model, pool, backend, sampler, device, engine.max_num_seqs)
     if records:
         runner.graphs = _record(runner, model, engine, layout, pool, backend, sizing.max_model_len, progress)
@@ -144,9 +140,22 @@ def make_compute(
         draft_runner = DraftRunner(
             model, pool, backend, sampler, runner.inputs, spec.hidden_size, groups, lambda: runner.on_progress()
         )
-        if runner.graphs is not None and role is Role.DECODE and not gpu.unavailable():
+        if runner.graphs is not None and records_drafts:
             draft_runner.graphs = _record_drafts(runner.graphs, runner, model, engine, sizing, pool, backend, progress)
     return Compute(sizing, bases, transport, runner, draft_runner)
+
+
+def _pool(sizing: EngineSizing, transport: Transport, device: torch.device) -> tuple[KVPool, dict[str, int]]:
+    """The memory of the cache, which the transport knows, and its `bases`."""
+    layout = sizing.layout
+    if device.type == "cpu":
+        bases = {g.name: transport.allocate(g.name, layout.block_nbytes(g.name) * g.num_blocks) for g in layout.groups}
+        return KVPool(layout, bases, device, sizing.scales), bases
+    pool = KVPool(layout, None, device, sizing.scales)
+    bases = pool.bases()
+    for name, guard in pool.guards().items():
+        transport.register(name, bases[name], pool.nbytes(name), guard, GUARD_NBYTES)
+    return pool, bases
 
 
 def _attention(engine: EngineConfig, sizing: EngineSizing, device: torch.device) -> AttentionBackend:
@@ -177,11 +186,11 @@ def _size_for_gpu(
     model: DecoderModel,
     backend: AttentionBackend,
     sampler: Sampler,
-    records: bool,
+    graphs_nbytes: int,
 ) -> EngineSizing:
     """The sizing with a pool that fits beside weights and steps on the GPU of every rank, which measure it together.
 
-    `records`: leave room for recorded steps.
+    `graphs_nbytes`: left for recorded steps.
     """
     weights, tokens = weights_nbytes(), engine.max_num_batched_tokens
     small = _smallest_sizing(engine, spec, role, mesh.rank, min(sizing.max_model_len, tokens))
@@ -192,7 +201,7 @@ def _size_for_gpu(
         runner, small.layout, max_tokens=tokens, max_seqs=engine.max_num_seqs, max_model_len=small.max_model_len
     )
     del pool, runner
-    memory = measure(weights, graphs=records, beside=beside)
+    memory = measure(weights, graphs=graphs_nbytes, beside=beside)
     (budget,) = mesh.least([memory.pool_nbytes(engine.gpu_memory_utilization)])
     log.info("gpu memory", total_mib=memory.total >> 20, pool_mib=budget >> 20, taken=memory.describe())
     return size_engine(engine, spec, role, budget, mesh.rank)

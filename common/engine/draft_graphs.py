@@ -135,6 +135,11 @@ class DraftGraphs(StepGraphs):
         return super()._padding(size, query_len) | {"draws": np.zeros((size, COLUMNS), np.int64)}
 
 
+def logits_nbytes(max_sequences: int, vocab_size: int) -> int:
+    """Of the largest recorded pass, which other recorded steps have none of."""
+    return 4 * min(max_sequences, MAX_SEQUENCES) * vocab_size
+
+
 def _filled(row: DraftRow, query_len: int, groups: Mapping[str, tuple[int, int]], vocab_size: int) -> BatchRow:
     """The row's tokens behind as many others as are missing. A token that is none of the vocabulary counts as 0."""
     missing = query_len - len(row.token_ids)

@@ -28,6 +28,8 @@ from common.kvcache.pool import KVPool
 from common.models.cache_spec import DRAFT_ROWS_REGION
 from common.types.prefix import UNIT
 
+FEW_ROWS = 64
+
 
 class DraftingModel(Protocol):
     """A model with its multi-token-prediction layer; see `common.models.decoder.DecoderModel`."""
@@ -66,9 +68,10 @@ class DraftRunner:
         self.graphs: DraftGraphs | None = None
 
     def take(self, hidden: object, row: int, count: int) -> Tensor:
-        """Rows of the step that outlive it."""
+        """Rows of the step that outlive it: where these are few, all of them do."""
         assert isinstance(hidden, Tensor)
-        return hidden[row : row + count].clone()
+        rows = hidden[row : row + count]
+        return rows if len(hidden) <= FEW_ROWS else rows.clone()
 
     @torch.inference_mode()
     def run(self, hidden: object, work: DraftWork) -> list[tuple[int, ...]]:
@@ -82,8 +85,9 @@ class DraftRunner:
         others = sorted(set(range(len(rows))).difference(*lots))
         for i, found in zip(others, self._run_eagerly(hidden_TD, [rows[i] for i in others]), strict=True):
             drafts[i] = found
-        drawing = any(row.num_drafts for lot in lots for row in (rows[i] for i in lot))
-        fetched = Fetched.start(drawn).get() if drawing else drawn  # behind all that was launched
+        if not any(rows[i].num_drafts for lot in lots for i in lot):
+            return drafts  # what is under way is not waited for
+        fetched = Fetched.start(drawn).get()  # behind all that was launched
         for lot, drawn_KR in zip(lots, fetched, strict=True):
             for i, token_ids in zip(lot, drawn_KR.T.tolist(), strict=True):
                 drafts[i] = _up_to_failed(token_ids[: rows[i].num_drafts])

@@ -59,16 +59,17 @@ def weights_nbytes() -> int:
     return torch.cuda.memory_allocated()
 
 
-def measure(weights: int, *, graphs: bool, beside: int = 0) -> GpuMemory:
+def measure(weights: int, *, graphs: int, beside: int = 0) -> GpuMemory:
     """After the largest step was run: its peak above the weights, and what others hold.
 
-    `beside`: bytes of the peak that the step needs in this measurement alone.
+    `graphs`: bytes that recorded steps will take. `beside`: those of the peak that the step needs in this measurement
+    alone.
     """
     peak = torch.cuda.max_memory_allocated() - beside
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
-    return GpuMemory(total, max(others, 0), weights, max(peak - weights, 0), GRAPHS_NBYTES if graphs else 0)
+    return GpuMemory(total, max(others, 0), weights, max(peak - weights, 0), graphs)
 
 
 def run_largest_step(
