@@ -35,7 +35,7 @@ from common.kernels.draws import COLUMNS, draw_packed
 from common.kvcache.pool import KVPool
 from common.models.cache_spec import DRAFT_ROWS_REGION
 
-MAX_SEQUENCES = 256  # of a recorded pass: with more the device is busy longer than the host
+MAX_SEQUENCES = 256  # of a recorded pass, whose logits take memory; more are passes one after the other
 
 
 class DraftLayers(Protocol):

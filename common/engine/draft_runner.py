@@ -75,13 +75,13 @@ class DraftRunner:
 
     @torch.inference_mode()
     def run(self, hidden: object, work: DraftWork) -> list[tuple[int, ...]]:
-        """Keep rows, bring the layer up to the step and draw the drafts of each of `work.rows`."""
+        """Bring the layer up to the step, draw the drafts of each of `work.rows`, and keep rows."""
         hidden_TD = hidden if isinstance(hidden, Tensor) else None
-        self._keep(hidden_TD, work.kept)
         rows = work.rows
         drafts: list[tuple[int, ...]] = [()] * len(rows)
         lots = self._lots(rows)
         drawn = [self._launch(hidden_TD, [rows[i] for i in lot]) for lot in lots]
+        self._keep(hidden_TD, work.kept)  # behind what is waited for most, before what is waited for
         others = sorted(set(range(len(rows))).difference(*lots))
         for i, found in zip(others, self._run_eagerly(hidden_TD, [rows[i] for i in others]), strict=True):
             drafts[i] = found
