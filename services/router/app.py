@@ -51,6 +51,7 @@ class RawEndpoint:
         request_id = exchange.header(b"x-request-id")
         if _REQUEST_ID.fullmatch(request_id) is None:
             request_id = f"{self._rng.getrandbits(128):032x}"
+        exchange.request_id = request_id
         trace = parse_traceparent(exchange.header(b"traceparent"))
         trace = new_trace(self._rng) if trace is None else trace.child(self._rng)
         exchange.traceparent = trace.traceparent

@@ -1,7 +1,7 @@
 """One HTTP exchange on raw ASGI: read a bounded body, answer with JSON or a stream of events, notice a lost client.
 
 READING -> (nothing sent) -> answered
-                         `-> STREAMING -> ended, by [DONE] or by an error event and [DONE]
+                         `-> STREAMING -> ended, by what the API ends its streams with, after an error event or not
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from common.errors import CancelledByCallerError, NanoDeployError
 from services.router.errors import BodyTimeoutError, BodyTooLargeError, error_body, error_headers, status_of
-from services.router.replies import DONE, event
+from services.router.replies import DONE
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -53,7 +53,7 @@ class Connection(Protocol):
 
 
 class Exchange:
-    """`headers` are added to every answer."""
+    """`headers` are added to every answer; `shape` writes an error's body."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
@@ -64,7 +64,10 @@ class Exchange:
         self.streaming = False
         self.ended = False
         self.headers: list[tuple[bytes, bytes]] = []
-        self.traceparent = ""
+        self.request_id = self.traceparent = ""
+        self.shape: Callable[[NanoDeployError], bytes] = error_body
+        self._failed: Callable[[NanoDeployError], bytes] | None = None
+        self._done = DONE
 
     def header(self, name: bytes) -> str:
         """Empty if it was not sent."""
@@ -138,20 +141,24 @@ class Exchange:
         self._connection.write_chunk(events)
         return not self._connection.full
 
+    def speak(self, failed: Callable[[NanoDeployError], bytes], done: bytes) -> None:
+        """The stream to come: how it says an error, and what ends it."""
+        self._failed, self._done = failed, done
+
     async def end(self, data: bytes = b"") -> None:
-        """The last events and [DONE]."""
+        """The last events, and what ends the stream."""
         if not self.streaming:
             await self.begin()
         self.ended = True
-        await self._send({"type": "http.response.body", "body": data + DONE})
+        await self._send({"type": "http.response.body", "body": data + self._done})
 
     async def fail(self, error: NanoDeployError) -> None:
         if self.ended:
             return
-        if self.streaming:
-            await self.end(event(error_body(error)))
+        if self.streaming and self._failed is not None:
+            await self.end(self._failed(error))
         elif not isinstance(error, CancelledByCallerError):
-            await self.answer(status_of(error), error_body(error), *error_headers(error))
+            await self.answer(status_of(error), self.shape(error), *error_headers(error))
 
     def abort(self) -> None:
         """Drop the connection without waiting for a client that does not read."""

@@ -34,7 +34,7 @@ from services.router.models import ModelText, ModelTexts
 from services.router.params import Job, chat_ids, chat_job, completion_job
 from services.router.policy import serves
 from services.router.relay import Members, Relay
-from services.router.replies import Head
+from services.router.replies import ChatStyle, CompletionStyle, Head, Style
 from services.router.run import Run
 from services.router.schemas import ChatBody, CompletionBody, DetokenizeBody, SamplingFields, TokenizeBody
 
@@ -43,6 +43,8 @@ S = TypeVar("S", bound=SamplingFields)
 MakeJob = Callable[[S, ModelInfo, ModelText, ModelTexts, random.Random], Awaitable[Job]]
 
 TIMINGS_HEADER: Final = b"x-nanodeploy-timings"
+CHAT: Final = ChatStyle()
+COMPLETION: Final = CompletionStyle()
 
 _log = get_logger(__name__)
 
@@ -105,7 +107,7 @@ class Gateway:
                 return name, worker.model
         raise NotFoundError(f"The model `{name}` does not exist.", param="model")
 
-    async def _body(self, exchange: Exchange, kind: type[B]) -> B:
+    async def body(self, exchange: Exchange, kind: type[B]) -> B:
         raw = await exchange.body(self._config.max_body_bytes)
         try:
             return kind.model_validate_json(raw)
@@ -115,35 +117,38 @@ class Gateway:
     # -- generation --
 
     async def chat(self, exchange: Exchange) -> None:
-        await self._generate(exchange, ChatBody, chat_job)
+        await self._generate(exchange, ChatBody, chat_job, CHAT)
 
     async def completions(self, exchange: Exchange) -> None:
-        await self._generate(exchange, CompletionBody, completion_job)
+        await self._generate(exchange, CompletionBody, completion_job, COMPLETION)
 
-    async def _generate(self, exchange: Exchange, kind: type[S], make_job: MakeJob[S]) -> None:
-        with self._admitted():
+    async def _generate(self, exchange: Exchange, kind: type[S], make_job: MakeJob[S], style: Style) -> None:
+        with self.admitted():
             started_s = self._clock.now()
-            body = await self._body(exchange, kind)
-            if body.stream_options is not None and not body.stream:
-                raise InvalidRequestError("stream_options is allowed with stream only", param="stream_options")
-            name, model = self.resolve(body.model)
-            metrics = self.metrics.of(model.name)
-            metrics.running.inc()
-            try:
-                text = await self.texts.get(model)
-                job = await make_job(body, model, text, self.texts, self._rng)
-                metrics.tokenize.observe(self._clock.now() - started_s)
-                run = self._make_run(exchange, body, name, model, text, job, started_s)
-                await self._answer(exchange, body, run, started_s)
-                self._account(run, model.name, started_s)
-            except NanoDeployError as error:
-                metrics.failed(error.code)
-                raise
-            finally:
-                metrics.running.dec()
+            await self.serve(exchange, await self.body(exchange, kind), make_job, style, started_s)
+
+    async def serve(self, exchange: Exchange, body: S, make_job: MakeJob[S], style: Style, started_s: float) -> None:
+        """Answer a checked body in a style. Every generation of every API comes through here, `admitted`."""
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequestError("stream_options is allowed with stream only", param="stream_options")
+        name, model = self.resolve(body.model)
+        metrics = self.metrics.of(model.name)
+        metrics.running.inc()
+        try:
+            text = await self.texts.get(model)
+            job = await make_job(body, model, text, self.texts, self._rng)
+            metrics.tokenize.observe(self._clock.now() - started_s)
+            run = self._make_run(exchange, body, name, model, text, job, style, started_s)
+            await self._answer(exchange, body, run, started_s)
+            self._account(run, model.name, started_s)
+        except NanoDeployError as error:
+            metrics.failed(error.code)
+            raise
+        finally:
+            metrics.running.dec()
 
     @contextlib.contextmanager
-    def _admitted(self) -> Iterator[None]:
+    def admitted(self) -> Iterator[None]:
         if self.draining:
             raise UnavailableError("the router is stopping")
         if self.in_flight >= self._config.max_concurrent_requests:
@@ -165,6 +170,7 @@ class Gateway:
         model: ModelInfo,
         text: ModelText,
         job: Job,
+        style: Style,
         started_s: float,
     ) -> Run:
         number = self._rng.getrandbits(127)
@@ -181,11 +187,10 @@ class Gateway:
             )
             for index, ids in enumerate(job.prompts)
         ]
-        chat = isinstance(body, ChatBody)
-        head = Head(f"{'chatcmpl' if chat else 'cmpl'}-{number:032x}", int(time.time()), name, fingerprint(model))
+        head = Head(f"{style.prefix}{number:032x}", int(time.time()), name, fingerprint(model))
         metrics = self.metrics.of(model.name)
         return Run(
-            job, requests, text.tokenizer, head, chat=chat, clock=self._clock, started_s=started_s, metrics=metrics
+            job, requests, text.tokenizer, head, style=style, clock=self._clock, started_s=started_s, metrics=metrics
         )
 
     async def _answer(self, exchange: Exchange, body: SamplingFields, run: Run, started_s: float) -> None:
@@ -234,7 +239,7 @@ class Gateway:
     # -- text --
 
     async def tokenize(self, exchange: Exchange) -> None:
-        body = await self._body(exchange, TokenizeBody)
+        body = await self.body(exchange, TokenizeBody)
         _, model = self.resolve(body.model)
         text = await self.texts.get(model)
         if (body.prompt is None) == (body.messages is None):
@@ -261,7 +266,7 @@ class Gateway:
         await exchange.answer(200, replies.dumps(answer))
 
     async def detokenize(self, exchange: Exchange) -> None:
-        body = await self._body(exchange, DetokenizeBody)
+        body = await self.body(exchange, DetokenizeBody)
         _, model = self.resolve(body.model)
         text = await self.texts.get(model)
         wrong = next((i for i in body.tokens if i >= (model.vocab_size or 2**31)), None)

@@ -6,14 +6,16 @@ Stream chunks are templates made once per request: only the text is escaped per 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 import orjson
 
+from common.errors import NanoDeployError
 from common.text import Tokenizer
 from common.types import RequestStats, TokenLogprobs
+from services.router.errors import error_body
 
 DONE: Final = b"data: [DONE]\n\n"
 LOWEST_LOGPROB: Final = -9999.0  # JSON has no -inf
@@ -144,6 +146,7 @@ class Chunks(ABC):
     """The chunks of one stream. `usage` is what each of them says about usage, None if it says nothing."""
 
     kind = ""
+    done = DONE  # what follows the last event, and follows an error
     _opening = b""
     _closing = b""
 
@@ -185,6 +188,10 @@ class Chunks(ABC):
         if timings is not None:
             body["nanodeploy"] = timings
         return event(dumps(body))
+
+    def failed(self, error: NanoDeployError) -> bytes:
+        """The event of an error after the head of the answer."""
+        return event(error_body(error))
 
     def _chunk(self, index: int, rest: dict[str, Any]) -> bytes:
         return b"%b%d,%b}]%b" % (self._start, index, dumps(rest)[1:-1], self._tail)
@@ -254,6 +261,40 @@ def completion_answer(head: Head, choices: Sequence[Ended], usage: Usage, timing
         for choice in choices
     ]
     return _answer(head, "text_completion", shaped, usage, timings)
+
+
+# -- styles ------------------------------------------------------------------------------------------
+
+
+class Style(Protocol):
+    """How the answers of one API look. `columns`: its logprobs are `CompletionLogprobs`, else a list of tokens.
+
+    `finished`, where it is not None, is awaited with the last bytes of an answer and returns those to send.
+    """
+
+    prefix: str  # of an answer's id
+    columns: bool
+    finished: Callable[[bytes], Awaitable[bytes]] | None
+
+    def chunks(self, head: Head, usage: bytes | None) -> Chunks: ...
+
+    def whole(self, head: Head, choices: Sequence[Ended], usage: Usage, timings: dict[str, Any] | None) -> bytes: ...
+
+
+class ChatStyle:
+    prefix = "chatcmpl-"
+    columns = False
+    finished: Callable[[bytes], Awaitable[bytes]] | None = None
+    chunks = staticmethod(ChatChunks)
+    whole = staticmethod(chat_answer)
+
+
+class CompletionStyle:
+    prefix = "cmpl-"
+    columns = True
+    finished: Callable[[bytes], Awaitable[bytes]] | None = None
+    chunks = staticmethod(CompletionChunks)
+    whole = staticmethod(completion_answer)
 
 
 def _answer(

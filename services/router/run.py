@@ -1,6 +1,7 @@
 """A checked job from start to answer: its generations, its text, its reply - whole or as a stream.
 
 Both forms read the same deltas through the same `ChoiceText`, so a stream's pieces add up to the whole answer.
+How an answer looks - chat, completion, a response, a message - is the business of a `Style` alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from services.router.exchange import Exchange
 from services.router.generation import Courier, Generation, Mailbox
 from services.router.metrics import ModelMetrics
 from services.router.params import Job
-from services.router.replies import ChatChunks, Chunks, CompletionChunks, CompletionLogprobs, Ended, Head, Usage
+from services.router.replies import Chunks, CompletionLogprobs, Ended, Head, Style, Usage
 
 _UNBOUNDED: Final = 2**62
 
@@ -58,7 +59,7 @@ class Run:
         tokenizer: Tokenizer,
         head: Head,
         *,
-        chat: bool,
+        style: Style,
         clock: Clock,
         started_s: float,
         metrics: ModelMetrics,
@@ -67,7 +68,7 @@ class Run:
         self._requests = requests
         self._tokenizer = tokenizer
         self.head = head
-        self._chat = chat
+        self._style = style
         self._clock = clock
         self._started_s = started_s
         self._metrics = metrics
@@ -112,7 +113,7 @@ class Run:
         """A piece's logprobs in the endpoint's shape; None where none were asked for or none came."""
         if not self._logprobs or piece.logprobs is None:
             return None
-        if self._chat:
+        if not self._style.columns:
             content = replies.chat_logprobs(self._tokenizer, piece.token_ids, piece.logprobs)
             return {"content": content, "refusal": None}
         columns = CompletionLogprobs()
@@ -235,13 +236,18 @@ class Run:
             for choices in self._choices
             for c in choices
         ]
-        write = replies.chat_answer if self._chat else replies.completion_answer
-        await exchange.answer(200, write(self.head, ended, self.usage(), self._timings(timings)))
+        payload = self._style.whole(self.head, ended, self.usage(), self._timings(timings))
+        await exchange.answer(200, await self._finished(payload))
+
+    async def _finished(self, payload: bytes) -> bytes:
+        """The last that is sent, which some styles keep a copy of first."""
+        finished = self._style.finished
+        return payload if finished is None else await finished(payload)
 
     def _add_logprobs(self, choice: ChoiceState, piece: Piece) -> None:
         if not self._logprobs or piece.logprobs is None:
             return
-        if self._chat:
+        if not self._style.columns:
             found = replies.chat_logprobs(self._tokenizer, piece.token_ids, piece.logprobs)
             choice.logprobs = (choice.logprobs or []) + found
         else:
@@ -260,9 +266,8 @@ class Run:
         timings: bool,
     ) -> None:
         """`limit_tokens` is how far the client may fall behind, per choice."""
-        kind = ChatChunks if self._chat else CompletionChunks
-        chunks = kind(self.head, b"null" if include_usage else None)
-
+        chunks = self._style.chunks(self.head, b"null" if include_usage else None)
+        exchange.speak(chunks.failed, chunks.done)
         mailbox = Mailbox(relay.courier, limit_tokens * self._left, exchange.abort)
 
         def send(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
@@ -276,7 +281,8 @@ class Run:
                 mailbox.hold()
 
         await self._follow(mailbox, relay, exchange, deadline_s, send, stream=True)
-        await exchange.end(chunks.last(self.usage() if include_usage else None, self._timings(timings)))
+        last = chunks.last(self.usage() if include_usage else None, self._timings(timings))
+        await exchange.end(await self._finished(last))
 
     def _stream_events(self, chunks: Chunks, deltas: list[tuple[Generation, ChoiceDelta]]) -> bytes:
         """All of a batch's events, which leave in one write. Most deltas are a token of plain text."""
