@@ -162,6 +162,9 @@ class RouterConfig(_Section):
     controllers: tuple[str, ...] = ("127.0.0.1:7100",)
     model_path: str = Field("", description="folder with tokenizer.json; the workers' own when empty")
     chat_template: str = Field("", description="file with a Jinja template that replaces the checkpoint's")
+    tokenizer_backend: Literal["auto", "huggingface"] = Field(
+        "auto", description="auto encodes by fastokens where that gives the same tokens as huggingface's tokenizers"
+    )
     request_timeout_s: float = Field(600.0, gt=0)
     connect_timeout_s: float = Field(5.0, gt=0)
     resume_wait_s: float = Field(

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from common.errors import ConfigError, InvalidRequestError
 from common.text.chat_template import ChatTemplate
 from common.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from common.text.fast_encoder import Encode, fast_encode
 from common.text.pieces import TokenPieces
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -35,10 +36,13 @@ class Tokenizer:
         config: dict[str, Any] | None = None,
         generation_config: dict[str, Any] | None = None,
         chat_template: ChatTemplate | None = None,
+        encode: Encode | None = None,
     ) -> None:
+        """`encode`: a faster way to what `raw` does."""
         raw.no_truncation()
         raw.no_padding()
         self.raw = raw
+        self._encode = encode or self._encode_raw
         self.config = config or {}
         self.generation_config = generation_config or {}
         self.special_tokens = special_tokens or {}
@@ -50,8 +54,11 @@ class Tokenizer:
         self._longest = max((len(token.encode()) for token in raw.get_vocab()), default=1)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Raises `ConfigError` if the folder has no readable tokenizer.json or a broken chat template."""
+    def load(cls, folder: Path, *, fast: bool = True) -> Tokenizer:
+        """Raises `ConfigError` if the folder has no readable tokenizer.json or a broken chat template.
+
+        `fast`: encode by fastokens where it gives the same tokens.
+        """
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{folder} has no tokenizer.json: prepare the checkpoint first", param="model_path")
@@ -63,7 +70,16 @@ class Tokenizer:
         special = _special_tokens(_read_json(folder / "special_tokens_map.json"), config)
         generation = _read_json(folder / "generation_config.json")
         template = ChatTemplate.load(folder, config, special)
-        return cls(raw, special_tokens=special, config=config, generation_config=generation, chat_template=template)
+        raw.no_truncation()
+        raw.no_padding()
+        return cls(
+            raw,
+            special_tokens=special,
+            config=config,
+            generation_config=generation,
+            chat_template=template,
+            encode=fast_encode(raw, str(path)) if fast else None,
+        )
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -83,9 +99,12 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids. `add_special_tokens` runs the post-processor (BOS and the like)."""
         try:
-            ids: list[int] = self.raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            return self._encode(text, add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:  # a lone surrogate: which of the two depends on the version
             raise InvalidRequestError("text is not valid Unicode", param="prompt") from error
+
+    def _encode_raw(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

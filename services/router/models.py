@@ -48,9 +48,9 @@ def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def load_model_text(folder: Path, template_file: str = "") -> ModelText:
-    """Raises `ConfigError` naming the file at fault."""
-    tokenizer = Tokenizer.load(folder)
+def load_model_text(folder: Path, template_file: str = "", *, fast: bool = True) -> ModelText:
+    """Raises `ConfigError` naming the file at fault. `fast`: see `Tokenizer.load`."""
+    tokenizer = Tokenizer.load(folder, fast=fast)
     if template_file:
         try:
             source = Path(template_file).read_text()
@@ -88,7 +88,8 @@ class ModelTexts:
     async def _load(self, key: tuple[str, bytes]) -> ModelText:
         folder = key[0]
         try:
-            text = await self.off_loop(lambda: load_model_text(Path(folder), self._config.chat_template))
+            fast = self._config.tokenizer_backend == "auto"
+            text = await self.off_loop(lambda: load_model_text(Path(folder), self._config.chat_template, fast=fast))
         except ConfigError as error:
             _log.error("model text not loaded", folder=folder, error=error.message)
             raise UnavailableError(f"the router cannot read the model's tokenizer: {error.message}") from error
