@@ -25,6 +25,8 @@ from common.types import (
     Failure,
     FinishReason,
     GenerationRequest,
+    Grammar,
+    GrammarKind,
     ModelInfo,
     RequestStats,
     Role,
@@ -100,6 +102,21 @@ workers = st.builds(
 )
 
 
+grammars = st.one_of(
+    st.just(Grammar(kind=GrammarKind.JSON_OBJECT)),
+    st.builds(Grammar, kind=st.just(GrammarKind.JSON_SCHEMA), source=st.just('{"type": "integer"}')),
+    st.builds(
+        Grammar,
+        kind=st.sampled_from([GrammarKind.REGEX, GrammarKind.GRAMMAR]),
+        source=st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=20),
+        param=st.sampled_from(["guided_regex", "response_format"]),
+    ),
+    st.builds(
+        Grammar, kind=st.just(GrammarKind.CHOICE), source=st.just('["yes", "no"]'), param=st.just("guided_choice")
+    ),
+)
+
+
 @st.composite
 def samplings(draw: st.DrawFn) -> SamplingParams:
     max_tokens = draw(st.integers(1, 2**32 - 1))
@@ -120,6 +137,7 @@ def samplings(draw: st.DrawFn) -> SamplingParams:
         logprobs=draw(st.one_of(st.none(), st.integers(0, 20))),
         prompt_logprobs=draw(st.one_of(st.none(), st.integers(0, 20))),
         n=draw(st.integers(1, 128)),
+        grammar=draw(st.one_of(st.none(), grammars)),
     )
 
 

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from common.errors import InvalidRequestError
 from common.rpc import codec
-from common.types import ChoiceDelta, Failure, FinishReason, GenerationRequest, SamplingParams, TokenLogprobs
+from common.types import (
+    MAX_SOURCE_BYTES,
+    ChoiceDelta,
+    Failure,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    TokenLogprobs,
+)
 from nanodeploy.v1 import controller_pb2, decode_pb2, prefill_pb2, types_pb2
 
 NOW = 1024.0
@@ -366,3 +374,28 @@ def test_unknown_error_codes_stay_failures():
     assert codec.failure_from_proto(types_pb2.RequestError(code=55, message="x")).code == "internal"
     assert codec.failure_to_proto(Failure("config", "x")).code == types_pb2.ERROR_CODE_INTERNAL
     assert len(codec.failure_to_proto(Failure("internal", "x" * 9000)).message) == 1024
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        (types_pb2.GRAMMAR_KIND_JSON_OBJECT, "{}"),
+        (types_pb2.GRAMMAR_KIND_JSON_SCHEMA, ""),
+        (types_pb2.GRAMMAR_KIND_JSON_SCHEMA, "{"),
+        (types_pb2.GRAMMAR_KIND_JSON_SCHEMA, "[" * 100_000),
+        (types_pb2.GRAMMAR_KIND_JSON_SCHEMA, "3"),
+        (types_pb2.GRAMMAR_KIND_CHOICE, "[]"),
+        (types_pb2.GRAMMAR_KIND_CHOICE, '["a", 1]'),
+        (types_pb2.GRAMMAR_KIND_STRUCTURAL_TAG, "[]"),
+        (types_pb2.GRAMMAR_KIND_REGEX, " "),
+        (types_pb2.GRAMMAR_KIND_REGEX, "a" * (MAX_SOURCE_BYTES + 1)),
+        (types_pb2.GRAMMAR_KIND_GRAMMAR, "é" * (MAX_SOURCE_BYTES // 2 + 1)),
+    ],
+)
+def test_grammars_of_the_wrong_form_name_the_clients_field(kind, source):
+    wire = types_pb2.Grammar(kind=kind, source=source, param="guided_json")
+    refused("guided_json", codec.request.grammar_from_proto, wire)
+
+
+def test_a_grammar_without_a_kind_is_refused():
+    refused("grammar.kind", codec.request.grammar_from_proto, types_pb2.Grammar(source="a"))

@@ -1,6 +1,7 @@
 """Plain data shared by all components."""
 
 from common.types.clock import Clock, MonotonicClock
+from common.types.grammar import MAX_SOURCE_BYTES, Grammar, GrammarKind
 from common.types.message import Failure, Message
 from common.types.request import (
     ChoiceDelta,
@@ -23,6 +24,7 @@ from common.types.worker import (
 )
 
 __all__ = [
+    "MAX_SOURCE_BYTES",
     "BlockStates",
     "ChoiceDelta",
     "Clock",
@@ -30,6 +32,8 @@ __all__ = [
     "Failure",
     "FinishReason",
     "GenerationRequest",
+    "Grammar",
+    "GrammarKind",
     "Message",
     "ModelInfo",
     "MonotonicClock",

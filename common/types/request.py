@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from common.errors import InvalidRequestError
+from common.types.grammar import Grammar
 
 
 class FinishReason(enum.StrEnum):
@@ -43,6 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     n: int = 1
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, field: str, rule: str) -> None:

@@ -10,10 +10,19 @@ import math
 from collections.abc import Sequence
 
 from common.rpc.codec import checks
-from common.types import EmbeddingHandle, GenerationRequest, RequestStats, SamplingParams
+from common.types import EmbeddingHandle, GenerationRequest, Grammar, GrammarKind, RequestStats, SamplingParams
 from nanodeploy.v1 import types_pb2 as pb
 
 _SEED_MASK = 2**64 - 1
+_GRAMMAR_KINDS = {
+    pb.GRAMMAR_KIND_JSON_OBJECT: GrammarKind.JSON_OBJECT,
+    pb.GRAMMAR_KIND_JSON_SCHEMA: GrammarKind.JSON_SCHEMA,
+    pb.GRAMMAR_KIND_REGEX: GrammarKind.REGEX,
+    pb.GRAMMAR_KIND_CHOICE: GrammarKind.CHOICE,
+    pb.GRAMMAR_KIND_GRAMMAR: GrammarKind.GRAMMAR,
+    pb.GRAMMAR_KIND_STRUCTURAL_TAG: GrammarKind.STRUCTURAL_TAG,
+}
+_GRAMMAR_NUMBERS = {kind: number for number, kind in _GRAMMAR_KINDS.items()}
 _STATS_FIELDS = RequestStats.__struct_fields__
 
 
@@ -48,6 +57,7 @@ def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
         logit_bias_values=[bias for _, bias in params.logit_bias],
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
+        grammar=grammar_to_proto(params.grammar) if params.grammar is not None else None,
     )
 
 
@@ -73,6 +83,20 @@ def sampling_from_proto(params: pb.SamplingParams, num_choices: int = 1) -> Samp
         logprobs=params.logprobs if params.HasField("logprobs") else None,
         prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
         n=num_choices,
+        grammar=grammar_from_proto(params.grammar) if params.HasField("grammar") else None,
+    )
+
+
+def grammar_to_proto(grammar: Grammar) -> pb.Grammar:
+    return pb.Grammar(kind=_GRAMMAR_NUMBERS[grammar.kind], source=grammar.source, param=grammar.param)
+
+
+def grammar_from_proto(grammar: pb.Grammar) -> Grammar:
+    """`Grammar` itself checks size and JSON syntax."""
+    return Grammar(
+        kind=checks.enum_value(_GRAMMAR_KINDS, grammar.kind, "grammar.kind"),
+        source=grammar.source,
+        param=checks.short_text(grammar.param, "grammar.param") or "response_format",
     )
 
 
