@@ -111,11 +111,14 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer, controller_pb2_grpc.Controll
             await asyncio.sleep(1)
             yield codec.watch_event_to_proto(codec.Ping(1))
 
-    async def Submit(self, request: decode_pb2.SubmitRequest, context: Any) -> decode_pb2.SubmitResponse:  # noqa: N802
-        self._slots += 1
-        self._running.setdefault(request.router_id, {})[self._slots] = [0, request.request.sampling.max_tokens]
+    async def SubmitMany(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        running, results = self._running.setdefault(request.router_id, {}), []
+        for index, item in enumerate(request.items):
+            self._slots += 1
+            running[self._slots] = [0, item.request.sampling.max_tokens]
+            results.append(decode_pb2.SubmitResult(index=index, slot=self._slots))
         self._wake.setdefault(request.router_id, asyncio.Event()).set()
-        return decode_pb2.SubmitResponse(slot=self._slots)
+        yield decode_pb2.SubmitManyResponse(results=results)
 
     async def Stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
         router_id = (await anext(aiter(requests))).attach.router_id

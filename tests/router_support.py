@@ -117,6 +117,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
             path=str(folder),
         )
         self.refuse_streams = False
+        self.calls = 0  # of SubmitMany
         self._queues: dict[str, asyncio.Queue[pb.StepDeltas | None]] = {}
         self._server: grpc.aio.Server | None = None
 
@@ -159,16 +160,25 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
 
     # -- service --
 
-    async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.SubmitResponse:  # noqa: N802
-        decoded = codec.request_from_proto(request.request, time.monotonic())
+    async def SubmitMany(self, request: pb.SubmitManyRequest, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        self.calls += 1
+        for index, item in enumerate(request.items):
+            try:
+                result = pb.SubmitResult(index=index, slot=self._submit(request.router_id, item))
+            except NanoDeployError as error:
+                result = pb.SubmitResult(index=index, error=codec.error_to_proto(error))
+            yield pb.SubmitManyResponse(results=[result])
+
+    def _submit(self, router_id: str, item: pb.SubmitItem) -> int:
+        decoded = codec.request_from_proto(item.request, time.monotonic())
         plan = self.script(decoded)
         if plan.refuse is not None:
             raise plan.refuse
         slot = len(self.entries) + 1
-        prefill = codec.ref_from_proto(request.prefill) if request.HasField("prefill") else None
-        entry = self.entries[slot] = Entry(decoded, prefill, request.router_id)
+        prefill = codec.ref_from_proto(item.prefill) if item.HasField("prefill") else None
+        entry = self.entries[slot] = Entry(decoded, prefill, router_id)
         entry.task = asyncio.create_task(self._produce(slot, entry, plan))
-        return pb.SubmitResponse(slot=slot)
+        return slot
 
     async def Stream(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.StreamRequest], context: Any

@@ -28,7 +28,7 @@ EXPORTS = {
 
 RPCS = {
     "ControllerService": ["Register", "Heartbeat", "Watch", "Drain", "Deregister"],
-    "DecodeService": ["Submit", "Stream", "Generate"],
+    "DecodeService": ["Submit", "SubmitMany", "Stream", "Generate"],
     "PrefillService": ["Session"],
     "WorkerService": ["GetStatus", "DrainWorker", "GetLedger"],
 }

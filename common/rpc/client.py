@@ -116,6 +116,25 @@ async def call(
     return await retrying(once)
 
 
+async def stream(
+    method: Callable[..., AsyncIterable[Response]], request: Request, *, timeout_s: float
+) -> AsyncGenerator[Response, None]:
+    """The messages that answer one call, all within `timeout_s` seconds.
+
+    `method` is a stub's unary-stream method. Raises an error of the tree, never grpc's.
+    """
+    answers = method(request, timeout=timeout_s, metadata=outgoing_metadata())
+    try:
+        async for message in answers:
+            yield message
+    except grpc.RpcError as error:
+        raise error_from_rpc(error) from error
+    finally:
+        cancel: Any = getattr(answers, "cancel", None)
+        if cancel is not None:
+            cancel()
+
+
 async def read_stream(
     stream: AsyncIterable[T], *, silence_s: float, first_s: float | None = None
 ) -> AsyncGenerator[T, None]:

@@ -12,7 +12,7 @@ import grpc
 import msgspec
 
 from common.engine.messages import Deltas, EngineLoad, EngineReady, FromEngine, Submit
-from common.errors import InvalidRequestError, NotFoundError
+from common.errors import InternalError, InvalidRequestError, NanoDeployError, NotFoundError
 from common.kvtransfer.orders import DropOrder, PeerVerdict, PlaceOrder, ReleaseLease
 from common.rpc import codec
 from common.telemetry import get_logger
@@ -44,10 +44,21 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
     # -- RPCs --
 
     async def Submit(self, request: pb.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.SubmitResponse:
-        if not request.router_id or request.router_id.startswith(GENERATE_PREFIX):
-            raise InvalidRequestError("router_id must be set", param="router_id")
-        entry = await self._submit(request.router_id, request.request, _prefill_of(request))
+        entry = await self._submit(_router_of(request), request.request, _prefill_of(request))
         return pb.SubmitResponse(slot=entry.slot)
+
+    async def SubmitMany(
+        self, request: pb.SubmitManyRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.SubmitManyResponse]:
+        router_id = _router_of(request)
+        going = {asyncio.create_task(self._submit_item(router_id, i, item)) for i, item in enumerate(request.items)}
+        try:
+            while going:
+                done, going = await asyncio.wait(going, return_when=asyncio.FIRST_COMPLETED)
+                yield pb.SubmitManyResponse(results=[task.result() for task in done])
+        finally:
+            for task in going:
+                task.cancel()
 
     async def Stream(
         self, request_iterator: AsyncIterator[pb.StreamRequest], context: grpc.aio.ServicerContext[Any, Any]
@@ -104,6 +115,16 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         self._streams.fail_all(Failure("unavailable", f"the worker's engine died: {reason}"))
 
     # -- helpers --
+
+    async def _submit_item(self, router_id: str, index: int, item: pb.SubmitItem) -> pb.SubmitResult:
+        try:
+            entry = await self._submit(router_id, item.request, _prefill_of(item))
+        except NanoDeployError as error:
+            return pb.SubmitResult(index=index, error=codec.error_to_proto(error))
+        except Exception:
+            log.exception("request not admitted", request_id=item.request.request_id)
+            return pb.SubmitResult(index=index, error=codec.error_to_proto(InternalError("internal error")))
+        return pb.SubmitResult(index=index, slot=entry.slot)
 
     async def _submit(self, router_id: str, wire: types_pb2.GenerationRequest, prefill: WorkerRef | None) -> RequestLog:
         self._host.require_ready()
@@ -186,7 +207,13 @@ def _rows_to_proto(rows: Rows) -> pb.StepDeltas:
     return codec.deltas_to_proto(rows.deltas, rows.failures, rows.stats, rows.prompt_logprobs)
 
 
-def _prefill_of(request: pb.SubmitRequest | pb.GenerateRequest) -> WorkerRef | None:
+def _router_of(request: pb.SubmitRequest | pb.SubmitManyRequest) -> str:
+    if not request.router_id or request.router_id.startswith(GENERATE_PREFIX):
+        raise InvalidRequestError("router_id must be set", param="router_id")
+    return request.router_id
+
+
+def _prefill_of(request: pb.SubmitRequest | pb.SubmitItem | pb.GenerateRequest) -> WorkerRef | None:
     return codec.ref_from_proto(request.prefill, "prefill") if request.HasField("prefill") else None
 
 

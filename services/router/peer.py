@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
 
 from common.errors import NanoDeployError, UnavailableError
 from common.rpc import codec
-from common.rpc.client import call, open_channel
+from common.rpc.client import open_channel, stream
 from common.rpc.status import error_from_rpc
 from common.types import Clock, GenerationRequest, WorkerRef
 from nanodeploy.v1 import decode_pb2 as pb
 from nanodeploy.v1 import decode_pb2_grpc
 from services.router.outbox import Cancels, Positions
+from services.router.submits import Submission, Submits
 
 
 def _broken(error: BaseException | None = None) -> NanoDeployError:
@@ -100,18 +101,31 @@ class GrpcDecodePeer:
         self._clock = clock
         self._channel = open_channel(ref.address)
         self._stub = decode_pb2_grpc.DecodeServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._submits = Submits(self._send)
 
     async def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float) -> int:
-        wire = pb.SubmitRequest(
-            router_id=self._router_id,
-            request=codec.request_to_proto(request, self._clock.now()),
-            prefill=codec.ref_to_proto(prefill) if prefill else None,
-        )
-        response: pb.SubmitResponse = await call(self._stub.Submit, wire, timeout_s=timeout_s)
-        return response.slot
+        return await self._submits.submit(request, prefill, timeout_s)
+
+    async def _send(self, submissions: list[Submission]) -> AsyncIterator[list[tuple[int, int | NanoDeployError]]]:
+        now = self._clock.now()
+        items = [
+            pb.SubmitItem(
+                request=codec.request_to_proto(submission.request, now),
+                prefill=codec.ref_to_proto(submission.prefill) if submission.prefill else None,
+            )
+            for submission in submissions
+        ]
+        wire = pb.SubmitManyRequest(router_id=self._router_id, items=items)
+        timeout_s = max(submission.timeout_s for submission in submissions)
+        async for response in stream(self._stub.SubmitMany, wire, timeout_s=timeout_s):
+            yield [
+                (r.index, r.slot if r.WhichOneof("outcome") == "slot" else codec.error_from_proto(r.error))
+                for r in response.results
+            ]
 
     def open_stream(self) -> GrpcDecodeStream:
         return GrpcDecodeStream(self._stub, self._router_id)
 
     async def close(self) -> None:
+        await self._submits.close()
         await self._channel.close(None)
