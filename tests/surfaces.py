@@ -29,6 +29,16 @@ EXPORTS = {
 RPCS = {
     "ControllerService": ["Register", "Heartbeat", "Watch", "Drain", "Deregister"],
     "DecodeService": ["Submit", "SubmitMany", "Stream", "Generate"],
+    "ObjectService": [
+        "PutObject",
+        "GetObject",
+        "DeleteObject",
+        "ListObjects",
+        "PutParts",
+        "GetParts",
+        "ListParts",
+        "ClaimObject",
+    ],
     "PrefillService": ["Session"],
     "WorkerService": ["GetStatus", "DrainWorker", "GetLedger"],
 }

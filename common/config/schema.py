@@ -138,6 +138,9 @@ class ControllerConfig(_Section):
     namespace: str = Field("nanodeploy", description="prefix of all keys")
     lease_ttl_s: float = Field(3.0, gt=0, description="a silent worker is removed after this long")
     heartbeat_s: float = Field(1.0, gt=0)
+    max_object_bytes: int = Field(64 * 2**20, gt=0, description="one stored response, file or batch")
+    max_stored_bytes: int = Field(2**30, gt=0, description="all of them; more is refused with 429")
+    max_object_ttl_s: int = Field(30 * 86400, gt=0, description="longest time that anything is stored")
 
 
 class WorkerConfig(_Section):

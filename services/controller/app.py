@@ -14,6 +14,9 @@ from common.rpc.server import HttpEndpoint, RpcServer, Service, Verdict, serve_h
 from common.rpc.tasks import end_tasks
 from common.telemetry import Metrics, get_logger
 from common.types import Clock, MonotonicClock, Role
+from services.controller.object_servicer import SERVICE as OBJECT_SERVICE
+from services.controller.object_servicer import ObjectServicer
+from services.controller.objects import Objects
 from services.controller.servicer import SERVICE, ControllerServicer
 from services.controller.store import Store
 from services.controller.sweeper import Sweeper
@@ -43,8 +46,12 @@ class Controller:
         self._sweeper = Sweeper(self._store, config.lease_ttl_s, self._metrics, rng)
         self.hub = WatchHub(self._store, clock=clock, rng=rng, ping_s=ping_s, on_lost=self._sweeper.forgive)
         self._servicer = ControllerServicer(config, self._store, self.hub, self._metrics)
+        objects = ObjectServicer(Objects(config, self._store))
         self._server = RpcServer(
-            [Service(SERVICE, self._servicer.add_to, lambda: self.hub.synced)],
+            [
+                Service(SERVICE, self._servicer.add_to, lambda: self.hub.synced),
+                Service(OBJECT_SERVICE, objects.add_to, lambda: self.hub.synced),
+            ],
             host=config.host,
             port=config.port,
             on_drain=[self._end_watches],

@@ -1,4 +1,4 @@
-"""Membership in Redis: the only module that speaks to it.
+"""Membership in Redis: the only module that speaks to it; other areas hand in their scripts.
 
 A worker's life: register -> heartbeat ... -> deregister, or sweep finds its lease ended; each end is one
 REMOVED change with its reason, made inside one script, so that any number of controllers may sweep.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -86,8 +86,8 @@ class Store:
     ) -> None:
         self._op_timeout_s = op_timeout_s
         self._new_incarnation = new_incarnation
-        prefix = "{" + namespace + "}:controller:"
-        self._keys = {name: prefix + name for name in scripts.KEY_NAMES}
+        self._namespace = namespace
+        self._keys = {name: self.prefix("controller") + name for name in scripts.KEY_NAMES}
         self._redis = _connect(url, op_timeout_s, op_timeout_s)
         self._tail_redis: Redis | None = None
         self._url = url
@@ -99,6 +99,19 @@ class Store:
         self._sweep = script(scripts.SWEEP)
         self._snapshot = script(scripts.SNAPSHOT)
         self._head = script(scripts.HEAD)
+
+    def prefix(self, area: str) -> str:
+        """What the keys of an area begin with; all share one hash tag."""
+        return "{" + self._namespace + "}:" + area + ":"
+
+    def script(self, source: str) -> Callable[[Sequence[str], Sequence[Any]], Awaitable[Any]]:
+        """A script of another area, to be called with its keys and arguments; raises as all operations do."""
+        registered = self._redis.register_script(source)
+
+        async def run(keys: Sequence[str], args: Sequence[Any]) -> Any:
+            return await self._guard(registered(keys=keys, args=args), self._op_timeout_s)
+
+        return run
 
     async def register(self, worker: WorkerInfo, ttl_s: float) -> bool:
         """Add or update a worker; True when it took the place of another epoch of the same id."""
