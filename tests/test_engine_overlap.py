@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_support import READER, Pair, Solo, greedy, hybrid, llama, prompts, windowed
+from engine_support import PEER, READER, Pair, Solo, greedy, hybrid, llama, prompts, windowed
 
-from common.engine.messages import ReaderEvent
+from common.engine.batch import Batch
+from common.engine.messages import PeerEvent, ReaderEvent
 from common.engine.runner import Pending
 from common.kvtransfer.orders import DropOrder, OrderFailed, PlaceOrder
 from common.types import FinishReason, SamplingParams
@@ -148,11 +149,11 @@ def test_messages_are_handled_while_the_device_computes(llama: Path) -> None:
     later: list[Any] = []
 
     def listen() -> None:
-        if len(seen) == 20:
+        if len(seen) >= 20 and not later:
             later.append(pair.submit(short, greedy(5)))
-        if len(seen) == 23:
+        if len(seen) >= 23 and len(later) == 1:
             later.append(pair.submit(other, greedy(40)))
-        if len(seen) == 30:
+        if len(seen) >= 30 and not later[1].ended:
             pair.cancel(later[1])
 
     engine.while_waiting = listen
@@ -231,3 +232,75 @@ def test_an_order_that_was_dropped_does_not_fail_with_its_step(llama: Path) -> N
     events = [m.event for m in engine.drain() if isinstance(m, ReaderEvent)]
     assert not any(isinstance(e, OrderFailed) for e in events)
     pair.check_idle()
+
+
+def test_a_first_token_waits_for_no_step(llama: Path) -> None:
+    """The head of a prompt that was handed over is computed beside the step that is awaited."""
+    pair = Pair(llama, **OVERLAP)
+    long, short = prompts(21, [20, 30])
+    expected = Solo(llama)
+    whole = expected.submit(short, greedy(6))
+    expected.run()
+    other = pair.submit(long, greedy(60), prefill=0)
+    for _ in range(5):
+        pair.step()
+    engine, runner = pair.decode.engine, pair.decode.parts.runner
+    steps = runner.forward
+    launched: list[Pending] = []
+    runner.forward = lambda batch: (launched.append(steps(batch)), launched[-1])[1]  # type: ignore[method-assign]
+    answer = pair.submit(short, greedy(6))
+    tokens_before = len(other.tokens[0])
+
+    def listen() -> None:
+        """The step goes on until the token is there."""
+        pair.prefill.engine.step()
+        for message in pair.prefill.engine.drain():
+            if isinstance(message, ReaderEvent):
+                engine.handle(PeerEvent(PEER, message.event))
+        for message in engine.drain():
+            pair.on_decode(message)
+
+    engine.while_waiting = listen
+    runner.is_done = lambda pending: pending not in launched or bool(answer.tokens)  # type: ignore[method-assign]
+    pair.step()
+    pair.step()
+    assert answer.tokens[0] == whole.tokens[0][:1]
+    assert len(other.tokens[0]) - tokens_before <= 2
+    engine.while_waiting = None
+    pair.run()
+    assert answer.tokens == whole.tokens
+    pair.check_idle()
+
+
+def test_what_arrives_is_launched_while_a_step_is_awaited(llama: Path) -> None:
+    """With nothing behind the step the device would stand still until it is collected."""
+    solo = Solo(llama, **OVERLAP)
+    engine, runner = solo.decode.engine, solo.decode.parts.runner
+    first, second = prompts(22, [20, 30])
+    forward = runner.forward
+    launched: list[Pending] = []
+    answers = [solo.submit(first, greedy(1))]
+
+    def launch(batch: Batch) -> Pending:
+        launched.append(forward(batch))
+        return launched[-1]
+
+    def listen() -> None:
+        if len(answers) == 1:
+            answers.append(solo.submit(second, greedy(3)))
+
+    runner.forward = launch  # type: ignore[method-assign]
+    runner.is_done = lambda pending: pending is not launched[0] or len(launched) > 1  # type: ignore[method-assign]
+    engine.while_waiting = listen
+    solo.step()
+    assert len(launched) == 1
+    solo.step()
+    assert len(launched) == 2
+    assert answers[0].ended
+    solo.run()
+    plain = Solo(llama)
+    expected = [plain.submit(first, greedy(1)), plain.submit(second, greedy(3))]
+    plain.run()
+    assert [a.tokens for a in answers] == [e.tokens for e in expected]
+    engine.while_waiting = None
+    solo.check_idle()

@@ -42,6 +42,9 @@ class Watched:
         runner = built.parts.runner
         self._forward, self._collect = runner.forward, runner.collect
         runner.forward, runner.collect = self.forward, self.collect  # type: ignore[method-assign]
+        if built.parts.beside is not None:
+            self._draw_beside = built.parts.beside.draw_beside
+            built.parts.beside.draw_beside = self.draw_beside  # type: ignore[method-assign]
         runner.is_done = lambda pending: rng.random() < 0.5  # type: ignore[method-assign]
         for name, pool in built.parts.cache._pools.items():
             pool.allocate = self._guarded(name, pool.allocate)  # type: ignore[method-assign]
@@ -51,6 +54,12 @@ class Watched:
         pending = self._forward(batch)
         writes = {g: set(a.slots_T // a.block_size) for g, a in batch.groups.items()}
         self._writes[id(pending)] = writes | {g: set(ids.tolist()) for g, ids in batch.states_S.items()}
+        return pending
+
+    def draw_beside(self, batch: Batch) -> Pending:
+        self._fail("draw")
+        pending = self._draw_beside(batch)
+        self._writes[id(pending)] = {}
         return pending
 
     def collect(self, pending: Pending) -> StepResult:

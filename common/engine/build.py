@@ -23,6 +23,7 @@ from common.engine.rank import Fleet, ProcessRanks, RankStarter, rank_device, st
 from common.engine.rank_drafts import RankedDrafts
 from common.engine.rank_runner import RankedDigests, RankedRunner, Runner
 from common.engine.requests import ModelLimits, Requests
+from common.engine.runner import ModelRunner
 from common.engine.scheduler import Scheduler, SchedulerLimits
 from common.engine.selftest import self_test
 from common.engine.sequence import Sequence
@@ -196,7 +197,8 @@ def assemble(
     leases = Leases(cache, clock, engine.lease_ttl_s)
     publisher = make_publisher(cache)
     supply = Supply(SupplyParts(limits, scheduler, media, leases, publisher, outbox, clock), requests.next_id)
-    speculator = drafter.speculator
+    speculator, drafting = drafter.speculator, drafter.drafting(cache, layout)
+    overlap, has_drafts = engine.async_scheduling == "on", speculator is not None or drafting is not None
 
     counted = EngineCounters(requests, cache, reader, demand, leases, supply, speculator)
     main_group = layout.groups[0].name
@@ -220,9 +222,10 @@ def assemble(
         meter=meter,
         clock=clock,
         speculator=speculator,
-        drafting=drafter.drafting(cache, layout),
+        drafting=drafting,
         check_ledger=engine.check_ledger,
-        overlap=engine.async_scheduling == "on",
+        overlap=overlap,
+        beside=runner if overlap and not has_drafts and isinstance(runner, ModelRunner) else None,
     )
 
 

@@ -75,8 +75,10 @@ def make_transport(config: WorkerConfig, clock: Clock, device: torch.device) -> 
 
 
 def digest_launcher(device: torch.device) -> DigestLauncher:
-    """What digests published memory of `device`."""
-    return DeviceDigests(device) if device.type == "cuda" else HostDigests(digest)
+    """What digests published memory of `device`: on a GPU ahead of the next step, and beside it."""
+    if device.type != "cuda":
+        return HostDigests(digest)
+    return DeviceDigests(device, torch.cuda.Stream(device, priority=-1))  # type: ignore[no-untyped-call]
 
 
 def make_compute(

@@ -5,28 +5,26 @@
 A step is planned, launched, and collected: then it brings tokens to requests and extents to readers. Where the device
 works by itself the next step is planned and launched before this one is collected (decision 5), whose tokens are known
 to the device alone until then. Drafts that are to come, penalties and copies of states follow from tokens beside the
-tokens themselves: they have the step collected first. A step that raises fails the requests that were in it; the engine
-gives up after several in a row.
+tokens themselves: they have the step collected first. What arrives while a step is awaited with none behind it is
+launched then. A step that raises fails the requests that were in it; the engine gives up after several in a row.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from common.engine.batch import BatchRow, build_batch
 from common.engine.demand import Demand
 from common.engine.drafting import Drafting, Moved
-from common.engine.load import LoadMeter
+from common.engine.first_tokens import DrawsBeside, FirstTokens
+from common.engine.load import LoadMeter, ledger_of
 from common.engine.media import Media
 from common.engine.messages import (
     Cancel,
     Drain,
     FromEngine,
     GetLedger,
-    Ledger,
-    LedgerBlock,
     PeerEvent,
     PeerGone,
     PeerReady,
@@ -37,15 +35,16 @@ from common.engine.messages import (
 from common.engine.outbox import Outbox
 from common.engine.rank_runner import Runner
 from common.engine.requests import Requests
+from common.engine.rows import batch_of, state_copies
 from common.engine.runner import Pending, StepResult
-from common.engine.samples import needs_history, sample_rows
+from common.engine.samples import needs_history
 from common.engine.scheduler import Scheduler, StepItem, StepPlan
 from common.engine.sequence import Phase, Sequence
 from common.engine.speculative import Speculator
 from common.engine.supply import Supply
 from common.errors import InternalError, RankLostError
 from common.kvcache.layout import KVLayout, Retention
-from common.kvcache.manager import BlockCopy, KVCacheManager
+from common.kvcache.manager import KVCacheManager
 from common.kvtransfer.orders import DropOrder, PlaceOrder, ReleaseLease
 from common.kvtransfer.session import HandoffReader
 from common.telemetry import get_logger
@@ -78,6 +77,7 @@ class EngineParts:
     drafting: Drafting | None = None
     check_ledger: bool = False
     overlap: bool = False  # a step is launched before the one before is collected
+    beside: DrawsBeside | None = None  # draws first tokens of handed-over prompts, if not the steps do
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ class Engine:
         self._writes_on = False  # the device, to blocks, behind the step that is collected
         self._stalled = False
         self._under_way: _Launched | None = None
+        self._firsts = FirstTokens(parts.scheduler, parts.beside, parts.cache, self._groups) if parts.beside else None
+        self._num_planned = 0  # of the sequences ever queued, those that a plan could have taken
         self.while_waiting: Callable[[], None] | None = None
         """Called again and again while the device computes what is to be collected next; may handle messages."""
         self.steps = 0
@@ -128,7 +130,7 @@ class Engine:
             case ReaderGone():
                 p.supply.reader_gone(message.reader)
             case GetLedger():
-                p.outbox.send(self._ledger(message))
+                p.outbox.send(ledger_of(p.cache, message))
             case Drain():
                 p.requests.draining = True
                 p.supply.draining = True
@@ -162,28 +164,57 @@ class Engine:
         """Do what can be done now; True if tokens were computed."""
         p = self._p
         worked = self._under_way is not None
-        p.demand.poll(p.scheduler)
+        self._poll_handoffs()
         p.media.poll()
         p.requests.expire()
         p.supply.expire()
         if self._under_way is not None and not self._may_go_ahead(self._under_way.plan):
             self.settle()
-        plan = p.scheduler.schedule(ahead=self._under_way is not None)
+        plan = self._plan(ahead=self._under_way is not None)
         if plan.short_of_blocks:
             self.settle()
-            plan = p.scheduler.schedule()
+            plan = self._plan(ahead=False)
         before, self._under_way = self._under_way, self._launch(plan) if plan.items else None
-        worked = worked or self._under_way is not None
+        worked = worked or self._under_way is not None or bool(self._firsts)
         if before is not None:
-            self._collect(before)
+            self._collect(before, go_on=True)
+        elif self._under_way is None:
+            self._await_firsts()
         if not p.overlap:
             self.settle()
         # what was collected behind the plan may have given blocks back, and messages may have come meanwhile
-        self._stalled = not plan.items and before is None and p.scheduler.has_work
+        self._stalled = not (plan.items or worked) and p.scheduler.has_work
         p.meter.report(self.steps, idle=not p.scheduler.has_work)
         if p.check_ledger:
             p.cache.check()
         return worked
+
+    def _plan(self, *, ahead: bool) -> StepPlan:
+        self._num_planned = self._p.scheduler.num_queued
+        return self._p.scheduler.schedule(ahead=ahead)
+
+    def _poll_handoffs(self) -> None:
+        """Take what hand-offs have brought. First tokens are drawn at once, and delivered when they are there."""
+        p = self._p
+        p.demand.poll(p.scheduler)
+        if self._firsts is None:
+            return
+        plan = self._firsts.due()
+        if plan.items:
+            try:
+                self._firsts.launch(plan)
+            except Exception as error:  # noqa: BLE001 - the edge of a step
+                self._step_failed(plan, error)
+        for drawn in self._firsts.ended():
+            self._bring(*drawn)
+
+    def _await_firsts(self) -> None:
+        """There is nothing else to do: wait for the draws under way, as for a step."""
+        while self._firsts and self.while_waiting is not None:
+            self.while_waiting()
+            self._poll_handoffs()
+        for drawn in self._firsts.ended(wait=True) if self._firsts else ():
+            self._bring(*drawn)
 
     def _may_go_ahead(self, plan: StepPlan) -> bool:
         """Can the next step be planned without the tokens of this one?"""
@@ -213,8 +244,8 @@ class Engine:
         self.steps += 1
         runner = self._p.runner
         try:
-            runner.copy_blocks(self._state_copies(plan))
-            pending = runner.forward(build_batch([self._row(i) for i in plan.items], self._groups))
+            runner.copy_blocks(state_copies(plan, self._p.cache))
+            pending = runner.forward(batch_of(plan, self._p.cache, self._groups))
             runner.sample(pending)
             for item in plan.items:
                 if item.seq.order is not None and self._p.drafting is None:  # whose layer writes after the step
@@ -239,18 +270,29 @@ class Engine:
         if step is not None:
             self._collect(step)
 
-    def _collect(self, step: _Launched) -> None:
-        """Wait for a step that is no longer `_under_way`, and bring what it has computed."""
+    def _collect(self, step: _Launched, *, go_on: bool = False) -> None:
+        """Wait for a step that is no longer `_under_way`, and bring what it has computed.
+
+        `go_on`: launch one behind it when something arrives and none is there.
+        """
         p, plan, pending = self._p, step.plan, step.pending
         while self.while_waiting is not None and not p.runner.is_done(pending):
             self.while_waiting()
-            p.demand.poll(p.scheduler)  # what hand-offs have brought is read on without waiting for the step
+            self._poll_handoffs()  # they go on without waiting for the step
+            if go_on and self._under_way is None and self._num_planned < p.scheduler.num_queued:
+                more = self._plan(ahead=True)
+                self._under_way = self._launch(more) if more.items else None
         for item in plan.items:
             item.seq.steps_under_way -= 1
             item.seq.num_launched -= item.num_new
             item.seq.num_pending -= item.draws
         for seq in step.followed:
             seq.steps_under_way -= 1
+        self._bring(plan, pending, step.followed)
+
+    def _bring(self, plan: StepPlan, pending: Pending, followed: Iterable[Sequence] = ()) -> None:
+        """Take what was computed of a plan to requests and readers. Waits for it."""
+        p = self._p
         try:
             result = p.runner.collect(pending)
             moved = self._advance(plan, result)
@@ -264,7 +306,7 @@ class Engine:
             p.meter.step(plan)
             self._deliver(result, moved)
         finally:
-            for seq in (*(item.seq for item in plan.items), *step.followed):
+            for seq in (*(item.seq for item in plan.items), *followed):
                 p.scheduler.settle(seq)
 
     def _hold_written(self, plan: StepPlan) -> None:
@@ -276,39 +318,6 @@ class Engine:
             step.followed.extend(item.seq for item in plan.items)
             for item in plan.items:
                 item.seq.steps_under_way += 1
-
-    def _state_copies(self, plan: StepPlan) -> list[BlockCopy]:
-        """What gives the states of sequences that start now their first values, and keeps those that may go back."""
-        cache, copies = self._p.cache, []
-        for item in plan.items:
-            if item.num_new:
-                copies += cache.state_origin(item.seq.seq_id)
-            if item.drafts:
-                copies += cache.state_backup(item.seq.seq_id)
-        return copies
-
-    def _row(self, item: StepItem) -> BatchRow:
-        seq, cache = item.seq, self._p.cache
-        end = item.start + item.num_new
-        is_pending = end > seq.num_tokens
-        tail = cache.tail_block(seq.seq_id)
-        tail_id = -1 if tail is None else tail
-        embeds = seq.embeds
-        wants_logprobs = seq.wants_prompt_logprobs and item.start < seq.num_prompt - 1
-        return BatchRow(
-            token_ids=seq.token_ids[item.start : end] + [0] * is_pending + list(item.drafts),
-            start=item.start,
-            tables={g: cache.block_table(seq.seq_id, g) for g in self._groups},
-            samples=sample_rows(seq, item.drafts) if item.draws else (),
-            tail_read=tail_id if seq.tail_ready and not item.num_new else -1,
-            tail_write=tail_id if item.reaches_end and seq.order is not None else -1,
-            prompt_logprobs=(seq.sampling.prompt_logprobs or 0) if wants_logprobs else -1,
-            prompt_targets=seq.token_ids[item.start + 1 : min(end + 1, seq.num_prompt)] if wants_logprobs else (),
-            media=embeds.rows_between(item.start, end) if embeds else (),
-            rope_positions_3T=embeds.rope_positions(item.start, end + len(item.drafts)) if embeds else None,
-            states=cache.state_blocks(seq.seq_id),
-            pending=seq.pending_sample if is_pending else -1,
-        )
 
     def _advance(self, plan: StepPlan, result: StepResult) -> list[Moved]:
         """Append the tokens that stand, and make final what was computed of those before the last."""
@@ -380,15 +389,6 @@ class Engine:
                 self._p.supply.fail(item.seq, reason)
             else:
                 self._p.requests.fail(item.seq.slot, reason)
-
-    def _ledger(self, message: GetLedger) -> Ledger:
-        cache = self._p.cache
-        blocks: tuple[LedgerBlock, ...] = ()
-        if message.with_blocks:
-            blocks = tuple(
-                LedgerBlock(b.group, b.block_id, b.state, b.owner, int(b.age_s * 1e3)) for b in cache.ledger_blocks()
-            )
-        return Ledger(message.call_id, cache.ledger(), blocks)
 
 
 def sleep_until(engine: Engine, now: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 
-from common.engine.messages import EngineLoad, LabelledCounter, PeerTraffic
+from common.engine.messages import EngineLoad, GetLedger, LabelledCounter, Ledger, LedgerBlock, PeerTraffic
 from common.engine.outbox import Outbox
 from common.engine.scheduler import Scheduler, StepPlan
 from common.kvcache.manager import KVCacheManager
@@ -94,3 +94,13 @@ class LoadMeter:
             tokens_per_s=sum(n for _, n in self._rates) / RATE_WINDOW_S,
             kv_states=states,
         )
+
+
+def ledger_of(cache: KVCacheManager, asked: GetLedger) -> Ledger:
+    """Where every block is."""
+    blocks: tuple[LedgerBlock, ...] = ()
+    if asked.with_blocks:
+        blocks = tuple(
+            LedgerBlock(b.group, b.block_id, b.state, b.owner, int(b.age_s * 1e3)) for b in cache.ledger_blocks()
+        )
+    return Ledger(asked.call_id, cache.ledger(), blocks)

@@ -8,6 +8,7 @@ back to back. A step may read tokens that the step before has drawn and nobody h
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,6 +24,7 @@ from common.engine.inputs import HostInputs, Inputs, PinnedInputs, arrays_of, co
 from common.engine.logprobs import prompt_logprobs
 from common.engine.results import Fetched
 from common.engine.sampler import Sampler, SampleResult
+from common.kernels import gpu
 from common.kvcache.manager import BlockCopy
 from common.kvcache.pool import KVPool
 from common.layers.step import StepMedia
@@ -96,6 +98,7 @@ class ModelRunner:
         self.inputs: Inputs = HostInputs() if device.type == "cpu" else PinnedInputs(device)
         self.drawn_R = torch.zeros(max_seqs, dtype=torch.int64, device=device)
         self.graphs: DecodeGraphs | None = None
+        self._beside = _stream_beside(device)
         self.rows_outlive = False
         """Are a step's hidden rows read when the next step may have run?"""
         self.on_progress: Callable[[], None] = lambda: None
@@ -131,6 +134,14 @@ class ModelRunner:
             count = min(len(pending.sample_rows), len(self.drawn_R))
             self.drawn_R[:count].copy_(pending.result.token_ids_R[:count])
             pending.logits_RV = None  # memory for the next step's
+
+    @torch.inference_mode()
+    def draw_beside(self, batch: Batch) -> Pending:
+        """Head and draw for rows that were handed over, beside the steps; no step finds these tokens on the device."""
+        rows = [sample for r in batch.rows for sample in r.samples]
+        with torch.cuda.stream(self._beside) if self._beside is not None else contextlib.nullcontext():
+            logits = self._model.logits(self._gather(batch, None, len(rows)))
+            return Pending(batch, None, None, rows, {}, self._sampler.sample(logits, rows))
 
     def is_done(self, pending: Pending) -> bool:
         """Does `collect` not wait?"""
@@ -227,3 +238,13 @@ class ModelRunner:
                 logits = self._model.logits(hidden_TD[first + start : first + start + len(targets)])
                 out[i].append(prompt_logprobs(logits, targets, row.prompt_logprobs))
         return out
+
+
+def _stream_beside(device: torch.device) -> torch.cuda.Stream | None:
+    """A GPU's stream for what must not wait for the steps."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    if not gpu.unavailable():
+        gpu.linear.keep_apart(stream)
+    return stream

@@ -107,6 +107,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.remote: dict[int, Sequence] = {}
+        self.num_queued = 0  # sequences that were, ever
 
     def connect(
         self, try_remote: TryRemote, abandon: Abandon, on_started: OnStarted, propose: Propose | None = None
@@ -125,6 +126,7 @@ class Scheduler:
         """Queue a new sequence."""
         seq.phase = Phase.WAITING
         bisect.insort(self.waiting, seq, key=_rank)
+        self.num_queued += 1
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, in whatever phase; its blocks go back to the cache, now or by `settle`. Idempotent."""
@@ -168,7 +170,7 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             seq = self.running[index]
-            if ahead and self._must_wait(seq):
+            if seq.first_under_way or (ahead and self._must_wait(seq)):
                 index += 1
                 continue
             num_new = cut(seq.checkpoints, seq.num_scheduled, min(seq.num_expected - seq.num_scheduled, budget))
@@ -212,7 +214,7 @@ class Scheduler:
     def _make_room(self, seq: Sequence, num_new: int, preempted: list[Sequence]) -> bool:
         """Reserve for `seq`, preempting those that come last. False when it was preempted itself."""
         while not self._cache.reserve(seq.seq_id, seq.num_computed + num_new):
-            victim = next(s for s in reversed(self.running) if s.order is None or s is seq)
+            victim = next(s for s in reversed(self.running) if s is seq or not (s.order or s.first_under_way))
             self._preempt(victim)
             preempted.append(victim)
             if victim is seq:

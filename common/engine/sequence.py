@@ -84,6 +84,7 @@ class Sequence:
     pending_sample: int = -1  # which of that step's draws
     num_sent: int = 0  # output tokens the client already had (resume)
     tail_ready: bool = False  # the last hidden row lies in the tail block: only the head is missing
+    first_under_way: bool = False  # its first token is drawn beside the steps: none may have it until that is there
     preemptions: int = 0
     pace: Pace | None = None  # of its drafts, once it has had a chance of some
     drafts: tuple[int, ...] = ()  # made ahead, for the next step

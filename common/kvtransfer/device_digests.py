@@ -49,7 +49,9 @@ class PreparedChecks:
 
 
 class DeviceDigests:
-    """Launches digests of memory of `device`. `stream`: None for the caller's current one."""
+    """Launches digests of memory of `device`. `stream`: None for the caller's current one. What `launch` is given lies
+    behind what the caller's stream has been given, and beside what it is given later.
+    """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self._device = device
@@ -59,6 +61,8 @@ class DeviceDigests:
     @torch.inference_mode()
     def launch(self, checks: Sequence[DigestCheck]) -> DigestBatch:
         """Digests of `checks`, in their order; `expected` is not looked at."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with _on(self._stream):
             return _fetch(self._sums(self.prepare(checks)))
 

@@ -41,7 +41,7 @@ class DigestsUnderWay(Protocol):
 
 class DigestLauncher(Protocol):
     def launch(self, checks: Sequence[DigestCheck], /) -> DigestsUnderWay:
-        """Begin to digest local memory, behind all that was launched on its device before."""
+        """Begin to digest local memory, behind all steps that were launched on its device before."""
 
 
 class PublishOrder(msgspec.Struct, frozen=True):

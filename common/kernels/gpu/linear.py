@@ -24,6 +24,7 @@ from common.kernels.gpu.pointwise import silu_times
 MAX_ROWS = 32  # from there on cuBLAS is as fast
 MAX_ROWS_IN_REGISTERS = 2  # with three, tiles are faster (benchmarks/LOG.md, 2026-11-26)
 _NUM_COUNTERS = 4096
+_apart: set[int] = set()  # streams with counters of their own
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,19 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
+def keep_apart(stream: torch.cuda.Stream) -> None:
+    """Products on this stream may run beside those of other streams, which are one after the other."""
+    _apart.add(stream.cuda_stream)
+
+
 def _counters(device: torch.device) -> Tensor:
-    """Zeros, and zeros again whenever a kernel is done. All kernels run on one stream."""
+    """Zeros, and zeros again whenever a kernel is done: of kernels that run one after the other."""
+    stream = torch.cuda.current_stream(device).cuda_stream if _apart else 0
+    return _zeros(device, stream if stream in _apart else 0)
+
+
+@functools.cache
+def _zeros(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
 
 
