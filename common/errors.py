@@ -3,6 +3,7 @@
     NanoDeployError
     ├── InvalidRequestError      the request is wrong; names the field           400
     │   └── UnsupportedError     asks for what this build or model cannot do     400
+    ├── UnauthenticatedError     no key or token, or one that is not known       401
     ├── NotFoundError            unknown model, request, worker or lease         404
     ├── OverloadedError          no capacity now; another worker may have it     503 (429 at the router)
     ├── UnavailableError         draining, dead or restarting; retry elsewhere   503
@@ -42,6 +43,10 @@ class InvalidRequestError(NanoDeployError):
 
 class UnsupportedError(InvalidRequestError):
     pass
+
+
+class UnauthenticatedError(NanoDeployError):
+    code = "unauthenticated"
 
 
 class NotFoundError(NanoDeployError):
@@ -100,6 +105,7 @@ _BY_CODE: dict[str, type[NanoDeployError]] = {
     cls.code: cls
     for cls in (
         InvalidRequestError,
+        UnauthenticatedError,
         NotFoundError,
         OverloadedError,
         UnavailableError,

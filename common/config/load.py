@@ -23,6 +23,7 @@ from common.config.schema import ClusterConfig
 from common.errors import ConfigError
 
 ENV_PREFIX = "NANODEPLOY_"
+SECRETS = ("api_keys", "admin_token", "redis_url")  # values that no message shows
 
 _Tree = dict[str, Any]
 
@@ -157,6 +158,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> ConfigError:
     for fault in error.errors(include_url=False):
         key = ".".join(str(part) for part in fault["loc"])
         source = next((src for name, src in sources.items() if key == name or key.startswith(f"{name}.")), "defaults")
-        lines.append(f"{source}: {key}: {fault['msg']}, got {fault['input']!r}")
+        shown = "" if key.split(".")[-1] in SECRETS or ".api_keys" in key else f", got {fault['input']!r}"
+        lines.append(f"{source}: {key}: {fault['msg']}{shown}")
         keys.append(key)
     return ConfigError("; ".join(lines), param=keys[0])

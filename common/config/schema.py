@@ -176,6 +176,14 @@ class RouterConfig(_Section):
     drain_grace_s: float = Field(10.0, ge=0, description="asked to stop, running requests get this long")
     max_body_bytes: int = Field(16 * 2**20, gt=0)
     max_concurrent_requests: int = Field(4096, ge=1, description="more are refused with 429")
+    max_n: int = Field(128, ge=1, le=128, description="choices of one prompt")
+    max_prompts: int = Field(1024, ge=1, description="prompts of one request")
+    max_images: int = Field(16, ge=0, description="images of one request")
+    api_keys: tuple[str, ...] = Field(
+        (), description="keys of the API, or sha256: and their hash; with none here or at the controller it is open"
+    )
+    require_api_key: bool = Field(False, description="refuse requests without a key even while there is none")
+    admin_token: str = Field("", description="the controller's, to follow the keys kept there; is a key as well")
     stream_buffer_tokens: int = Field(8192, ge=1, description="a client that falls this far behind is cut off")
 
 

@@ -24,6 +24,7 @@ from common.errors import (
     NanoDeployError,
     NotFoundError,
     OverloadedError,
+    UnauthenticatedError,
     UnavailableError,
     UnsupportedError,
 )
@@ -40,6 +41,7 @@ _log = get_logger(__name__)
 _STATUS: tuple[tuple[type[NanoDeployError], grpc.StatusCode], ...] = (
     (UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (NotFoundError, grpc.StatusCode.NOT_FOUND),
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
@@ -55,6 +57,7 @@ _BARE: dict[grpc.StatusCode, type[NanoDeployError]] = {
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequestError,
     grpc.StatusCode.UNIMPLEMENTED: UnsupportedError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.ABORTED: UnavailableError,

@@ -24,7 +24,8 @@ from common.telemetry import get_logger, new_trace, parse_traceparent
 from common.telemetry.metrics import CONTENT_TYPE
 from common.types import Role
 from services.router import replies
-from services.router.errors import error_body, shaped, status_of
+from services.router.admission.callers import Callers
+from services.router.errors import error_body, error_headers, shaped, status_of
 from services.router.exchange import Exchange, Receive, Scope, Send
 from services.router.gateway import Gateway
 from services.router.metrics import RouterMetrics
@@ -39,12 +40,18 @@ class RawEndpoint:
     """One POST route as a raw ASGI callable."""
 
     def __init__(
-        self, path: str, handle: Callable[[Exchange], Awaitable[None]], metrics: RouterMetrics, rng: random.Random
+        self,
+        path: str,
+        handle: Callable[[Exchange], Awaitable[None]],
+        metrics: RouterMetrics,
+        rng: random.Random,
+        callers: Callers,
     ) -> None:
         self._path = path
         self._handle = handle
         self._metrics = metrics
         self._rng = rng
+        self._callers = callers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
@@ -62,6 +69,7 @@ class RawEndpoint:
 
     async def _guarded(self, exchange: Exchange) -> int:
         try:
+            exchange.caller = self._callers.caller(exchange.raw_headers)
             await self._handle(exchange)
             return 200
         except CancelledByCallerError:
@@ -70,7 +78,8 @@ class RawEndpoint:
         except NanoDeployError as error:
             status = status_of(error)
             log = _log.warning if status >= 500 else _log.info
-            log("request failed", path=self._path, status=status, error=error.message, param=error.param)
+            said = error.message if status >= 500 else error.code  # a client's mistake may quote what it sent
+            log("request failed", path=self._path, status=status, error=said, param=error.param)
             await exchange.fail(error)
             return status
         except Exception:  # noqa: BLE001 - the edge of a request
@@ -80,21 +89,31 @@ class RawEndpoint:
 
 
 class _App(FastAPI):
-    """The hot routes skip the middleware, which would wrap every event that is sent."""
+    """The hot routes skip the middleware, which would wrap every event that is sent; the rest of /v1 needs a key too.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Who asks is in the scope, as `nanodeploy.caller`.
+    """
+
+    def __init__(self, callers: Callers, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._callers = callers
         self.raw: dict[str, RawEndpoint] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and (raw := self.raw.get(scope["path"])) is not None:
             await raw(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS":
+            try:
+                scope["nanodeploy.caller"] = self._callers.caller(scope["headers"])
+            except NanoDeployError as error:
+                await _refusal(error)(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 def make_app(gateway: Gateway, rng: random.Random) -> FastAPI:
-    app = _App(title="NanoDeploy", version="1", description="OpenAI-compatible API.", redoc_url=None)
+    app = _App(gateway.callers, title="NanoDeploy", version="1", description="OpenAI-compatible API.", redoc_url=None)
     raw: list[tuple[str, type, str, Callable[[Exchange], Awaitable[None]]]] = [
         ("/v1/chat/completions", ChatBody, "Answer a conversation", gateway.chat),
         ("/v1/completions", CompletionBody, "Continue a text", gateway.completions),
@@ -102,7 +121,7 @@ def make_app(gateway: Gateway, rng: random.Random) -> FastAPI:
         ("/detokenize", DetokenizeBody, "Text of tokens", gateway.detokenize),
     ]
     for path, _, _, handle in raw:
-        app.raw[path] = RawEndpoint(path, handle, gateway.metrics, rng)
+        app.raw[path] = RawEndpoint(path, handle, gateway.metrics, rng, gateway.callers)
         app.router.routes.append(Route(path, app.raw[path], methods=["POST"]))
     _add_small_routes(app, gateway)
     _add_error_shapes(app)
@@ -132,10 +151,23 @@ def _document(app: FastAPI, bodies: list[tuple[str, type, str]]) -> dict[str, An
                 "summary": summary,
                 "operationId": path.strip("/").replace("/", "_"),
                 "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-                "responses": {"200": {"description": "OK"}, "400": error, "404": error, "429": error, "503": error},
+                "responses": {
+                    "200": {"description": "OK"},
+                    "400": error,
+                    "401": error,
+                    "404": error,
+                    "429": error,
+                    "503": error,
+                },
             }
         }
     return made
+
+
+def _refusal(error: NanoDeployError) -> Response:
+    response = _json(error_body(error), status_of(error))
+    response.raw_headers.extend(error_headers(error))
+    return response
 
 
 def _json(payload: bytes, status: int = 200) -> Response:

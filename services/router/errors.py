@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -15,6 +16,7 @@ from common.errors import (
     NanoDeployError,
     NotFoundError,
     OverloadedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -33,13 +35,30 @@ class BodyTimeoutError(InvalidRequestError):
     pass
 
 
+class RateLimitedError(OverloadedError):
+    """A key's limit, or a full queue. `retry_after_s` 0: asking again does not help. `headers`: x-ratelimit-*."""
+
+    def __init__(
+        self, message: str, *, retry_after_s: float = 0.0, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.headers = headers
+
+
+class QuotaExceededError(RateLimitedError):
+    """All that the key may ever spend is spent."""
+
+
 # error class -> status, type, code; the first that fits
 _SHAPES: Final[tuple[tuple[type[NanoDeployError], int, str, str | None], ...]] = (
     (BodyTooLargeError, 413, "invalid_request_error", "request_too_large"),
     (BodyTimeoutError, 408, "invalid_request_error", "request_timeout"),
     (ContextLengthError, 400, "invalid_request_error", "context_length_exceeded"),
     (InvalidRequestError, 400, "invalid_request_error", None),
+    (UnauthenticatedError, 401, "invalid_request_error", "invalid_api_key"),
     (NotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (QuotaExceededError, 429, "insufficient_quota", "insufficient_quota"),
     (OverloadedError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (UnavailableError, 503, "service_unavailable_error", "service_unavailable"),
     (DeadlineExceededError, 504, "timeout_error", "timeout"),
@@ -62,6 +81,11 @@ def shaped(message: str, kind: str, param: str | None, code: str | None) -> byte
 
 
 def error_headers(error: NanoDeployError) -> list[tuple[bytes, bytes]]:
+    if isinstance(error, UnauthenticatedError):
+        return [(b"www-authenticate", b"Bearer")]
+    if isinstance(error, RateLimitedError):
+        after = [(b"retry-after", b"%d" % math.ceil(error.retry_after_s))] if error.retry_after_s else []
+        return [*after, *error.headers]
     if isinstance(error, OverloadedError | UnavailableError):
         return [(b"retry-after", str(RETRY_AFTER_S).encode())]
     return []

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 from common.errors import CancelledByCallerError, NanoDeployError
+from services.router.admission.callers import ANYONE
 from services.router.errors import BodyTimeoutError, BodyTooLargeError, error_body, error_headers, status_of
 from services.router.replies import DONE
 
@@ -65,9 +66,15 @@ class Exchange:
         self.ended = False
         self.headers: list[tuple[bytes, bytes]] = []
         self.request_id = self.traceparent = ""
+        self.caller = ANYONE
         self.shape: Callable[[NanoDeployError], bytes] = error_body
         self._failed: Callable[[NanoDeployError], bytes] | None = None
         self._done = DONE
+
+    @property
+    def raw_headers(self) -> list[tuple[bytes, bytes]]:
+        found: list[tuple[bytes, bytes]] = self._scope["headers"]
+        return found
 
     def header(self, name: bytes) -> str:
         """Empty if it was not sent."""

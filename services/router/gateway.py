@@ -27,6 +27,8 @@ from common.errors import (
 from common.telemetry import get_logger
 from common.types import Clock, GenerationRequest, ModelInfo, Role, WorkerInfo
 from services.router import replies
+from services.router.admission.callers import Callers
+from services.router.admission.sizes import TIMEOUT_HEADER, check_sizes, time_limit_s
 from services.router.errors import validation_error
 from services.router.exchange import Exchange
 from services.router.metrics import RouterMetrics
@@ -71,6 +73,7 @@ class Gateway:
         self.relay = relay
         self.metrics = metrics
         self.texts = ModelTexts(config)
+        self.callers = Callers(config.api_keys, admin_token=config.admin_token, required=config.require_api_key)
         self.in_flight = 0
         self.draining = False
         self._idle = asyncio.Event()
@@ -131,6 +134,9 @@ class Gateway:
         """Answer a checked body in a style. Every generation of every API comes through here, `admitted`."""
         if body.stream_options is not None and not body.stream:
             raise InvalidRequestError("stream_options is allowed with stream only", param="stream_options")
+        check_sizes(body, self._config)
+        limit_s = time_limit_s(body, exchange.header(TIMEOUT_HEADER), self._config.request_timeout_s)
+        deadline_s = started_s + limit_s
         name, model = self.resolve(body.model)
         metrics = self.metrics.of(model.name)
         metrics.running.inc()
@@ -138,8 +144,8 @@ class Gateway:
             text = await self.texts.get(model)
             job = await make_job(body, model, text, self.texts, self._rng)
             metrics.tokenize.observe(self._clock.now() - started_s)
-            run = self._make_run(exchange, body, name, model, text, job, style, started_s)
-            await self._answer(exchange, body, run, started_s)
+            run = self._make_run(exchange, body, name, model, text, job, style, started_s, deadline_s)
+            await self._answer(exchange, body, run, deadline_s)
             self._account(run, model.name, started_s)
         except NanoDeployError as error:
             metrics.failed(error.code)
@@ -172,17 +178,19 @@ class Gateway:
         job: Job,
         style: Style,
         started_s: float,
+        deadline_s: float,
     ) -> Run:
-        number = self._rng.getrandbits(127)
+        number, caller = self._rng.getrandbits(127), exchange.caller
+        salt, priority = caller.salt(body.cache_salt or ""), caller.lowered(body.priority)
         requests = [
             GenerationRequest(
                 request_id=f"{number + index:032x}",
                 model=model.name,
                 prompt_token_ids=tuple(ids),
                 sampling=job.sampling,
-                cache_salt=body.cache_salt or "",
-                priority=body.priority,
-                deadline_s=started_s + self._config.request_timeout_s,
+                cache_salt=salt,
+                priority=priority,
+                deadline_s=deadline_s,
                 traceparent=exchange.traceparent,
             )
             for index, ids in enumerate(job.prompts)
@@ -193,8 +201,7 @@ class Gateway:
             job, requests, text.tokenizer, head, style=style, clock=self._clock, started_s=started_s, metrics=metrics
         )
 
-    async def _answer(self, exchange: Exchange, body: SamplingFields, run: Run, started_s: float) -> None:
-        deadline_s = started_s + self._config.request_timeout_s
+    async def _answer(self, exchange: Exchange, body: SamplingFields, run: Run, deadline_s: float) -> None:
         timings = exchange.header(TIMINGS_HEADER) == "1"
         if not body.stream:
             await run.answer_whole(self.relay, exchange, deadline_s, timings=timings)

@@ -17,7 +17,6 @@ from services.router.models import ModelText, ModelTexts
 from services.router.schemas import ChatBody, CompletionBody, Messages, SamplingFields
 
 COMPLETION_MAX_TOKENS: Final = 16
-MAX_PROMPTS: Final = 1024  # in one completion request
 MAX_STOP_CHARS: Final = 2048  # of all stop strings: their automaton is built per request
 MAX_SEQUENCES: Final = 1024  # prompts x n of one request
 
@@ -141,9 +140,6 @@ async def _completion_prompts(
         prompt = [prompt]
     if not prompt:
         raise InvalidRequestError("prompt must not be empty", param="prompt")
-    many = len(prompt) if not isinstance(prompt[0], int) else 1
-    if many > MAX_PROMPTS:
-        raise InvalidRequestError(f"prompt has {many} entries, at most {MAX_PROMPTS} are allowed", param="prompt")
     strings = [p for p in prompt if isinstance(p, str)]
     if strings:
         whole = body.truncate_prompt_tokens is None

@@ -79,6 +79,7 @@ class SamplingFields(Body):
     truncate_prompt_tokens: int | None = Field(None, description="keep the last so many prompt tokens; -1 what fits")
     cache_salt: str | None = Field(None, description="cached prefixes are shared only with an equal salt")
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="smaller runs first")
+    timeout: float | None = Field(None, description="seconds the answer may take; also the header x-request-timeout")
     user: str | None = Field(None, description="accepted, not used")
     metadata: dict[str, str] | None = Field(None, description="accepted, not used")
     store: bool | None = Field(None, description="accepted, nothing is stored")

@@ -20,6 +20,7 @@ _TO_WIRE: dict[str, pb.ErrorCode] = {
     "internal": pb.ERROR_CODE_INTERNAL,
     "kv_transfer": pb.ERROR_CODE_KV_TRANSFER,
     "layout_mismatch": pb.ERROR_CODE_LAYOUT_MISMATCH,
+    "unauthenticated": pb.ERROR_CODE_UNAUTHENTICATED,
 }
 _FROM_WIRE: dict[int, str] = {number: code for code, number in _TO_WIRE.items()}
 
