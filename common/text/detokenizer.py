@@ -65,26 +65,32 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """`context` is what precedes (the end of the prompt), so that the first token is decoded as a continuation."""
+    """`context` is what precedes (the end of the prompt), so that the first token is decoded as a continuation.
 
-    __slots__ = ("_ids", "_raw", "_read", "_skip")
+    Tokens in `hidden` are not decoded.
+    """
 
-    def __init__(self, raw: RawTokenizer, *, skip_special_tokens: bool, context: Sequence[int] = ()) -> None:
+    __slots__ = ("_hidden", "_ids", "_raw", "_read")
+
+    def __init__(self, raw: RawTokenizer, *, hidden: frozenset[int], context: Sequence[int] = ()) -> None:
         self._raw = raw
-        self._skip = skip_special_tokens
-        self._ids = list(context[-_WINDOW:])
+        self._hidden = hidden
+        self._ids = self._shown(context)[-_WINDOW:]
         self._read = len(self._ids)
 
     def push(self, token_ids: Sequence[int]) -> str:
-        self._ids.extend(token_ids)
+        self._ids.extend(self._shown(token_ids))
         return self._take(final=False)
 
     def finish(self) -> str:
         return self._take(final=True)
 
+    def _shown(self, token_ids: Sequence[int]) -> list[int]:
+        return [token for token in token_ids if token not in self._hidden]
+
     def _take(self, *, final: bool) -> str:
-        before = self._raw.decode(self._ids[: self._read], skip_special_tokens=self._skip)
-        after = self._raw.decode(self._ids, skip_special_tokens=self._skip)
+        before = self._raw.decode(self._ids[: self._read], skip_special_tokens=False)
+        after = self._raw.decode(self._ids, skip_special_tokens=False)
         dangling = after.endswith("�") and len(self._ids) - self._read < _HOLD
         if dangling and not final:
             return ""

@@ -50,7 +50,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in raw.get_added_tokens_decoder().items() if token.special)
         self.vocab_size = raw.get_vocab_size()
         self._pieces = TokenPieces.of(raw)
-        self._text_pieces = None if self._pieces is None else self._pieces.with_skipped(self.special_ids)
+        self._kept_pieces: dict[tuple[str, ...], TokenPieces] = {}  # by the special tokens that are text
         self._longest = max((len(token.encode()) for token in raw.get_vocab()), default=1)
 
     @classmethod
@@ -113,13 +113,28 @@ class Tokenizer:
         return (stream.push(token_ids) if token_ids else "") + stream.finish()
 
     def detokenizer(
-        self, *, skip_special_tokens: bool = True, at_start: bool = False, context: Sequence[int] = ()
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        at_start: bool = False,
+        context: Sequence[int] = (),
+        keep: tuple[str, ...] = (),
     ) -> Detokenizer:
-        """A stream of text. `at_start` False: it continues `context`, the end of the prompt."""
-        pieces = self._text_pieces if skip_special_tokens else self._pieces
-        if pieces is not None:
-            return ByteDetokenizer(pieces, at_start=at_start)
-        return WindowDetokenizer(self.raw, skip_special_tokens=skip_special_tokens, context=context)
+        """A stream of text. `at_start` False: it continues `context`, the end of the prompt.
+
+        `keep`: special tokens that are not skipped.
+        """
+        if self._pieces is None:
+            hidden = self._hidden(keep) if skip_special_tokens else frozenset()
+            return WindowDetokenizer(self.raw, hidden=hidden, context=context)
+        pieces = self._pieces if not skip_special_tokens else self._kept_pieces.get(keep)
+        if pieces is None:
+            pieces = self._kept_pieces[keep] = self._pieces.with_skipped(self._hidden(keep))
+        return ByteDetokenizer(pieces, at_start=at_start)
+
+    def _hidden(self, keep: tuple[str, ...]) -> frozenset[int]:
+        """Special tokens but those kept."""
+        return self.special_ids - {token for mark in keep if (token := self.token_id(mark)) is not None}
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text; special tokens are their own text. Empty if there is no such id."""

@@ -1,8 +1,9 @@
-"""One choice's tokens become its text: detokenized, cut at stop strings, with what logprobs need.
+"""One choice's tokens become its text: detokenized, cut at stop strings, parsed, with what logprobs need.
 
-    push(delta) ... until `finish` is set: by a stop string here, or by the delta's own finish
+    push(delta) ... until `finish` is set: by a stop string or a full number of calls here, or by the delta's own finish
 
-Tokens after the one that completed a stop string do not exist: they are neither counted nor shown.
+Tokens after the one that completed a stop string, or the last call wanted, do not exist: they are neither counted
+nor shown.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.text import StopAutomaton, StopMatcher, Tokenizer
+from common.text.parsers import CallDelta, OutputParser, Parsed, ParserPlan
 from common.types import ChoiceDelta, SamplingParams, TokenLogprobs
 
 CONTEXT_TOKENS = 16  # of the prompt, for decoders that look back
@@ -24,15 +26,22 @@ class Piece(NamedTuple):
     logprobs: TokenLogprobs | None
     offsets: list[int]
     ends: bool
+    reasoning: str = ""
+    calls: Sequence[CallDelta] = ()
 
 
 class ChoiceText:
     __slots__ = (
+        "_bulk",
+        "_calls",
         "_detokenizer",
         "_include_stop",
         "_matcher",
         "_min_tokens",
         "_offset",
+        "_parser",
+        "_reasoning",
+        "_says_calls",
         "_stop_ids",
         "finish",
         "num_tokens",
@@ -47,23 +56,31 @@ class ChoiceText:
         automaton: StopAutomaton | None,
         prompt: Sequence[int],
         offset: int = 0,
+        parsing: ParserPlan | None = None,
     ) -> None:
         """`automaton` is that of `sampling.stop`, None without; `offset`: characters before the output (echo)."""
         self._detokenizer = tokenizer.detokenizer(
-            skip_special_tokens=sampling.skip_special_tokens, context=prompt[-CONTEXT_TOKENS:]
+            skip_special_tokens=sampling.skip_special_tokens,
+            context=prompt[-CONTEXT_TOKENS:],
+            keep=() if parsing is None else parsing.marks,
         )
         self._include_stop = sampling.include_stop_str_in_output
         self._matcher = StopMatcher(automaton, include_stop=self._include_stop) if automaton else None
         self._min_tokens = sampling.min_tokens
         self._stop_ids = sampling.stop_token_ids
-        self.plain = automaton is None and sampling.logprobs is None
+        self._parser: OutputParser | None = None if parsing is None else parsing.parser()
+        self._says_calls = parsing is not None and parsing.says_calls
+        self._reasoning: list[str] = []
+        self._calls: list[CallDelta] = []
+        self._bulk = automaton is None and sampling.logprobs is None and (parsing is None or not parsing.is_limited)
+        self.plain = self._bulk and self._parser is None
         self._offset = offset
         self.num_tokens = 0
         self.finish: str | None = None
         self.stop_reason: str | int | None = None
 
     def push_plain(self, token_ids: Sequence[int]) -> str:
-        """The text of a delta that does not end the choice, where neither stop strings nor logprobs were asked for."""
+        """The text of a delta that does not end the choice, where there is nothing to look for in it."""
         self.num_tokens += len(token_ids)
         return self._detokenizer.push(token_ids)
 
@@ -71,9 +88,9 @@ class ChoiceText:
         ids, logprobs = delta.token_ids, delta.logprobs
         offsets: list[int] = []
         hidden = delta.stop_token_id is not None and not self._include_stop  # the last token is not text
-        if self.plain:
+        if self._bulk:
             shown = ids[:-1] if hidden else ids
-            text = self._detokenizer.push(shown) if shown else ""
+            text = self._parse(self._detokenizer.push(shown)) if shown else ""
             self.num_tokens += len(ids)
         else:
             text, offsets = self._one_by_one(ids, hidden)
@@ -86,10 +103,27 @@ class ChoiceText:
                 self.finish = delta.finish.value
                 stopped = delta.stop_token_id
                 self.stop_reason = stopped if stopped in self._stop_ids else None
-        return Piece(text, ids, logprobs, offsets, self.finish is not None)
+        if self._parser is None:
+            return Piece(text, ids, logprobs, offsets, self.finish is not None)
+        return self._parsed(text, ids, logprobs, offsets)
+
+    def _parsed(
+        self, text: str, ids: Sequence[int], logprobs: TokenLogprobs | None, offsets: list[int]
+    ) -> Piece:
+        parser = self._parser
+        assert parser is not None
+        if self.finish is not None:
+            text += self._keep(parser.finish())
+            if self.finish == "stop" and parser.num_calls and self._says_calls:
+                self.finish = "tool_calls"
+        reasoning, calls = "".join(self._reasoning), self._calls
+        self._reasoning, self._calls = [], []
+        if parser.spent:
+            self._parser, self.plain = None, self._bulk
+        return Piece(text, ids, logprobs, offsets, self.finish is not None, reasoning, calls)
 
     def _one_by_one(self, ids: Sequence[int], hidden: bool) -> tuple[str, list[int]]:
-        """Token by token: where each begins, and which completed a stop string."""
+        """Token by token: where each begins, and which completed a stop string or the last call."""
         text, offsets, last = "", [], len(ids) - 1
         for index, token in enumerate(ids):
             offsets.append(self._offset)
@@ -106,17 +140,34 @@ class ChoiceText:
     def _match(self, piece: str) -> str:
         matcher = self._matcher
         if matcher is None or self.num_tokens <= self._min_tokens:
-            return piece
+            return self._parse(piece)
         text = matcher.push(piece)
         if matcher.matched is not None:
             self.finish, self.stop_reason = "stop", matcher.matched
-        return text
+        return self._parse(text)
+
+    def _parse(self, text: str) -> str:
+        """The content in a text; reasoning and calls are kept for the piece."""
+        parser = self._parser
+        if parser is None or not text:
+            return text
+        content = self._keep(parser.push(text))
+        if parser.full and self.finish is None and self.num_tokens > self._min_tokens:
+            self.finish = "stop"
+        return content
+
+    def _keep(self, parsed: Parsed) -> str:
+        if parsed.reasoning:
+            self._reasoning.append(parsed.reasoning)
+        if parsed.calls:
+            self._calls.extend(parsed.calls)
+        return parsed.content
 
     def _close(self) -> str:
         rest = self._detokenizer.finish()
         text = self._match(rest) if rest else ""
         if self._matcher is not None and self.finish is None:
-            text += self._matcher.flush()
+            text += self._parse(self._matcher.flush())
         return text
 
 

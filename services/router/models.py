@@ -33,6 +33,8 @@ class ModelText:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     defaults: dict[str, Any]
+    calls: CallFormat | None = None
+    reasoning: ReasoningFormat | None = None
 
     def require_template(self) -> ChatTemplate:
         if self.template is None:

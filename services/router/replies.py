@@ -14,6 +14,7 @@ import orjson
 
 from common.errors import NanoDeployError
 from common.text import Tokenizer
+from common.text.parsers import CallDelta
 from common.types import RequestStats, TokenLogprobs
 from services.router.errors import error_body
 
@@ -196,6 +197,14 @@ class Chunks(ABC):
     def _chunk(self, index: int, rest: dict[str, Any]) -> bytes:
         return b"%b%d,%b}]%b" % (self._start, index, dumps(rest)[1:-1], self._tail)
 
+    def reasoning(self, index: int, text: str) -> bytes:
+        """A piece of reasoning. Nothing where an API has none."""
+        return b""
+
+    def calls(self, index: int, deltas: Sequence[CallDelta]) -> bytes:
+        """Parts of tool calls. Nothing where an API has none."""
+        return b""
+
     @abstractmethod
     def _body(self, text: str) -> dict[str, Any]:
         """What a chunk says of a text beside its choice's number."""
@@ -210,8 +219,24 @@ class ChatChunks(Chunks):
         role = b',"delta":{"role":"assistant","content":""'
         return b"%b%d%b%b" % (self._start, index, role, self._plain_tail)
 
+    def reasoning(self, index: int, text: str) -> bytes:
+        data = dumps(text)  # by vLLM's new name and its old one
+        delta = b',"delta":{"reasoning":%b,"reasoning_content":%b' % (data, data)
+        return b"%b%d%b%b" % (self._start, index, delta, self._plain_tail)
+
+    def calls(self, index: int, deltas: Sequence[CallDelta]) -> bytes:
+        delta = b',"delta":{"tool_calls":' + dumps([_call_part(delta) for delta in deltas])
+        return b"%b%d%b%b" % (self._start, index, delta, self._plain_tail)
+
     def _body(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}
+
+
+def _call_part(delta: CallDelta) -> dict[str, Any]:
+    if not delta.name:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    function = {"name": delta.name, "arguments": delta.arguments}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
 
 
 class CompletionChunks(Chunks):
@@ -225,6 +250,32 @@ class CompletionChunks(Chunks):
 # -- whole answers -----------------------------------------------------------------------------------
 
 
+class Call:
+    """A whole tool call. `arguments` is the model's text: JSON, unless it was cut or is broken."""
+
+    __slots__ = ("_parts", "id", "name")
+
+    def __init__(self, first: CallDelta) -> None:
+        self.id = first.id
+        self.name = first.name
+        self._parts = [first.arguments]
+
+    def add(self, arguments: str) -> None:
+        self._parts.append(arguments)
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self._parts)
+
+
+def add_part(calls: list[Call], delta: CallDelta) -> None:
+    """To the calls of a choice so far."""
+    if delta.index == len(calls):
+        calls.append(Call(delta))
+    else:
+        calls[delta.index].add(delta.arguments)
+
+
 class Ended(NamedTuple):
     """A finished choice."""
 
@@ -233,13 +284,29 @@ class Ended(NamedTuple):
     logprobs: Any
     finish: str
     stop_reason: str | int | None
+    reasoning: str = ""
+    calls: Sequence[Call] = ()
+
+
+def chat_message(choice: Ended) -> dict[str, Any]:
+    """The assistant's message. Content is null where there are only calls or reasoning."""
+    empty = not choice.text and (choice.calls or choice.reasoning)
+    message: dict[str, Any] = {"role": "assistant", "content": None if empty else choice.text, "refusal": None}
+    if choice.reasoning:
+        message["reasoning"] = message["reasoning_content"] = choice.reasoning
+    if choice.calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.calls
+        ]
+    return message
 
 
 def chat_answer(head: Head, choices: Sequence[Ended], usage: Usage, timings: dict[str, Any] | None) -> bytes:
     shaped = [
         {
             "index": choice.number,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": chat_message(choice),
             "logprobs": choice.logprobs,
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,

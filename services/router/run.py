@@ -19,7 +19,7 @@ from services.router.exchange import Exchange
 from services.router.generation import Courier, Generation, Mailbox
 from services.router.metrics import ModelMetrics
 from services.router.params import Job
-from services.router.replies import Chunks, CompletionLogprobs, Ended, Head, Style, Usage
+from services.router.replies import Call, Chunks, CompletionLogprobs, Ended, Head, Style, Usage, add_part
 
 _UNBOUNDED: Final = 2**62
 
@@ -37,13 +37,15 @@ class Starter(Protocol):
 class ChoiceState:
     """One choice of one prompt. `number` is its index in the answer."""
 
-    __slots__ = ("echoed", "last_s", "logprobs", "number", "pieces", "prompt", "text")
+    __slots__ = ("calls", "echoed", "last_s", "logprobs", "number", "pieces", "prompt", "reasoning", "text")
 
     def __init__(self, number: int, prompt: int, text: ChoiceText) -> None:
         self.number = number
         self.prompt = prompt
         self.text = text
         self.pieces: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[Call] = []
         self.logprobs: Any = None
         self.echoed = False
         self.last_s = 0.0
@@ -93,7 +95,8 @@ class Run:
 
     def _choice(self, prompt: int, choice: int, automaton: StopAutomaton | None) -> ChoiceState:
         offset = len(self._echo_texts[prompt]) if self._job.echo else 0
-        text = ChoiceText(self._tokenizer, self._job.sampling, automaton, self._job.prompts[prompt], offset)
+        job = self._job
+        text = ChoiceText(self._tokenizer, job.sampling, automaton, job.prompts[prompt], offset, job.parsing)
         return ChoiceState(prompt * self._job.sampling.n + choice, prompt, text)
 
     def _echo(self, choice: ChoiceState) -> tuple[str, Any]:
@@ -227,15 +230,14 @@ class Run:
                     choice.pieces.append(text)
                 if not self._job.echo_only:
                     choice.pieces.append(piece.text)
+                    choice.reasoning.append(piece.reasoning)
+                    for part in piece.calls:
+                        add_part(choice.calls, part)
                     self._add_logprobs(choice, piece)
 
         mailbox = Mailbox(relay.courier, _UNBOUNDED, exchange.abort)
         await self._follow(mailbox, relay, exchange, deadline_s, keep, stream=False)
-        ended = [
-            Ended(c.number, "".join(c.pieces), _finished(c.logprobs), c.text.finish or "", c.text.stop_reason)
-            for choices in self._choices
-            for c in choices
-        ]
+        ended = [_ended(choice) for choices in self._choices for choice in choices]
         payload = self._style.whole(self.head, ended, self.usage(), self._timings(timings))
         await exchange.answer(200, await self._finished(payload))
 
@@ -313,13 +315,30 @@ class Run:
                 events.append(chunks.text(number, text))
         if not self._job.echo_only:
             logprobs = self._shape_logprobs(piece)
+            if piece.reasoning:
+                events.append(chunks.reasoning(number, piece.reasoning))
             if logprobs is not None:
                 events.append(chunks.with_logprobs(number, piece.text, logprobs))
             elif piece.text:
                 events.append(chunks.text(number, piece.text))
+            if piece.calls:
+                events.append(chunks.calls(number, piece.calls))
         if piece.ends:
             events.append(chunks.finish(number, choice.text.finish or "", choice.text.stop_reason))
         return b"".join(events)
+
+
+def _ended(choice: ChoiceState) -> Ended:
+    text = choice.text
+    return Ended(
+        choice.number,
+        "".join(choice.pieces),
+        _finished(choice.logprobs),
+        text.finish or "",
+        text.stop_reason,
+        "".join(choice.reasoning),
+        choice.calls,
+    )
 
 
 def _finished(logprobs: list[Any] | CompletionLogprobs | None) -> Any:

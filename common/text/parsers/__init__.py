@@ -1,0 +1,28 @@
+"""Tool calls and reasoning in a model's text, family by family. Pure: text in, deltas out."""
+
+from __future__ import annotations
+
+from common.text.parsers.arguments import Tools
+from common.text.parsers.families import CALL_PARSERS, REASONING_PARSERS, call_format, reasoning_format
+from common.text.parsers.llama import ARRAY, NamedFormat
+from common.text.parsers.out import CallDelta, Parsed
+from common.text.parsers.parser import NO_LIMIT, CallFormat, OutputParser, ParserPlan
+from common.text.parsers.reasoning import ReasoningFormat, Start
+
+__all__ = [
+    "ARRAY",
+    "CALL_PARSERS",
+    "NO_LIMIT",
+    "REASONING_PARSERS",
+    "CallDelta",
+    "CallFormat",
+    "NamedFormat",
+    "OutputParser",
+    "Parsed",
+    "ParserPlan",
+    "ReasoningFormat",
+    "Start",
+    "Tools",
+    "call_format",
+    "reasoning_format",
+]

@@ -1,0 +1,199 @@
+"""Calls that nothing marks: an answer that begins as one is one, if it names a function of the request.
+
+Llama 3 and 4 write JSON objects, or a Python list of calls, after <|python_tag|> or <|python_start|> or after
+nothing. What else begins with a brace or a bracket stays content. Also what a grammar makes a model of any family
+write: an array of calls, or the arguments of one named function.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+from common.text.parsers import json_text
+from common.text.parsers.arguments import ArgumentWriter, Tools, literal, quote
+from common.text.parsers.out import Out
+from common.text.parsers.tape import Emit, Marks, Steps, Tape, peek, peek_solid, short, until
+
+_OPENS: Final = ("<|python_tag|>", "<|python_start|>")
+_CLOSES: Final = ("<|python_end|>",)
+_EXPRESSION: Final = re.compile(r"""["'()\[\]{},]""")
+_PARENTHESIS: Final = Marks("(")
+_EQUALS: Final = Marks("=")
+_STRING_ENDS: Final = {quote_mark: re.compile(rf"[{quote_mark}\\]") for quote_mark in "\"'"}
+
+
+class UnmarkedFormat(NamedTuple):
+    opens: tuple[str, ...] = ()
+    closes: tuple[str, ...] = ()
+    reasoning_ends: tuple[str, ...] = ()
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return (*self.opens, *self.closes)
+
+    def read(self, tape: Tape, out: Out, tools: Tools) -> Steps[None]:
+        yield from _calls(tape, out, tools)
+        if not self.opens:
+            yield from _rest(tape, out)
+            return
+        marks = Marks(*self.opens, *self.closes)
+        while mark := (yield from until(tape, marks, out.content)):
+            if mark in self.opens:
+                out.hold(mark)
+                yield from _calls(tape, out, tools)
+            elif not out.after_call:
+                out.content(mark)
+
+
+class NamedFormat(NamedTuple):
+    """The answer is the arguments of `name`."""
+
+    name: str
+    marks: tuple[str, ...] = ()
+    reasoning_ends: tuple[str, ...] = ()
+
+    def read(self, tape: Tape, out: Out, tools: Tools) -> Steps[None]:
+        if (yield from peek_solid(tape)) == "{":
+            out.begin_call(self.name)
+            if (yield from json_text.value(tape, out.arguments)):
+                out.end_call()
+        yield from _rest(tape, out)
+
+
+LLAMA: Final = UnmarkedFormat(_OPENS, _CLOSES)
+ARRAY: Final = UnmarkedFormat()
+
+
+def _rest(tape: Tape, out: Out) -> Steps[None]:
+    while (yield from peek(tape)):
+        out.content(tape.take_rest())
+
+
+def _calls(tape: Tape, out: Out, tools: Tools) -> Steps[None]:
+    """Objects and lists of calls, one after the other; the text stands after the last of them."""
+    separators: tuple[str, ...] = ()
+    while True:
+        tape.keep()
+        first = yield from peek_solid(tape)
+        if first and first in separators:
+            tape.at += 1
+            first = yield from peek_solid(tape)
+        found = False
+        if first == "{":
+            found = yield from json_text.call(tape, out, tools)
+        elif first == "[":
+            found = yield from _list(tape, out, tools)
+        if not found:
+            tape.rewind()
+            return
+        tape.forget()
+        separators = (";", ",")
+
+
+def _list(tape: Tape, out: Out, tools: Tools) -> Steps[bool]:
+    """`[...]` of JSON objects, or of calls in Python's way. False: its first element is no call."""
+    tape.at += 1
+    begun = False
+    while True:
+        first = yield from peek_solid(tape)
+        if begun:
+            if first == "]":
+                tape.at += 1
+                return True
+            tape.keep()
+            if first == ",":
+                tape.at += 1
+                first = yield from peek_solid(tape)
+        if first == "{":
+            found = yield from json_text.call(tape, out, tools)
+        else:
+            found = yield from _python_call(tape, out, tools)
+        if not found:
+            if begun:
+                tape.rewind()
+            return begun
+        tape.forget()
+        begun = True
+
+
+def _python_call(tape: Tape, out: Out, tools: Tools) -> Steps[bool]:
+    text, found = yield from short(tape, _PARENTHESIS)
+    name = text.strip()
+    if not found or name not in tools:
+        return False
+    out.begin_call(name)
+    tape.forget()
+    writer = ArgumentWriter(out)
+    while (char := (yield from peek_solid(tape))) != ")":
+        if char == ",":
+            tape.at += 1
+            continue
+        tape.keep()
+        text, found = yield from short(tape, _EQUALS)
+        key = text.strip()
+        if not found or not key.isidentifier():
+            writer.stop(tape, "", "=")
+            return True
+        tape.forget()
+        parts: list[str] = []
+        complete = yield from _expression(tape, parts.append)
+        text = "".join(parts).strip()
+        if not complete:
+            writer.add(key, quote(text[1:])[:-1] if text[:1] in ("'", '"') else text)
+            return True
+        writer.add(key, literal(text) or quote(text))
+    tape.at += 1
+    writer.close()
+    return True
+
+
+def _expression(tape: Tape, emit: Emit) -> Steps[bool]:
+    """A value's text, up to the comma or bracket after it."""
+    depth = 0
+    while True:
+        text, at = tape.text, tape.at
+        found = _EXPRESSION.search(text, at)
+        end = len(text) if found is None else found.start()
+        if end > at:
+            emit(text[at:end])
+            tape.at = end
+        if found is None:
+            if tape.over:
+                return False
+            yield
+            continue
+        char = text[end]
+        if not depth and char in ",)":
+            return True
+        emit(char)
+        tape.at = end + 1
+        if char in "\"'":
+            if not (yield from _string(tape, char, emit)):
+                return False
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+
+
+def _string(tape: Tape, quote_mark: str, emit: Emit) -> Steps[bool]:
+    """The rest of a string, its closing quote included."""
+    end_of = _STRING_ENDS[quote_mark]
+    while True:
+        text, at = tape.text, tape.at
+        found = end_of.search(text, at)
+        end = len(text) if found is None else found.end()
+        if end > at:
+            emit(text[at:end])
+            tape.at = end
+        if found is None:
+            if tape.over:
+                return False
+            yield
+        elif found.group() == quote_mark:
+            return True
+        else:
+            escaped = yield from peek(tape)
+            emit(escaped)
+            tape.at += len(escaped)

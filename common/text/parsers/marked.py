@@ -1,0 +1,273 @@
+"""Calls between marks. Text outside them is content; a call that breaks before its name is known is content too.
+
+A call that breaks later stays as far as it came: its arguments are cut, as OpenAI's clients expect of an answer
+that ran into max_tokens. Marks that frame all calls (`opens`, `closes`) are no text where there are calls.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from common.text.parsers import json_text
+from common.text.parsers.arguments import STRING, ArgumentWriter, Tools
+from common.text.parsers.out import Out
+from common.text.parsers.tape import Marks, Steps, Tape, close, peek_solid, short, take, until
+
+ReadCall = Callable[[Tape, Out, Tools, str], Steps[bool]]  # the mark that began it last; False: none, nothing put out
+
+_FUNCTION_NAME: Final = re.compile(r"[\w.:/-]+")
+
+
+class MarkedFormat(NamedTuple):
+    begins: tuple[str, ...]  # of a call
+    read_call: ReadCall
+    opens: tuple[str, ...] = ()
+    closes: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()  # other marks that a tokenizer may have as special tokens
+    reasoning_ends: tuple[str, ...] = ()  # marks that no model reasons about: they end reasoning
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return (*self.begins, *self.opens, *self.closes, *self.inner)
+
+    def read(self, tape: Tape, out: Out, tools: Tools) -> Steps[None]:
+        marks = Marks(*self.begins, *self.opens, *self.closes)
+        while mark := (yield from until(tape, marks, out.content)):
+            if mark in self.opens:
+                out.hold(mark)
+            elif mark in self.closes:
+                if not out.after_call:
+                    out.content(mark)
+            else:
+                tape.keep()  # until a call has begun
+                if not (yield from self.read_call(tape, out, tools, mark)):
+                    tape.rewind()
+                    out.content(mark)
+                tape.forget()
+
+
+def _name(text: str) -> str:
+    """A function's name; empty if it is none."""
+    text = text.strip()
+    return text if _FUNCTION_NAME.fullmatch(text) else ""
+
+
+# -- JSON in <tool_call> ---------------------------------------------------------------------------------
+
+
+def _hermes(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
+    yield from peek_solid(tape)
+    found = yield from json_text.call(tape, out, None)
+    if found:
+        yield from close(tape, "</tool_call>")
+    return found
+
+
+HERMES: Final = MarkedFormat(("<tool_call>",), _hermes, closes=("</tool_call>",))
+
+
+# -- DeepSeek V3, R1, V3.1 -------------------------------------------------------------------------------
+
+_SEPARATOR: Final = Marks("<｜tool▁sep｜>")
+_LINE: Final = Marks("\n")
+
+
+def _deepseek(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
+    """V3.1: `name SEP {...}`. V3 and R1: `function SEP name`, and the arguments fenced as a block of JSON."""
+    text, found = yield from short(tape, _SEPARATOR)
+    name = _name(text)
+    if not found or not name:
+        return False
+    fenced = False
+    if name == "function" and (yield from peek_solid(tape)) != "{":
+        text, found = yield from short(tape, _LINE)
+        name = _name(text)
+        if not found or not name:
+            return False
+        yield from peek_solid(tape)
+        fenced = yield from take(tape, "```json")
+    return (yield from _json_arguments(tape, out, name, "", fenced, "<｜tool▁call▁end｜>"))
+
+
+def _json_arguments(tape: Tape, out: Out, name: str, call_id: str, fenced: bool, end: str) -> Steps[bool]:
+    out.begin_call(name, call_id)
+    tape.forget()
+    first = yield from peek_solid(tape)
+    if first in ("<", "`"):
+        out.arguments("{}")
+    elif not (yield from json_text.value(tape, out.arguments)):
+        return True
+    if fenced:
+        yield from close(tape, "```")
+    if (yield from close(tape, end)):
+        out.end_call()
+    return True
+
+
+DEEPSEEK: Final = MarkedFormat(
+    ("<｜tool▁call▁begin｜>",),
+    _deepseek,
+    opens=("<｜tool▁calls▁begin｜>",),
+    closes=("<｜tool▁calls▁end｜>", "<｜tool▁call▁end｜>"),
+    inner=("<｜tool▁sep｜>",),
+)
+
+
+# -- Kimi-K2 ---------------------------------------------------------------------------------------------
+
+_ARGUMENTS: Final = Marks("<|tool_call_argument_begin|>")
+
+
+def _kimi(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
+    """`functions.name:0 ARGUMENTS {...}`; the id is all of what precedes."""
+    text, found = yield from short(tape, _ARGUMENTS)
+    call_id = text.strip()
+    name = _name(call_id.rpartition(":")[0].removeprefix("functions.") if ":" in call_id else call_id)
+    if not found or not name:
+        return False
+    return (yield from _json_arguments(tape, out, name, call_id if ":" in call_id else "", False, "<|tool_call_end|>"))
+
+
+KIMI: Final = MarkedFormat(
+    ("<|tool_call_begin|>",),
+    _kimi,
+    opens=("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>"),
+    closes=("<|tool_calls_section_end|>", "<|tool_call_section_end|>", "<|tool_call_end|>"),
+    inner=("<|tool_call_argument_begin|>",),
+    reasoning_ends=("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>"),
+)
+
+
+# -- GLM-4.5, 4.6, 4.7, 5 --------------------------------------------------------------------------------
+
+_GLM_NAME: Final = Marks("\n", "<arg_key>", "</tool_call>")
+_KEY_END: Final = Marks("</arg_key>")
+_VALUE_END: Final = Marks("</arg_value>")
+
+
+def _glm(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
+    yield from peek_solid(tape)
+    text, found = yield from short(tape, _GLM_NAME)
+    name = _name(text)
+    if not found or not name:
+        return False
+    out.begin_call(name)
+    tape.forget()
+    writer = ArgumentWriter(out)
+    if found != "\n":
+        tape.at -= len(found)
+    while True:
+        yield from peek_solid(tape)
+        if (yield from take(tape, "</tool_call>")):
+            writer.close()
+            return True
+        tape.keep()
+        begun = yield from take(tape, "<arg_key>")
+        key, found = (yield from short(tape, _KEY_END)) if begun else ("", "")
+        if found:
+            yield from peek_solid(tape)
+        if not found or not (yield from take(tape, "<arg_value>")):
+            writer.stop(tape, "<arg_key>", "<")
+            return True
+        tape.forget()
+        types = tools.types(name, key.strip())
+        if not (yield from writer.read(tape, key.strip(), types, _VALUE_END, newlines=False)):
+            return True
+
+
+GLM: Final = MarkedFormat(
+    ("<tool_call>",),
+    _glm,
+    closes=("</tool_call>",),
+    inner=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
+
+
+# -- Qwen3-Coder, Qwen3.5 --------------------------------------------------------------------------------
+
+_ANGLE: Final = Marks(">")
+_PARAMETER_END: Final = Marks("</parameter>")
+
+
+def _qwen3_coder(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
+    if mark == "<tool_call>":
+        yield from peek_solid(tape)
+        if not (yield from take(tape, "<function=")):
+            return False
+    text, found = yield from short(tape, _ANGLE)
+    name = _name(text)
+    if not found or not name:
+        return False
+    out.begin_call(name)
+    tape.forget()
+    writer = ArgumentWriter(out)
+    while True:
+        yield from peek_solid(tape)
+        if (yield from take(tape, "</function>")):
+            writer.close()
+            yield from close(tape, "</tool_call>")
+            return True
+        if (yield from take(tape, "</tool_call>")):
+            writer.close()
+            return True
+        tape.keep()
+        begun = yield from take(tape, "<parameter=")
+        key, found = (yield from short(tape, _ANGLE)) if begun else ("", "")
+        if not found:
+            writer.stop(tape, "<parameter=", ">")
+            return True
+        tape.forget()
+        types = tools.types(name, key.strip())
+        if not (yield from writer.read(tape, key.strip(), types, _PARAMETER_END, newlines=True)):
+            return True
+
+
+QWEN3_CODER: Final = MarkedFormat(("<tool_call>", "<function="), _qwen3_coder, closes=("</tool_call>",))
+
+
+# -- DeepSeek V3.2, V4 (DSML) ----------------------------------------------------------------------------
+
+_HEADER_END: Final = Marks(">")
+_DSML_END: Final = Marks("</｜DSML｜parameter>")
+_INVOKE: Final = re.compile(r'\s*name="([^"]+)"\s*')
+_PARAMETER: Final = re.compile(r'\s*name="([^"]+)"\s*(?:string="(true|false)")?\s*')
+
+
+def _dsml(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
+    text, found = yield from short(tape, _HEADER_END)
+    header = _INVOKE.fullmatch(text)
+    name = _name(header[1]) if header else ""
+    if not found or not name:
+        return False
+    out.begin_call(name)
+    tape.forget()
+    writer = ArgumentWriter(out)
+    while True:
+        yield from peek_solid(tape)
+        if (yield from take(tape, "</｜DSML｜invoke>")):
+            writer.close()
+            return True
+        tape.keep()
+        begun = yield from take(tape, "<｜DSML｜parameter")
+        text, found = (yield from short(tape, _HEADER_END)) if begun else ("", "")
+        header = _PARAMETER.fullmatch(text)
+        if not found or not header:
+            writer.stop(tape, '<｜DSML｜parameter name="', '"')
+            return True
+        tape.forget()
+        types = tools.types(name, header[1])
+        if header[2] == "true" and "string" in types:
+            types = STRING
+        if not (yield from writer.read(tape, header[1], types, _DSML_END, newlines=False)):
+            return True
+
+
+DSML: Final = MarkedFormat(
+    ("<｜DSML｜invoke",),
+    _dsml,
+    opens=("<｜DSML｜function_calls>", "<｜DSML｜tool_calls>"),
+    closes=("</｜DSML｜function_calls>", "</｜DSML｜tool_calls>"),
+    inner=("｜DSML｜",),
+)
