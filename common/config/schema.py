@@ -168,6 +168,12 @@ class RouterConfig(_Section):
     tokenizer_backend: Literal["auto", "huggingface"] = Field(
         "auto", description="auto encodes by fastokens where that gives the same tokens as huggingface's tokenizers"
     )
+    tool_call_parser: str = Field(
+        "auto", description="format of tool calls; auto: by the chat template; none, or a name as of vLLM's flag"
+    )
+    reasoning_parser: str = Field(
+        "auto", description="marks of reasoning; auto: by the chat template; none, or a name as of vLLM's flag"
+    )
     request_timeout_s: float = Field(600.0, gt=0)
     connect_timeout_s: float = Field(5.0, gt=0)
     resume_wait_s: float = Field(

@@ -107,9 +107,7 @@ class ChoiceText:
             return Piece(text, ids, logprobs, offsets, self.finish is not None)
         return self._parsed(text, ids, logprobs, offsets)
 
-    def _parsed(
-        self, text: str, ids: Sequence[int], logprobs: TokenLogprobs | None, offsets: list[int]
-    ) -> Piece:
+    def _parsed(self, text: str, ids: Sequence[int], logprobs: TokenLogprobs | None, offsets: list[int]) -> Piece:
         parser = self._parser
         assert parser is not None
         if self.finish is not None:

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -18,6 +19,7 @@ from common.config.schema import RouterConfig
 from common.errors import ConfigError, UnavailableError, UnsupportedError
 from common.telemetry import get_logger
 from common.text import ChatTemplate, Tokenizer
+from common.text.parsers import CallFormat, ReasoningFormat, call_format, reasoning_format
 from common.types import ModelInfo
 
 T = TypeVar("T")
@@ -50,23 +52,41 @@ def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def load_model_text(folder: Path, template_file: str = "", *, fast: bool = True) -> ModelText:
-    """Raises `ConfigError` naming the file at fault. `fast`: see `Tokenizer.load`."""
+def load_model_text(
+    folder: Path,
+    template_file: str = "",
+    *,
+    fast: bool = True,
+    architecture: str = "",
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
+) -> ModelText:
+    """Raises `ConfigError` naming the file or setting at fault. `fast`: see `Tokenizer.load`."""
     tokenizer = Tokenizer.load(folder, fast=fast)
+    template = tokenizer.chat_template
     if template_file:
         try:
             source = Path(template_file).read_text()
         except OSError as error:
             raise ConfigError(f"chat template {template_file}: {error}", param="chat_template") from error
         template = ChatTemplate(source, special_tokens=tokenizer.special_tokens, name=template_file)
-        return ModelText(tokenizer, template, sampling_defaults(tokenizer.generation_config))
-    return ModelText(tokenizer, tokenizer.chat_template, sampling_defaults(tokenizer.generation_config))
+    shown = "" if template is None else template.source
+    return ModelText(
+        tokenizer,
+        template,
+        sampling_defaults(tokenizer.generation_config),
+        call_format(tool_call_parser, shown, architecture),
+        reasoning_format(reasoning_parser, shown, architecture),
+    )
 
 
 class ModelTexts:
     """Owns the loaded texts and the threads that load and encode."""
 
     def __init__(self, config: RouterConfig) -> None:
+        """Raises `ConfigError` for parsers that there are not."""
+        call_format(config.tool_call_parser, "", "")
+        reasoning_format(config.reasoning_parser, "", "")
         self._config = config
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
         self._loaded: dict[tuple[str, bytes], ModelText] = {}
@@ -84,14 +104,22 @@ class ModelTexts:
             return loaded
         task = self._loading.get(key)
         if task is None:
-            task = self._loading[key] = asyncio.create_task(self._load(key))
+            task = self._loading[key] = asyncio.create_task(self._load(key, model.architecture))
         return await asyncio.shield(task)
 
-    async def _load(self, key: tuple[str, bytes]) -> ModelText:
-        folder = key[0]
+    async def _load(self, key: tuple[str, bytes], architecture: str) -> ModelText:
+        folder, config = key[0], self._config
+        load = partial(
+            load_model_text,
+            Path(folder),
+            config.chat_template,
+            fast=config.tokenizer_backend == "auto",
+            architecture=architecture,
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
+        )
         try:
-            fast = self._config.tokenizer_backend == "auto"
-            text = await self.off_loop(lambda: load_model_text(Path(folder), self._config.chat_template, fast=fast))
+            text = await self.off_loop(load)
         except ConfigError as error:
             _log.error("model text not loaded", folder=folder, error=error.message)
             raise UnavailableError(f"the router cannot read the model's tokenizer: {error.message}") from error

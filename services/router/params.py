@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from common.errors import InvalidRequestError, UnsupportedError
+from common.text.parsers import ParserPlan
 from common.types import ModelInfo, SamplingParams
 from services.router.errors import ContextLengthError
 from services.router.models import ModelText, ModelTexts
 from services.router.schemas import ChatBody, CompletionBody, Messages, SamplingFields
+from services.router.tools import parser_plan, require_calls, tool_use
 
 COMPLETION_MAX_TOKENS: Final = 16
 MAX_STOP_CHARS: Final = 2048  # of all stop strings: their automaton is built per request
@@ -30,13 +32,14 @@ class Job:
     echo: bool = False
     echo_only: bool = False  # max_tokens 0: the prompt alone is wanted
     prompt_texts: tuple[str, ...] = ()  # as given, for echo; empty: decode the ids
+    parsing: ParserPlan | None = None  # of the answers; None: they are content as they are
 
 
 async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: ModelTexts, rng: random.Random) -> Job:
     if body.messages is None or not body.messages:
         raise InvalidRequestError("messages must not be empty", param="messages")
-    if body.tools and body.tool_choice != "none":
-        raise UnsupportedError("tools: calls are not parsed in this version, set tool_choice to none", param="tools")
+    use = tool_use(body)
+    calls = require_calls(text) if use.callable_tools else None
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= 20:
@@ -54,7 +57,7 @@ async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: Mod
         add_generation_prompt=body.add_generation_prompt and not _continues(body),
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
-        tools=body.tools,
+        tools=use.shown,
         variables=variables,
         whole=body.truncate_prompt_tokens is None,
     )
@@ -67,7 +70,7 @@ async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: Mod
         body, text, rng, max_tokens=left if wanted is None else wanted, max_tokens_name=name, logprobs=logprobs
     )
     _check_ids(sampling, model)
-    return Job(prompts, sampling)
+    return Job(prompts, sampling, parsing=parser_plan(body, use, text, prompts[0], calls))
 
 
 def _continues(body: ChatBody) -> bool:

@@ -93,6 +93,25 @@ class ResponseFormat(Body):
     type: Literal["text"]
 
 
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedNames(Body):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedTools(Body):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedNames
+
+
 class ChatBody(SamplingFields):
     messages: Messages
     max_completion_tokens: int | None = Field(None, description="default: what is left of the model's length")
@@ -103,9 +122,13 @@ class ChatBody(SamplingFields):
     add_special_tokens: bool = Field(False, description="the template usually writes them itself")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
     reasoning_effort: str | None = Field(None, description="a variable for the chat template")
-    tools: list[dict[str, Any]] | None = Field(None, description="shown to the model by the chat template")
-    tool_choice: Literal["none"] | None = Field(None, description="tool calls stay text in this version")
-    parallel_tool_calls: bool | None = Field(None, description="accepted, not used")
+    tools: list[dict[str, Any]] | None = Field(None, description="functions that the model may call")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = Field(
+        None, description="default: auto with tools"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: the answer ends with its first call")
+    include_reasoning: bool = Field(True, description="false: reasoning is left out of the answer")
+    separate_reasoning: bool = Field(True, description="false: reasoning stays in the content, marks and all")
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
 

@@ -22,8 +22,9 @@ _NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _WHOLE: Final = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")
 _MAX_DEPTH: Final = 16  # of references and unions followed
 _NAMES: Final = {  # JSON's and Python's
-    name: json_name for json_name, names in
-    {"null": ("null", "None"), "true": ("true", "True"), "false": ("false", "False")}.items() for name in names
+    name: json_name
+    for json_name, names in {"null": ("null", "None"), "true": ("true", "True"), "false": ("false", "False")}.items()
+    for name in names
 }
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
-class CallDelta(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CallDelta:
     """A part of the call `index`. `id` and `name` are in the first of a call; `arguments` parts add up to JSON."""
 
     index: int
@@ -156,7 +158,7 @@ def _joined(deltas: list[CallDelta]) -> list[CallDelta]:
     for delta in deltas:
         if joined and joined[-1].index == delta.index:
             last = joined[-1]
-            joined[-1] = last._replace(arguments=last.arguments + delta.arguments)
+            joined[-1] = replace(last, arguments=last.arguments + delta.arguments)
         else:
             joined.append(delta)
     return joined

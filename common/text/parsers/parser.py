@@ -1,6 +1,6 @@
 """A model's answer as it streams: reasoning, content, calls.
 
-    push(text) ... -> finish(); `spent`: what follows is content, and need not come through here any more
+push(text) ... -> finish(); `spent`: what follows is content, and need not come through here any more
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ class OutputParser:
         if not self.spent:
             self._tape.over = True
             self._resume()
-            assert self.spent
-            self._out.flush()
+        self._out.flush()
         return self._out.take()
 
     @property

@@ -1,6 +1,6 @@
 """Reasoning before the answer: `<think> ... </think>`, the opening mark often the prompt's last token.
 
-    MAYBE (it begins if the text does with the mark) -> OPEN -> closed: the rest is the answer
+MAYBE (it begins if the text does with the mark) -> OPEN -> closed: the rest is the answer
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ class Marks:
     __slots__ = ("_first", "_longest", "_marks", "search")
 
     def __init__(self, *marks: str) -> None:
-        assert all(marks) and not any(a != b and a in b for a in marks for b in marks), marks
+        assert all(marks), marks
+        assert not any(a != b and a in b for a in marks for b in marks), marks
         self._marks = marks
         self._longest = max(map(len, marks))
         self._first = frozenset(mark[0] for mark in marks)

@@ -1,0 +1,126 @@
+"""A chat body's tools, and how the answers are read: which calls are wanted, what is reasoning.
+
+checked tools + tool_choice -> `ToolUse` -> a `ParserPlan` for the text, if there is anything to look for
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from common.errors import InvalidRequestError, UnsupportedError
+from common.text.parsers import NO_LIMIT, CallFormat, ParserPlan, Start, Tools
+from services.router.models import ModelText
+from services.router.schemas import AllowedTools, ChatBody, NamedTool
+
+MAX_TOOLS: Final = 1024
+_NAME: Final = re.compile(r"[\w.:/-]{1,256}")
+_PROMPT_END_TOKENS: Final = 16  # enough for a mark that is spelled out
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """`shown`: what the template gets. `callable_tools`: what may be called; empty if nothing may be."""
+
+    shown: list[dict[str, Any]] | None
+    callable_tools: list[dict[str, Any]]
+    required: bool = False
+    named: str = ""
+
+
+def tool_use(body: ChatBody) -> ToolUse:
+    """Raises `InvalidRequestError` that names the place."""
+    tools = body.tools or []
+    _check(tools)
+    choice = body.tool_choice
+    if not tools and choice not in (None, "none"):
+        raise InvalidRequestError("tool_choice is allowed with tools only", param="tool_choice")
+    if not tools or choice == "none":
+        return ToolUse(tools or None, [])
+    if isinstance(choice, NamedTool):
+        return ToolUse(tools, _of_names(tools, [choice.function.name], "tool_choice"), True, choice.function.name)
+    if isinstance(choice, AllowedTools):
+        allowed = choice.allowed_tools
+        chosen = _of_names(tools, [tool.function.name for tool in allowed.tools], "tool_choice")
+        return ToolUse(chosen, chosen, allowed.mode == "required")
+    return ToolUse(tools, tools, choice == "required")
+
+
+def _of_names(tools: list[dict[str, Any]], names: Sequence[str], param: str) -> list[dict[str, Any]]:
+    known = {tool["function"]["name"] for tool in tools}
+    for name in names:
+        if name not in known:
+            raise InvalidRequestError(f"{param} names the function {name[:80]!r}, which is not in tools", param=param)
+    return [tool for tool in tools if tool["function"]["name"] in names]
+
+
+def _check(tools: list[dict[str, Any]]) -> None:
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequestError(f"tools has {len(tools)} entries, at most {MAX_TOOLS} are allowed", param="tools")
+    for i, tool in enumerate(tools):
+        where = f"tools[{i}]"
+        if tool.get("type") != "function":
+            raise InvalidRequestError(f"{where}.type must be 'function'", param=f"{where}.type")
+        function = tool.get("function")
+        if not isinstance(function, Mapping):
+            raise InvalidRequestError(f"{where}.function must be an object with a name", param=f"{where}.function")
+        name = function.get("name")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise InvalidRequestError(
+                f"{where}.function.name must be 1 to 256 letters, digits or any of _ . : / -",
+                param=f"{where}.function.name",
+            )
+        for key, kind in (("parameters", Mapping), ("strict", bool), ("description", str)):
+            if function.get(key) is not None and not isinstance(function[key], kind):
+                raise InvalidRequestError(
+                    f"{where}.function.{key} must be {_KINDS[key]}", param=f"{where}.function.{key}"
+                )
+
+
+_KINDS: Final = {"parameters": "a JSON schema: an object", "strict": "true or false", "description": "a string"}
+
+
+def parser_plan(
+    body: ChatBody, use: ToolUse, text: ModelText, prompt: Sequence[int], calls: CallFormat | None
+) -> ParserPlan | None:
+    """How the answers are read; None if they are content as they are. `calls`: the format of calls to look for."""
+    reasoning = text.reasoning
+    inline = not body.separate_reasoning
+    if calls is None and (reasoning is None or inline):
+        return None
+    start = Start.MAYBE
+    if reasoning is not None:
+        if body.continue_final_message:
+            start = reasoning.continued(_last_content(body))
+        else:
+            end = text.tokenizer.decode(prompt[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
+            start = reasoning.start(end)
+    if calls is None and start is Start.CLOSED:
+        return None
+    return ParserPlan(
+        calls=calls,
+        tools=Tools(use.callable_tools),
+        reasoning=reasoning,
+        start=start,
+        max_calls=1 if calls is not None and (use.named or body.parallel_tool_calls is False) else NO_LIMIT,
+        inline=inline,
+        hidden=not body.include_reasoning,
+        says_calls=not use.named,
+    )
+
+
+def _last_content(body: ChatBody) -> str:
+    last = body.messages[-1]
+    content = last.get("content") if isinstance(last, Mapping) else None
+    return content if isinstance(content, str) else ""
+
+
+def require_calls(text: ModelText) -> CallFormat:
+    if text.calls is None:
+        raise UnsupportedError(
+            "tools need a format of calls, and this model's chat template shows none: set router.tool_call_parser",
+            param="tools",
+        )
+    return text.calls
