@@ -14,7 +14,7 @@ bench-cpu: setup ## Measure throughput, cost at rest, router, KV transfer and sp
 	@$(SAY) "Throughput, 64 at once, the others"
 	@for round in 1 2; do $(THROUGHPUT) --concurrency 64 --rounds 1 --append --without "transformers bf16"; done
 	@$(SAY) "Cost at rest"; $(PY) benchmarks/at_rest.py
-	@$(SAY) "Router"; $(PY) benchmarks/router.py
+	@$(SAY) "Router"; $(PY) benchmarks/router/alone.py
 	@$(SAY) "KV transfer"; $(PY) benchmarks/kv_transfer.py
 	@$(SAY) "Speculation"; $(PY) benchmarks/speculation.py
 	@$(SAY) "Sparse attention"; $(PY) benchmarks/sparse_attention.py

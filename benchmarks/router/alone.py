@@ -11,7 +11,7 @@ Nothing else is simulated: template, tokenizer, policy, relay, detokenizer and S
     requests   one-token answers at concurrency 64: answers per second
     tokens     streams of 256 tokens at concurrency 64: every token is an event of its own, counted by the client
 
-    python benchmarks/router.py [--quick] [--part latency|requests|tokens] [--profile FILE]
+    python benchmarks/router/alone.py [--quick] [--part latency|requests|tokens] [--profile FILE]
 
 Writes benchmarks/results/router.json, but for a quick or partial run. The figures are of a machine that is shared
 with its own load: `loop_ms`, the time of sum(range(10**6)), says how fast plain Python ran meanwhile.
@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,158 +40,24 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import grpc  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 from benchmarks import report  # noqa: E402
-from benchmarks.router_load import TEXT, drink, load, pause  # noqa: E402
+from benchmarks.router.load import drink, load, pause, write_tokenizer  # noqa: E402
 from common.errors import UnavailableError  # noqa: E402
-from common.rpc import codec  # noqa: E402
 from common.types import (  # noqa: E402
     GenerationRequest,
-    ModelInfo,
     MonotonicClock,
-    Role,
     SamplingParams,
-    WorkerInfo,
     WorkerRef,
-    WorkerState,
-    new_epoch,
 )
-from nanodeploy.v1 import controller_pb2, controller_pb2_grpc, decode_pb2, decode_pb2_grpc, types_pb2  # noqa: E402
 from services.router.peer import GrpcDecodePeer  # noqa: E402
 
 PARTS = ("latency", "requests", "tokens")
 RESULTS = ROOT / "benchmarks" / "results"
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-STEP_S = 0.0016  # 64 streams: 40,000 tokens a second are offered
-LENGTH = types_pb2.FINISH_REASON_LENGTH
-UNFINISHED = types_pb2.FINISH_REASON_UNSPECIFIED
-MAX_LAG_S = 0.02  # steps that came late are made up for, up to this
 PACED_S = 0.1
-
-
-def write_tokenizer(folder: Path) -> None:
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([TEXT], trainer)
-    raw.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
-
-
-# -- the worker ----------------------------------------------------------------------------------------
-
-
-class Worker(decode_pb2_grpc.DecodeServiceServicer, controller_pb2_grpc.ControllerServiceServicer):
-    """Gives every running request one token a step, a step every `STEP_S`. It is its own controller, too."""
-
-    def __init__(self, info: WorkerInfo, answer: list[int]) -> None:
-        self._info = info
-        self._answer = answer
-        self._slots = 0
-        self._running: dict[str, dict[int, list[int]]] = {}  # router -> slot -> [position, wanted]
-        self._wake: dict[str, asyncio.Event] = {}
-
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[controller_pb2.WatchResponse]:  # noqa: N802
-        yield codec.watch_event_to_proto(codec.Snapshot("bench", 1, (self._info,)))
-        while True:
-            await asyncio.sleep(1)
-            yield codec.watch_event_to_proto(codec.Ping(1))
-
-    async def SubmitMany(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        running, results = self._running.setdefault(request.router_id, {}), []
-        for index, item in enumerate(request.items):
-            self._slots += 1
-            running[self._slots] = [0, item.request.sampling.max_tokens]
-            results.append(decode_pb2.SubmitResult(index=index, slot=self._slots))
-        self._wake.setdefault(request.router_id, asyncio.Event()).set()
-        yield decode_pb2.SubmitManyResponse(results=results)
-
-    async def Stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        router_id = (await anext(aiter(requests))).attach.router_id
-        running = self._running.setdefault(router_id, {})
-        wake = self._wake.setdefault(router_id, asyncio.Event())
-        yield decode_pb2.StreamResponse(attached=decode_pb2.StreamAttached(epoch=self._info.ref.epoch))
-        reader = asyncio.create_task(self._read(requests, running))
-        try:
-            while True:
-                due = time.perf_counter()
-                while running:
-                    yield decode_pb2.StreamResponse(deltas=self._step(running))
-                    due = max(due + STEP_S, time.perf_counter() - MAX_LAG_S)  # timers are whole milliseconds
-                    await asyncio.sleep(max(due - time.perf_counter(), 0))
-                wake.clear()
-                await wake.wait()
-        finally:
-            reader.cancel()
-
-    async def _read(self, requests: AsyncIterator[Any], running: dict[int, list[int]]) -> None:
-        async for request in requests:
-            for slot in request.cancel.slots:
-                running.pop(slot, None)
-
-    def _step(self, running: dict[int, list[int]]) -> decode_pb2.StepDeltas:
-        answer, size = self._answer, len(self._answer)
-        slots = list(running)
-        states = [running[slot] for slot in slots]
-        positions = [state[0] for state in states]
-        ends = [state[0] + 1 >= state[1] for state in states]
-        stats = [
-            decode_pb2.StatsRow(slot=slot, stats=types_pb2.RequestStats(prompt_tokens=100))
-            for slot, position in zip(slots, positions, strict=True)
-            if not position
-        ]
-        for slot, state, end in zip(slots, states, ends, strict=True):
-            state[0] += 1
-            if end:
-                del running[slot]
-        zeros = [0] * len(slots)
-        return decode_pb2.StepDeltas(
-            slots=slots,
-            choices=zeros,
-            positions=positions,
-            num_tokens=[1] * len(slots),
-            finish_reasons=[LENGTH if end else UNFINISHED for end in ends],
-            stop_token_ids=zeros,
-            token_ids=[answer[position % size] for position in positions],
-            stats=stats,
-        )
-
-
-async def serve_worker(port: int, folder: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    model = ModelInfo(
-        name="bench",
-        architecture="llama",
-        model_hash=b"b" * 16,
-        max_model_len=8192,
-        vocab_size=tokenizer.get_vocab_size(),
-        dtype="float32",
-        path=str(folder),
-    )
-    ref = WorkerRef("bench-0", new_epoch(), f"127.0.0.1:{port}")
-    info = WorkerInfo(ref=ref, role=Role.DECODE, state=WorkerState.READY, model=model, max_num_seqs=256)
-    server = grpc.aio.server()
-    worker = Worker(info, tokenizer.encode(TEXT).ids)
-    stubs: Any = (decode_pb2_grpc, controller_pb2_grpc)
-    stubs[0].add_DecodeServiceServicer_to_server(worker, server)
-    stubs[1].add_ControllerServiceServicer_to_server(worker, server)
-    server.add_insecure_port(f"127.0.0.1:{port}")
-    await server.start()
-    await server.wait_for_termination()
 
 
 # -- the worker asked directly ----------------------------------------------------------------------
@@ -369,12 +235,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a quarter of the time; nothing is written")
     parser.add_argument("--part", choices=PARTS, help="this one alone; nothing is written")
     parser.add_argument("--profile", metavar="FILE", help="write a cProfile of the router")
-    parser.add_argument("--worker", metavar="PORT:FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker:
-        port, _, folder = arguments.worker.partition(":")
-        uvloop.run(serve_worker(int(port), Path(folder)))
-        return
     load_before = os.getloadavg()[0]
     with contextlib.suppress(PermissionError):
         os.nice(-15)
@@ -390,7 +251,7 @@ def main() -> None:
         config.write_text(f"log: {{level: info}}\nrouter: {section}\n")
         profile = ["-m", "cProfile", "-o", arguments.profile] if arguments.profile else []
         router = [sys.executable, *profile, "-m", "services.router", "--config", str(config)]
-        worker = [sys.executable, __file__, "--worker", f"{worker_port}:{folder}"]
+        worker = [sys.executable, str(Path(__file__).with_name("worker.py")), str(worker_port), str(folder)]
         with process(worker, here, folder / "worker.log"), process(router, there, folder / "router.log") as child:
 
             async def run() -> dict[str, Any]:

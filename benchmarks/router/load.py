@@ -1,4 +1,4 @@
-"""HTTP load for `benchmarks/router.py` that costs the core it shares as little as can be: raw sockets, no parsing."""
+"""HTTP load for `alone.py` that costs the core it shares as little as can be: raw sockets, no parsing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import json
 import socket
 import statistics
 import time
+from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 TEXT = "Because molecules scatter blue light more than red light, the sky looks blue. "
 PROMPT_REPEATS = 6  # about 100 tokens
 POLL_S = 0.005
@@ -182,3 +189,18 @@ def drink(port: int, concurrency: int, seconds: float, max_tokens: int) -> dict[
         "first_byte_p99_ms": first_ms[int(0.99 * len(first_ms))],
         "answers": streams,
     }
+
+
+def write_tokenizer(folder: Path) -> None:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator([TEXT], trainer)
+    raw.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "<|im_end|>"}))
