@@ -27,6 +27,7 @@ from services.router.gateway import Gateway
 from services.router.link import DecodePeer
 from services.router.metrics import RouterMetrics
 from services.router.peer import GrpcDecodePeer
+from services.router.randomness import PooledRandom
 from services.router.relay import Members, Relay
 
 HEAD_TIMEOUT_S: Final = 20.0  # connection or first byte -> end of the request's headers
@@ -182,7 +183,7 @@ class Router:
         self._config = config
         self._members = members
         self._clock = clock
-        self._rng = rng or random.SystemRandom()
+        self._rng = rng or PooledRandom()
         self._connect = connect or (lambda ref: GrpcDecodePeer(ref, self.router_id, clock))
         self._loads: set[asyncio.Task[None]] = set()
         self._server: _Server | None = None
