@@ -46,6 +46,8 @@ class FakeDevice:
     full: bool = False  # no memory for tables
     batches: list[FakeBatch] = field(default_factory=list)
     checks: list[list[DigestCheck]] = field(default_factory=list)
+    num_prepared: int = 0
+    was_prepared: threading.Event = field(default_factory=threading.Event)
 
     def launch(self, checks: Sequence[DigestCheck]) -> FakeBatch:
         return self._add(checks, [numpy_digest(c) for c in checks])
@@ -53,6 +55,8 @@ class FakeDevice:
     def prepare(self, checks: Sequence[DigestCheck]) -> Sequence[DigestCheck]:
         if self.full:
             raise MemoryError
+        self.num_prepared += 1
+        self.was_prepared.set()
         return checks
 
     def compare(self, prepared: Sequence[DigestCheck]) -> FakeBatch:
@@ -211,15 +215,30 @@ def test_what_cannot_be_compared_has_failed_and_the_next_read_has_not(reading: R
     assert only(reading.events(1)).status is ReadStatus.OK
 
 
-def test_a_read_that_cannot_be_prepared_has_failed_and_nothing_was_read(reading: Reading) -> None:
+def test_a_read_that_cannot_be_prepared_has_failed_when_it_has_ended(reading: Reading) -> None:
+    reading.owner.network.held = True
     reading.device.full = True
     reading.read(1)
+    assert reading.events(1, 0.1) == []
+    reading.owner.network.held = False
+    reading.owner.network.advance()
     result = only(reading.events(1))
     assert (result.status, result.message) == (ReadStatus.FAILED, "its digests could not be compared: MemoryError")
-    assert reading.owner.network.delivered == 0
     reading.device.full = False
     reading.read(2)
     assert only(reading.events(1)).status is ReadStatus.OK
+
+
+def test_checks_are_prepared_while_the_bytes_are_on_their_way(reading: Reading) -> None:
+    reading.owner.network.held = True
+    reading.read(1)
+    assert reading.device.was_prepared.wait(10)
+    assert reading.events(1, 0.05) == []
+    assert not reading.device.batches
+    reading.owner.network.held = False
+    reading.owner.network.advance()
+    assert only(reading.events(1)).status is ReadStatus.OK
+    assert reading.device.num_prepared == 1
 
 
 def test_a_thread_that_ends_is_no_silence(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:

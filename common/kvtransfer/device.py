@@ -1,15 +1,16 @@
 """Digests where the memory is a GPU's: computed there, beside everything else, and only small results reach the host.
 
     owner   step launched --launch--> digests of what it completes, right behind it on its stream -> publish takes them
-    reader  read asked for --prepare--> tables on the GPU; read ended by UCX --compare, on a stream of its own-->
-            one flag a check -> ReadResult
+    reader  read asked for -> bytes on their way, --prepare--> tables on the GPU meanwhile; read ended by UCX --compare,
+            on a stream of its own--> one flag a check -> ReadResult
 
 Pieces that are large enough are UCX's business. Many small ones (another tensor-parallel degree or block size) are one
 launch of copies where the peer's memory is mapped, straight from where they lie to where they belong: the link is kept
 full, and nothing has to be staged on either side.
 
 The engine's thread waits for none of this but, on the owner's side, for a step that has not ended yet. A reader's
-comparisons are launched and waited for by a thread, so that a read does not have to wait for the engine to look.
+comparisons are prepared, launched and waited for by a thread, so that a read does not have to wait for the engine to
+look.
 """
 
 from __future__ import annotations
@@ -76,6 +77,19 @@ class _Gathering:
     asked: float
 
 
+@dataclass
+class _Checks:
+    """Of one read. `prepared`: the thread's, once it is not None."""
+
+    checks: Sequence[DigestCheck]
+    prepared: Any = None
+
+    def prepare(self, digests: Comparer) -> Any:
+        if self.prepared is None:
+            self.prepared = digests.prepare(self.checks)
+        return self.prepared
+
+
 def _are_small(pieces: Sequence[ReadPiece]) -> bool:
     return len(pieces) >= MANY_PIECES and sum(p.nbytes for p in pieces) < SMALL_NBYTES * len(pieces)
 
@@ -99,7 +113,8 @@ class DeviceTransport:
         self._gatherer = gatherer
         self._asked: deque[_Gathering] = deque()
         self._asked_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._checks: dict[int, tuple[Any, int]] = {}  # by read: what was prepared, and how many
+        self._checks: dict[int, _Checks] = {}  # by read
+        self._unprepared: deque[_Checks] = deque()
         self._ended: list[ReadResult | PeerDown] = []
         self._lock = threading.Lock()
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -131,11 +146,7 @@ class DeviceTransport:
 
     def read(self, peer_id: int, read_id: int, pieces: Sequence[ReadPiece], checks: Sequence[DigestCheck]) -> None:
         if checks:
-            try:
-                self._checks[read_id] = self._digests.prepare(checks), len(checks)
-            except Exception as error:  # noqa: BLE001 - fails this read, of which nothing has begun
-                self._report(_verdict(ReadResult(read_id, ReadStatus.OK, 0, 0.0, 0.0), error, 0.0))
-                return
+            self._checks[read_id] = _Checks(checks)
         if self._gatherer is not None and _are_small(pieces):
             pieces_N3 = self._gatherer.hold(peer_id, pieces)
             if pieces_N3 is not None:
@@ -143,10 +154,14 @@ class DeviceTransport:
                 os.eventfd_write(self._asked_fd, 1)
                 return
         try:
+            asked = self._checks.get(read_id)  # the thread takes it when the read has ended, which may be at once
             self._inner.read(peer_id, read_id, pieces, ())
         except BaseException:
             self._checks.pop(read_id, None)
             raise
+        if asked is not None:
+            self._unprepared.append(asked)
+            os.eventfd_write(self._asked_fd, 1)
 
     def poll(self) -> list[ReadResult | PeerDown]:
         if self._broken is not None:  # no read would end any more, and their blocks never be free
@@ -191,6 +206,7 @@ class DeviceTransport:
             stopped = self._stop_fd in ready
             if self._asked_fd in ready:
                 os.eventfd_read(self._asked_fd)
+            self._prepare()
             if self._asked and not stopped:
                 self._report(self._gather(self._asked.popleft()))
             began = time.perf_counter()
@@ -201,14 +217,24 @@ class DeviceTransport:
             assert self._gatherer is not None
             self._gatherer.release(asked.peer_id)
 
+    def _prepare(self) -> None:
+        """What will be compared, while its bytes are on their way."""
+        while self._unprepared:
+            try:
+                self._unprepared.popleft().prepare(self._digests)
+            except Exception:  # tried again, and told, when the read has ended
+                log.exception("digests could not be prepared")
+
     def _gather(self, asked: _Gathering) -> ReadResult:
         assert self._gatherer is not None
-        prepared, count = self._checks.pop(asked.read_id, (None, 0))
+        checks = self._checks.pop(asked.read_id, None)
         began, nbytes = time.perf_counter(), int(asked.pieces_N3[:, 2].sum())
         try:
             copies = self._gatherer.gather(asked.pieces_N3)
             try:
-                outcome: _Outcome = (self._digests.compare(prepared) if count else copies), count
+                outcome: _Outcome = copies, 0
+                if checks is not None:
+                    outcome = self._digests.compare(checks.prepare(self._digests)), len(checks.checks)
             finally:
                 copies.values()  # they write, whatever becomes of the comparison
         except Exception as error:  # noqa: BLE001 - edge of the thread: fails that read
@@ -222,11 +248,11 @@ class DeviceTransport:
     def _launch(self, event: ReadResult | PeerDown) -> _Outcome | None:
         if not isinstance(event, ReadResult):
             return None
-        prepared, count = self._checks.pop(event.read_id, (None, 0))
-        if event.status is not ReadStatus.OK or not count:
+        checks = self._checks.pop(event.read_id, None)
+        if event.status is not ReadStatus.OK or checks is None:
             return None
         try:
-            return self._digests.compare(prepared), count
+            return self._digests.compare(checks.prepare(self._digests)), len(checks.checks)
         except Exception as error:  # noqa: BLE001 - edge of the thread: fails that read
             return error
 
