@@ -14,15 +14,15 @@ from common.types import EmbeddingHandle, GenerationRequest, Grammar, GrammarKin
 from nanodeploy.v1 import types_pb2 as pb
 
 _SEED_MASK = 2**64 - 1
-_GRAMMAR_KINDS = {
-    pb.GRAMMAR_KIND_JSON_OBJECT: GrammarKind.JSON_OBJECT,
-    pb.GRAMMAR_KIND_JSON_SCHEMA: GrammarKind.JSON_SCHEMA,
-    pb.GRAMMAR_KIND_REGEX: GrammarKind.REGEX,
-    pb.GRAMMAR_KIND_CHOICE: GrammarKind.CHOICE,
-    pb.GRAMMAR_KIND_GRAMMAR: GrammarKind.GRAMMAR,
-    pb.GRAMMAR_KIND_STRUCTURAL_TAG: GrammarKind.STRUCTURAL_TAG,
+_GRAMMAR_TO_WIRE = {
+    GrammarKind.JSON_OBJECT: pb.GRAMMAR_KIND_JSON_OBJECT,
+    GrammarKind.JSON_SCHEMA: pb.GRAMMAR_KIND_JSON_SCHEMA,
+    GrammarKind.REGEX: pb.GRAMMAR_KIND_REGEX,
+    GrammarKind.CHOICE: pb.GRAMMAR_KIND_CHOICE,
+    GrammarKind.GRAMMAR: pb.GRAMMAR_KIND_GRAMMAR,
+    GrammarKind.STRUCTURAL_TAG: pb.GRAMMAR_KIND_STRUCTURAL_TAG,
 }
-_GRAMMAR_NUMBERS = {kind: number for number, kind in _GRAMMAR_KINDS.items()}
+_GRAMMAR_FROM_WIRE: dict[int, GrammarKind] = {number: kind for kind, number in _GRAMMAR_TO_WIRE.items()}
 _STATS_FIELDS = RequestStats.__struct_fields__
 
 
@@ -88,13 +88,13 @@ def sampling_from_proto(params: pb.SamplingParams, num_choices: int = 1) -> Samp
 
 
 def grammar_to_proto(grammar: Grammar) -> pb.Grammar:
-    return pb.Grammar(kind=_GRAMMAR_NUMBERS[grammar.kind], source=grammar.source, param=grammar.param)
+    return pb.Grammar(kind=_GRAMMAR_TO_WIRE[grammar.kind], source=grammar.source, param=grammar.param)
 
 
 def grammar_from_proto(grammar: pb.Grammar) -> Grammar:
     """`Grammar` itself checks size and JSON syntax."""
     return Grammar(
-        kind=checks.enum_value(_GRAMMAR_KINDS, grammar.kind, "grammar.kind"),
+        kind=checks.enum_value(_GRAMMAR_FROM_WIRE, grammar.kind, "grammar.kind"),
         source=grammar.source,
         param=checks.short_text(grammar.param, "grammar.param") or "response_format",
     )
