@@ -9,7 +9,7 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from common.text.parsers.json_text import loads
@@ -20,7 +20,7 @@ ANY: Final = frozenset({"null", "boolean", "integer", "number", "array", "object
 STRING: Final = frozenset({"string"})
 _NUMBER: Final = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _WHOLE: Final = re.compile(r"(-?(?:0|[1-9]\d*))(?:\.0+)?")
-_MAX_DEPTH: Final = 16  # of references and unions followed
+_MAX_SCHEMAS: Final = 64  # looked at for one parameter: references may go in circles, and fan out
 _NAMES: Final = {  # JSON's and Python's
     name: json_name
     for json_name, names in {"null": ("null", "None"), "true": ("true", "True"), "false": ("false", "False")}.items()
@@ -49,29 +49,31 @@ class Tools:
         schema = properties.get(parameter) if isinstance(properties, Mapping) else None
         if schema is None:
             schema = root.get("additionalProperties")
-        return _types(schema, root, _MAX_DEPTH)
+        return _types(schema, root, iter(range(_MAX_SCHEMAS)))
 
 
-def _types(schema: Any, root: Mapping[str, Any], depth: int) -> frozenset[str]:
-    if not isinstance(schema, Mapping) or not depth:
+def _types(schema: Any, root: Mapping[str, Any], budget: Iterator[int]) -> frozenset[str]:
+    if not isinstance(schema, Mapping) or next(budget, None) is None:
         return ANY
     found = ANY
     named = schema.get("type")
-    if named is not None:
-        found &= frozenset([named] if isinstance(named, str) else [n for n in named if isinstance(n, str)])
-    if "integer" not in found and "number" in found:
+    names = [named] if isinstance(named, str) else named
+    if isinstance(names, list):
+        found &= frozenset(name for name in names if isinstance(name, str))
+    if "number" in found:
         found |= {"integer"}
     options = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(options, list):
         found &= frozenset(_type_of(option) for option in options)
     reference = schema.get("$ref")
     if isinstance(reference, str):
-        found &= _types(_resolve(reference, root), root, depth - 1)
+        found &= _types(_resolve(reference, root), root, budget)
     for key in ("anyOf", "oneOf"):
         if isinstance(schema.get(key), list):
-            found &= frozenset().union(*(_types(one, root, depth - 1) for one in schema[key]))
-    for one in schema.get("allOf") or ():
-        found &= _types(one, root, depth - 1)
+            found &= frozenset().union(*(_types(one, root, budget) for one in schema[key]))
+    if isinstance(schema.get("allOf"), list):
+        for one in schema["allOf"]:
+            found &= _types(one, root, budget)
     return found or ANY
 
 
@@ -92,8 +94,8 @@ def to_json(text: str, types: frozenset[str]) -> str:
     if types == STRING:
         return quote(text)
     bare = text.strip()
-    word = _NAMES.get(bare if "string" in types else bare.lower())
-    if word is not None and ("null" if word == "null" else "boolean") in types:
+    word = _NAMES.get(bare) or ("string" not in types and _NAMES.get(bare.capitalize()))
+    if word and ("null" if word == "null" else "boolean") in types:
         return word
     if "number" in types and _NUMBER.fullmatch(bare):
         return bare
@@ -196,7 +198,7 @@ class ArgumentWriter:
         """
         if types != STRING:
             parts: list[str] = []
-            complete = yield from until(tape, end, parts.append)
+            complete = yield from until(tape, end, parts.append, halves=False)
             text = "".join(parts)
             if complete:
                 self.add(name, to_json(_without_newlines(text) if newlines else text, types))
@@ -205,7 +207,7 @@ class ArgumentWriter:
             return bool(complete)
         self._out.arguments(self._key(name) + '"')
         trimmed = _Trimmed(self._out) if newlines else None
-        complete = yield from until(tape, end, trimmed.add if trimmed else self._add_string)
+        complete = yield from until(tape, end, trimmed.add if trimmed else self._add_string, halves=False)
         if complete:
             self._out.arguments('"')
         elif trimmed:

@@ -133,7 +133,10 @@ def _python_call(tape: Tape, out: Out, tools: Tools) -> Steps[bool]:
         text, found = yield from short(tape, _EQUALS)
         key = text.strip()
         if not found or not key.isidentifier():
-            writer.stop(tape, "", "=")
+            if tape.over and tape.text[tape.at :].strip().isidentifier():
+                writer.stop(tape, "", "=")
+            else:
+                tape.rewind()
             return True
         tape.forget()
         parts: list[str] = []

@@ -94,10 +94,12 @@ def _deepseek(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
 def _json_arguments(tape: Tape, out: Out, name: str, call_id: str, fenced: bool, end: str) -> Steps[bool]:
     out.begin_call(name, call_id)
     tape.forget()
-    first = yield from peek_solid(tape)
-    if first in ("<", "`"):
-        out.arguments("{}")
-    elif not (yield from json_text.value(tape, out.arguments)):
+    if (yield from peek_solid(tape)) in ("<", "`"):  # no arguments, or the next mark cut short
+        if (yield from close(tape, end)):
+            out.arguments("{}")
+            out.end_call()
+        return True
+    if not (yield from json_text.value(tape, out.arguments)):
         return True
     if fenced:
         yield from close(tape, "```")

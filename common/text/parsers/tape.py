@@ -77,8 +77,11 @@ class Marks:
         return 0
 
 
-def until(tape: Tape, marks: Marks, emit: Emit) -> Steps[str]:
-    """Emit what precedes the first mark and step over it: the mark, or "" where the text ended without one."""
+def until(tape: Tape, marks: Marks, emit: Emit, *, halves: bool = True) -> Steps[str]:
+    """Emit what precedes the first mark and step over it: the mark, or "" where the text ended without one.
+
+    `halves`: what may be a mark cut short at the end is text.
+    """
     while True:
         text, at = tape.text, tape.at
         if found := marks.search(text, at):
@@ -86,11 +89,13 @@ def until(tape: Tape, marks: Marks, emit: Emit) -> Steps[str]:
                 emit(text[at : found.start()])
             tape.at = found.end()
             return found.group()
-        safe = len(text) - (0 if tape.over else marks.partial(text, at))
+        safe = len(text) - (0 if tape.over and halves else marks.partial(text, at))
         if safe > at:
             emit(text[at:safe])
             tape.at = safe
         if tape.over:
+            if not halves:
+                tape.take_rest()
             return ""
         yield
 
