@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.engine.batch import SampleRow
+from common.engine.batch import RowMasks, SampleRow
 from common.engine.inputs import Arrays
 from common.kernels.masks import forbid
 
@@ -62,15 +62,28 @@ def edits_of(rows: Sequence[SampleRow], vocab_size: int) -> Arrays:
     return out
 
 
-def apply_edits(logits_RV: Tensor, edits: Mapping[str, Tensor], masks: Tensor | None) -> None:
-    """Change `logits_RV` (contiguous) in place. `edits`: arrays of `edits_of` on its device; `masks`: see `forbid`."""
+def mask_arrays(masks: RowMasks | None, rows: int, vocab_size: int) -> Arrays:
+    """Grammar masks as `apply_edits` takes them; ValueError if they do not fit `rows` rows of logits."""
+    if masks is None or not len(masks.rows_G):
+        return {}
+    num_words = -(-vocab_size // 32)
+    if masks.words_GW.dtype != np.int32 or masks.words_GW.shape != (len(masks.rows_G), num_words):
+        found = f"{masks.words_GW.dtype} {list(masks.words_GW.shape)}"
+        raise ValueError(f"masks must be int32 {[len(masks.rows_G), num_words]}, got {found}")
+    if masks.rows_G.min() < 0 or masks.rows_G.max() >= rows:
+        raise ValueError(f"masks are for rows {masks.rows_G.tolist()}; there are {rows}")
+    return {"mask_rows": masks.rows_G, "mask_words": masks.words_GW}
+
+
+def apply_edits(logits_RV: Tensor, edits: Mapping[str, Tensor]) -> None:
+    """Change `logits_RV` (contiguous) in place. `edits`: arrays of `edits_of` and `mask_arrays`, on its device."""
     flat = logits_RV.view(-1)
     if "bias_at" in edits:
         flat.index_add_(0, edits["bias_at"], edits["bias"])
     if "banned_at" in edits:
         flat.index_fill_(0, edits["banned_at"], -torch.inf)
-    if masks is not None:
-        forbid(logits_RV, masks)
+    if "mask_rows" in edits:
+        forbid(logits_RV, edits["mask_rows"], edits["mask_words"])
     if "seen_at" in edits:
         x_K, penalty_K = flat[edits["seen_at"]], edits["repetition"]
         flat.index_copy_(0, edits["seen_at"], torch.where(x_K > 0, x_K / penalty_K, x_K * penalty_K))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -49,6 +50,13 @@ class BatchRow(msgspec.Struct, frozen=True, gc=False):
     rope_positions_3T: NDArray[np.int64] | None = None  # of the new tokens, where they are not their indices
     states: Mapping[str, int] = msgspec.field(default_factory=dict)
     pending: int = -1
+
+
+class RowMasks(NamedTuple):
+    """What grammars allow in some draws of a step: int32 [G, ceil(vocab / 32)], token t at bit t % 32 of word t // 32."""
+
+    rows_G: NDArray[np.int64]
+    words_GW: NDArray[np.int32]
 
 
 @dataclass(frozen=True)

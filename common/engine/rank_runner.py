@@ -21,7 +21,7 @@ from typing import Protocol
 from torch import Tensor
 
 from common.attention.context import AttentionBackend
-from common.engine.batch import Batch
+from common.engine.batch import Batch, RowMasks
 from common.engine.rank_wire import BatchDecoder, BatchEncoder
 from common.engine.runner import ModelRunner, Pending, StepResult
 from common.errors import ConfigError, RankLostError
@@ -47,7 +47,7 @@ class Runner(Protocol):
 
     def forward(self, batch: Batch) -> Pending: ...
 
-    def sample(self, pending: Pending, masks: Tensor | None = None) -> None: ...
+    def sample(self, pending: Pending, masks: RowMasks | None = None) -> None: ...
 
     def is_done(self, pending: Pending) -> bool: ...
 
@@ -87,11 +87,10 @@ class RankedRunner:
         with together(self._ranks):
             return self._inner.forward(batch)
 
-    def sample(self, pending: Pending, masks: Tensor | None = None) -> None:
-        assert masks is None, "masks do not go to other ranks"
-        self._ranks.tell(SAMPLE)
+    def sample(self, pending: Pending, masks: RowMasks | None = None) -> None:
+        self._ranks.tell(SAMPLE, b"" if masks is None else pickle.dumps(tuple(masks), protocol=5))
         with together(self._ranks):
-            self._inner.sample(pending)
+            self._inner.sample(pending, masks)
 
     def is_done(self, pending: Pending) -> bool:
         return self._inner.is_done(pending)
@@ -221,7 +220,8 @@ class RankLoop:
         if kind == FORWARD:
             self._pending.append(self._runner.forward(self._decoder.decode(payload)))
         elif kind == SAMPLE:
-            self._runner.sample(self._pending[-1])
+            masks = RowMasks(*pickle.loads(payload)) if payload else None
+            self._runner.sample(self._pending[-1], masks)
         elif kind == COLLECT:
             pending = self._pending.popleft()
             self._runner.collect(pending)

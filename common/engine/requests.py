@@ -21,7 +21,9 @@ from common.engine.media import Media, media_hashes, outside
 from common.engine.messages import PromptLogprobsOf, Submit, prompt_logprobs_nbytes
 from common.engine.outbox import Outbox
 from common.engine.scheduler import Scheduler
+from common.engine.constraint import Constraint
 from common.engine.sequence import Phase, Request, Sequence
+from common.engine.structured import GrammarPool
 from common.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -31,7 +33,7 @@ from common.errors import (
     UnsupportedError,
 )
 from common.kvcache.manager import PrefixHit
-from common.types import ChoiceDelta, Clock, FinishReason, GenerationRequest, RequestStats, TokenLogprobs
+from common.types import ChoiceDelta, Clock, FinishReason, GenerationRequest, Grammar, RequestStats, TokenLogprobs
 from common.types.prefix import root_hash
 
 
@@ -51,7 +53,16 @@ class ModelLimits:
 class Requests:
     """Owns the requests of one engine, by slot."""
 
-    def __init__(self, limits: ModelLimits, scheduler: Scheduler, media: Media, outbox: Outbox, clock: Clock) -> None:
+    def __init__(
+        self,
+        limits: ModelLimits,
+        scheduler: Scheduler,
+        media: Media,
+        outbox: Outbox,
+        clock: Clock,
+        grammars: GrammarPool | None = None,
+    ) -> None:
+        self._grammars = grammars
         self._limits = limits
         self._scheduler = scheduler
         self._media = media
@@ -95,7 +106,38 @@ class Requests:
         self._by_slot[message.slot] = request
         if deadline < math.inf:
             heapq.heappush(self._deadlines, (deadline, message.slot))
-        self._scheduler.add(request.sequences[0])
+        if message.request.sampling.grammar is None:
+            self._scheduler.add(request.sequences[0])
+        else:
+            self._compile(request, message.request.sampling.grammar)
+
+    def _compile(self, request: Request, grammar: Grammar) -> None:
+        """Have the grammar compiled, and its state of each choice brought up to what was sent; then schedule."""
+        sequences = list(request.sequences)
+
+        def ready(constraints: list[Constraint]) -> None:
+            request.compiling = None
+            for seq, constraint in zip(sequences, constraints, strict=True):
+                seq.constraint = constraint
+                if constraint.ended and seq.phase is not Phase.ENDED:
+                    self._end(seq, FinishReason.STOP, ())  # what was sent is a whole answer
+            if request.open_choices and request.sequences[0].phase is Phase.ENDED:
+                self._pass_lead(request)
+            elif request.open_choices:
+                self._scheduler.add(request.sequences[0])
+
+        def failed(error: NanoDeployError) -> None:
+            request.compiling = None
+            self.fail(request.slot, error)
+
+        try:
+            if self._grammars is None:
+                raise UnsupportedError("this worker does not sample under a grammar", param=grammar.param)
+            sent = [seq.token_ids[seq.num_prompt :] for seq in sequences]
+            ends = [(seq.stop_ids, seq.sampling.ignore_eos) for seq in sequences]
+            request.compiling = self._grammars.open(grammar, sent, ends, ready, failed)
+        except NanoDeployError as error:
+            failed(error)
 
     def cancel(self, slot: int, choice: int | None) -> None:
         """End a request or one choice of it; what is unknown or has ended is ignored."""
@@ -155,6 +197,8 @@ class Requests:
         """
         for i, token_id in enumerate(token_ids):
             right = i < len(drafts) and drafts[i] == token_id
+            if seq.constraint is not None and token_id not in seq.stop_ids:
+                seq.constraint.accept(token_id)
             if not right or self._finish_reason(seq, token_id, seq.num_output + i + 1) is not None:
                 return i + 1
         return len(token_ids)
@@ -210,6 +254,8 @@ class Requests:
 
     def _pass_lead(self, request: Request) -> None:
         """The choice that led ended before its prompt had KV: another one does it; the rest wait on."""
+        if request.compiling is not None:
+            return  # it is chosen when that is done
         heir = next(s for s in request.sequences if s.phase is Phase.HELD)
         request.sequences.remove(heir)
         request.sequences.insert(0, heir)
@@ -224,6 +270,8 @@ class Requests:
     def _finish_reason(self, seq: Sequence, token_id: int, num_output: int) -> FinishReason | None:
         """Why the sequence ends with `token_id` as its output token number `num_output`; None if it goes on."""
         if token_id in seq.stop_ids:
+            return FinishReason.STOP
+        if seq.constraint is not None and seq.constraint.ended:
             return FinishReason.STOP
         if num_output >= seq.sampling.max_tokens or seq.num_prompt + num_output >= self._limits.max_model_len:
             return FinishReason.LENGTH
@@ -244,7 +292,7 @@ class Requests:
                 position=seq.num_output - len(token_ids),
                 token_ids=token_ids,
                 finish=reason,
-                stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
+                stop_token_id=token_ids[-1] if token_ids and token_ids[-1] in seq.stop_ids else None,
                 logprobs=logprobs,
             ),
         )
@@ -256,6 +304,8 @@ class Requests:
 
     def _remove(self, slot: int) -> None:
         request = self._by_slot.pop(slot)
+        if request.compiling is not None and self._grammars is not None:
+            self._grammars.close(request.compiling)
         self._media.close(request.sequences[0].embeds)
         kept = self._deadlines
         if len(kept) > 2 * len(self._by_slot) + 64:

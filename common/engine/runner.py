@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.attention.context import AttentionBackend, AttentionContext
-from common.engine.batch import Batch, BatchMedia, SampleRow
+from common.engine.batch import Batch, BatchMedia, RowMasks, SampleRow
 from common.engine.graphs import DecodeGraphs, known_or_drawn
 from common.engine.inputs import HostInputs, Inputs, PinnedInputs, arrays_of, context_of
 from common.engine.logprobs import prompt_logprobs
@@ -127,8 +127,8 @@ class ModelRunner:
         return pending
 
     @torch.inference_mode()
-    def sample(self, pending: Pending, masks: Tensor | None = None) -> None:
-        """Draw the next token of each sampled row. `masks`: bool [R, vocab], True is allowed."""
+    def sample(self, pending: Pending, masks: RowMasks | None = None) -> None:
+        """Draw the next token of each sampled row. `masks`: what grammars allow in some of them."""
         if pending.logits_RV is not None:
             pending.result = self._sampler.sample(pending.logits_RV, pending.sample_rows, masks)
             count = min(len(pending.sample_rows), len(self.drawn_R))

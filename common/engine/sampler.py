@@ -27,13 +27,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.engine.adjust import apply_edits, edits_of
-from common.engine.batch import SampleRow
+from common.engine.adjust import apply_edits, edits_of, mask_arrays
+from common.engine.batch import RowMasks, SampleRow
 from common.engine.inputs import HostInputs, Inputs, PinnedInputs
 from common.engine.logprobs import RawLogprobs
 from common.engine.results import Fetched
-from common.kernels.draws import any_truncated, draw_packed, noise_keys, pack_columns, to_device
-from common.kernels.masks import check_mask
+from common.kernels.draws import any_truncated, draw_packed, noise_keys, pack_columns
 from common.kernels.sampling import Draw, DrawStatus, draw_rows, noise_key
 from common.types import TokenLogprobs
 
@@ -88,20 +87,16 @@ class Sampler:
         self.device = torch.device(device)
         self._inputs: Inputs = HostInputs() if self.device.type == "cpu" else PinnedInputs(self.device)
 
-    def sample(self, logits_RV: Tensor, rows: Sequence[SampleRow], masks: Tensor | None = None) -> SampleResult:
-        """Draw one token per row. `logits_RV`: float32 [rows, vocab], left as it is.
-
-        `masks` says which tokens a grammar allows: bool [rows, vocab], or int32 [rows, ceil(vocab / 32)] with
-        token t at bit t % 32 of word t // 32.
-        """
+    def sample(self, logits_RV: Tensor, rows: Sequence[SampleRow], masks: RowMasks | None = None) -> SampleResult:
+        """Draw one token per row. `logits_RV`: float32 [rows, vocab], left as it is. `masks`: what grammars allow."""
         if logits_RV.shape != (len(rows), self.vocab_size) or logits_RV.dtype != torch.float32:
             raise ValueError(
                 f"logits must be float32 {[len(rows), self.vocab_size]}, got {logits_RV.dtype} {list(logits_RV.shape)}"
             )
         logits_RV = logits_RV.contiguous()
         top_n = [row.params.logprobs for row in rows]
-        arrays = edits_of(rows, self.vocab_size)
-        is_edited = bool(arrays) or masks is not None
+        arrays = edits_of(rows, self.vocab_size) | mask_arrays(masks, len(rows), self.vocab_size)
+        is_edited = bool(arrays)
         draws_R6 = packed_draws(rows) if self.device.type != "cpu" else None
         if draws_R6 is not None:
             arrays["draws"] = draws_R6
@@ -112,7 +107,7 @@ class Sampler:
         adjusted_RV = logits_RV
         if is_edited:
             adjusted_RV = logits_RV.clone()
-            apply_edits(adjusted_RV, tensors, self._on_device(masks, len(rows)))
+            apply_edits(adjusted_RV, tensors)
         if draws_R6 is None:
             token_ids_R, status_R = draw_rows(adjusted_RV, [_draw(row) for row in rows])
         else:
@@ -120,12 +115,6 @@ class Sampler:
             token_ids_R, status_R = draw_packed(adjusted_RV, tensors["draws"], truncated=truncated)
         raw = RawLogprobs.of(logits_RV, token_ids_R, top_n, tensors.get("lines")) if lines else None
         return SampleResult.of(token_ids_R, status_R, raw)
-
-    def _on_device(self, masks: Tensor | None, num_rows: int) -> Tensor | None:
-        if masks is None:
-            return None
-        check_mask(masks, num_rows, self.vocab_size)
-        return masks if masks.device.type == self.device.type else to_device(masks.numpy(), self.device)
 
 
 def packed_draws(rows: Sequence[SampleRow]) -> NDArray[np.int64]:

@@ -16,11 +16,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from common.engine.media import MediaEmbeds
 from common.engine.pace import Pace
 from common.types import GenerationRequest, RequestStats, SamplingParams, TokenLogprobs
 from common.types.prefix import extend_chain, hash_at
+
+if TYPE_CHECKING:
+    from common.engine.constraint import Constraint
+    from common.engine.structured import Ticket
 
 
 class Phase(enum.Enum):
@@ -82,6 +87,7 @@ class Sequence:
     num_launched: int = 0  # positions behind `num_computed` that steps under way compute
     num_pending: int = 0  # tokens that a step under way draws
     pending_sample: int = -1  # which of that step's draws
+    constraint: Constraint | None = None  # what its grammar allows next
     num_sent: int = 0  # output tokens the client already had (resume)
     tail_ready: bool = False  # the last hidden row lies in the tail block: only the head is missing
     first_under_way: bool = False  # its first token is drawn beside the steps: none may have it until that is there
@@ -143,6 +149,7 @@ class Request:
     request: GenerationRequest
     sequences: list[Sequence]
     stats_sent: bool = False
+    compiling: Ticket | None = None  # its grammar: nothing of it is scheduled before that is done
 
     @property
     def open_choices(self) -> int:

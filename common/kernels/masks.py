@@ -1,4 +1,4 @@
-"""Tokens that a grammar allows, row by row."""
+"""Tokens that a grammar allows, for some rows of a step."""
 
 from __future__ import annotations
 
@@ -8,24 +8,14 @@ from torch import Tensor
 from common.kernels import gpu
 
 
-def check_mask(mask: Tensor, rows: int, vocab_size: int) -> None:
-    """ValueError unless it is bool [rows, vocab], or int32 [rows, ceil(vocab / 32)] with token t at bit t % 32 of
-    word t // 32.
+def forbid(logits_RV: Tensor, rows_G: Tensor, words_GW: Tensor) -> None:
+    """Make the logits that are not allowed in the rows `rows_G` (int64) -inf, in place.
+
+    `words_GW`: int32 [G, ceil(vocab / 32)], token t at bit t % 32 of word t // 32. All on one device.
     """
-    num_words = -(-vocab_size // 32)
-    forms = {torch.bool: (rows, vocab_size), torch.int32: (rows, num_words)}
-    if forms.get(mask.dtype) != tuple(mask.shape):
-        raise ValueError(
-            f"masks must be bool {[rows, vocab_size]} or int32 {[rows, num_words]}, got {mask.dtype} {list(mask.shape)}"
-        )
-
-
-def forbid(logits_RV: Tensor, mask: Tensor) -> None:
-    """Make the logits of tokens that `mask` (see `check_mask`, on the same device) does not allow -inf, in place."""
-    if mask.dtype == torch.int32 and gpu.enabled(logits_RV):
-        gpu.masks.forbid(logits_RV, mask)
+    if gpu.enabled(logits_RV):
+        gpu.masks.forbid(logits_RV, rows_G, words_GW)
         return
-    if mask.dtype == torch.int32:
-        bits = torch.arange(32, dtype=torch.int32, device=mask.device)
-        mask = ((mask.unsqueeze(-1) >> bits) & 1).view(mask.shape[0], -1)[:, : logits_RV.shape[1]].bool()
-    logits_RV.masked_fill_(~mask, -torch.inf)
+    bits = torch.arange(32, dtype=torch.int32, device=words_GW.device)
+    forbidden_GV = ((words_GW.unsqueeze(-1) >> bits) & 1).view(len(words_GW), -1)[:, : logits_RV.shape[1]] == 0
+    logits_RV[rows_G] = logits_RV[rows_G].masked_fill_(forbidden_GV, -torch.inf)

@@ -1,0 +1,61 @@
+"""From a client's grammar to the text that llguidance compiles.
+
+JSON is written as most models write it: spaces and newlines may stand between its parts, a few at a time, since a model
+that may write them without end sometimes does. A schema's own `x-guidance` object has the last word on such options.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import any_to_lark
+
+from common.engine.structured_tags import tags_to_lark
+from common.types import Grammar, GrammarKind
+
+MAX_REFS = 2000  # a chain of them is followed by recursion
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}"}
+
+
+def compilable(grammar: Grammar, specials: Mapping[str, int]) -> str:
+    """`ValueError` says what is wrong. `specials`: the model's special tokens by their text."""
+    source = grammar.source
+    if grammar.kind in (GrammarKind.JSON_SCHEMA, GrammarKind.STRUCTURAL_TAG, GrammarKind.GRAMMAR):
+        refs = source.count("$ref")
+        if refs > MAX_REFS:
+            raise ValueError(f"has {refs} references; the limit is {MAX_REFS}")
+    match grammar.kind:
+        case GrammarKind.JSON_OBJECT:
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, JSON_OPTIONS)
+        case GrammarKind.JSON_SCHEMA:
+            schema = json.loads(source)
+            return LLMatcher.grammar_from_json_schema(_object(schema), JSON_OPTIONS)
+        case GrammarKind.REGEX:
+            return LLMatcher.grammar_from_regex(_unanchored(source))
+        case GrammarKind.CHOICE:
+            options = dict.fromkeys(json.loads(source))
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_literal, options)))
+        case GrammarKind.GRAMMAR:
+            return LLMatcher.grammar_from_lark(any_to_lark(source))
+        case GrammarKind.STRUCTURAL_TAG:
+            return LLMatcher.grammar_from_lark(tags_to_lark(json.loads(source), JSON_OPTIONS, specials))
+
+
+def _object(schema: dict[str, Any] | bool) -> dict[str, Any]:
+    if schema is False:
+        raise ValueError("the schema is false: it allows nothing")
+    return {} if schema is True else schema
+
+
+def _unanchored(regex: str) -> str:
+    """The whole answer is matched, so an anchor at either end says nothing more."""
+    regex = regex.removeprefix("^")
+    ends = regex.endswith("$") and (len(regex) - len(regex[:-1].rstrip("\\"))) % 2 == 1
+    return regex[:-1] if ends else regex
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else '""'
