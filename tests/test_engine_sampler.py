@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from mask_support import row_masks
 from torch import Tensor
 
 from common.engine import logprobs as logprobs_module
 from common.engine import sampler as sampler_module
-from common.engine.batch import SampleRow
+from common.engine.batch import RowMasks, SampleRow
 from common.engine.sampler import Sampler
 from common.kernels import cpu, sampling
 from common.types import SamplingParams
@@ -305,20 +307,13 @@ def test_penalties_ignore_ids_past_the_vocabulary() -> None:
     assert torch.equal(sampler.sample(logits, [plain]).token_ids_R, sampler.sample(logits, [more]).token_ids_R)
 
 
-def pack_bits(allowed: Tensor) -> Tensor:
-    rows, vocab = allowed.shape
-    padded = torch.zeros(rows, -(-vocab // 32) * 32, dtype=torch.int64)
-    padded[:, :vocab] = allowed.long()
-    words = (padded.view(rows, -1, 32) << torch.arange(32)).sum(-1)
-    return words.to(torch.int32)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_grammar_mask_limits_each_row_by_itself(packed: bool) -> None:
+@pytest.mark.parametrize("masked", [range(len(PARAMS)), range(0, len(PARAMS), 3), [5]])
+def test_a_grammar_mask_limits_each_row_by_itself(masked: Sequence[int]) -> None:
     rows = mixed_rows()
     logits = make_logits(len(rows), seed=9)
     allowed = torch.rand(len(rows), VOCAB, generator=torch.Generator().manual_seed(1)) < 0.2
-    result = Sampler(VOCAB, "cpu").sample(logits, rows, pack_bits(allowed) if packed else allowed)
+    result = Sampler(VOCAB, "cpu").sample(logits, rows, row_masks(allowed, masked))
+    allowed[[r for r in range(len(rows)) if r not in masked]] = True
     expected = [token_reference(x, r, a) for x, r, a in zip(logits, rows, allowed.tolist(), strict=True)]
     assert result.token_ids_R.tolist() == expected
 
@@ -329,7 +324,7 @@ def test_a_row_with_nothing_left_fails_alone() -> None:
     for bad in (0, 1, 12, 15, len(rows) - 1):
         allowed = torch.ones(len(rows), VOCAB, dtype=torch.bool)
         allowed[bad] = False
-        result = sampler.sample(logits, rows, allowed)
+        result = sampler.sample(logits, rows, row_masks(allowed, range(len(rows))))
         assert list(result.failures) == [bad]
         assert "no token is allowed" in result.failures[bad]
         assert result.token_ids_R.tolist() == [*expected[:bad], -1, *expected[bad + 1 :]]
@@ -354,5 +349,13 @@ def test_wrong_shapes_are_refused() -> None:
         sampler.sample(make_logits(2), [make_row()])
     with pytest.raises(ValueError, match="logits must be float32"):
         sampler.sample(make_logits(1).double(), [make_row()])
-    with pytest.raises(ValueError, match="masks must be bool"):
-        sampler.sample(make_logits(1), [make_row()], torch.ones(1, VOCAB + 1, dtype=torch.bool))
+    words = np.full((1, VOCAB // 32 + 1), -1, np.int32)
+    for rows, wrong in (
+        ([0], words[:, 1:]),
+        ([0], words.astype(np.int64)),
+        ([0, 0], words),
+        ([1], words),
+        ([-1], words),
+    ):
+        with pytest.raises(ValueError, match="masks"):
+            sampler.sample(make_logits(1), [make_row()], RowMasks(np.array(rows), wrong))

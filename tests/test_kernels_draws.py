@@ -11,7 +11,6 @@ import torch
 from common.engine import sampler
 from common.engine.batch import SampleRow
 from common.kernels.draws import COLUMNS, DrawKind, any_truncated, draw_packed, noise_keys, pack_draws, unpack_draws
-from common.kernels.masks import check_mask
 from common.kernels.sampling import Draw, draw_rows, noise_key
 from common.types import SamplingParams
 
@@ -86,11 +85,3 @@ def test_packed_draws_give_the_same_tokens_and_zeros_are_greedy() -> None:
     assert torch.equal(status_R, wanted_status_R)
     greedy, _ = draw_packed(logits, torch.zeros(50, COLUMNS, dtype=torch.int64))
     assert torch.equal(greedy, logits.argmax(-1))
-
-
-def test_masks_of_another_form_are_refused() -> None:
-    check_mask(torch.ones(2, 40, dtype=torch.bool), 2, 40)
-    check_mask(torch.ones(2, 2, dtype=torch.int32), 2, 40)
-    for mask in (torch.ones(2, 40), torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 40, dtype=torch.int32)):
-        with pytest.raises(ValueError, match="masks must be bool"):
-            check_mask(mask, 2, 40)

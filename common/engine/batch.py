@@ -53,7 +53,10 @@ class BatchRow(msgspec.Struct, frozen=True, gc=False):
 
 
 class RowMasks(NamedTuple):
-    """What grammars allow in some draws of a step: int32 [G, ceil(vocab / 32)], token t at bit t % 32 of word t // 32."""
+    """What grammars allow in draws `rows_G` of a step.
+
+    `words_GW`: int32 [G, ceil(vocab / 32)], token t at bit t % 32 of word t // 32.
+    """
 
     rows_G: NDArray[np.int64]
     words_GW: NDArray[np.int32]

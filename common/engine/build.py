@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -14,21 +15,25 @@ from common.engine.compute import Progress, digest_launcher, make_compute
 from common.engine.counters import EngineCounters
 from common.engine.demand import Demand
 from common.engine.drafting import Drafting, DraftModel
-from common.engine.engine import Engine, EngineParts
+from common.engine.engine import Engine
 from common.engine.load import LoadMeter
 from common.engine.media import Media, MediaSource
 from common.engine.messages import EngineReady
 from common.engine.outbox import Outbox
+from common.engine.parts import EngineParts
 from common.engine.rank import Fleet, ProcessRanks, RankStarter, rank_device, start_ranks
 from common.engine.rank_drafts import RankedDrafts
 from common.engine.rank_runner import RankedDigests, RankedRunner, Runner
-from common.engine.requests import ModelLimits, Requests
+from common.engine.request_checks import ModelLimits
+from common.engine.requests import Requests
 from common.engine.runner import ModelRunner
-from common.engine.scheduler import Scheduler, SchedulerLimits
+from common.engine.scheduler import Propose, Scheduler, SchedulerLimits
 from common.engine.selftest import self_test
 from common.engine.sequence import Sequence
 from common.engine.sizing import EngineSizing, resolve_engine
 from common.engine.speculative import MadeAhead, Speculator, make_speculator
+from common.engine.structured import GrammarPool
+from common.engine.structured_masks import StepMasks
 from common.engine.supply import Supply, SupplyParts
 from common.kvcache.layout import FULL_GROUP, KVLayout
 from common.kvcache.manager import KVCacheManager, PrefixHit
@@ -69,9 +74,11 @@ class BuiltEngine:
     @property
     def wakeup_fds(self) -> tuple[int, ...]:
         """Readable when a step has something to find."""
+        grammars = self.parts.grammars
+        own = (self.transport.wakeup_fd, *((grammars.wakeup_fd,) if grammars is not None else ()))
         if self.fleet is None:
-            return (self.transport.wakeup_fd,)
-        return self.transport.wakeup_fd, self.fleet.ranks.wakeup_fd, *(link.fileno() for link in self.fleet.reads)
+            return own
+        return *own, self.fleet.ranks.wakeup_fd, *(link.fileno() for link in self.fleet.reads)
 
     def check(self) -> None:
         """`RankLostError` if the engine cannot go on."""
@@ -79,6 +86,9 @@ class BuiltEngine:
             self.fleet.ranks.check()
 
     def close(self) -> None:
+        self.parts.masks.close()
+        if self.parts.grammars is not None:
+            self.parts.grammars.shutdown()
         if self.fleet is not None:
             self.fleet.close()
         self.transport.close()
@@ -152,7 +162,7 @@ def _build(
         drafts = RankedDrafts(compute.draft_runner, fleet.ranks)
     drafter = Drafter(_speculator(config, sizing, role), drafts)
     make_publisher = partial(Publisher, layout, bases, digest=digest, launcher=digest_ahead, others=others)
-    parts = assemble(config, layout, limits, runner, reads, make_publisher, images, clock, drafter)
+    parts = assemble(config, role, layout, limits, runner, reads, make_publisher, images, clock, drafter)
     progress("self-test", 0, 1)
     built = Engine(parts)
     can_read = mesh.device.type == "cpu" or transport.name != "memory"  # which copies on the host
@@ -174,6 +184,7 @@ def _build(
 
 def assemble(
     config: WorkerConfig,
+    role: Role,
     layout: KVLayout,
     limits: ModelLimits,
     runner: Runner,
@@ -191,7 +202,10 @@ def assemble(
         engine.max_num_seqs, engine.max_num_batched_tokens, engine.state_snapshot_interval, limits.max_model_len
     )
     scheduler = Scheduler(cache, scheduler_limits, clock)
-    requests = Requests(limits, scheduler, media, outbox, clock)
+    grammars = None
+    if role is Role.DECODE:
+        grammars = GrammarPool(Path(engine.model), limits.vocab_size, limits.eos_ids, clock)
+    requests = Requests(limits, scheduler, media, outbox, clock, grammars)
     reader = HandoffReader(layout, reads, cache, clock, config.handoff, outbox.send)
     demand = Demand(reader, cache, config.handoff, clock)
     leases = Leases(cache, clock, engine.lease_ttl_s)
@@ -207,7 +221,7 @@ def assemble(
     def started(seq: Sequence, hit: PrefixHit) -> None:
         (requests if seq.order is None else supply).started(seq, hit)
 
-    scheduler.connect(demand.try_remote, demand.cancel, started, speculator.propose if speculator else None)
+    scheduler.connect(demand.try_remote, demand.cancel, started, _proposer(speculator) if speculator else None)
     return EngineParts(
         layout=layout,
         cache=cache,
@@ -221,12 +235,24 @@ def assemble(
         outbox=outbox,
         meter=meter,
         clock=clock,
+        masks=StepMasks(grammars.vocabulary if grammars is not None else None),
+        grammars=grammars,
         speculator=speculator,
         drafting=drafting,
         check_ledger=engine.check_ledger,
         overlap=overlap,
         beside=runner if overlap and not has_drafts and isinstance(runner, ModelRunner) else None,
     )
+
+
+def _proposer(speculator: Speculator) -> Propose:
+    """Drafts up to the first that a sequence's grammar does not allow."""
+
+    def propose(seq: Sequence, room: int, num_sequences: int) -> tuple[int, ...]:
+        drafts = speculator.propose(seq, room, num_sequences)
+        return drafts if seq.constraint is None else drafts[: seq.constraint.allows(drafts)]
+
+    return propose
 
 
 def _speculator(config: WorkerConfig, sizing: EngineSizing, role: Role) -> Speculator | None:

@@ -4,7 +4,7 @@
 
 A sequence whose text may end here but need not draws its end-of-sequence token like any other; the grammar allows that
 token, and stop tokens beside it, in no other place. With `ignore_eos` it is never allowed: such a sequence ends where
-nothing else can follow, or by its length. A stop token that the grammar has a place for as text ends the sequence there.
+nothing else can follow, or by its length. A stop token that the grammar has a place for as text ends the sequence.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
     if matcher.is_error():
         raise InvalidRequestError(_shown(matcher.get_error()))
     if matcher.is_stopped() or not mask_W.any():
-        raise InvalidRequestError("is impossible: it allows no text" if not matcher.is_accepting() else "allows no text")
+        raise InvalidRequestError("is impossible: no text is allowed by it")
     return matcher
 
 

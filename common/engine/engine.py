@@ -4,22 +4,22 @@
 
 A step is planned, launched, and collected: then it brings tokens to requests and extents to readers. Where the device
 works by itself the next step is planned and launched before this one is collected (decision 5), whose tokens are known
-to the device alone until then. Drafts that are to come, penalties and copies of states follow from tokens beside the
-tokens themselves: they have the step collected first. What arrives while a step is awaited with none behind it is
-launched then. A step that raises fails the requests that were in it; the engine gives up after several in a row.
+to the device alone until then. A step with a grammar draws when they are known, while the device computes its logits.
+Drafts that are to come, penalties and copies of states follow from tokens beside the tokens themselves: they have the
+step collected first. What arrives while a step is awaited with none behind it is launched then. A step that raises
+fails the requests that were in it; the engine gives up after several in a row.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from common.engine.demand import Demand
-from common.engine.drafting import Drafting, Moved
-from common.engine.first_tokens import DrawsBeside, FirstTokens
-from common.engine.load import LoadMeter, ledger_of
-from common.engine.media import Media
+from common.engine.drafting import Moved
+from common.engine.first_tokens import FirstTokens
+from common.engine.load import ledger_of
 from common.engine.messages import (
     Cancel,
     Drain,
@@ -32,23 +32,17 @@ from common.engine.messages import (
     Submit,
     ToEngine,
 )
-from common.engine.outbox import Outbox
-from common.engine.rank_runner import Runner
-from common.engine.requests import Requests
+from common.engine.parts import EngineParts
 from common.engine.rows import batch_of, state_copies
 from common.engine.runner import Pending, StepResult
 from common.engine.samples import needs_history
-from common.engine.scheduler import Scheduler, StepItem, StepPlan
+from common.engine.scheduler import StepItem, StepPlan
 from common.engine.sequence import Phase, Sequence
-from common.engine.speculative import Speculator
-from common.engine.supply import Supply
 from common.errors import InternalError, RankLostError
-from common.kvcache.layout import KVLayout, Retention
-from common.kvcache.manager import KVCacheManager
+from common.kvcache.layout import Retention
 from common.kvtransfer.orders import DropOrder, PlaceOrder, ReleaseLease
-from common.kvtransfer.session import HandoffReader
 from common.telemetry import get_logger
-from common.types import Clock, TokenLogprobs
+from common.types import TokenLogprobs
 
 log = get_logger(__name__)
 
@@ -57,35 +51,13 @@ IDLE_WAIT_S = 1.0
 STALL_RETRY_S = 0.05
 
 
-@dataclass(frozen=True)
-class EngineParts:
-    """Everything an engine is made of; `build.py` makes them for a config, tests make their own."""
-
-    layout: KVLayout
-    cache: KVCacheManager
-    scheduler: Scheduler
-    requests: Requests
-    media: Media
-    demand: Demand
-    reader: HandoffReader
-    supply: Supply
-    runner: Runner
-    outbox: Outbox
-    meter: LoadMeter
-    clock: Clock
-    speculator: Speculator | None = None
-    drafting: Drafting | None = None
-    check_ledger: bool = False
-    overlap: bool = False  # a step is launched before the one before is collected
-    beside: DrawsBeside | None = None  # draws first tokens of handed-over prompts, if not the steps do
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Launched:
-    """A step under way."""
+    """A step under way. Not `sampled`: grammars wait for the tokens of the step before."""
 
     plan: StepPlan
     pending: Pending
+    sampled: bool
     followed: list[Sequence] = field(default_factory=list)  # by writes of the step before, which come behind this one
 
 
@@ -158,7 +130,8 @@ class Engine:
         """Instant at which `step` must run even if nothing arrives."""
         p = self._p
         work = min(p.requests.next_deadline, p.reader.next_deadline(), p.supply.next_deadline, p.media.next_deadline)
-        return min(work, p.meter.next_report)
+        compiled = p.grammars.next_deadline if p.grammars is not None else math.inf
+        return min(work, compiled, p.meter.next_report)
 
     def step(self) -> bool:
         """Do what can be done now; True if tokens were computed."""
@@ -166,6 +139,8 @@ class Engine:
         worked = self._under_way is not None
         self._poll_handoffs()
         p.media.poll()
+        if p.grammars is not None:
+            p.grammars.poll()
         p.requests.expire()
         p.supply.expire()
         if self._under_way is not None and not self._may_go_ahead(self._under_way.plan):
@@ -178,6 +153,7 @@ class Engine:
         worked = worked or self._under_way is not None or bool(self._firsts)
         if before is not None:
             self._collect(before, go_on=True)
+            self._sample_late()
         elif self._under_way is None:
             self._await_firsts()
         if not p.overlap:
@@ -202,7 +178,7 @@ class Engine:
         plan = self._firsts.due()
         if plan.items:
             try:
-                self._firsts.launch(plan)
+                self._firsts.launch(plan, self._p.masks.begin_late(plan).get())
             except Exception as error:  # noqa: BLE001 - the edge of a step
                 self._step_failed(plan, error)
         for drawn in self._firsts.ended():
@@ -245,8 +221,10 @@ class Engine:
         runner = self._p.runner
         try:
             runner.copy_blocks(state_copies(plan, self._p.cache))
+            masks = self._p.masks.begin(plan)
             pending = runner.forward(batch_of(plan, self._p.cache, self._groups))
-            runner.sample(pending)
+            if masks is not None:
+                runner.sample(pending, masks.get())
             for item in plan.items:
                 if item.seq.order is not None and self._p.drafting is None:  # whose layer writes after the step
                     self._p.supply.launched(item.seq, item.start, item.start + item.num_new)
@@ -262,7 +240,7 @@ class Engine:
                 seq.num_pending += 1
                 seq.pending_sample = num_draws
                 num_draws += 1 + len(item.drafts)
-        return _Launched(plan, pending)
+        return _Launched(plan, pending, sampled=masks is not None)
 
     def settle(self) -> None:
         """Bring what the step under way has computed, if there is one."""
@@ -282,13 +260,23 @@ class Engine:
             if go_on and self._under_way is None and self._num_planned < p.scheduler.num_queued:
                 more = self._plan(ahead=True)
                 self._under_way = self._launch(more) if more.items else None
-        for item in plan.items:
-            item.seq.steps_under_way -= 1
-            item.seq.num_launched -= item.num_new
-            item.seq.num_pending -= item.draws
-        for seq in step.followed:
-            seq.steps_under_way -= 1
+        _landed(step)
         self._bring(plan, pending, step.followed)
+
+    def _sample_late(self) -> None:
+        """Draw in the step under way if that had to wait for tokens that are known now, while the device computes."""
+        step = self._under_way
+        if step is None or step.sampled:
+            return
+        step.sampled = True
+        try:
+            self._p.runner.sample(step.pending, self._p.masks.begin_late(step.plan).get())
+        except Exception as error:  # noqa: BLE001 - the edge of a step
+            self._under_way = None
+            _landed(step)
+            self._step_failed(step.plan, error)
+            for seq in (*(item.seq for item in step.plan.items), *step.followed):
+                self._p.scheduler.settle(seq)
 
     def _bring(self, plan: StepPlan, pending: Pending, followed: Iterable[Sequence] = ()) -> None:
         """Take what was computed of a plan to requests and readers. Waits for it."""
@@ -364,7 +352,9 @@ class Engine:
                 p.cache.free_tail(seq.seq_id)
             if index in result.prompt_logprobs:
                 p.requests.take_prompt_logprobs(seq, result.prompt_logprobs[index])
-            if drawn.failure is not None:
+            if seq.constraint is not None and seq.constraint.error:
+                p.requests.fail(seq.slot, seq.constraint.failure())
+            elif drawn.failure is not None:
                 p.requests.fail(seq.slot, InternalError(drawn.failure))
             elif num_tokens:
                 logprobs = TokenLogprobs.join(drawn.logprobs[:num_tokens]) if drawn.logprobs else None
@@ -389,6 +379,16 @@ class Engine:
                 self._p.supply.fail(item.seq, reason)
             else:
                 self._p.requests.fail(item.seq.slot, reason)
+
+
+def _landed(step: _Launched) -> None:
+    """The step is over for its sequences."""
+    for item in step.plan.items:
+        item.seq.steps_under_way -= 1
+        item.seq.num_launched -= item.num_new
+        item.seq.num_pending -= item.draws
+    for seq in step.followed:
+        seq.steps_under_way -= 1
 
 
 def sleep_until(engine: Engine, now: float) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from common.engine.batch import Batch
+from common.engine.batch import Batch, RowMasks
 from common.engine.rows import batch_of
 from common.engine.runner import Pending
 from common.engine.scheduler import Scheduler, StepItem, StepPlan
@@ -21,7 +21,7 @@ from common.kvcache.manager import KVCacheManager
 class DrawsBeside(Protocol):
     """What a runner must be able to do: see `common.engine.runner.ModelRunner`."""
 
-    def draw_beside(self, batch: Batch) -> Pending: ...
+    def draw_beside(self, batch: Batch, masks: RowMasks | None = None) -> Pending: ...
 
     def is_done(self, pending: Pending) -> bool: ...
 
@@ -51,9 +51,9 @@ class FirstTokens:
         running = self._scheduler.running
         return StepPlan(tuple(StepItem.of(s, 0) for s in running if s.tail_ready and not s.steps_under_way))
 
-    def launch(self, plan: StepPlan) -> None:
+    def launch(self, plan: StepPlan, masks: RowMasks | None) -> None:
         """Start to draw for what was due."""
-        pending = self._runner.draw_beside(batch_of(plan, self._cache, self._groups))
+        pending = self._runner.draw_beside(batch_of(plan, self._cache, self._groups), masks)
         for item in plan.items:
             item.seq.steps_under_way += 1
             item.seq.first_under_way = True

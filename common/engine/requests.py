@@ -13,41 +13,26 @@ import itertools
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
 
 import msgspec
 
-from common.engine.media import Media, media_hashes, outside
-from common.engine.messages import PromptLogprobsOf, Submit, prompt_logprobs_nbytes
-from common.engine.outbox import Outbox
-from common.engine.scheduler import Scheduler
 from common.engine.constraint import Constraint
+from common.engine.media import Media, media_hashes
+from common.engine.messages import PromptLogprobsOf, Submit
+from common.engine.outbox import Outbox
+from common.engine.request_checks import ModelLimits, check_request
+from common.engine.scheduler import Scheduler
 from common.engine.sequence import Phase, Request, Sequence
 from common.engine.structured import GrammarPool
 from common.errors import (
     DeadlineExceededError,
-    InvalidRequestError,
     NanoDeployError,
-    OverloadedError,
     UnavailableError,
     UnsupportedError,
 )
 from common.kvcache.manager import PrefixHit
-from common.types import ChoiceDelta, Clock, FinishReason, GenerationRequest, Grammar, RequestStats, TokenLogprobs
+from common.types import ChoiceDelta, Clock, FinishReason, Grammar, RequestStats, TokenLogprobs
 from common.types.prefix import root_hash
-
-
-@dataclass(frozen=True)
-class ModelLimits:
-    """What requests are checked against. `max_model_len` and `vocab_size` in tokens."""
-
-    model_hash: bytes
-    max_model_len: int
-    vocab_size: int
-    eos_ids: frozenset[int]
-    max_waiting_seqs: int
-    max_num_seqs: int
-    max_prompt_logprobs_nbytes: int = 56 << 20  # of one reply on the wire: gRPC's limit is 64 MiB
 
 
 class Requests:
@@ -89,7 +74,9 @@ class Requests:
     def submit(self, message: Submit) -> None:
         """Admit a request or give it its one failure."""
         try:
-            self._check(message.request)
+            if self.draining:
+                raise UnavailableError("the worker is draining")
+            check_request(message.request, self._limits, self._media, len(self._scheduler.waiting))
         except NanoDeployError as error:
             self._count(error.code)
             self._outbox.fail(message.slot, error)
@@ -346,59 +333,6 @@ class Requests:
         )
         seq.times.submitted = self._clock.now()
         return seq
-
-    def _check(self, request: GenerationRequest) -> None:
-        limits, params = self._limits, request.sampling
-        prompt = request.prompt_token_ids
-        if self.draining:
-            raise UnavailableError("the worker is draining")
-        waiting = len(self._scheduler.waiting)
-        if waiting >= limits.max_waiting_seqs:
-            raise OverloadedError(f"{waiting} sequences wait already; the limit is {limits.max_waiting_seqs}")
-        if not prompt:
-            raise InvalidRequestError("the prompt has no tokens", param="prompt")
-        if len(prompt) >= limits.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(prompt)} tokens; the model takes at most {limits.max_model_len - 1} "
-                f"and one of output (max_model_len {limits.max_model_len})",
-                param="prompt",
-            )
-        if params.prompt_logprobs is not None:
-            self._check_prompt_logprobs(prompt, params.prompt_logprobs)
-        if params.n > limits.max_num_seqs:
-            raise InvalidRequestError(f"n is {params.n}; this worker runs {limits.max_num_seqs} at most", param="n")
-        if params.seed is None:
-            raise InvalidRequestError("seed must be set before a request reaches an engine", param="seed")
-        if request.adapter_id:
-            raise UnsupportedError(f"adapter {request.adapter_id!r} is not loaded here", param="adapter_id")
-        self._media.check(request.embeddings, prompt)
-        text = outside(prompt, request.embeddings)
-        self._check_ids("prompt", (*text, *itertools.chain.from_iterable(request.sent)))
-        self._check_ids("logit_bias", (i for i, _ in params.logit_bias))
-        if len({c for c in request.ended_choices if c < params.n}) >= params.n:
-            raise InvalidRequestError("every choice has ended already", param="ended_choices")
-        for choice, sent in enumerate(request.sent):
-            if choice in request.ended_choices:
-                continue
-            if choice >= params.n or len(sent) >= params.max_tokens or len(prompt) + len(sent) >= limits.max_model_len:
-                raise InvalidRequestError(f"choice {choice} has nothing left to generate", param="sent")
-
-    def _check_prompt_logprobs(self, prompt: tuple[int, ...], top_n: int) -> None:
-        num_tokens = len(prompt)
-        self._check_ids("prompt_logprobs", prompt)  # a placeholder past the vocabulary has none
-        nbytes, limit = prompt_logprobs_nbytes(num_tokens, top_n), self._limits.max_prompt_logprobs_nbytes
-        if nbytes > limit:
-            raise InvalidRequestError(
-                f"prompt logprobs of {num_tokens} tokens with {top_n} alternatives would be a reply of up to "
-                f"{nbytes} bytes; the limit is {limit}",
-                param="prompt_logprobs",
-            )
-
-    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
-        vocab = self._limits.vocab_size
-        for i in ids:
-            if not 0 <= i < vocab:
-                raise InvalidRequestError(f"token id {i} is outside the vocabulary of {vocab}", param=field)
 
 
 def _final_stats(request: Request) -> RequestStats:

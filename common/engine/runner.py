@@ -136,12 +136,12 @@ class ModelRunner:
             pending.logits_RV = None  # memory for the next step's
 
     @torch.inference_mode()
-    def draw_beside(self, batch: Batch) -> Pending:
+    def draw_beside(self, batch: Batch, masks: RowMasks | None = None) -> Pending:
         """Head and draw for rows that were handed over, beside the steps; no step finds these tokens on the device."""
         rows = [sample for r in batch.rows for sample in r.samples]
         with torch.cuda.stream(self._beside) if self._beside is not None else contextlib.nullcontext():
             logits = self._model.logits(self._gather(batch, None, len(rows)))
-            return Pending(batch, None, None, rows, {}, self._sampler.sample(logits, rows))
+            return Pending(batch, None, None, rows, {}, self._sampler.sample(logits, rows, masks))
 
     def is_done(self, pending: Pending) -> bool:
         """Does `collect` not wait?"""

@@ -10,8 +10,9 @@ import select
 import time
 from collections.abc import Sequence
 
-from common.engine.engine import Engine, EngineParts
+from common.engine.engine import Engine
 from common.engine.messages import Deltas, FromEngine, ReaderEvent, ReaderGone, Submit
+from common.engine.parts import EngineParts
 from common.engine.sizing import MIN_MODEL_LEN
 from common.errors import InternalError
 from common.kvcache.layout import Retention

@@ -5,8 +5,8 @@
        `-> refused: too many wait already
 
 Threads compile and replay, at a lower priority than steps; everything else happens where `poll` is called. What is
-compiled is kept by kind and source, those used longest ago are dropped first. A sequence's state is a copy that knows how
-many output tokens it has followed, so preemption changes nothing for it, and a resumed one is brought up by its tokens.
+compiled is kept by kind and source, those used longest ago are dropped first. A sequence's state is a copy that knows
+how many output tokens it has followed, so preemption changes nothing for it, and a resumed one replays its tokens.
 """
 
 from __future__ import annotations

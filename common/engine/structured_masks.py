@@ -1,6 +1,6 @@
 """Masks of a step: which tokens grammars allow in each of its draws, made by a thread while the device computes.
 
-    start(constraints of the step) -> (forward) -> get -> sampler
+    begin(plan) -> (forward) -> get -> sampler
 
 A mask is a row of bits, token t at bit t % 32 of word t // 32. Only draws of sequences with a grammar have one.
 """
@@ -17,7 +17,9 @@ from llguidance import LLExecutor
 from numpy.typing import NDArray
 
 from common.engine.batch import RowMasks
-from common.engine.constraint import Constraint
+from common.engine.constraint import Constraint, Vocabulary
+from common.engine.scheduler import StepPlan
+from common.engine.sequence import Phase
 
 _TIMEOUT_S = 60.0  # grammars' limits end each mask long before
 _MAX_THREADS = 8
@@ -31,25 +33,48 @@ class Place(NamedTuple):
     drafts: Sequence[int]
 
 
-class MaskBuilder:
-    """Owns the threads. `num_words`: of a mask as the tokenizer makes it; the model's has those of `vocab_size`."""
+class MasksUnderWay(NamedTuple):
+    made: Future[RowMasks] | None
 
-    def __init__(self, vocab_size: int) -> None:
-        self._num_words = -(-vocab_size // 32)
+    def get(self) -> RowMasks | None:
+        """None: the step has no grammar."""
+        return None if self.made is None else self.made.result(_TIMEOUT_S)
+
+
+class StepMasks:
+    """Owns the threads, which are there from the first mask on."""
+
+    def __init__(self, vocabulary: Vocabulary | None) -> None:
+        self._vocabulary = vocabulary
         self._thread: ThreadPoolExecutor | None = None
         self._executor: LLExecutor | None = None
 
-    def start(self, places: Sequence[Place], num_words: int) -> Future[RowMasks]:
-        """The constraints may not change until it is done."""
+    def begin(self, plan: StepPlan) -> MasksUnderWay | None:
+        """For a step that is not launched yet; None if one of its grammars waits for a token under way."""
+        if any(item.seq.constraint is not None and item.draws and item.seq.num_pending for item in plan.items):
+            return None
+        return self.begin_late(plan)
+
+    def begin_late(self, plan: StepPlan) -> MasksUnderWay:
+        """All tokens before the step are known. The constraints may not change until the masks are made."""
+        places, row = [], 0
+        for item in plan.items:
+            if not item.draws:
+                continue
+            seq = item.seq
+            if seq.constraint is not None and seq.phase is Phase.RUNNING and not seq.constraint.ended:
+                assert seq.constraint.num_followed == seq.num_output
+                places.append(Place(seq.constraint, row, item.drafts))
+            row += 1 + len(item.drafts)
+        return MasksUnderWay(self._start(places) if places else None)
+
+    def _start(self, places: Sequence[Place]) -> Future[RowMasks]:
+        assert self._vocabulary is not None
         if self._thread is None:
             cores = len(os.sched_getaffinity(0))
             self._thread = ThreadPoolExecutor(1, "masks")
             self._executor = LLExecutor(num_threads=max(1, min(_MAX_THREADS, cores // 2)))
-        return self._thread.submit(self._make, places, num_words)
-
-    @staticmethod
-    def get(masks: Future[RowMasks]) -> RowMasks:
-        return masks.result(_TIMEOUT_S)
+        return self._thread.submit(self._make, places, self._vocabulary.num_words)
 
     def close(self) -> None:
         if self._thread is not None:
@@ -58,8 +83,9 @@ class MaskBuilder:
     def _make(self, places: Sequence[Place], num_words: int) -> RowMasks:
         rows = [row for place in places for row in range(place.row, place.row + 1 + len(place.drafts))]
         words_GW = np.full((len(rows), num_words), -1, np.int32)
-        first, plain, drafted = 0, [], []
-        firsts = []
+        first, firsts = 0, list[int]()
+        plain: list[tuple[Place, int]] = []
+        drafted: list[tuple[Place, int]] = []
         for place in places:
             firsts.append(first)
             if not place.constraint.error:
@@ -72,8 +98,10 @@ class MaskBuilder:
         for place, at in zip(places, firsts, strict=True):
             for row in range(at, at + 1 + len(place.drafts)):
                 place.constraint.finish_mask(unsigned[row])
-        if num_words > self._num_words:
-            words_GW = np.ascontiguousarray(words_GW[:, : self._num_words])
+        assert self._vocabulary is not None
+        used = -(-self._vocabulary.vocab_size // 32)
+        if num_words > used:  # the tokenizer has more tokens than the model
+            words_GW = np.ascontiguousarray(words_GW[:, :used])
         return RowMasks(np.array(rows, np.int64), words_GW)
 
     def _fill(self, plain: Sequence[tuple[Place, int]], words_GW: NDArray[np.int32]) -> None:

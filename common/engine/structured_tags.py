@@ -59,7 +59,8 @@ class _Writer:
     def __init__(self, json_options: Mapping[str, Any], specials: Mapping[str, int]) -> None:
         self._options = json_options
         self._specials = specials
-        self._split = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True)))) if specials else None
+        longest_first = sorted(specials, key=len, reverse=True)
+        self._split = re.compile("|".join(map(re.escape, longest_first))) if specials else None
         self.rules: list[str] = []
 
     def part(self, part: Any) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from common.engine.media import Media, media_hashes, outside
 from common.engine.messages import ReaderEvent
 from common.engine.outbox import Outbox
-from common.engine.requests import ModelLimits
+from common.engine.request_checks import ModelLimits
 from common.engine.scheduler import Scheduler
 from common.engine.sequence import OrderState, Phase, Sequence
 from common.errors import (

@@ -25,6 +25,4 @@ def forbid(logits_RV: Tensor, rows_G: Tensor, words_GW: Tensor) -> None:
     vocab_size = logits_RV.shape[1]
     assert logits_RV.stride(1) == words_GW.stride(1) == 1
     grid = (len(rows_G), triton.cdiv(vocab_size, _TILE))
-    _forbid[grid](
-        logits_RV, rows_G, words_GW, logits_RV.stride(0), words_GW.stride(0), vocab_size, _TILE, num_warps=4
-    )
+    _forbid[grid](logits_RV, rows_G, words_GW, logits_RV.stride(0), words_GW.stride(0), vocab_size, _TILE, num_warps=4)
