@@ -16,6 +16,7 @@ import enum
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -101,3 +102,11 @@ def draw_packed(logits_RV: Tensor, draws_R6: Tensor, *, truncated: bool = True) 
         ids_status: tuple[Tensor, Tensor] = gpu.sampling.draw_packed(logits_RV, draws_R6, truncated=truncated)
         return ids_status
     return draw_rows(logits_RV, unpack_draws(draws_R6.cpu().numpy()))
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A copy on `device` that the host does not wait for; `array` may change as soon as this returns."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.clone()
+    return tensor.pin_memory().to(device, non_blocking=True)

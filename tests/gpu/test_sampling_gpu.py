@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.kernels import cpu
-from common.kernels.draws import any_truncated, draw_packed, pack_draws
+from common.kernels.draws import any_truncated, draw_packed, pack_draws, to_device
 from common.kernels.sampling import Draw, DrawStatus, draw_rows, draw_rows_native, draw_rows_torch, top_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # the interpreter's numpy
@@ -62,7 +62,7 @@ def check(logits_RV: Tensor, draws: Sequence[Draw], device: torch.device, **size
 
     packed = pack_draws(draws)
     token_ids_R, status_R = sampling.draw_packed(
-        logits_RV.to(device), torch.from_numpy(packed).to(device), truncated=any_truncated(packed), **sizes
+        logits_RV.to(device), to_device(packed, device), truncated=any_truncated(packed), **sizes
     )
     wanted_ids_R, wanted_status_R = expected(logits_RV, draws)
     wrong = [
@@ -121,7 +121,7 @@ def test_a_graph_draws_what_its_buffer_says(cuda: torch.device) -> None:
     for _ in range(3):
         draws = make_draws(rng, rows, vocab)
         logits.copy_(make_logits(rng, rows, vocab))
-        static_R6.copy_(torch.from_numpy(pack_draws(draws)))
+        static_R6.copy_(to_device(pack_draws(draws), cuda))
         graph.replay()
         wanted_ids_R, wanted_status_R = expected(logits.cpu(), draws)
         assert token_ids_R.tolist() == wanted_ids_R.tolist()
