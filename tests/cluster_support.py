@@ -133,7 +133,7 @@ def run_cluster(
     """`nanodeploy up --detach` with free ports and its own state folder; `down` at the end."""
     section = {"engine": {"dtype": "float32", **engine}, **(worker or {})}
     config = tmp / "cluster.yaml"
-    config.write_text(yaml.safe_dump({"prefill": section, "decode": section}))
+    config.write_text(yaml.safe_dump({"prefill": section, "decode": section, "router": {"separation": "always"}}))
     env = {**os.environ, "NANODEPLOY_STATE_DIR": str(tmp / "state"), "PYTHONPATH": "."}
     command = [sys.executable, "-m", "services.cli.main"]
     up = [*command, "up", "--detach", "--model", str(model), "--port", "0", "--config", str(config), *flags]

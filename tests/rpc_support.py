@@ -81,6 +81,8 @@ loads = st.builds(
     tokens_per_s=f32,
     kv_states=st.lists(block_states, max_size=3).map(tuple),
     transport_bytes=st.lists(u64, max_size=3).map(tuple),
+    prefill_tokens_per_s=f32,
+    decode_step_ms=f32,
 )
 workers = st.builds(
     WorkerInfo,
@@ -98,6 +100,7 @@ workers = st.builds(
     max_num_seqs=u32,
     max_num_batched_tokens=u32,
     kv_block_size=u32,
+    min_remote_tokens=u32,
     load=loads,
 )
 

@@ -69,6 +69,7 @@ _ENGINE = [
 _CLUSTER = [
     "--prefill",
     "--decode",
+    "--routing-policy",
     "--host",
     "--port",
     "--detach",

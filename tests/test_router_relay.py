@@ -242,7 +242,7 @@ async def test_rows_of_unknown_slots_are_cancelled(tmp_path: Path) -> None:
 
 
 async def test_the_prefill_worker_is_named(tmp_path: Path) -> None:
-    async with cluster(tmp_path, say("x")) as made:
+    async with cluster(tmp_path, say("x"), separation="always") as made:
         await made.post("/v1/chat/completions", **CHAT)
         info = made.worker.info()
         ref = WorkerRef("p0", 9, "127.0.0.1:9")

@@ -159,6 +159,22 @@ class WorkerConfig(_Section):
     ucx: UcxConfig = UcxConfig()
 
 
+RoutingPolicy = Literal[
+    "cost", "deadline", "prefix", "session", "least_tokens", "power_of_two", "round_robin", "random"
+]
+ROUTING_NAMES = {
+    "cache_aware": "prefix",
+    "prefix_hash": "prefix",
+    "prefixaware": "prefix",
+    "kvaware": "prefix",
+    "consistent_hash": "session",
+    "consistent_hashing": "session",
+    "least_loaded": "least_tokens",
+    "roundrobin": "round_robin",
+}
+"""What the routers of SGLang and vLLM call policies that mean the same."""
+
+
 class RouterConfig(_Section):
     host: str = "127.0.0.1"
     port: int = 8000
@@ -191,6 +207,28 @@ class RouterConfig(_Section):
     require_api_key: bool = Field(False, description="refuse requests without a key even while there is none")
     admin_token: str = Field("", description="the controller's, to follow the keys kept there; is a key as well")
     stream_buffer_tokens: int = Field(8192, ge=1, description="a client that falls this far behind is cut off")
+    policy: RoutingPolicy = Field(
+        "cost",
+        description="how workers are chosen; what SGLang's and vLLM's routers call the same is understood: cache_aware "
+        "is prefix, consistent_hash is session",
+    )
+    separation: Literal["auto", "always"] = Field(
+        "auto",
+        description="auto: prompts that a decode worker is predicted to bring sooner by itself skip the prefill "
+        "workers; always: a prefill worker is named for all",
+    )
+    ttft_target_ms: float = Field(1000.0, gt=0, description="policy deadline: keep the first token within this")
+    prefix_index_blocks: int = Field(
+        500_000, ge=1, description="cached KV blocks of all workers that routing knows of, at about 130 bytes each"
+    )
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _other_name(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        name = value.replace("-", "_")
+        return ROUTING_NAMES.get(name, name)
 
 
 class ClusterConfig(_Section):

@@ -58,6 +58,7 @@ class _Launched:
     plan: StepPlan
     pending: Pending
     sampled: bool
+    at: float
     followed: list[Sequence] = field(default_factory=list)  # by writes of the step before, which come behind this one
 
 
@@ -218,7 +219,7 @@ class Engine:
     def _launch(self, plan: StepPlan) -> _Launched | None:
         """Start a step; None if that failed."""
         self.steps += 1
-        runner = self._p.runner
+        runner, began = self._p.runner, self._p.clock.now()
         try:
             runner.copy_blocks(state_copies(plan, self._p.cache))
             masks = self._p.masks.begin(plan)
@@ -240,7 +241,7 @@ class Engine:
                 seq.num_pending += 1
                 seq.pending_sample = num_draws
                 num_draws += 1 + len(item.drafts)
-        return _Launched(plan, pending, sampled=masks is not None)
+        return _Launched(plan, pending, sampled=masks is not None, at=began)
 
     def settle(self) -> None:
         """Bring what the step under way has computed, if there is one."""
@@ -261,7 +262,7 @@ class Engine:
                 more = self._plan(ahead=True)
                 self._under_way = self._launch(more) if more.items else None
         _landed(step)
-        self._bring(plan, pending, step.followed)
+        self._bring(plan, pending, step.followed, step.at)
 
     def _sample_late(self) -> None:
         """Draw in the step under way if that had to wait for tokens that are known now, while the device computes."""
@@ -278,8 +279,10 @@ class Engine:
             for seq in (*(item.seq for item in step.plan.items), *step.followed):
                 self._p.scheduler.settle(seq)
 
-    def _bring(self, plan: StepPlan, pending: Pending, followed: Iterable[Sequence] = ()) -> None:
-        """Take what was computed of a plan to requests and readers. Waits for it."""
+    def _bring(
+        self, plan: StepPlan, pending: Pending, followed: Iterable[Sequence] = (), at: float | None = None
+    ) -> None:
+        """Take what was computed of a plan to requests and readers. Waits for it. `at`: a step, launched then."""
         p = self._p
         try:
             result = p.runner.collect(pending)
@@ -291,7 +294,7 @@ class Engine:
             self._step_failed(plan, error)
         else:
             self._failed_steps = 0
-            p.meter.step(plan)
+            p.meter.step(plan, at)
             self._deliver(result, moved)
         finally:
             for seq in (*(item.seq for item in plan.items), *followed):

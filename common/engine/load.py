@@ -13,6 +13,7 @@ from common.types import Clock, WorkerLoad
 
 REPORT_S = 1.0
 RATE_WINDOW_S = 5.0
+FADE = 0.9  # what a step leaves of the weight of those before it, in the speeds
 
 
 class LoadMeter:
@@ -41,20 +42,33 @@ class LoadMeter:
         self._step_tokens: list[float] = []
         self._step_seqs: list[float] = []
         self._preemptions = 0
+        self._prefill = [0.0, 0.0]  # prompt tokens and seconds of steps that compute some, fading
+        self._decode = [0.0, 0.0]  # steps that compute none, and their seconds
+        self._ended = 0.0  # when the last step was over
         self._was_idle = True
         self.next_report = clock.now()
 
-    def step(self, plan: StepPlan) -> None:
-        """Note a finished step."""
+    def step(self, plan: StepPlan, launched: float | None) -> None:
+        """Note a finished step, `launched` then; None: what was computed beside steps."""
         now = self._clock.now()
+        if launched is not None:
+            self._note_speed(plan, now, launched)
         self._rates.append((now, max(plan.num_tokens, 1)))
         self._step_tokens.append(plan.num_tokens)
         self._step_seqs.append(len(plan.items))
         self._preemptions += len(plan.preempted)
 
+    def _note_speed(self, plan: StepPlan, now: float, launched: float) -> None:
+        """Where steps overlap, one began when the one before it was over."""
+        seconds, self._ended = now - max(launched, self._ended), now
+        prompt = sum(item.num_new for item in plan.items if item.num_new > 1)
+        speed, amount = (self._prefill, prompt) if prompt else (self._decode, 1)
+        speed[:] = FADE * speed[0] + amount, FADE * speed[1] + seconds
+
     def clear(self) -> None:
         """Forget the steps noted so far."""
         self._rates.clear()
+        self._prefill, self._decode = [0.0, 0.0], [0.0, 0.0]
         self._step_tokens, self._step_seqs = [], []
 
     def report(self, steps: int, *, idle: bool) -> None:
@@ -81,7 +95,7 @@ class LoadMeter:
         while self._rates and self._rates[0][0] < now - RATE_WINDOW_S:
             self._rates.popleft()
         scheduler = self._scheduler
-        queued = [*scheduler.waiting, *scheduler.remote.values(), *scheduler.running]
+        queued = [*scheduler.waiting, *scheduler.running]  # what others compute is not in line here
         states = self._cache.ledger()
         main = next((s for s in states if s.group == self._main_group), states[0])
         return WorkerLoad(
@@ -93,6 +107,8 @@ class LoadMeter:
             steps=steps,
             tokens_per_s=sum(n for _, n in self._rates) / RATE_WINDOW_S,
             kv_states=states,
+            prefill_tokens_per_s=self._prefill[0] / self._prefill[1] if self._prefill[1] > 0 else 0.0,
+            decode_step_ms=1e3 * self._decode[1] / self._decode[0] if self._decode[0] else 0.0,
         )
 
 

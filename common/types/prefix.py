@@ -76,3 +76,29 @@ def hash_at(
     if not rest:
         return chain[units]
     return _unit_hash(chain[units], _pack(token_ids[units * UNIT : num_tokens]), units * UNIT, media)
+
+
+class LazyChain:
+    """A chain that is hashed only as far as somebody asks: whoever looks a prompt up stops at the first miss."""
+
+    __slots__ = ("_hashes", "_media", "_raw", "_token_ids")
+
+    _PACK = 64  # units packed at a time
+
+    def __init__(self, root: bytes, token_ids: Sequence[int], media: Sequence[tuple[int, bytes]] = ()) -> None:
+        self._hashes = [root]
+        self._token_ids = token_ids
+        self._media = media
+        self._raw = b""
+
+    def at(self, units: int) -> bytes:
+        """The hash of the first `units` units, which the tokens must have."""
+        hashes = self._hashes
+        for i in range(len(hashes) - 1, units):
+            place = i % self._PACK
+            if not place:
+                self._raw = _pack(self._token_ids[i * UNIT : (i + self._PACK) * UNIT])
+            hashes.append(
+                _unit_hash(hashes[-1], self._raw[place * UNIT * 4 : (place + 1) * UNIT * 4], i * UNIT, self._media)
+            )
+        return hashes[units]

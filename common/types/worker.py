@@ -64,6 +64,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float = 0.0
     kv_states: tuple[BlockStates, ...] = ()
     transport_bytes: tuple[int, ...] = ()
+    prefill_tokens_per_s: float = 0.0
+    decode_step_ms: float = 0.0
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +83,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
     kv_block_size: int = 0
+    min_remote_tokens: int = 0
     load: WorkerLoad = WorkerLoad()
 
 

@@ -37,6 +37,10 @@ _PREFILL = "Prefill workers; 0: decode workers prefill themselves."
 Prefill = Annotated[int, _cluster(_PREFILL, min=0)]
 PrefillOrAuto = Annotated[int | None, _cluster(f"{_PREFILL} By default 1, and 0 where there is one GPU.", min=0)]
 Decode = Annotated[int, _cluster("Decode workers.", min=1)]
+RoutingPolicy = Annotated[
+    str | None,
+    _cluster("How the router chooses workers: cost, prefix, session, deadline, least_tokens, power_of_two, ..."),
+]
 Detach = Annotated[bool, _cluster("Return when the cluster is ready; `down` stops it.", "--detach", "-d")]
 ConfigFile = Annotated[str | None, _cluster("YAML file to start from.", "--config")]
 RedisUrl = Annotated[str, _cluster("A Redis 7.0+ or Valkey to use; by default one of its own.")]

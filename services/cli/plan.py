@@ -46,6 +46,7 @@ class ClusterRequest:
     port: int | None = None  # of the API; 0 takes a free one, None the config's
     redis_url: str = ""  # empty: a storage server of our own
     engine: Mapping[str, Any] = field(default_factory=dict)
+    router: Mapping[str, Any] = field(default_factory=dict)
     log_level: str = ""
 
 
@@ -114,7 +115,12 @@ def build_plan(
     )
     peers = (f"{controller.host}:{controller.port}",)
     router = _section(
-        base.router, host=host, port=url_port, controllers=peers, model_path=_absolute(base.router.model_path)
+        base.router,
+        host=host,
+        port=url_port,
+        controllers=peers,
+        model_path=_absolute(base.router.model_path),
+        **request.router,
     )
     common = _section(base, log=_log(base.log, request.log_level), controller=controller, router=router)
     workers, shared = _workers(base, request, peers, ports, environ)
@@ -252,7 +258,8 @@ def _section(section: S, **changes: Any) -> S:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
-        flag = "--log-level" if key == "level" else f"--{key.replace('_', '-')}"
+        other = {"level": "--log-level", "policy": "--routing-policy"}
+        flag = other.get(key, f"--{key.replace('_', '-')}")
         raise ConfigError(f"{flag}: {fault['msg']}, got {fault['input']!r}", param=key) from None
 
 

@@ -16,7 +16,7 @@ FIRST_POLL_S = 0.05
 MAX_POLL_S = 0.5
 SICK_S = 3.0
 _WORDS = "the ships came home with salt and bread and nobody asked how far they had been "
-_TIMINGS = {"x-nanodeploy-timings": "1"}
+_TIMINGS = {"x-nanodeploy-timings": "1", "x-nanodeploy-separation": "always"}  # the path is what is proven
 
 
 async def wait_until_ready(spec: ServiceSpec, client: httpx.AsyncClient, waiting: Callable[[str], None]) -> None:

@@ -34,9 +34,9 @@ from services.router.exchange import Exchange
 from services.router.metrics import RouterMetrics
 from services.router.models import ModelText, ModelTexts
 from services.router.params import Job, chat_ids, chat_job, completion_job
-from services.router.policy import serves
-from services.router.relay import Members, Relay
+from services.router.relay import Relay
 from services.router.replies import ChatStyle, CompletionStyle, Head, Style
+from services.router.routing.board import Hints, Members, serves
 from services.router.run import Run
 from services.router.schemas import ChatBody, CompletionBody, DetokenizeBody, SamplingFields, TokenizeBody
 
@@ -45,6 +45,9 @@ S = TypeVar("S", bound=SamplingFields)
 MakeJob = Callable[[S, ModelInfo, ModelText, ModelTexts, random.Random], Awaitable[Job]]
 
 TIMINGS_HEADER: Final = b"x-nanodeploy-timings"
+EXPLAIN_HEADER: Final = b"x-nanodeploy-explain"
+SEPARATION_HEADER: Final = b"x-nanodeploy-separation"
+SESSION_HEADER: Final = b"x-session-id"
 CHAT: Final = ChatStyle()
 COMPLETION: Final = CompletionStyle()
 
@@ -197,8 +200,21 @@ class Gateway:
         ]
         head = Head(f"{style.prefix}{number:032x}", int(time.time()), name, fingerprint(model))
         metrics = self.metrics.of(model.name)
+        session = exchange.header(SESSION_HEADER) or body.prompt_cache_key or body.user or ""
         return Run(
-            job, requests, text.tokenizer, head, style=style, clock=self._clock, started_s=started_s, metrics=metrics
+            job,
+            requests,
+            text.tokenizer,
+            head,
+            style=style,
+            clock=self._clock,
+            started_s=started_s,
+            metrics=metrics,
+            hints=Hints(
+                session,
+                exchange.header(EXPLAIN_HEADER) == "1",
+                exchange.header(SEPARATION_HEADER) == "always",
+            ),
         )
 
     async def _answer(self, exchange: Exchange, body: SamplingFields, run: Run, deadline_s: float) -> None:

@@ -20,6 +20,7 @@ from common.types import ChoiceDelta, Clock, FinishReason, GenerationRequest, Re
 
 if TYPE_CHECKING:
     from services.router.link import WorkerLink
+    from services.router.routing.board import Hints, Ticket
 
 ABNORMAL = (FinishReason.CANCELLED, FinishReason.ERROR)
 MIN_REST_S: Final = 0.0005  # shorter rests are not worth a timer
@@ -179,21 +180,24 @@ class Generation:
         "done",
         "ended",
         "gaps",
+        "hints",
         "index",
         "link",
         "lost_on",
         "placements",
-        "prefill_id",
         "prompt_logprobs",
         "request",
+        "routes",
         "sent",
         "slot",
         "stats",
+        "ticket",
         "unacked",
     )
 
-    def __init__(self, request: GenerationRequest, mailbox: Mailbox, index: int = 0) -> None:
+    def __init__(self, request: GenerationRequest, mailbox: Mailbox, index: int, hints: Hints) -> None:
         self.request = request
+        self.hints = hints
         self.index = index
         self._mailbox = mailbox
         self.sent: list[list[int]] = [[] for _ in range(request.sampling.n)]
@@ -207,7 +211,8 @@ class Generation:
         self.unacked = 0
         self.gaps = 0
         self.placements = 0  # workers it was sent to
-        self.prefill_id = ""  # prefill worker asked, until the first token
+        self.ticket: Ticket | None = None  # how the board counts it
+        self.routes: list[dict[str, object]] = []  # why it went where, if the caller asked
 
     def accept(self, delta: ChoiceDelta) -> bool:
         """Take a row: drop what is known already, deliver the rest. False if tokens before it are missing."""
@@ -225,7 +230,8 @@ class Generation:
             token_ids = delta.token_ids
         sent.extend(token_ids)
         self.unacked += len(token_ids)
-        self.prefill_id = ""
+        if self.ticket is not None and not self.ticket.has_begun:
+            self.ticket.began(self.stats)
         if delta.finish is not None:
             self._end(choice)
         if token_ids or delta.finish is not None:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 from common.errors import (
     CancelledByCallerError,
@@ -30,21 +29,12 @@ from common.telemetry import get_logger
 from common.types import Clock, GenerationRequest, Role, WorkerInfo, WorkerRef, WorkerState
 from services.router.generation import Courier, Generation, Mailbox
 from services.router.link import DecodePeer, WorkerLink
-from services.router.policy import Features, LocalLoad, Pair, choose
+from services.router.routing.board import NO_HINTS, Board, Hints, Members, Ticket
 
 MAX_PLACEMENTS: Final = 8  # workers that one request is sent to, before it is given up
 _MOVABLE = (UnavailableError, OverloadedError, CancelledByCallerError, KVTransferError, InternalError)
 
 _log = get_logger(__name__)
-
-
-class Members(Protocol):
-    """The part of `common.rpc.membership.Membership` that the router uses."""
-
-    @property
-    def workers(self) -> Mapping[str, WorkerInfo]: ...
-
-    def subscribe(self, listener: Callable[[MembershipChange], None]) -> None: ...
 
 
 class Relay:
@@ -54,6 +44,7 @@ class Relay:
         self,
         members: Members,
         connect: Callable[[WorkerRef], DecodePeer],
+        board: Board,
         *,
         clock: Clock,
         rng: random.Random,
@@ -62,6 +53,7 @@ class Relay:
     ) -> None:
         self._members = members
         self._connect = connect
+        self._board = board
         self._clock = clock
         self._rng = rng
         self._connect_timeout_s = connect_timeout_s
@@ -76,9 +68,11 @@ class Relay:
 
     # -- requests --
 
-    def start(self, request: GenerationRequest, mailbox: Mailbox, index: int = 0) -> Generation:
+    def start(
+        self, request: GenerationRequest, mailbox: Mailbox, index: int = 0, hints: Hints = NO_HINTS
+    ) -> Generation:
         """Begin; tokens and failures arrive in the mailbox. Never blocks."""
-        generation = Generation(request, mailbox, index)
+        generation = Generation(request, mailbox, index, hints)
         self._running.add(generation)
         self._spawn(self._place(generation, set(), None))
         return generation
@@ -86,6 +80,7 @@ class Relay:
     def finish(self, generation: Generation) -> None:
         """The caller is done with it: whatever still runs is cancelled."""
         generation.cancel()
+        _end_ticket(generation)
         self._running.discard(generation)
 
     async def _place(
@@ -98,7 +93,7 @@ class Relay:
         until_s = self._clock.now() + wait_s
         while not generation.done:
             try:
-                pair = self._choose(generation, tried)
+                ticket = self._choose(generation, tried)
             except NanoDeployError as error:
                 if await self._changed_before(until_s):
                     tried &= self._ready_refs()  # one that refused while it started may be tried when it is ready
@@ -109,13 +104,13 @@ class Relay:
             if generation.placements > MAX_PLACEMENTS:
                 generation.fail(last or UnavailableError("no worker kept the request"))
                 return
-            prefill = pair.prefill if not any(generation.sent) else None  # a resumed one is prefilled in its place
-            generation.prefill_id = prefill.ref.worker_id if prefill else ""
+            generation.ticket = ticket
+            decode, prefill = ticket.choice.decode.worker.ref, ticket.choice.prefill
             try:
-                await self._link(pair.decode.ref).submit(generation, prefill.ref if prefill else None)
+                await self._link(decode).submit(generation, prefill.worker.ref if prefill else None)
                 return
             except (OverloadedError, UnavailableError) as error:
-                tried.add(pair.decode.ref)
+                tried.add(decode)
                 last = error
             except NanoDeployError as error:
                 generation.fail(error)
@@ -125,18 +120,19 @@ class Relay:
                 generation.fail(InternalError(f"the router could not place the request: {type(error).__name__}"))
                 return
 
-    def _choose(self, generation: Generation, tried: set[WorkerRef]) -> Pair:
+    def _choose(self, generation: Generation, tried: set[WorkerRef]) -> Ticket:
         """Workers with a working stream first; one whose stream is being taken up again if there is no other."""
-        request = generation.request
-        workers = list(self._members.workers.values())
-        features = Features(request.model, len(request.prompt_token_ids), request.sampling.max_tokens)
+        _end_ticket(generation)
+        request, hints = generation.to_resume(), generation.hints
         broken = {ref for ref, link in self._links.items() if link.broken}
-        gone = {ref for ref, link in self._links.items() if link.restarted}
-        local = self._local_load()
         try:
-            return choose(workers, local, features, self._rng, avoid=tried | broken)
+            ticket = self._board.place(request, hints, tried | broken)
         except UnavailableError:
-            return choose(workers, local, features, self._rng, avoid=tried | gone)
+            gone = {ref for ref, link in self._links.items() if link.restarted}
+            ticket = self._board.place(request, hints, tried | gone)
+        if ticket.explained is not None:
+            generation.routes.append(ticket.explained)
+        return ticket
 
     def _ready_refs(self) -> set[WorkerRef]:
         return {worker.ref for worker in self._members.workers.values() if worker.state is WorkerState.READY}
@@ -150,13 +146,6 @@ class Relay:
             async with asyncio.timeout(left):
                 await asyncio.shield(self._changed)
         return self._clock.now() < until_s
-
-    def _local_load(self) -> LocalLoad:
-        prefill: Counter[str] = Counter()
-        for generation in self._running:
-            if generation.prefill_id and not generation.done:
-                prefill[generation.prefill_id] += len(generation.request.prompt_token_ids)
-        return LocalLoad({ref.worker_id: link.load for ref, link in self._links.items()}, prefill)
 
     def _on_lost(self, generation: Generation, error: NanoDeployError, worker_gone: bool) -> None:
         """A link gave a request up: move it, or tell the client if moving cannot help.
@@ -253,3 +242,9 @@ class Relay:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(link.close() for link in self._links.values()))
         self._links.clear()
+
+
+def _end_ticket(generation: Generation) -> None:
+    if generation.ticket is not None:
+        generation.ticket.end(sum(map(len, generation.sent)))
+        generation.ticket = None

@@ -20,6 +20,7 @@ from services.router.generation import Courier, Generation, Mailbox
 from services.router.metrics import ModelMetrics
 from services.router.params import Job
 from services.router.replies import Call, Chunks, CompletionLogprobs, Ended, Head, Style, Usage, add_part
+from services.router.routing.board import NO_HINTS, Hints
 
 _UNBOUNDED: Final = 2**62
 
@@ -29,7 +30,9 @@ class Starter(Protocol):
 
     courier: Courier
 
-    def start(self, request: GenerationRequest, mailbox: Mailbox, index: int = 0) -> Generation: ...
+    def start(
+        self, request: GenerationRequest, mailbox: Mailbox, index: int = 0, hints: Hints = NO_HINTS
+    ) -> Generation: ...
 
     def finish(self, generation: Generation) -> None: ...
 
@@ -65,6 +68,7 @@ class Run:
         clock: Clock,
         started_s: float,
         metrics: ModelMetrics,
+        hints: Hints = NO_HINTS,
     ) -> None:
         self._job = job
         self._requests = requests
@@ -74,6 +78,7 @@ class Run:
         self._clock = clock
         self._started_s = started_s
         self._metrics = metrics
+        self._hints = hints
         self._echo_texts = [self._echo_text(i) for i in range(len(job.prompts))] if job.echo else []
         automaton = StopAutomaton(job.sampling.stop) if job.sampling.stop else None
         self._choices = [
@@ -137,11 +142,14 @@ class Run:
         return [choice.text.finish for choices in self._choices for choice in choices if choice.text.finish]
 
     def _timings(self, wanted: bool) -> dict[str, Any] | None:
-        if not wanted:
+        if not wanted and not self._hints.explain:
             return None
         start = self._started_s
         times = {"first_token_ms": self.first_token_s - start, "total_ms": self._clock.now() - start}
-        return replies.waterfall(self.stats, **{name: 1000 * seconds for name, seconds in times.items()})
+        found = replies.waterfall(self.stats, **{name: 1000 * seconds for name, seconds in times.items()})
+        if self._hints.explain:
+            found["routing"] = [generation.routes for generation in self._generations]
+        return found
 
     # -- deltas --
 
@@ -177,7 +185,8 @@ class Run:
         timer = asyncio.get_running_loop().call_later(max(deadline_s - self._clock.now(), 0), late)
         try:
             with exchange.watch(lost, mailbox.release):
-                self._generations = [relay.start(request, mailbox, i) for i, request in enumerate(self._requests)]
+                hints = self._hints
+                self._generations = [relay.start(r, mailbox, i, hints) for i, r in enumerate(self._requests)]
                 if stream:
                     mailbox.hold()  # the head of the answer precedes its events, and an early error has another
                     await mailbox.begun()

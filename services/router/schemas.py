@@ -80,12 +80,12 @@ class SamplingFields(Body):
     cache_salt: str | None = Field(None, description="cached prefixes are shared only with an equal salt")
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="smaller runs first")
     timeout: float | None = Field(None, description="seconds the answer may take; also the header x-request-timeout")
-    user: str | None = Field(None, description="accepted, not used")
+    user: str | None = Field(None, description="requests of one user may go to one worker: see router.policy")
     metadata: dict[str, str] | None = Field(None, description="accepted, not used")
     store: bool | None = Field(None, description="accepted, nothing is stored")
     service_tier: str | None = Field(None, description="accepted, not used")
     safety_identifier: str | None = Field(None, description="accepted, not used")
-    prompt_cache_key: str | None = Field(None, description="accepted, not used: prefixes are cached by content")
+    prompt_cache_key: str | None = Field(None, description="as user, and before it; prefixes are cached by content")
     prompt_cache_retention: str | None = Field(None, description="accepted, not used")
 
 

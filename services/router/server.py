@@ -28,7 +28,8 @@ from services.router.link import DecodePeer
 from services.router.metrics import RouterMetrics
 from services.router.peer import GrpcDecodePeer
 from services.router.randomness import PooledRandom
-from services.router.relay import Members, Relay
+from services.router.relay import Relay
+from services.router.routing.board import Board, Members
 
 HEAD_TIMEOUT_S: Final = 20.0  # connection or first byte -> end of the request's headers
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -198,6 +199,7 @@ class Router:
         relay = Relay(
             self._members,
             self._connect,
+            Board(self._members, self._config, clock=self._clock, rng=self._rng),
             clock=self._clock,
             rng=self._rng,
             connect_timeout_s=self._config.connect_timeout_s,

@@ -137,6 +137,7 @@ class WorkerApp:
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             kv_block_size=ready.layout.groups[0].block_size,
+            min_remote_tokens=self.config.handoff.min_remote_tokens if self.role is Role.DECODE else 0,
         )
 
     def _state(self) -> WorkerState:

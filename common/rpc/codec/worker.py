@@ -106,6 +106,8 @@ def load_to_proto(load: WorkerLoad) -> pb.WorkerLoad:
         tokens_per_s=load.tokens_per_s,
         kv_states=[block_states_to_proto(s) for s in load.kv_states],
         transport_bytes=load.transport_bytes,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
+        decode_step_ms=load.decode_step_ms,
     )
 
 
@@ -120,6 +122,8 @@ def load_from_proto(load: pb.WorkerLoad, field: str = "load") -> WorkerLoad:
         tokens_per_s=checks.finite(load.tokens_per_s, f"{field}.tokens_per_s"),
         kv_states=tuple(block_states_from_proto(s) for s in load.kv_states),
         transport_bytes=tuple(load.transport_bytes),
+        prefill_tokens_per_s=checks.finite(load.prefill_tokens_per_s, f"{field}.prefill_tokens_per_s"),
+        decode_step_ms=checks.finite(load.decode_step_ms, f"{field}.decode_step_ms"),
     )
 
 
@@ -140,6 +144,7 @@ def worker_to_proto(worker: WorkerInfo) -> pb.WorkerInfo:
         max_num_batched_tokens=worker.max_num_batched_tokens,
         load=load_to_proto(worker.load),
         kv_block_size=worker.kv_block_size,
+        min_remote_tokens=worker.min_remote_tokens,
     )
 
 
@@ -164,4 +169,5 @@ def worker_from_proto(worker: pb.WorkerInfo, field: str = "worker") -> WorkerInf
         max_num_batched_tokens=worker.max_num_batched_tokens,
         load=load_from_proto(worker.load, f"{field}.load"),
         kv_block_size=worker.kv_block_size,
+        min_remote_tokens=worker.min_remote_tokens,
     )
