@@ -94,15 +94,18 @@ class _App(FastAPI):
     Who asks is in the scope, as `nanodeploy.caller`.
     """
 
-    def __init__(self, callers: Callers, **kwargs: Any) -> None:
+    def __init__(self, callers: Callers, rng: random.Random, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._callers = callers
+        self._rng = rng
         self.raw: dict[str, RawEndpoint] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and (raw := self.raw.get(scope["path"])) is not None:
             await raw(scope, receive, send)
             return
+        if scope["type"] == "http":
+            send = self._with_request_id(scope, send)
         if scope["type"] == "http" and scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS":
             try:
                 scope["nanodeploy.caller"] = self._callers.caller(scope["headers"])
@@ -111,9 +114,23 @@ class _App(FastAPI):
                 return
         await super().__call__(scope, receive, send)
 
+    def _with_request_id(self, scope: Scope, send: Send) -> Send:
+        """Raw routes name it themselves."""
+        given = next((value for key, value in scope["headers"] if key == b"x-request-id"), b"")
+        request_id = given if _REQUEST_ID.fullmatch(given.decode("latin-1")) else b"%032x" % self._rng.getrandbits(128)
+
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = message | {"headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
+            await send(message)
+
+        return sending
+
 
 def make_app(gateway: Gateway, rng: random.Random) -> FastAPI:
-    app = _App(gateway.callers, title="NanoDeploy", version="1", description="OpenAI-compatible API.", redoc_url=None)
+    app = _App(
+        gateway.callers, rng, title="NanoDeploy", version="1", description="OpenAI-compatible API.", redoc_url=None
+    )
     raw: list[tuple[str, type, str, Callable[[Exchange], Awaitable[None]]]] = [
         ("/v1/chat/completions", ChatBody, "Answer a conversation", gateway.chat),
         ("/v1/completions", CompletionBody, "Continue a text", gateway.completions),
