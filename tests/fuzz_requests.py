@@ -130,7 +130,7 @@ class Fuzzer:
         headers = {"content-type": rng.choice(("application/json", "application/json", "text/plain"))}
         if rng.random() < 0.1:
             headers["x-request-id"] = rng.choice(("mine-1", "x" * 400, "a b"))
-        if rng.random() < 0.1:
+        if rng.random() < 0.3:
             headers["x-nanodeploy-explain"] = headers["x-nanodeploy-timings"] = "1"
         return Request(path, raw, headers, rng.uniform(0.0, 0.2) if rng.random() < 0.1 else None)
 

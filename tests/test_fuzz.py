@@ -63,8 +63,24 @@ def check_whole(request: Request, status: int, raw: bytes) -> None:
         answer = json.loads(raw)
     except ValueError:
         raise Wrong(request, f"{status} without JSON: {raw[:300]!r}") from None
-    if status != 200 and not (isinstance(answer.get("error"), dict) and answer["error"].get("message")):
+    if status == 200:
+        check_sums(request, answer)
+    elif not (isinstance(answer.get("error"), dict) and answer["error"].get("message")):
         raise Wrong(request, f"{status} without an error object: {raw[:300]!r}")
+
+
+def check_sums(request: Request, answer: dict[str, Any]) -> None:
+    """Prompt tokens by where they came from, in every answer that says so."""
+    for stats in answer.get("nanodeploy", {}).get("requests", ()):
+        parts = stats["cached_tokens"] + stats["computed_tokens"] + stats["transferred_tokens"]
+        if parts != stats["prompt_tokens"]:
+            raise Wrong(request, f"{parts} prompt tokens came from somewhere, of {stats}")
+    usage = answer.get("usage") or {}
+    if "total_tokens" in usage and "prompt_tokens" in usage:
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        sums = usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"]
+        if not sums or not 0 <= cached <= usage["prompt_tokens"]:
+            raise Wrong(request, f"usage does not add up: {usage}")
 
 
 def check_stream(request: Request, raw: bytes) -> None:
@@ -75,6 +91,8 @@ def check_stream(request: Request, raw: bytes) -> None:
         parsed = [json.loads(one) for one in data if one != "[DONE]"]
     except ValueError:
         raise Wrong(request, f"an event is no JSON: {raw[-500:]!r}") from None
+    for one in parsed:
+        check_sums(request, one)
     if request.path in ("/v1/chat/completions", "/v1/completions"):
         failed = sum("error" in one for one in parsed)
         if data.count("[DONE]") + failed < 1 or failed > 1:
