@@ -106,6 +106,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
         self.attached = 0
         self.epoch = new_epoch()
         self.worker_id = worker_id
+        self.max_num_seqs = 64
         self.port = 0
         self.model = ModelInfo(
             name=model,
@@ -152,7 +153,9 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
 
     def info(self, state: WorkerState = WorkerState.READY) -> WorkerInfo:
         ref = WorkerRef(self.worker_id, self.epoch, f"127.0.0.1:{self.port}")
-        return WorkerInfo(ref=ref, role=Role.DECODE, state=state, model=self.model, max_num_seqs=64, kv_block_size=16)
+        return WorkerInfo(
+            ref=ref, role=Role.DECODE, state=state, model=self.model, max_num_seqs=self.max_num_seqs, kv_block_size=16
+        )
 
     @property
     def requests(self) -> list[GenerationRequest]:

@@ -181,6 +181,7 @@ METRICS = {
         "request_tokenize_seconds",
         "router_attached_streams",
         "router_requests_moved",
+        "router_requests_waiting",
         "router_workers",
         "time_to_first_token_seconds",
     ],

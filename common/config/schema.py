@@ -198,6 +198,11 @@ class RouterConfig(_Section):
     drain_grace_s: float = Field(10.0, ge=0, description="asked to stop, running requests get this long")
     max_body_bytes: int = Field(16 * 2**20, gt=0)
     max_concurrent_requests: int = Field(4096, ge=1, description="more are refused with 429")
+    queue_factor: float = Field(
+        2.0, ge=0, description="requests sent to workers, as a multiple of their batches; the rest wait here; 0: all"
+    )
+    max_queued_requests: int = Field(1024, ge=1, description="waiting, of each priority; more are refused with 429")
+    max_queue_wait_s: float = Field(30.0, gt=0, description="longest wait for a place: foreseen 429, else 503")
     max_n: int = Field(128, ge=1, le=128, description="choices of one prompt")
     max_prompts: int = Field(1024, ge=1, description="prompts of one request")
     max_images: int = Field(16, ge=0, description="images of one request")

@@ -244,6 +244,8 @@ def _refresh(gateway: Gateway) -> None:
     for worker in gateway.members.workers.values():
         if worker.role in (Role.DECODE, Role.PREFILL):
             metrics.workers.labels(worker.role.value, worker.state.value).inc()
+    for priority, size in zip(("high", "normal", "low"), gateway.places.waiting(), strict=True):
+        metrics.waiting.labels(priority).set(size)
     metrics.attached.set(gateway.relay.attached)
     metrics.moves.set(gateway.relay.moves)
 

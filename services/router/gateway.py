@@ -28,6 +28,7 @@ from common.telemetry import get_logger
 from common.types import Clock, GenerationRequest, ModelInfo, Role, WorkerInfo
 from services.router import replies
 from services.router.admission.callers import Callers
+from services.router.admission.places import Places, cost_of, wait_turn
 from services.router.admission.sizes import TIMEOUT_HEADER, check_sizes, time_limit_s
 from services.router.errors import validation_error
 from services.router.exchange import Exchange
@@ -76,6 +77,7 @@ class Gateway:
         self.relay = relay
         self.metrics = metrics
         self.texts = ModelTexts(config)
+        self.places = Places(config, self, clock)
         self.callers = Callers(config.api_keys, admin_token=config.admin_token, required=config.require_api_key)
         self.in_flight = 0
         self.draining = False
@@ -144,11 +146,21 @@ class Gateway:
         metrics = self.metrics.of(model.name)
         metrics.running.inc()
         try:
+            gate, flow = self.places.gate(model.name), exchange.caller.key_id
+            priority = exchange.caller.lowered(body.priority)
+            gate.check(flow, 1, priority, deadline_s)  # no prospect: said before the prompt is tokenised
             text = await self.texts.get(model)
             job = await make_job(body, model, text, self.texts, self._rng)
             metrics.tokenize.observe(self._clock.now() - started_s)
             run = self._make_run(exchange, body, name, model, text, job, style, started_s, deadline_s)
-            await self._answer(exchange, body, run, deadline_s)
+            seqs = len(job.prompts) * job.sampling.n
+            if not gate.try_enter(seqs):
+                await wait_turn(gate, exchange, flow, cost_of(job), seqs, priority, deadline_s)
+            entered_s = self._clock.now()
+            try:
+                await self._answer(exchange, body, run, deadline_s)
+            finally:
+                gate.leave(seqs, self._clock.now() - entered_s)
             self._account(run, model.name, started_s)
         except NanoDeployError as error:
             metrics.failed(error.code)

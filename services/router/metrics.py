@@ -91,6 +91,7 @@ class RouterMetrics:
         self.http = metrics.counter("http_requests", "HTTP requests by path and status.", ["path", "status"])
         self.workers = metrics.gauge("router_workers", "Members by role and state.", ["role", "state"])
         self.attached = metrics.gauge("router_attached_streams", "Decode workers with a working stream.")
+        self.waiting = metrics.gauge("router_requests_waiting", "Requests that wait for a place.", ["priority"])
         self.moves = metrics.gauge("router_requests_moved", "Requests taken to another worker since start.")
 
     def of(self, model: str) -> ModelMetrics:

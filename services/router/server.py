@@ -17,7 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from common.config.schema import RouterConfig
-from common.errors import ConfigError, NanoDeployError
+from common.errors import ConfigError, NanoDeployError, UnavailableError
 from common.rpc.codec import ChangeKind
 from common.rpc.membership import MembershipChange
 from common.telemetry import Metrics, get_logger
@@ -237,6 +237,7 @@ class Router:
         if self.gateway is None or self._server is None or self._serving is None:
             return
         await self.gateway.drain(self._config.drain_grace_s if grace_s is None else grace_s)
+        self.gateway.places.close(UnavailableError("the router is stopping"))
         await self.gateway.relay.close()
         self._server.stop()
         await self._serving
