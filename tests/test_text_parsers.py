@@ -12,7 +12,7 @@ import pytest
 from parser_support import Answer, cut, expected, goldens, parse, parser, plan
 
 from common.errors import ConfigError
-from common.text.parsers import CALL_PARSERS, REASONING_PARSERS, NamedFormat, ParserPlan, Start, Tools, call_format
+from common.text.parsers import CALL_PARSERS, REASONING_PARSERS, ParserPlan, Start, Tools, call_format
 from common.text.parsers.arguments import ANY, to_json
 from common.text.parsers.llama import ARRAY
 
@@ -120,10 +120,7 @@ def test_one_call_at_most() -> None:
     assert len(answer.calls) == reader.num_calls == 1
 
 
-def test_what_grammars_make_models_write() -> None:
-    named = ParserPlan(NamedFormat("get_weather"), Tools(parser_support.tools()))
-    assert parse(named, ' {"city": "Rom"} ').calls == [[parser_support.MADE_ID, "get_weather", '{"city": "Rom"}']]
-    assert parse(named, '{"city": "Ro').calls == [[parser_support.MADE_ID, "get_weather", '{"city": "Ro']]
+def test_an_array_of_calls() -> None:
     array = ParserPlan(ARRAY, Tools(parser_support.tools()))
     text = '[{"name": "get_time", "parameters": {}}, {"name": "get_weather", "parameters": {"city": "]"}}]'
     assert [call[1:] for call in parse(array, text).calls] == [["get_time", "{}"], ["get_weather", '{"city": "]"}']]
@@ -179,9 +176,12 @@ def test_arguments_have_the_types_of_the_schema(text: str, allowed: set[str], js
     ("template", "name"),
     [
         ("{{ '<|tool_calls_section_begin|><|tool_call_begin|>' }}", "kimi_k2"),
-        ("<｜DSML｜invoke", "deepseek_v4"),
+        ("<｜DSML｜tool_calls", "deepseek_v4"),
         ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "deepseek_v31"),
+        ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json", "deepseek_v3"),
+        ("｜DSML｜function_calls", "deepseek_v32"),
         ("<tool_call>{function-name}\n<arg_key>", "glm45"),
+        ("<tool_call>{function-name}<arg_key>", "glm47"),
         ("<tool_call>\n<function=example>", "qwen3_coder"),
         ('<tool_call>\n{"name": <function-name>', "hermes"),
         ("<|python_tag|>", "llama3_json"),

@@ -16,7 +16,7 @@ from common.types import ModelInfo, SamplingParams
 from services.router.errors import ContextLengthError
 from services.router.models import ModelText, ModelTexts
 from services.router.schemas import ChatBody, CompletionBody, Messages, SamplingFields
-from services.router.tools import parser_plan, require_calls, tool_use
+from services.router.tools import call_format, parser_plan, tool_use, with_calls
 
 COMPLETION_MAX_TOKENS: Final = 16
 MAX_STOP_CHARS: Final = 2048  # of all stop strings: their automaton is built per request
@@ -39,7 +39,7 @@ async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: Mod
     if body.messages is None or not body.messages:
         raise InvalidRequestError("messages must not be empty", param="messages")
     use = tool_use(body)
-    calls = require_calls(text) if use.callable_tools else None
+    calls = call_format(use, text)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= 20:
@@ -70,7 +70,8 @@ async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: Mod
         body, text, rng, max_tokens=left if wanted is None else wanted, max_tokens_name=name, logprobs=logprobs
     )
     _check_ids(sampling, model)
-    return Job(prompts, sampling, parsing=parser_plan(body, use, text, prompts[0], calls))
+    parsing = parser_plan(body, use, text, prompts[0], calls)
+    return Job(prompts, with_calls(sampling, use, parsing), parsing=parsing)
 
 
 def _continues(body: ChatBody) -> bool:

@@ -5,13 +5,17 @@ checked tools + tool_choice -> `ToolUse` -> a `ParserPlan` for the text, if ther
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from common.errors import InvalidRequestError, UnsupportedError
-from common.text.parsers import NO_LIMIT, CallFormat, ParserPlan, Start, Tools
+from common.text.parsers import ARRAY, NO_LIMIT, CallFormat, ParserPlan, Start, Tools, required, strict
+from common.types import Grammar, GrammarKind, SamplingParams
 from services.router.models import ModelText
 from services.router.schemas import AllowedTools, ChatBody, NamedTool
 
@@ -117,10 +121,37 @@ def _last_content(body: ChatBody) -> str:
     return content if isinstance(content, str) else ""
 
 
-def require_calls(text: ModelText) -> CallFormat:
-    if text.calls is None:
-        raise UnsupportedError(
-            "tools need a format of calls, and this model's chat template shows none: set router.tool_call_parser",
-            param="tools",
-        )
-    return text.calls
+def call_format(use: ToolUse, text: ModelText) -> CallFormat | None:
+    """How the answers write calls. Where calls are demanded of a model that has no way of its own, as an array."""
+    if not use.callable_tools:
+        return None
+    if text.calls is not None:
+        return text.calls
+    if use.required:
+        return ARRAY
+    raise UnsupportedError(
+        "tools need a format of calls, and this model's chat template shows none: set router.tool_call_parser",
+        param="tools",
+    )
+
+
+def with_calls(sampling: SamplingParams, use: ToolUse, parsing: ParserPlan | None) -> SamplingParams:
+    """With what makes the model call, or keep to the schemas of strict functions, where that is wanted."""
+    if parsing is None or parsing.calls is None:
+        return sampling
+    syntax = parsing.calls.syntax
+    if use.required:
+        if sampling.grammar is not None:
+            raise InvalidRequestError(
+                f"tool_choice that demands calls excludes {sampling.grammar.param}", param="tool_choice"
+            )
+        make = required
+    elif any(tool["function"].get("strict") for tool in use.callable_tools) and syntax.trigger and not sampling.grammar:
+        make = strict
+    else:
+        return sampling
+    tools, single = use.callable_tools, parsing.is_limited
+    part = make(syntax, tools, single=single, reasoning=parsing.reasoning, start=parsing.start)
+    source = json.dumps(part, ensure_ascii=False)
+    grammar = Grammar(kind=GrammarKind.STRUCTURAL_TAG, source=source, param="tools")
+    return msgspec.structs.replace(sampling, grammar=grammar)

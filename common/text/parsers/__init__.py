@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from common.text.parsers.arguments import Tools
+from common.text.parsers.constraint import required, strict
 from common.text.parsers.families import CALL_PARSERS, REASONING_PARSERS, call_format, reasoning_format
-from common.text.parsers.llama import ARRAY, NamedFormat
+from common.text.parsers.llama import ARRAY
 from common.text.parsers.out import CallDelta, Parsed
 from common.text.parsers.parser import NO_LIMIT, CallFormat, OutputParser, ParserPlan
 from common.text.parsers.reasoning import ReasoningFormat, Start
@@ -16,7 +17,6 @@ __all__ = [
     "REASONING_PARSERS",
     "CallDelta",
     "CallFormat",
-    "NamedFormat",
     "OutputParser",
     "Parsed",
     "ParserPlan",
@@ -25,4 +25,6 @@ __all__ = [
     "Tools",
     "call_format",
     "reasoning_format",
+    "required",
+    "strict",
 ]

@@ -9,7 +9,17 @@ from typing import Final, TypeVar
 
 from common.errors import ConfigError
 from common.text.parsers.llama import LLAMA
-from common.text.parsers.marked import DEEPSEEK, DSML, GLM, HERMES, KIMI, QWEN3_CODER
+from common.text.parsers.marked import (
+    DEEPSEEK_V3,
+    DEEPSEEK_V4,
+    DEEPSEEK_V31,
+    DEEPSEEK_V32,
+    GLM45,
+    GLM47,
+    HERMES,
+    KIMI,
+    QWEN3_CODER,
+)
 from common.text.parsers.parser import CallFormat
 from common.text.parsers.reasoning import KINDS, THINK, ReasoningFormat
 
@@ -20,13 +30,13 @@ CALL_PARSERS: Final[dict[str, CallFormat]] = {
     "qwen3": HERMES,
     "qwen3_coder": QWEN3_CODER,
     "qwen3_xml": QWEN3_CODER,
-    "deepseek_v3": DEEPSEEK,
-    "deepseek_v31": DEEPSEEK,
-    "deepseek_v32": DSML,
-    "deepseek_v4": DSML,
+    "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v31": DEEPSEEK_V31,
+    "deepseek_v32": DEEPSEEK_V32,
+    "deepseek_v4": DEEPSEEK_V4,
     "kimi_k2": KIMI,
-    "glm45": GLM,
-    "glm47": GLM,
+    "glm45": GLM45,
+    "glm47": GLM47,
     "llama3_json": LLAMA,
     "llama4_json": LLAMA,
     "llama4_pythonic": LLAMA,
@@ -36,18 +46,24 @@ REASONING_PARSERS: Final[dict[str, ReasoningFormat]] = {
     "deepseek_r1": THINK._replace(unmarked=True),
     **dict.fromkeys(("deepseek_v3", "deepseek_v4", "glm45", "kimi_k2", "qwen3", "think"), THINK),
 }
-_IN_TEMPLATE: Final = (  # the first found in a template decides
-    ("<|tool_call_begin|>", KIMI),
-    ("｜DSML｜", DSML),
-    ("<｜tool▁call▁begin｜>", DEEPSEEK),
-    ("<arg_key>", GLM),
-    ("<function=", QWEN3_CODER),
-    ("<tool_call>", HERMES),
-    ("<|python_tag|>", LLAMA),
-    ("<|python_start|>", LLAMA),
-    ('"parameters": dictionary of argument name', LLAMA),
+_IN_TEMPLATE: Final = (  # the first whose marks are all in a template decides
+    (("<|tool_call_begin|>",), KIMI),
+    (("｜DSML｜tool_calls",), DEEPSEEK_V4),
+    (("｜DSML｜",), DEEPSEEK_V32),
+    (("<｜tool▁call▁begin｜>", "```json"), DEEPSEEK_V3),
+    (("<｜tool▁call▁begin｜>",), DEEPSEEK_V31),
+    (("{function-name}<arg_key>",), GLM47),
+    (("<arg_key>",), GLM45),
+    (("<function=",), QWEN3_CODER),
+    (("<tool_call>",), HERMES),
+    (("<|python_tag|>",), LLAMA),
+    (("<|python_start|>",), LLAMA),
+    (('"parameters": dictionary of argument name',), LLAMA),
 )
-_BY_ARCHITECTURE: Final = {"deepseek_v32": DSML, "deepseek_v4": DSML}  # their checkpoints have no template
+_BY_ARCHITECTURE: Final = {
+    "deepseek_v32": DEEPSEEK_V32,
+    "deepseek_v4": DEEPSEEK_V4,
+}  # without a template
 
 
 def call_format(name: str, template: str, architecture: str) -> CallFormat | None:
@@ -56,7 +72,7 @@ def call_format(name: str, template: str, architecture: str) -> CallFormat | Non
         return None
     if name != "auto":
         return _named(CALL_PARSERS, name, "tool_call_parser")
-    found = next((form for mark, form in _IN_TEMPLATE if mark in template), None)
+    found = next((form for marks, form in _IN_TEMPLATE if all(mark in template for mark in marks)), None)
     return found or _BY_ARCHITECTURE.get(architecture)
 
 

@@ -1,8 +1,8 @@
 """Calls that nothing marks: an answer that begins as one is one, if it names a function of the request.
 
 Llama 3 and 4 write JSON objects, or a Python list of calls, after <|python_tag|> or <|python_start|> or after
-nothing. What else begins with a brace or a bracket stays content. Also what a grammar makes a model of any family
-write: an array of calls, or the arguments of one named function.
+nothing. What else begins with a brace or a bracket stays content. Also what a grammar makes a model write
+whose own way of calling is not known: an array of objects.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from common.text.parsers import json_text
 from common.text.parsers.arguments import ArgumentWriter, Tools, literal, quote
+from common.text.parsers.constraint import JSON_CALL, CallSyntax
 from common.text.parsers.out import Out
 from common.text.parsers.tape import Emit, Marks, Steps, Tape, peek, peek_solid, short, until
 
@@ -24,6 +25,7 @@ _STRING_ENDS: Final = {quote_mark: re.compile(rf"[{quote_mark}\\]") for quote_ma
 
 
 class UnmarkedFormat(NamedTuple):
+    syntax: CallSyntax
     opens: tuple[str, ...] = ()
     closes: tuple[str, ...] = ()
     reasoning_ends: tuple[str, ...] = ()
@@ -46,23 +48,8 @@ class UnmarkedFormat(NamedTuple):
                 out.content(mark)
 
 
-class NamedFormat(NamedTuple):
-    """The answer is the arguments of `name`."""
-
-    name: str
-    marks: tuple[str, ...] = ()
-    reasoning_ends: tuple[str, ...] = ()
-
-    def read(self, tape: Tape, out: Out, tools: Tools) -> Steps[None]:
-        if (yield from peek_solid(tape)) == "{":
-            out.begin_call(self.name)
-            if (yield from json_text.value(tape, out.arguments)):
-                out.end_call()
-        yield from _rest(tape, out)
-
-
-LLAMA: Final = UnmarkedFormat(_OPENS, _CLOSES)
-ARRAY: Final = UnmarkedFormat()
+LLAMA: Final = UnmarkedFormat(JSON_CALL._replace(separator="; ", opens="", closes=""), _OPENS, _CLOSES)
+ARRAY: Final = UnmarkedFormat(JSON_CALL)
 
 
 def _rest(tape: Tape, out: Out) -> Steps[None]:

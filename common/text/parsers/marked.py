@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from common.text.parsers import json_text
 from common.text.parsers.arguments import STRING, ArgumentWriter, Tools
+from common.text.parsers.constraint import CallSyntax, FieldSyntax
 from common.text.parsers.out import Out
 from common.text.parsers.tape import Marks, Steps, Tape, close, peek_solid, short, take, until
 
@@ -23,6 +24,7 @@ _FUNCTION_NAME: Final = re.compile(r"[\w.:/-]+")
 class MarkedFormat(NamedTuple):
     begins: tuple[str, ...]  # of a call
     read_call: ReadCall
+    syntax: CallSyntax
     opens: tuple[str, ...] = ()
     closes: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()  # other marks that a tokenizer may have as special tokens
@@ -65,7 +67,10 @@ def _hermes(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
     return found
 
 
-HERMES: Final = MarkedFormat(("<tool_call>",), _hermes, closes=("</tool_call>",))
+_HERMES_CALL: Final = CallSyntax(
+    '<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>", separator="\n", trigger="<tool_call>"
+)
+HERMES: Final = MarkedFormat(("<tool_call>",), _hermes, _HERMES_CALL, closes=("</tool_call>",))
 
 
 # -- DeepSeek V3, R1, V3.1 -------------------------------------------------------------------------------
@@ -108,12 +113,25 @@ def _json_arguments(tape: Tape, out: Out, name: str, call_id: str, fenced: bool,
     return True
 
 
-DEEPSEEK: Final = MarkedFormat(
+DEEPSEEK_V3: Final = MarkedFormat(
     ("<｜tool▁call▁begin｜>",),
     _deepseek,
+    CallSyntax(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
+        "\n```<｜tool▁call▁end｜>",
+        separator="\n",
+        opens="<｜tool▁calls▁begin｜>",
+        closes="<｜tool▁calls▁end｜>",
+        trigger="<｜tool▁calls▁begin｜>",
+    ),
     opens=("<｜tool▁calls▁begin｜>",),
     closes=("<｜tool▁calls▁end｜>", "<｜tool▁call▁end｜>"),
     inner=("<｜tool▁sep｜>",),
+)
+DEEPSEEK_V31: Final = DEEPSEEK_V3._replace(
+    syntax=DEEPSEEK_V3.syntax._replace(
+        begin="<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>", end="<｜tool▁call▁end｜>", separator=""
+    )
 )
 
 
@@ -135,6 +153,14 @@ def _kimi(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
 KIMI: Final = MarkedFormat(
     ("<|tool_call_begin|>",),
     _kimi,
+    CallSyntax(
+        "<|tool_call_begin|>functions.NAME:",
+        "<|tool_call_end|>",
+        opens="<|tool_calls_section_begin|>",
+        closes="<|tool_calls_section_end|>",
+        numbered="<|tool_call_argument_begin|>",
+        trigger="<|tool_calls_section_begin|>",
+    ),
     opens=("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>"),
     closes=("<|tool_calls_section_end|>", "<|tool_call_section_end|>", "<|tool_call_end|>"),
     inner=("<|tool_call_argument_begin|>",),
@@ -179,11 +205,26 @@ def _glm(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
             return True
 
 
-GLM: Final = MarkedFormat(
+GLM45: Final = MarkedFormat(
     ("<tool_call>",),
     _glm,
+    CallSyntax(
+        "<tool_call>NAME\n",
+        "</tool_call>",
+        separator="\n",
+        field=FieldSyntax("<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>\n"),
+        trigger="<tool_call>",
+    ),
     closes=("</tool_call>",),
     inner=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
+GLM47: Final = GLM45._replace(
+    syntax=CallSyntax(
+        "<tool_call>NAME",
+        "</tool_call>",
+        field=FieldSyntax("<arg_key>KEY</arg_key><arg_value>", "</arg_value>"),
+        trigger="<tool_call>",
+    )
 )
 
 
@@ -226,7 +267,18 @@ def _qwen3_coder(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
             return True
 
 
-QWEN3_CODER: Final = MarkedFormat(("<tool_call>", "<function="), _qwen3_coder, closes=("</tool_call>",))
+QWEN3_CODER: Final = MarkedFormat(
+    ("<tool_call>", "<function="),
+    _qwen3_coder,
+    CallSyntax(
+        "<tool_call>\n<function=NAME>\n",
+        "</function>\n</tool_call>",
+        separator="\n",
+        field=FieldSyntax("<parameter=KEY>\n", "\n</parameter>\n"),
+        trigger="<tool_call>",
+    ),
+    closes=("</tool_call>",),
+)
 
 
 # -- DeepSeek V3.2, V4 (DSML) ----------------------------------------------------------------------------
@@ -266,10 +318,23 @@ def _dsml(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
             return True
 
 
-DSML: Final = MarkedFormat(
+DEEPSEEK_V32: Final = MarkedFormat(
     ("<｜DSML｜invoke",),
     _dsml,
+    CallSyntax(
+        '<｜DSML｜invoke name="NAME">\n',
+        "</｜DSML｜invoke>\n",
+        opens="<｜DSML｜function_calls>\n",
+        closes="</｜DSML｜function_calls>",
+        field=FieldSyntax('<｜DSML｜parameter name="KEY" string="TYPED">', "</｜DSML｜parameter>\n"),
+        trigger="<｜DSML｜function_calls>",
+    ),
     opens=("<｜DSML｜function_calls>", "<｜DSML｜tool_calls>"),
     closes=("</｜DSML｜function_calls>", "</｜DSML｜tool_calls>"),
     inner=("｜DSML｜",),
+)
+DEEPSEEK_V4: Final = DEEPSEEK_V32._replace(
+    syntax=DEEPSEEK_V32.syntax._replace(
+        opens="<｜DSML｜tool_calls>\n", closes="</｜DSML｜tool_calls>", trigger="<｜DSML｜tool_calls>"
+    )
 )

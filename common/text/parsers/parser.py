@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from common.text.parsers.arguments import Tools
+from common.text.parsers.constraint import CallSyntax
 from common.text.parsers.out import Out, Parsed, new_call_id
 from common.text.parsers.reasoning import ReasoningFormat, Start, reasoning
 from common.text.parsers.tape import Steps, Tape, peek_solid
@@ -21,6 +22,10 @@ NO_TOOLS: Final = Tools()
 
 class CallFormat(Protocol):
     """How a family writes calls."""
+
+    @property
+    def syntax(self) -> CallSyntax:
+        """As a grammar."""
 
     @property
     def marks(self) -> tuple[str, ...]:

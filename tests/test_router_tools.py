@@ -1,0 +1,363 @@
+"""Tools and reasoning through the gateway: what clients get, whole and streamed, and what workers are asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import parser_support
+import pytest
+import text_support
+from parser_support import Answer
+from router_support import MODEL, Cluster, Script, cluster, events, say, tokenizer, until
+from tokenizers import Tokenizer as RawTokenizer
+
+from common.text import Tokenizer
+from common.text.parsers import CallDelta
+from common.text.parsers.out import Parsed
+from common.types import GenerationRequest, GrammarKind
+
+TOOLS = parser_support.tools()
+ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Weather in Paris?"}]}
+WITH_TOOLS: dict[str, Any] = ASK | {"tools": TOOLS}
+PARIS = '{"city": "Paris"}'
+CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
+TIME = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+TEXT = f"<think>\nIt wants 你好.\n</think>\n\nOne moment 🙂.\n{CALL}\n{TIME}"
+TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools> Answer by <tool_call>.\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def asks(folder: Path, text: str, **kwargs: Any) -> Any:
+    return cluster(folder / "model", say(text, **kwargs), template=TEMPLATE)
+
+
+@pytest.fixture
+async def caller(tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with asks(tmp_path, TEXT) as made:
+        yield made
+
+
+def streamed(body: str, index: int = 0) -> tuple[Answer, str]:
+    """The answer that a stream's deltas add up to, and why it ended."""
+    answer, finish = Answer(), ""
+    for event in events(body):
+        for choice in event["choices"]:
+            if choice["index"] != index:
+                continue
+            delta = choice["delta"]
+            assert delta.get("reasoning") == delta.get("reasoning_content")
+            parts = [
+                CallDelta(c["index"], c.get("id", ""), c["function"].get("name", ""), c["function"]["arguments"])
+                for c in delta.get("tool_calls", ())
+            ]
+            answer.add(Parsed(delta.get("content") or "", delta.get("reasoning") or "", parts))
+            assert not finish
+            finish = choice["finish_reason"] or ""
+    return answer, finish
+
+
+def whole(body: dict[str, Any], index: int = 0) -> tuple[Answer, str]:
+    choice = body["choices"][index]
+    message = choice["message"]
+    assert message.get("reasoning") == message.get("reasoning_content")
+    calls = [[c["id"], c["function"]["name"], c["function"]["arguments"]] for c in message.get("tool_calls", ())]
+    return Answer(message["content"] or "", message.get("reasoning") or "", calls), choice["finish_reason"]
+
+
+def without_ids(answer: Answer) -> Answer:
+    return Answer(answer.content, answer.reasoning, [["", *call[1:]] for call in answer.calls])
+
+
+async def both(made: Cluster, **body: Any) -> tuple[Answer, str]:
+    """The answer without its ids, which is the same in both forms."""
+    one = await made.post("/v1/chat/completions", **body)
+    assert one.status_code == 200, one.text
+    two = await made.post("/v1/chat/completions", **body, stream=True)
+    (answer, finish), (streamed_answer, streamed_finish) = whole(one.json()), streamed(two.text)
+    assert without_ids(streamed_answer) == without_ids(answer)
+    assert streamed_finish == finish
+    return without_ids(answer), finish
+
+
+async def test_calls_through_the_openai_client(caller: Cluster) -> None:
+    async with caller.openai() as client:
+        answer = await client.chat.completions.create(**WITH_TOOLS)
+        stream = await client.chat.completions.create(**WITH_TOOLS, stream=True, stream_options={"include_usage": True})
+        chunks = [chunk async for chunk in stream]
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "One moment 🙂."
+    assert choice.message.model_extra == {
+        "reasoning": "It wants 你好.", "reasoning_content": "It wants 你好."
+    }  # fmt: skip
+    calls: Any = choice.message.tool_calls
+    assert [(c.type, c.function.name, c.function.arguments) for c in calls] == [
+        ("function", "get_weather", PARIS),
+        ("function", "get_time", "{}"),
+    ]
+    assert all(c.id.startswith("call_") for c in calls)
+    assert calls[0].id != calls[1].id
+    assert chunks[-1].usage == answer.usage
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == len(tokenizer().encode(TEXT)) + 1
+    parts = [c for chunk in chunks[:-1] for c in chunk.choices[0].delta.tool_calls or ()]
+    assert len([c for c in parts if c.id]) == 2
+    assert len(parts) > 6  # arguments come in pieces
+    assert "".join(c.function.arguments or "" for c in parts if c.function and c.index == 0) == PARIS
+    assert chunks[-2].choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"n": 2}, {"logprobs": True, "top_logprobs": 1}, {"stop": ["never"]}, {"min_tokens": 5, "stop": ["<"]}],
+    ids=str,
+)
+async def test_calls_with_everything_else(caller: Cluster, extra: dict[str, Any]) -> None:
+    answer, finish = await both(caller, **WITH_TOOLS, **extra)
+    if "min_tokens" in extra:  # stop strings see the text of marks as well
+        assert (answer, finish) == (Answer("", "It wants 你好."), "stop")
+        return
+    assert finish == "tool_calls"
+    assert answer == Answer(
+        "One moment 🙂.", "It wants 你好.", [["", "get_weather", PARIS], ["", "get_time", "{}"]]
+    )  # fmt: skip
+    if "logprobs" in extra:
+        one = (await caller.post("/v1/chat/completions", **WITH_TOOLS, **extra)).json()
+        assert len(one["choices"][0]["logprobs"]["content"]) == one["usage"]["completion_tokens"]
+        two = events((await caller.post("/v1/chat/completions", **WITH_TOOLS, **extra, stream=True)).text)
+        found = [e for event in two for c in event["choices"] if c["logprobs"] for e in c["logprobs"]["content"]]
+        assert found == one["choices"][0]["logprobs"]["content"]
+
+
+async def test_each_of_n_choices_has_its_calls(tmp_path: Path) -> None:
+    def script(request: GenerationRequest) -> Script:
+        texts = [f'{i}<tool_call>{{"name": "f{i}"}}</tool_call>' for i in range(request.sampling.n)]
+        return Script([tokenizer().encode(text) for text in texts])
+
+    async with cluster(tmp_path, script, template=TEMPLATE) as made:
+        answer = (await made.post("/v1/chat/completions", **WITH_TOOLS, n=3)).json()
+        stream = (await made.post("/v1/chat/completions", **WITH_TOOLS, n=3, stream=True)).text
+    ids = [call[0] for i in range(3) for call in whole(answer, i)[0].calls]
+    assert len(set(ids)) == 3
+    for i in range(3):
+        want = Answer(str(i), "", [["", f"f{i}", "{}"]])
+        assert without_ids(whole(answer, i)[0]) == without_ids(streamed(stream, i)[0]) == want
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_call_at_most_ends_the_answer(tmp_path: Path, stream: bool) -> None:
+    async with asks(tmp_path, TEXT, delay_s=0.002) as made:
+        body = WITH_TOOLS | {"parallel_tool_calls": False, "stream": stream}
+        answer = await made.post("/v1/chat/completions", **body)
+        found, finish = streamed(answer.text) if stream else whole(answer.json())
+        assert (finish, [call[1:] for call in found.calls]) == ("tool_calls", [["get_weather", PARIS]])
+        await until(lambda: made.worker.entries[1].cancelled_at > 0)
+        if not stream:
+            tokens = answer.json()["usage"]["completion_tokens"]
+            assert tokens == len(tokenizer().encode(TEXT[: TEXT.index(CALL) + len(CALL)]))
+
+
+async def test_an_answer_cut_within_a_call(caller: Cluster) -> None:
+    tokens = len(tokenizer().encode(TEXT[: TEXT.index("ris")]))
+    answer, finish = await both(caller, **WITH_TOOLS, max_tokens=tokens)
+    assert finish == "length"
+    assert [call[1] for call in answer.calls] == ["get_weather"]
+    assert PARIS.startswith(answer.calls[0][2])
+
+
+async def test_none_leaves_calls_in_the_text(caller: Cluster) -> None:
+    answer, finish = await both(caller, **WITH_TOOLS, tool_choice="none")
+    assert (answer, finish) == (Answer(f"One moment 🙂.\n{CALL}\n{TIME}", "It wants 你好."), "stop")
+    prompt = tokenizer().decode(caller.worker.requests[0].prompt_token_ids)
+    assert "get_weather" in prompt  # as in vLLM: the prompt, and so its cached KV, is that of other choices
+
+
+async def test_reasoning_kept_in_or_left_out(caller: Cluster) -> None:
+    raw = TEXT[: TEXT.index("\n" + CALL)]
+    answer, _ = await both(caller, **ASK)
+    assert (answer.reasoning, answer.content) == ("It wants 你好.", TEXT[TEXT.index("One") :])
+    answer, _ = await both(caller, **ASK, include_reasoning=False)
+    assert (answer.reasoning, answer.content) == ("", TEXT[TEXT.index("One") :])
+    answer, _ = await both(caller, **ASK, separate_reasoning=False)
+    assert (answer.reasoning, answer.content) == ("", TEXT)
+    answer, finish = await both(caller, **WITH_TOOLS, separate_reasoning=False)
+    assert (answer.content, len(answer.calls), finish) == (raw, 2, "tool_calls")
+
+
+async def test_a_prompt_that_closes_reasoning(caller: Cluster) -> None:
+    answer, _ = await both(caller, **ASK, chat_template_kwargs={"enable_thinking": False})
+    assert (answer.reasoning, answer.content) == ("", TEXT)
+    open_end = [*ASK["messages"], {"role": "assistant", "content": "<think>I sh"}]
+    continued = {"model": MODEL, "messages": open_end, "continue_final_message": True}
+    answer, _ = await both(caller, **continued)
+    assert answer.reasoning == "It wants 你好."
+
+
+async def test_only_reasoning_has_no_content(tmp_path: Path) -> None:
+    async with asks(tmp_path, "<think>\nand so on") as made:
+        message = (await made.post("/v1/chat/completions", **ASK)).json()["choices"][0]["message"]
+    assert message == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "reasoning": "and so on",
+        "reasoning_content": "and so on",
+    }
+
+
+KIMI_MARKS = ["section_begin", "section_end", "call_begin", "call_end", "call_argument_begin"]
+KIMI_NAMES = [f"<|tool_{name.replace('section', 'calls_section')}|>" for name in KIMI_MARKS]
+
+
+async def test_special_tokens_that_mark_calls_are_seen_and_others_are_not(tmp_path: Path) -> None:
+    raw = RawTokenizer.from_str(text_support.byte_level().to_str())
+    raw.add_special_tokens([*KIMI_NAMES, "<|other|>"])
+    folder = text_support.write_checkpoint(tmp_path / "kimi", chat_template=TEMPLATE + "{# <|tool_call_begin|> #}")
+    raw.save(str(folder / "tokenizer.json"))
+    begin, end, call, call_end, arguments = KIMI_NAMES
+    text = f"Well<|other|>.{begin}{call}functions.get_weather:3{arguments}{PARIS}{call_end}{end}"
+    ids = [*Tokenizer(raw).encode(text), 2]
+
+    def script(request: GenerationRequest) -> Script:
+        return Script([ids], stop_token_id=2)
+
+    async with cluster(tmp_path / "model", script, model_path=str(folder)) as made:
+        answer = whole((await made.post("/v1/chat/completions", **WITH_TOOLS)).json())
+        stream = streamed((await made.post("/v1/chat/completions", **WITH_TOOLS, stream=True)).text)
+        plain = await made.post("/v1/chat/completions", **ASK)
+    want = Answer("Well.", "", [["functions.get_weather:3", "get_weather", PARIS]])
+    assert answer[0] == stream[0] == want
+    assert plain.json()["choices"][0]["message"]["content"] == "Well.functions.get_weather:3" + PARIS
+
+
+# -- what workers are asked ------------------------------------------------------------------------------
+
+
+def tags(part: Any) -> list[dict[str, Any]]:
+    """The tags of a structural tag that have a schema."""
+    if isinstance(part, list):
+        return [tag for one in part for tag in tags(one)]
+    if not isinstance(part, dict):
+        return []
+    if part.get("type") == "tag" and part["content"]["type"] == "json_schema":
+        return [part]
+    return [tag for one in part.values() for tag in tags(one)]
+
+
+async def asked(made: Cluster, **body: Any) -> dict[str, Any] | None:
+    answer = await made.post("/v1/chat/completions", **body)
+    assert answer.status_code == 200, answer.text
+    grammar = made.worker.requests[-1].sampling.grammar
+    if grammar is None:
+        return None
+    assert (grammar.kind, grammar.param) == (GrammarKind.STRUCTURAL_TAG, "tools")
+    found: dict[str, Any] = json.loads(grammar.source)
+    return found
+
+
+async def test_calls_that_are_demanded_have_a_grammar(caller: Cluster) -> None:
+    assert await asked(caller, **WITH_TOOLS) is None
+    assert await asked(caller, **WITH_TOOLS, tool_choice="auto") is None
+    wanted = tags(await asked(caller, **WITH_TOOLS, tool_choice="required"))
+    assert [tag["begin"] for tag in wanted[: len(TOOLS)]] == [
+        f'<tool_call>\n{{"name": "{tool["function"]["name"]}", "arguments": ' for tool in TOOLS
+    ]
+    schema = wanted[0]["content"]["json_schema"]
+    assert TOOLS[0]["function"]["parameters"].items() <= schema.items()
+    named = {"type": "function", "function": {"name": "get_time"}}
+    wanted = tags(await asked(caller, **WITH_TOOLS, tool_choice=named))
+    assert {tag["begin"] for tag in wanted} == {'<tool_call>\n{"name": "get_time", "arguments": '}
+    allowed = {"mode": "required", "tools": [named]}
+    await asked(caller, **WITH_TOOLS, tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    prompt = tokenizer().decode(caller.worker.requests[-1].prompt_token_ids)
+    assert "get_time" in prompt
+    assert "get_weather" not in prompt
+
+
+async def test_finish_of_demanded_calls(caller: Cluster) -> None:
+    _, finish = await both(caller, **WITH_TOOLS, tool_choice="required")
+    assert finish == "tool_calls"
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    answer, finish = await both(caller, **WITH_TOOLS, tool_choice=named)
+    assert (len(answer.calls), finish) == (1, "stop")
+
+
+async def test_strict_functions_have_a_grammar(caller: Cluster) -> None:
+    one = {"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}
+    part = await asked(caller, **ASK, tools=[one, TOOLS[1]])
+    assert "triggered_tags" in json.dumps(part)
+    schemas = [tag["content"]["json_schema"] for tag in tags(part)[:2]]
+    assert schemas == [one["function"]["parameters"], {"type": "object"}]
+    assert await asked(caller, **ASK, tools=[one], tool_choice="none") is None
+
+
+async def test_demanded_calls_of_a_model_that_knows_none(tmp_path: Path) -> None:
+    text = '[{"name": "get_time", "parameters": {}}, {"name": "get_weather", "parameters": {"city": "Paris"}}]'
+    async with cluster(tmp_path, say(text)) as made:
+        answer, finish = await both(made, **WITH_TOOLS, tool_choice="required")
+        assert ([call[1:] for call in answer.calls], finish) == (
+            [["get_time", "{}"], ["get_weather", PARIS]],
+            "tool_calls",
+        )
+        assert tags(await asked(made, **WITH_TOOLS, tool_choice="required"))
+
+
+async def test_parsers_are_settings(tmp_path: Path) -> None:
+    settings = {"tool_call_parser": "hermes", "reasoning_parser": "none"}
+    async with cluster(tmp_path, say(TEXT), **settings) as made:
+        answer, _ = await both(made, **WITH_TOOLS)
+    assert (answer.reasoning, len(answer.calls)) == ("", 2)
+    assert answer.content.startswith("<think>")
+
+
+# -- bodies ----------------------------------------------------------------------------------------------
+
+
+def function(**fields: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": fields}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        (function(), "tools[0].function.name"),
+        (function(name="no spaces"), "tools[0].function.name"),
+        (function(name="f", parameters=[]), "tools[0].function.parameters"),
+        (function(name="f", strict="yes"), "tools[0].function.strict"),
+        ({"tools": TOOLS[1:2] * 1025}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ],
+)
+async def test_bad_tools_are_named(caller: Cluster, body: dict[str, Any], param: str) -> None:
+    answer = await caller.post("/v1/chat/completions", **ASK, **body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert param in error["message"]
+
+
+async def test_a_conversation_with_calls_and_results(caller: Cluster) -> None:
+    async with caller.openai() as client:
+        first: Any = await client.chat.completions.create(**WITH_TOOLS)
+        messages = [
+            *ASK["messages"],
+            first.choices[0].message,
+            {"role": "tool", "tool_call_id": first.choices[0].message.tool_calls[0].id, "content": "18 °C"},
+            {"role": "tool", "tool_call_id": first.choices[0].message.tool_calls[1].id, "content": []},
+        ]
+        await client.chat.completions.create(**WITH_TOOLS | {"messages": messages})
+    prompt = tokenizer().decode(caller.worker.requests[-1].prompt_token_ids, skip_special_tokens=False)
+    assert '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>' in prompt
+    assert "<think>It wants 你好.</think>One moment 🙂." in prompt
+    assert "<|im_start|>tool\n18 °C<|im_end|>\n<|im_start|>tool\n<|im_end|>" in prompt
