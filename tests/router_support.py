@@ -99,7 +99,13 @@ def say(text: str, **kwargs: Any) -> Callable[[GenerationRequest], Script]:
 
 class ScriptedWorker(pb_grpc.DecodeServiceServicer):
     def __init__(
-        self, script: Callable[[GenerationRequest], Script], folder: Path, *, worker_id: str = "d0", model: str = MODEL
+        self,
+        script: Callable[[GenerationRequest], Script],
+        folder: Path,
+        *,
+        worker_id: str = "d0",
+        model: str = MODEL,
+        max_model_len: int = MAX_MODEL_LEN,
     ) -> None:
         self.script = script
         self.entries: dict[int, Entry] = {}
@@ -112,7 +118,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
             name=model,
             architecture="llama",
             model_hash=b"m" * 16,
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=max_model_len,
             vocab_size=text_support.byte_level().get_vocab_size(),
             dtype="float32",
             path=str(folder),
@@ -356,12 +362,15 @@ async def cluster(
     script: Callable[[GenerationRequest], Script],
     *,
     num_workers: int = 1,
+    max_model_len: int = MAX_MODEL_LEN,
     template: str | None = text_support.CHAT_TEMPLATE,
     generation: Mapping[str, object] = MappingProxyType({}),
     **config: Any,
 ) -> AsyncIterator[Cluster]:
     text_support.write_checkpoint(folder, chat_template=template, **generation)
-    workers = [ScriptedWorker(script, folder, worker_id=f"d{i}") for i in range(num_workers)]
+    workers = [
+        ScriptedWorker(script, folder, worker_id=f"d{i}", max_model_len=max_model_len) for i in range(num_workers)
+    ]
     members = StaticMembers()
     for worker in workers:
         await worker.start()

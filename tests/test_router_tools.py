@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import parser_support
 import pytest
+import router_support
 import text_support
 from parser_support import Answer
-from router_support import MODEL, Cluster, Script, cluster, events, say, tokenizer, until
+from router_support import MODEL, Cluster, Script, events, say, tokenizer, until
 from tokenizers import Tokenizer as RawTokenizer
 
 from common.text import Tokenizer
@@ -33,6 +35,9 @@ TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+
+
+cluster = partial(router_support.cluster, max_model_len=4096)
 
 
 def asks(folder: Path, text: str, **kwargs: Any) -> Any:
@@ -162,7 +167,7 @@ async def test_one_call_at_most_ends_the_answer(tmp_path: Path, stream: bool) ->
         await until(lambda: made.worker.entries[1].cancelled_at > 0)
         if not stream:
             tokens = answer.json()["usage"]["completion_tokens"]
-            assert tokens == len(tokenizer().encode(TEXT[: TEXT.index(CALL) + len(CALL)]))
+            assert tokens == len(tokenizer().encode(TEXT[: TEXT.index("}}") + 2]))
 
 
 async def test_an_answer_cut_within_a_call(caller: Cluster) -> None:

@@ -95,9 +95,9 @@ class Out:
     def _add(self, parts: list[str], text: str, *, trims: bool) -> None:
         if not self._started:
             text = text.lstrip()
-            if not text:
-                return
-            self._started = True
+            self._started = bool(text)
+        if not text:
+            return
         if not trims:
             parts.append(text)
             return
