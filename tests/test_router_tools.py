@@ -128,7 +128,7 @@ async def test_calls_through_the_openai_client(caller: Cluster) -> None:
 async def test_calls_with_everything_else(caller: Cluster, extra: dict[str, Any]) -> None:
     answer, finish = await both(caller, **WITH_TOOLS, **extra)
     if "min_tokens" in extra:  # stop strings see the text of marks as well
-        assert (answer, finish) == (Answer("", "It wants 你好."), "stop")
+        assert (answer, finish) == (Answer("", "It wants 你好.\n"), "stop")
         return
     assert finish == "tool_calls"
     assert answer == Answer(

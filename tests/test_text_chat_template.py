@@ -104,6 +104,10 @@ def test_a_response_message_may_be_sent_back() -> None:
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
             "messages[0].tool_calls[0].function.arguments",
         ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}],
+            "messages[0].tool_calls[0].function.arguments",
+        ),
     ],
 )
 def test_bad_messages_name_their_place(messages: list[Any], param: str) -> None:
@@ -173,3 +177,83 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     assert loaded.source == "from file"
     with pytest.raises(ConfigError, match="not a valid chat template"):
         ChatTemplate("{% if %}")
+
+
+CALLS = [
+    {
+        "id": "functions.get_weather:0",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city":"Köln"}'},
+    },
+    {"id": "functions.get_time:1", "type": "function", "function": {"name": "get_time", "arguments": ""}},
+]
+CONVERSATION = [
+    *USER,
+    {"role": "assistant", "content": None, "tool_calls": CALLS},
+    {"role": "tool", "tool_call_id": "functions.get_weather:0", "content": [{"type": "text", "text": "18"}]},
+    {"role": "tool", "tool_call_id": "functions.get_time:1", "content": None},
+]
+
+# What templates of each family do with calls: arguments printed, joined to text, gone through, or made JSON.
+BY_FAMILY = {
+    "Qwen3, Hermes": (
+        "{%- if m.tool_calls %}{% for c in m.tool_calls %}{% if c.function %}{% set c = c.function %}{% endif %}"
+        '<tool_call>\n{"name": "{{ c.name }}", "arguments": '
+        "{% if c.arguments is string %}{{ c.arguments }}{% else %}{{ c.arguments | tojson }}{% endif %}}\n</tool_call>"
+        "{% endfor %}{% elif m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>{% endif %}",
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+        '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+        "<tool_response>18</tool_response><tool_response></tool_response>",
+    ),
+    "Qwen3-Coder, Qwen3.5": (
+        "{%- for c in m.tool_calls or [] %}<function={{ c.function.name }}>"
+        "{% for k, v in c.function.arguments | items %}"
+        "<parameter={{ k }}>{{ v if v is string else v | tojson }}</parameter>{% endfor %}</function>{% endfor %}",
+        "<function=get_weather><parameter=city>Köln</parameter></function><function=get_time></function>",
+    ),
+    "GLM-4.5, GLM-5": (
+        "{%- for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}{% set args = c.function.arguments %}"
+        "{% for k, v in args.items() %}<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>{% endfor %}"
+        "</tool_call>{% endfor %}",
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Köln</arg_value></tool_call>"
+        "<tool_call>get_time</tool_call>",
+    ),
+    "DeepSeek-V3, R1": (
+        "{%- if m['role'] == 'assistant' and m['content'] is none %}{% for c in m['tool_calls'] %}"
+        "{{ c['type'] + '|' + c['function']['name'] + '\\n```json\\n' + c['function']['arguments'] + '\\n```' }}"
+        "{% endfor %}{% endif %}{% if m['role'] == 'assistant' and m['content'] is not none %}WRONG{% endif %}",
+        'function|get_weather\n```json\n{"city":"Köln"}\n```function|get_time\n```json\n{}\n```',
+    ),
+    "Kimi-K2": (
+        "{%- for c in m.tool_calls or [] %}<|tool_call_begin|>{{ c['id'] }}<|tool_call_argument_begin|>"
+        "{% if c['function']['arguments'] is string %}{{ c['function']['arguments'] }}{% else %}"
+        "{{ c['function']['arguments'] | tojson }}{% endif %}<|tool_call_end|>{% endfor %}"
+        "{% if m.role == 'tool' %}## Return of {{ m.tool_call_id }}\n{{ m.content }}{% endif %}",
+        '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Köln"}<|tool_call_end|>'
+        "<|tool_call_begin|>functions.get_time:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
+        "## Return of functions.get_weather:0\n18## Return of functions.get_time:1\n",
+    ),
+    "Llama 3": (
+        "{%- for c in m.tool_calls or [] %}{% set c = c.function %}"
+        '{"name": "{{ c.name }}", "parameters": {{ c.arguments | tojson }}}{% endfor %}'
+        "{% if m.role == 'tool' or m.role == 'ipython' %}{{ m.content if m.content is string else m.content | tojson }}"
+        "{% endif %}",
+        '{"name": "get_weather", "parameters": {"city": "Köln"}}{"name": "get_time", "parameters": {}}18',
+    ),
+    "printed": (
+        "{%- for c in m.tool_calls or [] %}{{ c.function.arguments }}{{ '' ~ c.function.arguments }}{% endfor %}",
+        '{"city":"Köln"}{"city":"Köln"}{}{}',
+    ),
+}
+
+
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_calls_in_a_conversation(family: str) -> None:
+    body, expected = BY_FAMILY[family]
+    assert render("{% for m in messages %}" + body + "{% endfor %}", CONVERSATION) == expected
+
+
+def test_reasoning_has_both_names() -> None:
+    source = "{{ messages[1].reasoning }} {{ messages[1].reasoning_content }}"
+    for name in ("reasoning", "reasoning_content"):
+        assert render(source, [*USER, {"role": "assistant", "content": "x", name: "why"}]) == "why why"

@@ -119,6 +119,7 @@ class ChatTemplate:
         quoted = set(re.findall(r"""role['"]?\]?\s*==\s*["'](\w+)["']""", source))
         self.extra_roles = tuple(sorted(quoted - set(ROLES)))
         self._knows_developer = "developer" in source
+        self._knows_no_content = bool(re.search(r"""content['"]?\]?\s+is\s+(not\s+)?none""", source))
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any], special_tokens: dict[str, str]) -> ChatTemplate | None:
@@ -164,6 +165,10 @@ class ChatTemplate:
                     message["role"] = "system"
         if continue_final_message:
             checked[-1]["content"] += _MARK
+        if self._knows_no_content:  # some take a message for calls only if it has none
+            for message in checked:
+                if "tool_calls" in message and not message["content"]:
+                    message["content"] = None
         names: dict[str, Any] = {
             **self._special_tokens,
             **(variables or {}),

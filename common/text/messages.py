@@ -1,8 +1,8 @@
 """Chat messages as clients send them, checked and brought to the form that templates expect.
 
 Every error names its place: `messages[2].content`. Content is a string or a list of text parts, which are
-joined by newlines; tool-call arguments, JSON text on the wire, become objects; what a client echoes back from a
-response (`refusal`, `annotations` ...) is dropped.
+joined by newlines; tool-call arguments, JSON text on the wire, become `Arguments`; reasoning has both of its names;
+what a client echoes back from a response (`refusal`, `annotations` ...) is dropped.
 """
 
 from __future__ import annotations
@@ -15,10 +15,28 @@ from common.errors import InvalidRequestError, UnsupportedError
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 _KEPT: Final = ("name", "tool_call_id", "reasoning_content", "reasoning")
+_MAY_LACK_CONTENT: Final = ("assistant", "tool", "function")
 _DROPPED: Final = frozenset({"refusal", "annotations", "audio", "function_call", "weight"})
 _TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
 
 Message = dict[str, Any]
+
+
+class Arguments(dict[str, Any]):
+    """A call's arguments: an object for templates that go through it, and its JSON text for those that print it."""
+
+    def __init__(self, values: Mapping[str, Any], text: str) -> None:
+        super().__init__(values)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __add__(self, other: str) -> str:
+        return self._text + other
+
+    def __radd__(self, other: str) -> str:
+        return other + self._text
 
 
 def normalize_messages(messages: Sequence[Any], *, extra_roles: Sequence[str] = ()) -> list[Message]:
@@ -47,12 +65,15 @@ def _message(message: Any, where: str, roles: Sequence[str]) -> Message:
         if not isinstance(value, str):
             raise _bad(f"{where}.{key}", f"must be a string, got {_show(value)}")
         out[key] = value
+    reasoning = out.get("reasoning_content", out.get("reasoning"))
+    if reasoning is not None:
+        out["reasoning"] = out["reasoning_content"] = reasoning
     calls = message.get("tool_calls")
     if calls:
         if role != "assistant":
             raise _bad(f"{where}.tool_calls", "is allowed in assistant messages only")
         out["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
-    out["content"] = _content(message.get("content"), where, may_lack=role == "assistant")
+    out["content"] = _content(message.get("content"), where, may_lack=role in _MAY_LACK_CONTENT)
     return out
 
 
@@ -97,16 +118,18 @@ def _tool_call(call: Any, where: str) -> Message:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise _bad(f"{where}.function", "must be an object with name and arguments")
     arguments = function.get("arguments")
+    text = arguments if isinstance(arguments, str) and arguments.strip() else ""
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+            arguments = json.loads(text) if text else {}
+        except (ValueError, RecursionError) as error:
             raise _bad(f"{where}.function.arguments", f"is not valid JSON: {error}") from error
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise _bad(f"{where}.function.arguments", "must be a JSON object")
-    out = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    made = Arguments(arguments, text or json.dumps(arguments, ensure_ascii=False))
+    out = {"type": "function", "function": {"name": function["name"], "arguments": made}}
     if isinstance(call.get("id"), str):
         out["id"] = call["id"]
     return out
