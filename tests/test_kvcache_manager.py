@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from kvcache_support import HandClock, chain_of, full, layout, manager, run, snapshots, states, tail, window
 
+from common.kvcache.layout import GroupSpec
 from common.kvcache.manager import NO_HIT, BlockCopy, KVCacheManager
 
 A, B = list(range(100)), [*range(40), *range(500, 560)]
@@ -47,6 +48,23 @@ def test_sequences_share_a_prefix_at_once() -> None:
     assert states(m) == (6, 4, 0, 0, 0), "the second sequence still holds them"
     m.close(2)
     assert states(m) == (7, 0, 3, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "groups", [(full(8),), (full(8), full(8, 32, "wide")), (full(8), window(8, 32)), (window(8, 32),)]
+)
+def test_a_beginning_says_whether_there_may_be_a_hit(groups: tuple[GroupSpec, ...]) -> None:
+    m = manager(*groups)
+    run(m, 1, A[:80])
+    for tokens in (A, B, A[32:], A[:16], A[:40], A[:1]):
+        chain = chain_of(tokens)
+        start = chain[: m.shortest_hit // 16 + 1]
+        found = m.match_prefix(chain, len(tokens))
+        assert m.may_hit(start) or found == NO_HIT
+    assert m.may_hit(chain_of(A)[: m.shortest_hit // 16 + 1])
+    if all(g.name != "window" or len(groups) > 1 for g in groups):
+        assert not m.may_hit(chain_of(A[32:]))
+    assert not manager(*groups, caching=False).may_hit(chain_of(A))
 
 
 def test_an_equal_block_computed_twice_stays_a_copy() -> None:

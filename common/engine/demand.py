@@ -100,6 +100,8 @@ class Demand:
 
     def poll(self, scheduler: Scheduler) -> None:
         """Move sequences whose hand-off ended since the last call."""
+        for placed in self._placed.values():
+            placed.grow_chain()  # while its prompt is computed, so that nothing waits for it at the end
         for update in self._reader.poll():
             if not isinstance(update, Done | Failed):
                 continue
@@ -125,6 +127,7 @@ class Demand:
             transport=done.transport,
             prefill_worker=done.worker_id,
         )
+        seq.grow_chain()
         self._cache.advance(seq.seq_id, seq.chain, seq.num_tokens)
 
     def _fall_back(self, seq: Sequence, reason: str) -> None:

@@ -74,6 +74,7 @@ def _check_prompt_logprobs(prompt: tuple[int, ...], top_n: int, limits: ModelLim
 
 def _check_ids(limits: ModelLimits, field: str, ids: Iterable[int]) -> None:
     vocab = limits.vocab_size
-    for i in ids:
-        if not 0 <= i < vocab:
-            raise InvalidRequestError(f"token id {i} is outside the vocabulary of {vocab}", param=field)
+    found = tuple(ids)
+    if found and not 0 <= min(found) <= max(found) < vocab:
+        wrong = next(i for i in found if not 0 <= i < vocab)
+        raise InvalidRequestError(f"token id {wrong} is outside the vocabulary of {vocab}", param=field)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 from common.engine.checkpoints import checkpoint_after, checkpoints, cut
 from common.engine.sequence import Phase, Sequence
-from common.kvcache.manager import KVCacheManager, PrefixHit
+from common.kvcache.manager import NO_HIT, KVCacheManager, PrefixHit
 from common.types import Clock
 
 
@@ -157,6 +157,7 @@ class Scheduler:
     def remote_failed(self, seq: Sequence, num_verified: int) -> None:
         """A hand-off failed: what was verified is sealed, found again as a prefix hit, and the rest computed here."""
         del self.remote[seq.seq_id]
+        seq.grow_chain()
         self._cache.advance(seq.seq_id, seq.chain, num_verified)
         self._cache.close(seq.seq_id)
         seq.remote_peer = 0
@@ -262,6 +263,10 @@ class Scheduler:
             self._on_started(seq, hit)
 
     def _match(self, seq: Sequence) -> PrefixHit:
+        """What is hashed of a long prompt that nobody began is its beginning: the rest can wait until it runs."""
+        seq.grow_chain(self._cache.shortest_hit)
+        if not self._cache.may_hit(seq.chain):
+            return NO_HIT
         seq.grow_chain()
         limit = 0 if seq.wants_prompt_logprobs else seq.num_tokens - 1
         return self._cache.match_prefix(seq.chain, limit)

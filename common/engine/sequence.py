@@ -128,9 +128,9 @@ class Sequence:
         """Are rows of its images still to come? It cannot be computed here before."""
         return self.embeds is not None and not self.embeds.ready
 
-    def grow_chain(self) -> None:
-        """Hash the whole units of all tokens known so far."""
-        extend_chain(self.chain, self.token_ids, self.media)
+    def grow_chain(self, num_tokens: int | None = None) -> None:
+        """Hash the whole units of all tokens known so far, or of the first `num_tokens`."""
+        extend_chain(self.chain, self.token_ids, self.media, num_tokens)
 
     def prefix_hash(self, num_tokens: int) -> bytes:
         return hash_at(self.chain, self.token_ids, num_tokens, self.media)

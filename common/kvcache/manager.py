@@ -26,12 +26,14 @@ from common.kvcache.prefix import (
     KVEvent,
     PrefixHit,
     PrefixIndex,
+    block_hash,
     is_current,
     longest_hit,
     match_step,
 )
 from common.kvcache.tables import BlockCopy, SequenceBlocks, SnapshotSlot, seal_full_blocks
 from common.types import BlockStates, Clock
+from common.types.prefix import UNIT
 
 __all__ = ["NO_HIT", "BlockCopy", "KVCacheManager", "PrefixHit"]
 
@@ -95,6 +97,18 @@ class KVCacheManager:
         `chain[i]` is the prefix hash of the first i * 16 tokens.
         """
         return longest_hit(self._indexes, chain, num_tokens) if self._caching else NO_HIT
+
+    @property
+    def shortest_hit(self) -> int:
+        """Tokens of which `may_hit` wants the hashes: no hit is shorter."""
+        return self._step
+
+    def may_hit(self, chain: Sequence[bytes]) -> bool:
+        """False if `match_prefix` finds nothing, by the hashes of the first `shortest_hit` tokens alone."""
+        if not self._caching or len(chain) <= self._step // UNIT:
+            return False
+        full = [(g, index) for g, index in self._indexes if g.retention is Retention.FULL]
+        return all(index.get(block_hash(chain, 0, g.block_size)) is not None for g, index in full)
 
     def blocks_needed(
         self, seq_id: int | None, num_tokens: int, hit: PrefixHit | None = None, *, fetch_to: int = 0

@@ -132,8 +132,7 @@ class Intake:
         self.pending: list[Reading] = []
         self.reads: dict[int, Reading] = {}
         self._media = tuple((e.position, e.media_hash) for e in spec.embeddings)
-        self._chain = list(spec.chain)
-        extend_chain(self._chain, spec.token_ids, self._media)
+        self._chain = list(spec.chain)  # the rest is hashed when the order is accepted, which nobody waits for
         self._groups = {g.name: GroupIntake(g, self._need(g)) for g in groups}
 
     def _need(self, group: GroupSpec) -> int:
@@ -149,6 +148,7 @@ class Intake:
     def on_accepted(self, event: OrderAccepted) -> None:
         self._expect(Stage.PLACED, event)
         self.stage = Stage.ACCEPTED
+        extend_chain(self._chain, self.spec.token_ids, self._media)
 
     def on_started(self, event: OrderStarted) -> None:
         self._expect(Stage.ACCEPTED, event)

@@ -46,20 +46,27 @@ def extend_chain(
     chain: list[bytes],
     token_ids: Sequence[int],
     media: Sequence[tuple[int, bytes]] = (),
+    num_tokens: int | None = None,
 ) -> None:
     """Append to `chain` (whose first entry is the root) the hashes of all whole units of `token_ids`.
+
+    `num_tokens`: of the first so many alone.
 
     chain[i] is the hash of the first i * UNIT tokens. Units hashed before are not hashed again.
     `media` holds (position, media hash) pairs.
     """
     done = len(chain) - 1
-    total = len(token_ids) // UNIT
+    total = (len(token_ids) if num_tokens is None else min(num_tokens, len(token_ids))) // UNIT
     if total <= done:
         return
     raw = _pack(token_ids[done * UNIT : total * UNIT])
-    stride = UNIT * 4
-    for i in range(total - done):
-        chain.append(_unit_hash(chain[-1], raw[i * stride : (i + 1) * stride], (done + i) * UNIT, media))
+    stride, parent, blake2b = UNIT * 4, chain[-1], hashlib.blake2b
+    for at in range(0, len(raw), stride):
+        if media:
+            parent = _unit_hash(parent, raw[at : at + stride], done * UNIT + at // 4, media)
+        else:
+            parent = blake2b(raw[at : at + stride], key=parent, digest_size=HASH_NBYTES).digest()
+        chain.append(parent)
 
 
 def hash_at(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -28,6 +29,9 @@ def run_worker(
         worker = config.prefill if role is Role.PREFILL else config.decode
         worker = worker.model_copy(update={"engine": resolve_engine(worker.engine, role)})
         configure_logging(config.log, f"{role.value}_worker")
+
+        gc.collect()
+        gc.freeze()  # what was imported stays: a full collection that looks through it would hold tokens up
 
         async def serve() -> None:
             await WorkerApp(role, worker, config.log, environ, make_part).run()
