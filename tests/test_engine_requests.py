@@ -314,7 +314,7 @@ def test_prompt_logprobs_come_once_though_the_prompt_was_preempted_midway(llama:
 def test_choices_share_a_prompt_whose_logprobs_are_wanted(solo: Solo, monkeypatch: pytest.MonkeyPatch) -> None:
     (prompt,) = prompts(52, (48,))
     computed: list[int] = []
-    monkeypatch.setattr(solo.decode.parts.meter, "step", lambda plan: computed.append(plan.num_tokens))
+    monkeypatch.setattr(solo.decode.parts.meter, "step", lambda plan, at: computed.append(plan.num_tokens))
     answer = solo.submit(prompt, greedy(1, prompt_logprobs=0, n=4))
     solo.run(answer)
     assert computed == [48, 3 * 16], "the others start from the blocks of the first"
