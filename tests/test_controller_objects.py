@@ -11,7 +11,7 @@ import pytest
 from redis_support import RedisServer, binaries, fresh_namespace, run_redis
 
 from common.config import ControllerConfig
-from common.errors import InvalidRequestError, NotFoundError, OverloadedError, UnavailableError
+from common.errors import InvalidRequestError, NotFoundError, OverloadedError
 from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient
 from services.controller.app import Controller
@@ -123,7 +123,7 @@ async def test_one_holder_at_a_time(server: RedisServer) -> None:
         assert not await client.claim(KEY, "b", 5)
         assert (await client.get(KEY)).holder == "a"
         assert await client.put_parts(KEY, {0: b"of a"}, holder="a") == 1
-        with pytest.raises(UnavailableError):
+        with pytest.raises(OverloadedError):
             await client.put_parts(KEY, {1: b"of b"}, holder="b")
         await client.claim(KEY, "a", 0)
         assert await client.claim(KEY, "b", 0.2)

@@ -211,6 +211,10 @@ class RouterConfig(_Section):
     )
     require_api_key: bool = Field(False, description="refuse requests without a key even while there is none")
     admin_token: str = Field("", description="the controller's, to follow the keys kept there; is a key as well")
+    response_ttl_s: int = Field(86400, gt=0, description="stored responses can be had for this long")
+    file_ttl_s: int = Field(30 * 86400, gt=0, description="files and batches, unless the client asks for less")
+    max_file_bytes: int = Field(64 * 2**20, gt=0, description="an uploaded file")
+    batch_concurrency: int = Field(16, ge=1, description="lines of a batch that this router runs at once")
     stream_buffer_tokens: int = Field(8192, ge=1, description="a client that falls this far behind is cut off")
     policy: RoutingPolicy = Field(
         "cost",

@@ -11,8 +11,11 @@ from typing import Any, Final, NamedTuple
 from common.errors import NotFoundError, UnavailableError
 from common.rpc.client import call, open_channel
 from common.rpc.codec.objects import ObjectKey, StoredObject, key_to_proto, object_from_proto
+from common.telemetry import get_logger
 from nanodeploy.v1 import objects_pb2 as pb
 from nanodeploy.v1 import objects_pb2_grpc
+
+_log = get_logger(__name__)
 
 CALL_TIMEOUT_S: Final = 5.0
 PARTS_PER_CALL: Final = 256
@@ -36,6 +39,7 @@ class ObjectClient:
         self._channels: dict[str, Any] = {}
         self._addresses = tuple(controllers)
         self._index = 0
+        self._lost = False  # none answered the last call
 
     async def put(
         self, key: ObjectKey, data: bytes, *, ttl_s: float = 0.0, expected_version: int | None = None
@@ -67,7 +71,7 @@ class ObjectClient:
         return Page(tuple(map(object_from_proto, response.objects)), response.has_more)
 
     async def put_parts(self, key: ObjectKey, parts: Mapping[int, bytes], *, holder: str = "") -> int:
-        """How many were new. `UnavailableError` when `holder` is not the object's any more."""
+        """How many were new. `OverloadedError` when `holder` is not the object's any more."""
         added, batch, size = 0, pb.PutPartsRequest(key=key_to_proto(key), holder=holder), 0
         for number, data in parts.items():
             if batch.numbers and (size + len(data) > _BYTES_PER_CALL or len(batch.numbers) == PARTS_PER_CALL):
@@ -106,7 +110,7 @@ class ObjectClient:
         self._channels.clear()
 
     async def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
-        last = UnavailableError("no controller is configured")
+        last: UnavailableError | None = None
         for _ in self._addresses:
             address = self._addresses[self._index]
             channel = self._channels.get(address)
@@ -114,8 +118,13 @@ class ObjectClient:
                 channel = self._channels[address] = open_channel(address)
             stub = objects_pb2_grpc.ObjectServiceStub(channel)  # type: ignore[no-untyped-call]
             try:
-                return await call(method(stub), request, timeout_s=CALL_TIMEOUT_S)
+                answer = await call(method(stub), request, timeout_s=CALL_TIMEOUT_S)
+                self._lost = False
+                return answer
             except UnavailableError as error:
                 last = error
                 self._index = (self._index + 1) % len(self._addresses)
-        raise last
+        if not self._lost:
+            _log.warning("no controller answers", error=last.message if last else "none is configured")
+        self._lost = True
+        raise UnavailableError("no controller answers, which has the stored objects") from last

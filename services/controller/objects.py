@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from common.config import ControllerConfig
-from common.errors import InternalError, InvalidRequestError, NotFoundError, OverloadedError, UnavailableError
+from common.errors import InternalError, InvalidRequestError, NotFoundError, OverloadedError
 from common.rpc.codec.objects import MAX_PARTS, ObjectKey, StoredObject
 from services.controller import object_scripts as scripts
 from services.controller.store import Store
@@ -118,7 +118,7 @@ class Objects:
         if code == -3:
             raise OverloadedError("the storage for responses, files and batches is full")
         if code == -4:
-            raise UnavailableError("somebody else holds this object now")
+            raise OverloadedError("somebody else holds this object now")
         raise InternalError(f"storage script answered {code}")
 
 

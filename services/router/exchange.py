@@ -7,9 +7,12 @@ READING -> (nothing sent) -> answered
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+import hashlib
+import re
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
+from urllib.parse import parse_qsl
 
 from common.errors import CancelledByCallerError, NanoDeployError
 from services.router.admission.callers import ANYONE
@@ -20,6 +23,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+_SAFE: Final = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
+_MAX_QUERY: Final = 4096
 BODY_TIMEOUT_S: Final = 60.0  # for the whole body
 _DRAIN_FACTOR: Final = 4  # an oversized body is read on up to this many times the limit, so that the answer arrives
 _JSON: Final = (b"content-type", b"application/json")
@@ -75,6 +80,22 @@ class Exchange:
     def raw_headers(self) -> list[tuple[bytes, bytes]]:
         found: list[tuple[bytes, bytes]] = self._scope["headers"]
         return found
+
+    @property
+    def owner(self) -> str:
+        """Whose stored objects the caller's are: safe in keys, empty where the API is open."""
+        tenant = self.caller.tenant
+        if _SAFE.fullmatch(tenant) is None:
+            return hashlib.blake2b(tenant.encode(), digest_size=16).hexdigest()
+        return tenant
+
+    def path(self, name: str) -> str:
+        """A part of the route's path."""
+        found: str = self._scope["path_params"][name]
+        return found
+
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(self._scope["query_string"].decode("latin-1")[:_MAX_QUERY]))
 
     def header(self, name: bytes) -> str:
         """Empty if it was not sent."""
@@ -136,6 +157,21 @@ class Exchange:
         self._connection.join_next()
         await self._send({"type": "http.response.start", "status": status, "headers": sent})
         await self._send({"type": "http.response.body", "body": payload})
+
+    async def pour(self, kind: bytes, length: int, parts: AsyncIterable[bytes]) -> None:
+        """An answer of `length` bytes in parts, as fast as the client takes them. A part that lacks cuts it."""
+        self.ended = True
+        sent = [(b"content-type", kind), (b"content-length", str(length).encode()), *self.headers]
+        await self._send({"type": "http.response.start", "status": 200, "headers": sent})
+        async for part in parts:
+            length -= len(part)
+            if length < 0 or self._connection.lost:
+                break
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+        if length:
+            self.abort()
+            raise CancelledByCallerError("the answer could not be sent to its end")
+        await self._send({"type": "http.response.body", "body": b""})
 
     async def begin(self) -> None:
         """The head of a stream of events."""

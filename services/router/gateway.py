@@ -34,12 +34,13 @@ from services.router.errors import validation_error
 from services.router.exchange import Exchange
 from services.router.metrics import RouterMetrics
 from services.router.models import ModelText, ModelTexts
-from services.router.params import Job, chat_ids, chat_job, completion_job
+from services.router.params import Job, chat_ids, chat_job, completion_job, conversation_ids
 from services.router.relay import Relay
-from services.router.replies import ChatStyle, CompletionStyle, Head, Style
+from services.router.replies import Head
 from services.router.routing.board import Hints, Members, serves
 from services.router.run import Run
 from services.router.schemas import ChatBody, CompletionBody, DetokenizeBody, SamplingFields, TokenizeBody
+from services.router.style import ChatStyle, CompletionStyle, Style
 
 B = TypeVar("B", bound=BaseModel)
 S = TypeVar("S", bound=SamplingFields)
@@ -114,6 +115,20 @@ class Gateway:
             if serves(worker, name):
                 return name, worker.model
         raise NotFoundError(f"The model `{name}` does not exist.", param="model")
+
+    def capabilities(self, model: ModelInfo) -> dict[str, bool]:
+        """What can be asked of a model; those of its text are known once its tokenizer has been read."""
+        text = self.texts.peek(model)
+        chat = text is not None and text.template is not None
+        return {
+            "completions": True,
+            "chat": chat,
+            "responses": chat,
+            "messages": chat,
+            "tool_calls": chat and text is not None and text.calls is not None,
+            "reasoning": chat and text is not None and text.reasoning is not None,
+            "embeddings": False,
+        }
 
     async def body(self, exchange: Exchange, kind: type[B]) -> B:
         raw = await exchange.body(self._config.max_body_bytes)
@@ -312,6 +327,12 @@ class Gateway:
         decode = text.tokenizer.decode
         prompt = await self.texts.run(lambda: decode(body.tokens, skip_special_tokens=False), len(body.tokens))
         await exchange.answer(200, replies.dumps({"prompt": prompt}))
+
+    async def prompt_ids(self, body: ChatBody) -> list[int]:
+        """Of a conversation as it would be answered; longer than the model allows is no error here."""
+        _, model = self.resolve(body.model)
+        text = await self.texts.get(model)
+        return await conversation_ids(body, model, text, self.texts)
 
     # -- life --
 

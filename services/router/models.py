@@ -95,6 +95,10 @@ class ModelTexts:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def peek(self, model: ModelInfo) -> ModelText | None:
+        """None if it has not been read yet."""
+        return self._loaded.get((self._config.model_path or model.path, model.model_hash))
+
     async def get(self, model: ModelInfo) -> ModelText:
         """Raises `UnavailableError` while the files cannot be read."""
         folder = self._config.model_path or model.path

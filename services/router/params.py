@@ -16,7 +16,7 @@ from common.types import ModelInfo, SamplingParams
 from services.router.errors import ContextLengthError
 from services.router.models import ModelText, ModelTexts
 from services.router.schemas import ChatBody, CompletionBody, Messages, SamplingFields
-from services.router.tools import call_format, parser_plan, tool_use, with_calls
+from services.router.tools import ToolUse, call_format, parser_plan, tool_use, with_calls
 
 COMPLETION_MAX_TOKENS: Final = 16
 MAX_STOP_CHARS: Final = 2048  # of all stop strings: their automaton is built per request
@@ -32,6 +32,7 @@ class Job:
     echo: bool = False
     echo_only: bool = False  # max_tokens 0: the prompt alone is wanted
     prompt_texts: tuple[str, ...] = ()  # as given, for echo; empty: decode the ids
+    prompt_logprobs: int | None = None  # alternatives of each prompt token that the answer shows
     parsing: ParserPlan | None = None  # of the answers; None: they are content as they are
 
 
@@ -46,10 +47,40 @@ async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: Mod
         raise InvalidRequestError(
             f"top_logprobs must be between 0 and 20, got {body.top_logprobs}", param="top_logprobs"
         )
+    _check_prompt_logprobs(body)
+    ids = await _conversation_ids(body, use, model, text, texts, whole=body.truncate_prompt_tokens is None)
+    name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    prompts = [_fit(ids, body, model, wanted, "messages", name)]
+    left = model.max_model_len - len(prompts[0])
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = sampling_params(
+        body,
+        text,
+        rng,
+        max_tokens=left if wanted is None else wanted,
+        max_tokens_name=name,
+        logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+    _check_ids(sampling, model)
+    parsing = parser_plan(body, use, text, prompts[0], calls)
+    sampling = with_calls(sampling, use, parsing)
+    return Job(prompts, sampling, prompt_logprobs=body.prompt_logprobs, parsing=parsing)
+
+
+async def conversation_ids(body: ChatBody, model: ModelInfo, text: ModelText, texts: ModelTexts) -> list[int]:
+    """The prompt of a conversation, however long it is."""
+    return await _conversation_ids(body, tool_use(body), model, text, texts, whole=False)
+
+
+async def _conversation_ids(
+    body: ChatBody, use: ToolUse, model: ModelInfo, text: ModelText, texts: ModelTexts, *, whole: bool
+) -> list[int]:
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
-    ids = await chat_ids(
+    return await chat_ids(
         body.messages,
         model,
         text,
@@ -59,19 +90,13 @@ async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: Mod
         add_special_tokens=body.add_special_tokens,
         tools=use.shown,
         variables=variables,
-        whole=body.truncate_prompt_tokens is None,
+        whole=whole,
     )
-    name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
-    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    prompts = [_fit(ids, body, model, wanted, "messages", name)]
-    left = model.max_model_len - len(prompts[0])
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = sampling_params(
-        body, text, rng, max_tokens=left if wanted is None else wanted, max_tokens_name=name, logprobs=logprobs
-    )
-    _check_ids(sampling, model)
-    parsing = parser_plan(body, use, text, prompts[0], calls)
-    return Job(prompts, with_calls(sampling, use, parsing), parsing=parsing)
+
+
+def _check_prompt_logprobs(body: SamplingFields) -> None:
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequestError("prompt_logprobs is not possible with stream", param="prompt_logprobs")
 
 
 def _continues(body: ChatBody) -> bool:
@@ -116,6 +141,7 @@ async def completion_job(
         raise UnsupportedError("suffix is not supported", param="suffix")
     if body.best_of not in (None, 1):
         raise UnsupportedError("best_of is not supported: use n", param="best_of")
+    _check_prompt_logprobs(body)
     echo = bool(body.echo)
     echo_only = echo and body.max_tokens == 0
     wanted = 1 if echo_only else body.max_tokens
@@ -123,8 +149,9 @@ async def completion_job(
     prompts = [_fit(ids, body, model, wanted, "prompt", "max_tokens") for ids in given]
     if wanted is None:
         wanted = min(COMPLETION_MAX_TOKENS, *(model.max_model_len - len(ids) for ids in prompts))
+    tops = [top for top in (body.logprobs if echo else None, body.prompt_logprobs) if top is not None]
     sampling = sampling_params(
-        body, text, rng, max_tokens=wanted, logprobs=body.logprobs, prompt_logprobs=body.logprobs if echo else None
+        body, text, rng, max_tokens=wanted, logprobs=body.logprobs, prompt_logprobs=max(tops, default=None)
     )
     _check_ids(sampling, model)
     if len(prompts) * sampling.n > MAX_SEQUENCES:
@@ -132,7 +159,8 @@ async def completion_job(
     whole = echo and body.truncate_prompt_tokens is None
     strings = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     prompt_texts = tuple(p for p in strings if isinstance(p, str)) if whole else ()
-    return Job(prompts, sampling, echo=echo, echo_only=echo_only, prompt_texts=prompt_texts)
+    shown = body.prompt_logprobs
+    return Job(prompts, sampling, echo=echo, echo_only=echo_only, prompt_texts=prompt_texts, prompt_logprobs=shown)
 
 
 async def _completion_prompts(

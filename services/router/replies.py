@@ -6,8 +6,8 @@ Stream chunks are templates made once per request: only the text is escaped per 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import orjson
@@ -83,6 +83,33 @@ def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], found: TokenLo
         | {"top_logprobs": [entry(found.top_ids[j], found.top_logprobs[j]) for j in range(i * top, i * top + top)]}
         for i, token in enumerate(token_ids)
     ]
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], found: TokenLogprobs | None, top: int
+) -> list[dict[str, Any] | None] | None:
+    """As vLLM has them: by position of the prompt, the first one null; the token itself and the `top` best by id.
+
+    A token's rank is known where it is one of the best.
+    """
+    if found is None:
+        return None
+
+    def entry(token: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        text = _token_text(tokenizer.token_bytes(token))
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": text}
+
+    positions: list[dict[str, Any] | None] = [None]
+    for i, token in enumerate(token_ids[1:]):
+        start = i * found.top_n
+        best = {
+            str(found.top_ids[start + k]): entry(found.top_ids[start + k], found.top_logprobs[start + k], k + 1)
+            for k in range(min(top, found.top_n))
+        }
+        ranks = list(found.top_ids[start : start + found.top_n])
+        rank = ranks.index(token) + 1 if token in ranks else None
+        positions.append({str(token): entry(token, found.token_logprobs[i], rank), **best})
+    return positions
 
 
 class CompletionLogprobs:
@@ -286,6 +313,7 @@ class Ended(NamedTuple):
     stop_reason: str | int | None
     reasoning: str = ""
     calls: Sequence[Call] = ()
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
 
 
 def chat_message(choice: Ended) -> dict[str, Any]:
@@ -313,7 +341,9 @@ def chat_answer(head: Head, choices: Sequence[Ended], usage: Usage, timings: dic
         }
         for choice in choices
     ]
-    return _answer(head, "chat.completion", shaped, usage, timings)
+    found = choices[0].prompt_logprobs
+    more = {} if found is None else {"prompt_logprobs": found}
+    return _answer(head, "chat.completion", shaped, usage, timings, more)
 
 
 def completion_answer(head: Head, choices: Sequence[Ended], usage: Usage, timings: dict[str, Any] | None) -> bytes:
@@ -324,50 +354,22 @@ def completion_answer(head: Head, choices: Sequence[Ended], usage: Usage, timing
             "logprobs": choice.logprobs,
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,
+            **({} if choice.prompt_logprobs is None else {"prompt_logprobs": choice.prompt_logprobs}),
         }
         for choice in choices
     ]
-    return _answer(head, "text_completion", shaped, usage, timings)
-
-
-# -- styles ------------------------------------------------------------------------------------------
-
-
-class Style(Protocol):
-    """How the answers of one API look. `columns`: its logprobs are `CompletionLogprobs`, else a list of tokens.
-
-    `finished`, where it is not None, is awaited with the last bytes of an answer and returns those to send.
-    """
-
-    prefix: str  # of an answer's id
-    columns: bool
-    finished: Callable[[bytes], Awaitable[bytes]] | None
-
-    def chunks(self, head: Head, usage: bytes | None) -> Chunks: ...
-
-    def whole(self, head: Head, choices: Sequence[Ended], usage: Usage, timings: dict[str, Any] | None) -> bytes: ...
-
-
-class ChatStyle:
-    prefix = "chatcmpl-"
-    columns = False
-    finished: Callable[[bytes], Awaitable[bytes]] | None = None
-    chunks = staticmethod(ChatChunks)
-    whole = staticmethod(chat_answer)
-
-
-class CompletionStyle:
-    prefix = "cmpl-"
-    columns = True
-    finished: Callable[[bytes], Awaitable[bytes]] | None = None
-    chunks = staticmethod(CompletionChunks)
-    whole = staticmethod(completion_answer)
+    return _answer(head, "text_completion", shaped, usage, timings, {})
 
 
 def _answer(
-    head: Head, kind: str, choices: list[dict[str, Any]], usage: Usage, timings: dict[str, Any] | None
+    head: Head,
+    kind: str,
+    choices: list[dict[str, Any]],
+    usage: Usage,
+    timings: dict[str, Any] | None,
+    more: dict[str, Any],
 ) -> bytes:
-    body = {**_head_dict(head, kind), "choices": choices, "usage": usage.as_dict()}
+    body = {**_head_dict(head, kind), "choices": choices, "usage": usage.as_dict(), **more}
     if timings is not None:
         body["nanodeploy"] = timings
     return dumps(body)

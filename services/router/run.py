@@ -19,8 +19,9 @@ from services.router.exchange import Exchange
 from services.router.generation import Courier, Generation, Mailbox
 from services.router.metrics import ModelMetrics
 from services.router.params import Job
-from services.router.replies import Call, Chunks, CompletionLogprobs, Ended, Head, Style, Usage, add_part
+from services.router.replies import Call, CompletionLogprobs, Ended, Head, Usage, add_part
 from services.router.routing.board import NO_HINTS, Hints
+from services.router.style import Stream, Style
 
 _UNBOUNDED: Final = 2**62
 
@@ -246,9 +247,16 @@ class Run:
 
         mailbox = Mailbox(relay.courier, _UNBOUNDED, exchange.abort)
         await self._follow(mailbox, relay, exchange, deadline_s, keep, stream=False)
-        ended = [_ended(choice) for choices in self._choices for choice in choices]
+        ended = [_ended(choice, self._prompt_logprobs(choice)) for choices in self._choices for choice in choices]
         payload = self._style.whole(self.head, ended, self.usage(), self._timings(timings))
         await exchange.answer(200, await self._finished(payload))
+
+    def _prompt_logprobs(self, choice: ChoiceState) -> list[dict[str, Any] | None] | None:
+        top = self._job.prompt_logprobs
+        if top is None:
+            return None
+        found = self._generations[choice.prompt].prompt_logprobs
+        return replies.prompt_logprobs(self._tokenizer, self._job.prompts[choice.prompt], found, top)
 
     async def _finished(self, payload: bytes) -> bytes:
         """The last that is sent, which some styles keep a copy of first."""
@@ -295,7 +303,7 @@ class Run:
         last = chunks.last(self.usage() if include_usage else None, self._timings(timings))
         await exchange.end(await self._finished(last))
 
-    def _stream_events(self, chunks: Chunks, deltas: list[tuple[Generation, ChoiceDelta]]) -> bytes:
+    def _stream_events(self, chunks: Stream, deltas: list[tuple[Generation, ChoiceDelta]]) -> bytes:
         """All of a batch's events, which leave in one write. Most deltas are a token of plain text."""
         now = self._arrived()
         events: list[bytes] = []
@@ -312,7 +320,7 @@ class Run:
                 events.append(self._events(chunks, choice, self._push(generation, choice, delta)))
         return events[0] if len(events) == 1 else b"".join(events)
 
-    def _events(self, chunks: Chunks, choice: ChoiceState, piece: Piece) -> bytes:
+    def _events(self, chunks: Stream, choice: ChoiceState, piece: Piece) -> bytes:
         events: list[bytes] = []
         number = choice.number
         if not choice.echoed:
@@ -337,7 +345,7 @@ class Run:
         return b"".join(events)
 
 
-def _ended(choice: ChoiceState) -> Ended:
+def _ended(choice: ChoiceState, prompt_logprobs: list[dict[str, Any] | None] | None) -> Ended:
     text = choice.text
     return Ended(
         choice.number,
@@ -347,6 +355,7 @@ def _ended(choice: ChoiceState) -> Ended:
         text.stop_reason,
         "".join(choice.reasoning),
         choice.calls,
+        prompt_logprobs,
     )
 
 

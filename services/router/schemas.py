@@ -74,6 +74,7 @@ class SamplingFields(Body):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = Field(None, description="token id -> added to its logit, -100 to 100")
     skip_special_tokens: bool = True
+    prompt_logprobs: int | None = Field(None, description="alternatives per prompt token, 0 to 20; not with stream")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     truncate_prompt_tokens: int | None = Field(None, description="keep the last so many prompt tokens; -1 what fits")

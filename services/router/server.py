@@ -22,6 +22,7 @@ from common.rpc.codec import ChangeKind
 from common.rpc.membership import MembershipChange
 from common.telemetry import Metrics, get_logger
 from common.types import Clock, MonotonicClock, Role, WorkerRef
+from services.router.api.apis import Apis
 from services.router.app import make_app
 from services.router.gateway import Gateway
 from services.router.link import DecodePeer
@@ -190,6 +191,7 @@ class Router:
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
         self.gateway: Gateway | None = None
+        self._apis: Apis | None = None
         self.port = 0
 
     async def start(self) -> int:
@@ -214,7 +216,9 @@ class Router:
             rng=self._rng,
         )
         self._members.subscribe(self._on_change)
-        app = make_app(self.gateway, self._rng)
+        self._apis = Apis(self._config, self.gateway, clock=self._clock, rng=self._rng)
+        app = make_app(self.gateway, self._rng, self._apis.routes())
+        self._apis.start({path: endpoint.of_router for path, endpoint in app.raw.items()})
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -234,8 +238,10 @@ class Router:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Let running requests finish for `grace_s` (the config's `drain_grace_s`), then end."""
-        if self.gateway is None or self._server is None or self._serving is None:
+        if self.gateway is None or self._apis is None or self._server is None or self._serving is None:
             return
+        self.gateway.draining = True
+        await self._apis.drain()
         await self.gateway.drain(self._config.drain_grace_s if grace_s is None else grace_s)
         self.gateway.places.close(UnavailableError("the router is stopping"))
         await self.gateway.relay.close()
@@ -243,6 +249,7 @@ class Router:
         await self._serving
         for task in list(self._loads):
             task.cancel()
+        await self._apis.close()
         self.gateway.texts.close()
         _log.info("router stopped")
 

@@ -104,6 +104,13 @@ class Callers:
             raise UnauthenticatedError(_MISSING)
         raise UnauthenticatedError("Incorrect API key provided.")
 
+    def again(self, key_id: str, tenant: str) -> Caller:
+        """Who asked for a batch, now that it runs; a key that is gone leaves its tenant."""
+        for caller in (*self._static.values(), *self._stored.values()):
+            if key_id and (caller.key_id, caller.tenant) == (key_id, tenant):
+                return caller
+        return Caller(key_id, tenant) if tenant else ANYONE
+
     def replace(self, keys: Mapping[str, KeyMeters]) -> None:
         """The controller's keys, by their hash."""
         self._stored = {
