@@ -64,11 +64,12 @@ class Vocabulary:
 
     @property
     def specials(self) -> dict[str, int]:
-        """Tokens that stand for no text, by how they are written."""
+        """Tokens that stand for no text, by how they are written: to llguidance, all that are added in angles too."""
+        is_special = self.tokenizer.is_special_token
         with self._lock:
             if self._specials is None:
                 added = json.loads(self._file.read_bytes()).get("added_tokens") or []
-                self._specials = {t["content"]: t["id"] for t in added if t.get("special") and t.get("content")}
+                self._specials = {t["content"]: t["id"] for t in added if t.get("content") and is_special(t["id"])}
             return self._specials
 
     @property
