@@ -35,6 +35,8 @@ class Api(BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.end_headers()
+        if text == "think":
+            self._event({"choices": [{"delta": {"reasoning_content": "Hm", "reasoning": "Hm"}}]})
         for piece in ("Be", "cause", " of [bold]light[/bold]"):
             self._event({"choices": [{"delta": {"content": piece}}]})
         if text == "break":
@@ -79,6 +81,15 @@ def test_answer_is_streamed_as_it_is(api: str) -> None:
         {"role": "user", "content": "Why is the sky blue?"},
     ]
     assert (body["model"], body["max_tokens"], body["temperature"], body["seed"]) == ("m1", 9, 0.5, 1)
+
+
+def test_reasoning_is_shown_and_not_remembered(api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["think", "two", ""])
+    shown, out = console()
+    monkeypatch.setattr(shown, "input", lambda prompt: next(lines))
+    assert run_chat(api, "", ChatOptions(), shown) == 0
+    assert "Hm\n\nBecause of" in out.getvalue()
+    assert Api.bodies[-1]["messages"][1]["content"] == "Because of [bold]light[/bold]"
 
 
 def test_conversation_remembers(api: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -21,8 +21,13 @@ def list_models(client: httpx.Client, url: str) -> list[str]:
         raise UnavailableError(f"{url} does not answer: {error or type(error).__name__}") from None
 
 
-def stream_chat(client: httpx.Client, url: str, body: dict[str, Any]) -> Iterator[str]:
-    """The answer's text, piece by piece. Raises `NanoDeployError` with what the router says went wrong."""
+class ChatPiece(NamedTuple):
+    text: str
+    is_reasoning: bool
+
+
+def stream_chat(client: httpx.Client, url: str, body: dict[str, Any]) -> Iterator[ChatPiece]:
+    """The answer, piece by piece. Raises `NanoDeployError` with what the router says went wrong."""
     try:
         with client.stream("POST", f"{url}/v1/chat/completions", json={**body, "stream": True}) as response:
             if response.status_code != 200:
@@ -32,8 +37,11 @@ def stream_chat(client: httpx.Client, url: str, body: dict[str, Any]) -> Iterato
                 if "error" in event:
                     raise NanoDeployError(str(event["error"].get("message", event["error"])))
                 for choice in event.get("choices", ()):
-                    if text := (choice.get("delta") or {}).get("content"):
-                        yield text
+                    delta = choice.get("delta") or {}
+                    if text := delta.get("reasoning_content"):
+                        yield ChatPiece(text, True)
+                    if text := delta.get("content"):
+                        yield ChatPiece(text, False)
     except httpx.TransportError as error:
         raise UnavailableError(f"{url}: the connection broke: {error or type(error).__name__}") from None
 

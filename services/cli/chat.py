@@ -67,12 +67,17 @@ def _converse(
 def _answer(
     client: httpx.Client, url: str, body: dict[str, Any], messages: list[dict[str, str]], console: Console
 ) -> str:
-    """Show one answer as it streams; Ctrl-C ends it early and keeps what was said."""
+    """Show one answer as it streams, reasoning dimmed; Ctrl-C ends it early and keeps what was said."""
     pieces: list[str] = []
+    reasons = False
     try:
-        for piece in stream_chat(client, url, {**body, "messages": messages}):
-            pieces.append(piece)
-            console.out(piece, end="", highlight=False)
+        for text, is_reasoning in stream_chat(client, url, {**body, "messages": messages}):
+            if reasons and not is_reasoning:
+                console.out("\n")
+            reasons = is_reasoning
+            if not is_reasoning:
+                pieces.append(text)
+            console.out(text, end="", highlight=False, style="dim" if is_reasoning else None)
             console.file.flush()
     except KeyboardInterrupt:
         console.out(" [stopped]", end="", highlight=False)

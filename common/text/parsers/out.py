@@ -73,13 +73,13 @@ class Out:
 
     def take(self) -> Parsed:
         """What came since the last time."""
-        if not (self._content or self._reasoning or self._calls):
-            return NOTHING
-        parsed = Parsed("".join(self._content), "".join(self._reasoning), _joined(self._calls))
+        content, reasoning = "".join(self._content), "".join(self._reasoning)
         self._content.clear()
         self._reasoning.clear()
-        self._calls = []
-        return parsed
+        if not self._calls:
+            return Parsed(content, reasoning, ()) if content or reasoning else NOTHING
+        calls, self._calls = _joined(self._calls), []
+        return Parsed(content, reasoning, calls)
 
     # -- text --
 

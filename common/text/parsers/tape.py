@@ -57,23 +57,25 @@ class Tape:
 class Marks:
     """Strings looked for together. None may begin or lie within another."""
 
-    __slots__ = ("_first", "_longest", "_marks", "search")
+    __slots__ = ("_begin", "_longest", "_marks", "search")
 
     def __init__(self, *marks: str) -> None:
         assert all(marks), marks
         assert not any(a != b and a in b for a in marks for b in marks), marks
         self._marks = marks
         self._longest = max(map(len, marks))
-        self._first = frozenset(mark[0] for mark in marks)
+        self._begin = re.compile("[" + "".join(re.escape(mark[0]) for mark in marks) + "]").search
         self.search = re.compile("|".join(map(re.escape, marks))).search
 
     def partial(self, text: str, at: int) -> int:
         """Characters at the end of `text[at:]` that may become a mark."""
-        for start in range(max(at, len(text) - self._longest + 1), len(text)):
-            if text[start] in self._first:
-                end = text[start:]
-                if any(mark.startswith(end) for mark in self._marks):
-                    return len(end)
+        start = max(at, len(text) - self._longest + 1)
+        while found := self._begin(text, start):
+            start = found.start()
+            end = text[start:]
+            if any(mark.startswith(end) for mark in self._marks):
+                return len(end)
+            start += 1
         return 0
 
 

@@ -18,6 +18,7 @@ import orjson
 from services.cli.bench.stats import Sample
 
 READ_BYTES = 64 * 1024
+_OUTPUT = ("content", "tool_calls", "reasoning_content", "reasoning")  # of a delta: that tokens arrived
 
 
 class _Parser:
@@ -142,7 +143,7 @@ def _take_events(events: bytes, now: float, sample: Sample) -> None:
             sample.error = f"error in the stream: {error.get('message', error)}"
         for choice in event.get("choices", ()):
             delta = choice.get("delta")
-            if choice.get("text") or (delta and (delta.get("content") or delta.get("tool_calls"))):
+            if choice.get("text") or (delta and any(map(delta.get, _OUTPUT))):
                 sample.arrivals_s.append(now)
         if usage := event.get("usage"):
             sample.prompt_tokens = usage.get("prompt_tokens", 0)
