@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,10 @@ from router_support import MODEL, Cluster, Script, events, say, tokenizer, until
 from tokenizers import Tokenizer as RawTokenizer
 
 from common.text import Tokenizer
-from common.text.parsers import CallDelta
+from common.text.parsers import CallDelta, ParserPlan
 from common.text.parsers.out import Parsed
-from common.types import GenerationRequest, GrammarKind
+from common.types import ChoiceDelta, GenerationRequest, GrammarKind, SamplingParams
+from services.router.choice import ChoiceText
 
 TOOLS = parser_support.tools()
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Weather in Paris?"}]}
@@ -241,6 +243,45 @@ async def test_special_tokens_that_mark_calls_are_seen_and_others_are_not(tmp_pa
     want = Answer("Well.", "", [["functions.get_weather:3", "get_weather", PARIS]])
     assert answer[0] == stream[0] == want
     assert plain.json()["choices"][0]["message"]["content"] == "Well.functions.get_weather:3" + PARIS
+
+
+@pytest.mark.parametrize(
+    "family", ["hermes", "qwen3_coder", "deepseek_v3", "deepseek_v4", "kimi_k2", "glm45", "llama3_json"]
+)
+async def test_random_answers_are_the_same_streamed_and_whole(family: str, tmp_path: Path) -> None:
+    """With stop strings and logprobs or without, one token in a delta or several; calls cut and broken."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    texts = [golden["text"] for golden in parser_support.goldens() if golden["family"] == family]
+
+    def script(request: GenerationRequest) -> Script:
+        own = random.Random(request.sampling.seed)
+        outputs = [tokenizer().encode("".join(own.choices(texts, k=2))) for _ in range(request.sampling.n)]
+        return Script([o[: own.randint(1, len(o))] for o in outputs], step_tokens=own.choice((1, 3, 50)))
+
+    async with cluster(tmp_path / "model", script, tool_call_parser=family, reasoning_parser="qwen3") as made:
+        for _ in range(6):
+            extra = rng.choice(({}, {"logprobs": True}, {"stop": ["e", "never"], "min_tokens": 9}))
+            body = WITH_TOOLS | extra | {"n": 2, "seed": rng.getrandbits(32), "parallel_tool_calls": rng.random() < 0.5}
+            one = (await made.post("/v1/chat/completions", **body)).json()
+            two = (await made.post("/v1/chat/completions", **body, stream=True)).text
+            for choice in range(2):
+                answer, finish = whole(one, choice)
+                streamed_answer, streamed_finish = streamed(two, choice)
+                assert without_ids(streamed_answer) == without_ids(answer), seed
+                assert streamed_finish == finish
+
+
+def test_what_follows_reasoning_costs_no_parsing() -> None:
+    plan = parser_support.plan("hermes")
+    thinks = ParserPlan(reasoning=plan.reasoning)
+    ids = tokenizer().encode("<think>Hm.</think>\n\nSo.")
+    for parsing, ends_plain in ((None, True), (thinks, True), (plan, False)):
+        text = ChoiceText(tokenizer(), SamplingParams(), None, [1], parsing=parsing)
+        assert text.plain == (parsing is None)
+        for position, token in enumerate(ids):
+            text.push(ChoiceDelta(choice=0, position=position, token_ids=(token,)))
+        assert text.plain == ends_plain
 
 
 # -- what workers are asked ------------------------------------------------------------------------------
