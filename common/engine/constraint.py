@@ -29,11 +29,13 @@ _LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
     step_lexer_fuel=100_000,
     step_max_items=50_000,
+    max_items_in_row=20_000,
     max_lexer_states=50_000,
     max_grammar_size=500_000,
     verbose_errors=False,
 )
 _MAX_REASON_CHARS = 400
+_NO_WAY_ON = "NoExtension"  # how the library says so
 
 
 class Vocabulary:
@@ -83,22 +85,23 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> LLMatcher:
     try:
         source = compilable(grammar, vocabulary.specials)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(_shown(str(error))) from None
+        raise InvalidRequestError("cannot be used: " + _shown(str(error))) from None
     matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=_LIMITS)
-    if matcher.is_error():
-        raise InvalidRequestError(_shown(matcher.get_error()))
-    mask_W = np.frombuffer(matcher.compute_bitmask(), np.uint32)
-    if matcher.is_error():
-        raise InvalidRequestError(_shown(matcher.get_error()))
-    if matcher.is_stopped() or not mask_W.any():
-        raise InvalidRequestError("is impossible: no text is allowed by it")
+    mask_W = np.frombuffer(matcher.compute_bitmask(), np.uint32).copy() if not matcher.is_error() else None
+    if matcher.stop_reason().startswith(_NO_WAY_ON) or matcher.get_error().startswith(_NO_WAY_ON):
+        raise InvalidRequestError("is impossible: no text follows it")
+    if matcher.is_error() or mask_W is None:
+        raise InvalidRequestError("cannot be used: " + _shown(matcher.get_error()))
+    for token_id in vocabulary.eos_ids:
+        mask_W[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+    if not mask_W.any():
+        raise InvalidRequestError("is impossible: no text but the empty one follows it")
     return matcher
 
 
 def _shown(reason: str) -> str:
     """What the library says, in one line that a client can read."""
-    text = " ".join(reason.replace("<non-verbose/>", "").split())
-    return f"cannot be used: {text[:_MAX_REASON_CHARS]}"
+    return " ".join(reason.replace("<non-verbose/>", "").split())[:_MAX_REASON_CHARS]
 
 
 class Constraint:
@@ -127,7 +130,11 @@ class Constraint:
         """The next output token, which is none that ends the sequence."""
         self.num_followed += 1
         if not self.error and not self.matcher.consume_token(token_id):
-            self.error = f"token {token_id} does not follow it"
+            self.fail()
+
+    def fail(self, reason: str = "") -> None:
+        """It cannot go on: for what the matcher says, if no reason is given."""
+        self.error = _shown(reason or self.matcher.get_error()) or "the grammar's state is lost"
 
     def follow(self, token_ids: Sequence[int]) -> None:
         """Output tokens that were there before. InvalidRequestError if they do not follow the grammar."""

@@ -30,6 +30,7 @@ log = get_logger(__name__)
 
 Tokens = Sequence[int]
 OnReady = Callable[[list[Constraint]], None]
+Key = tuple[str, str, str, str]  # kind, source, marks around what comes first
 OnFailure = Callable[[NanoDeployError], None]
 
 _STACK_BYTES = 64 << 20  # long chains of references are followed by recursion
@@ -65,7 +66,7 @@ class _Work:
     """Done by a thread: `result` or `error`. `tickets` wait for it."""
 
     run: Callable[[], object]
-    key: tuple[str, str] | None
+    key: Key | None
     tickets: list[Ticket]
     result: object = None
     error: NanoDeployError | None = None
@@ -81,9 +82,9 @@ class GrammarPool:
         self._limits = limits or GrammarLimits()
         self._clock = clock
         self._vocabulary = Vocabulary(folder, vocab_size, eos_ids)
-        self._kept: OrderedDict[tuple[str, str], Matcher] = OrderedDict()
+        self._kept: OrderedDict[Key, Matcher] = OrderedDict()
         self._kept_nbytes = 0
-        self._compiling: dict[tuple[str, str], _Work] = {}
+        self._compiling: dict[Key, _Work] = {}
         self._waiting: dict[Ticket, _Work] = {}
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._done: deque[_Work] = deque()
@@ -125,7 +126,7 @@ class GrammarPool:
         if not self._vocabulary.is_there:
             raise UnsupportedError("structured output needs the model's tokenizer.json", param=grammar.param)
         ticket = Ticket(grammar, sent, params, self._clock.now() + self._limits.timeout_s, on_ready, on_failure)
-        key = (grammar.kind.value, grammar.source)
+        key = (grammar.kind.value, grammar.source, grammar.skip_open, grammar.skip_close)
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
@@ -173,7 +174,7 @@ class GrammarPool:
             os.close(self.wakeup_fd)
             self.wakeup_fd = -1
 
-    def _compile(self, ticket: Ticket, key: tuple[str, str]) -> None:
+    def _compile(self, ticket: Ticket, key: Key) -> None:
         work = self._compiling.get(key)
         if work is None:
             grammar, vocabulary = ticket.grammar, self._vocabulary
@@ -240,7 +241,7 @@ class GrammarPool:
             else:
                 ticket.on_ready(self._copies(ticket, work.result))
 
-    def _keep(self, key: tuple[str, str], compiled: Matcher) -> None:
+    def _keep(self, key: Key, compiled: Matcher) -> None:
         self._kept[key] = compiled
         self._kept_nbytes += nbytes_of(key)
         while len(self._kept) > self._limits.max_entries or self._kept_nbytes > self._limits.max_nbytes:
@@ -248,7 +249,7 @@ class GrammarPool:
             self._kept_nbytes -= nbytes_of(old)
 
 
-def nbytes_of(key: tuple[str, str]) -> int:
+def nbytes_of(key: Key) -> int:
     """What a compiled grammar is taken to hold: measured, 0.1 MB for small ones and 36 MB for a schema of 170 KB."""
     return (128 << 10) + 200 * len(key[1])
 

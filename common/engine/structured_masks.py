@@ -117,7 +117,7 @@ class StepMasks:
                 for one in plain:
                     self._fill([one], words_GW)
             else:
-                plain[0][0].constraint.error = str(error)
+                plain[0][0].constraint.fail(str(error))
         _find_errors([place for place, _ in plain])
 
     def _fill_drafted(self, place: Place, at: int, words_GW: NDArray[np.int32]) -> None:
@@ -127,11 +127,11 @@ class StepMasks:
         try:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(work, words_GW.ctypes.data, num_words * 4, count)
         except ValueError as error:
-            place.constraint.error = str(error)
+            place.constraint.fail(str(error))
         _find_errors([place])
 
 
 def _find_errors(places: Sequence[Place]) -> None:
     for place in places:
         if not place.constraint.error and place.constraint.matcher.is_error():
-            place.constraint.error = place.constraint.matcher.get_error()
+            place.constraint.fail()

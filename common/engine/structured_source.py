@@ -10,18 +10,39 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from common.engine.structured_tags import tags_to_lark
+from common.engine.structured_tags import literal, tags_to_lark
 from common.types import Grammar, GrammarKind
 
+_ASCII = "dw"  # \d and \w as in JSON schemas
 MAX_REFS = 2000  # a chain of them is followed by recursion
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}"}
 
 
 def compilable(grammar: Grammar, specials: Mapping[str, int]) -> str:
     """`ValueError` says what is wrong. `specials`: the model's special tokens by their text."""
+    body = _body(grammar, specials)
+    if not grammar.skip_close:
+        return body
+    opening = literal(grammar.skip_open, specials) if grammar.skip_open else ""
+    closing = literal(grammar.skip_close, specials)
+    skipped = f"({opening} skipped)?" if opening else "skipped"
+    lazy = "" if "<[" in closing else "[lazy]"
+    lark = f"start: {skipped} SPACE @body\nskipped{lazy}: TEXT {closing}\nTEXT: /(.|\\n)*/\nSPACE: /[ \\n]{{0,8}}/\n"
+    return json.dumps({"grammars": [{"name": "skip", "lark_grammar": lark}, {"name": "body", **_content(body)}]})
+
+
+def _content(body: str) -> dict[str, Any]:
+    """One grammar as part of several."""
+    if not body.startswith("{"):
+        return {"lark_grammar": body}
+    (only,) = json.loads(body)["grammars"]
+    return {field: only[field] for field in ("json_schema", "lark_grammar") if only.get(field) is not None}
+
+
+def _body(grammar: Grammar, specials: Mapping[str, int]) -> str:
     source = grammar.source
     if grammar.kind in (GrammarKind.JSON_SCHEMA, GrammarKind.STRUCTURAL_TAG, GrammarKind.GRAMMAR):
         refs = source.count("$ref")
@@ -34,7 +55,7 @@ def compilable(grammar: Grammar, specials: Mapping[str, int]) -> str:
             schema = json.loads(source)
             return LLMatcher.grammar_from_json_schema(_object(schema), JSON_OPTIONS)
         case GrammarKind.REGEX:
-            return LLMatcher.grammar_from_regex(_unanchored(source))
+            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(_unanchored(source), _ASCII)}/")
         case GrammarKind.CHOICE:
             options = dict.fromkeys(json.loads(source))
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_literal, options)))

@@ -53,14 +53,29 @@ def _text(value: Any, field: str) -> str:
     return value
 
 
+def literal(text: str, specials: Mapping[str, int]) -> str:
+    """The text, with special tokens where it names them."""
+    if not text:
+        return '""'
+    longest_first = sorted((s for s in specials if s in text), key=len, reverse=True)
+    marks = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+    out, end = [], 0
+    for found in marks.finditer(text) if marks is not None else ():
+        if found.start() > end:
+            out.append(_quoted(text[end : found.start()]))
+        out.append(f"<[{specials[found.group()]}]>")
+        end = found.end()
+    if end < len(text):
+        out.append(_quoted(text[end:]))
+    return " ".join(out)
+
+
 class _Writer:
     """`rules`: those that parts refer to by name."""
 
     def __init__(self, json_options: Mapping[str, Any], specials: Mapping[str, int]) -> None:
         self._options = json_options
         self._specials = specials
-        longest_first = sorted(specials, key=len, reverse=True)
-        self._split = re.compile("|".join(map(re.escape, longest_first))) if specials else None
         self.rules: list[str] = []
 
     def part(self, part: Any) -> str:
@@ -90,18 +105,7 @@ class _Writer:
                 raise ValueError(f"a structural tag has no part of type {other!r}")
 
     def literal(self, text: str) -> str:
-        """The text, with special tokens where it names them."""
-        if not text:
-            return '""'
-        out, end = [], 0
-        for found in self._split.finditer(text) if self._split is not None else ():
-            if found.start() > end:
-                out.append(_quoted(text[end : found.start()]))
-            out.append(f"<[{self._specials[found.group()]}]>")
-            end = found.end()
-        if end < len(text):
-            out.append(_quoted(text[end:]))
-        return " ".join(out)
+        return literal(text, self._specials)
 
     def _rule(self, body: str, name: str = "") -> str:
         name = name or f"p{len(self.rules)}"
@@ -115,7 +119,7 @@ class _Writer:
 
     def _until(self, end: str) -> str:
         """Free text and the first `end` behind it."""
-        if self._specials and any(special in end for special in self._specials):
+        if any(special in end for special in self._specials):
             return f"TEXT {self.literal(end)}"
         return self._rule(f"TEXT {_quoted(end)}", f"p{len(self.rules)}[lazy]")
 

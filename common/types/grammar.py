@@ -27,11 +27,17 @@ class GrammarKind(enum.StrEnum):
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
-    """`param`: the field of the request that asked for it, for errors."""
+    """`param`: the field of the request that asked for it, for errors.
+
+    Where `skip_close` is set, free text up to that mark may come first: with `skip_open`, if the output begins with
+    that mark, without it always.
+    """
 
     kind: GrammarKind
     source: str = ""
     param: str = "response_format"
+    skip_open: str = ""
+    skip_close: str = ""
 
     def __post_init__(self) -> None:
         nbytes = len(self.source) if self.source.isascii() else len(self.source.encode("utf-8", "surrogatepass"))

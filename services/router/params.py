@@ -12,11 +12,12 @@ from typing import Any, Final
 
 from common.errors import InvalidRequestError, UnsupportedError
 from common.text.parsers import ParserPlan
-from common.types import ModelInfo, SamplingParams
+from common.types import Grammar, ModelInfo, SamplingParams
 from services.router.errors import ContextLengthError
+from services.router.grammars import behind_reasoning, grammar_of
 from services.router.models import ModelText, ModelTexts
 from services.router.schemas import ChatBody, CompletionBody, Messages, SamplingFields
-from services.router.tools import ToolUse, call_format, parser_plan, tool_use, with_calls
+from services.router.tools import ToolUse, call_format, parser_plan, reasoning_start, tool_use, with_calls
 
 COMPLETION_MAX_TOKENS: Final = 16
 MAX_STOP_CHARS: Final = 2048  # of all stop strings: their automaton is built per request
@@ -62,6 +63,7 @@ async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: Mod
         max_tokens_name=name,
         logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs,
+        grammar=behind_reasoning(grammar_of(body), text.reasoning, reasoning_start(body, text, prompts[0])),
     )
     _check_ids(sampling, model)
     parsing = parser_plan(body, use, text, prompts[0], calls)
@@ -151,7 +153,13 @@ async def completion_job(
         wanted = min(COMPLETION_MAX_TOKENS, *(model.max_model_len - len(ids) for ids in prompts))
     tops = [top for top in (body.logprobs if echo else None, body.prompt_logprobs) if top is not None]
     sampling = sampling_params(
-        body, text, rng, max_tokens=wanted, logprobs=body.logprobs, prompt_logprobs=max(tops, default=None)
+        body,
+        text,
+        rng,
+        max_tokens=wanted,
+        logprobs=body.logprobs,
+        prompt_logprobs=max(tops, default=None),
+        grammar=None if echo_only else grammar_of(body),
     )
     _check_ids(sampling, model)
     if len(prompts) * sampling.n > MAX_SEQUENCES:
@@ -242,6 +250,7 @@ def sampling_params(
     max_tokens_name: str = "max_tokens",
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """Ranges are checked by `SamplingParams`. A seed is drawn if none was given."""
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
@@ -264,6 +273,7 @@ def sampling_params(
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             skip_special_tokens=body.skip_special_tokens,
+            grammar=grammar,
         )
     except InvalidRequestError as error:
         if error.param == "max_tokens" != max_tokens_name:

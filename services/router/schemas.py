@@ -53,6 +53,53 @@ class StreamOptions(Body):
     include_obfuscation: bool = Field(False, description="accepted; chunks are not padded")
 
 
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Body):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema", description="left out: any JSON object")
+    strict: bool | None = Field(None, description="accepted: an answer always follows the schema")
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class StructuralTagFormat(Body):
+    """Free text in which tags begin parts of a given form: `structures` and `triggers`, or a `format`."""
+
+    type: Literal["structural_tag"]
+    structures: list[dict[str, Any]] | None = None
+    triggers: list[str] | None = None
+    format: dict[str, Any] | None = None
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTagFormat, Field(discriminator="type")
+]
+
+
+class StructuredOutputs(Body):
+    """vLLM's: one of json, regex, choice, grammar, json_object and structural_tag."""
+
+    json_: dict[str, Any] | str | bool | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = Field(None, description="context-free, in Lark's or GBNF's form")
+    json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False
+
+
 class SamplingFields(Body):
     """What both generation endpoints share."""
 
@@ -75,6 +122,12 @@ class SamplingFields(Body):
     logit_bias: dict[str, float] | None = Field(None, description="token id -> added to its logit, -100 to 100")
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = Field(None, description="alternatives per prompt token, 0 to 20; not with stream")
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = Field(None, description="as structured_outputs.json")
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     truncate_prompt_tokens: int | None = Field(None, description="keep the last so many prompt tokens; -1 what fits")
@@ -88,10 +141,6 @@ class SamplingFields(Body):
     safety_identifier: str | None = Field(None, description="accepted, not used")
     prompt_cache_key: str | None = Field(None, description="as user, and before it; prefixes are cached by content")
     prompt_cache_retention: str | None = Field(None, description="accepted, not used")
-
-
-class ResponseFormat(Body):
-    type: Literal["text"]
 
 
 class FunctionName(Body):
@@ -130,7 +179,6 @@ class ChatBody(SamplingFields):
     parallel_tool_calls: bool | None = Field(None, description="false: the answer ends with its first call")
     include_reasoning: bool = Field(True, description="false: reasoning is left out of the answer")
     separate_reasoning: bool = Field(True, description="false: reasoning stays in the content, marks and all")
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
 
 

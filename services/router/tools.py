@@ -94,13 +94,7 @@ def parser_plan(
     inline = not body.separate_reasoning
     if calls is None and (reasoning is None or inline):
         return None
-    start = Start.MAYBE
-    if reasoning is not None:
-        if body.continue_final_message:
-            start = reasoning.continued(_last_content(body))
-        else:
-            end = text.tokenizer.decode(prompt[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
-            start = reasoning.start(end)
+    start = reasoning_start(body, text, prompt)
     if calls is None and start is Start.CLOSED:
         return None
     return ParserPlan(
@@ -113,6 +107,15 @@ def parser_plan(
         hidden=not body.include_reasoning,
         says_calls=not use.named,
     )
+
+
+def reasoning_start(body: ChatBody, text: ModelText, prompt: Sequence[int]) -> Start:
+    """Where the prompt leaves a model that may reason first."""
+    if text.reasoning is None:
+        return Start.MAYBE
+    if body.continue_final_message:
+        return text.reasoning.continued(_last_content(body))
+    return text.reasoning.start(text.tokenizer.decode(prompt[-_PROMPT_END_TOKENS:], skip_special_tokens=False))
 
 
 def _last_content(body: ChatBody) -> str:

@@ -88,7 +88,13 @@ def sampling_from_proto(params: pb.SamplingParams, num_choices: int = 1) -> Samp
 
 
 def grammar_to_proto(grammar: Grammar) -> pb.Grammar:
-    return pb.Grammar(kind=_GRAMMAR_TO_WIRE[grammar.kind], source=grammar.source, param=grammar.param)
+    return pb.Grammar(
+        kind=_GRAMMAR_TO_WIRE[grammar.kind],
+        source=grammar.source,
+        param=grammar.param,
+        skip_open=grammar.skip_open,
+        skip_close=grammar.skip_close,
+    )
 
 
 def grammar_from_proto(grammar: pb.Grammar) -> Grammar:
@@ -97,6 +103,8 @@ def grammar_from_proto(grammar: pb.Grammar) -> Grammar:
         kind=checks.enum_value(_GRAMMAR_FROM_WIRE, grammar.kind, "grammar.kind"),
         source=grammar.source,
         param=checks.short_text(grammar.param, "grammar.param") or "response_format",
+        skip_open=checks.short_text(grammar.skip_open, "grammar.skip_open"),
+        skip_close=checks.short_text(grammar.skip_close, "grammar.skip_close"),
     )
 
 
