@@ -47,9 +47,9 @@ def found(body: dict[str, Any]) -> Grammar | None:
         ),
         ({"response_format": {"type": "structural_tag", **TAG}}, GrammarKind.STRUCTURAL_TAG, TAG, "response_format"),
         (
-            {"response_format": {"type": "structural_tag", **FORMAT}},
+            {"response_format": {"type": "structural_tag", **PART}},
             GrammarKind.STRUCTURAL_TAG,
-            FORMAT,
+            PART,
             "response_format",
         ),
         ({"guided_json": SCHEMA}, GrammarKind.JSON_SCHEMA, SCHEMA, "guided_json"),
