@@ -29,6 +29,7 @@ EXPORTS = {
 RPCS = {
     "ControllerService": ["Register", "Heartbeat", "Watch", "Drain", "Deregister"],
     "DecodeService": ["Submit", "SubmitMany", "Stream", "Generate"],
+    "LimitsService": ["PutKeys", "ListKeys", "RevokeKey", "LeaseLimits"],
     "ObjectService": [
         "PutObject",
         "GetObject",

@@ -141,6 +141,7 @@ class ControllerConfig(_Section):
     max_object_bytes: int = Field(64 * 2**20, gt=0, description="one stored response, file or batch")
     max_stored_bytes: int = Field(2**30, gt=0, description="all of them; more is refused with 429")
     max_object_ttl_s: int = Field(30 * 86400, gt=0, description="longest time that anything is stored")
+    admin_token: str = Field("", description="shows who may manage API keys; without one nobody may")
 
 
 class WorkerConfig(_Section):

@@ -78,6 +78,7 @@ async def call(
     *,
     timeout_s: float,
     idempotent: bool = False,
+    metadata: tuple[tuple[str, str], ...] = (),
     clock: Clock = MonotonicClock(),
     rng: random.Random | None = None,
 ) -> Response:
@@ -92,7 +93,7 @@ async def call(
         if left <= 0:
             raise DeadlineExceededError(f"no answer within {timeout_s:g} s")
         try:
-            return await method(request, timeout=left, metadata=outgoing_metadata())
+            return await method(request, timeout=left, metadata=(*outgoing_metadata(), *metadata))
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
 

@@ -56,6 +56,7 @@ class LeaseAsk(msgspec.Struct, frozen=True):
 class Lease(msgspec.Struct, frozen=True):
     """`num_routers` have asked lately: each may spend its share alone while no controller answers."""
 
+    key_hash: str
     requests: Grant
     tokens: Grant
     quota: Grant

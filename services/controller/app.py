@@ -14,6 +14,9 @@ from common.rpc.server import HttpEndpoint, RpcServer, Service, Verdict, serve_h
 from common.rpc.tasks import end_tasks
 from common.telemetry import Metrics, get_logger
 from common.types import Clock, MonotonicClock, Role
+from services.controller.limit_servicer import SERVICE as LIMITS_SERVICE
+from services.controller.limit_servicer import LimitsServicer
+from services.controller.limits import Limits
 from services.controller.object_servicer import SERVICE as OBJECT_SERVICE
 from services.controller.object_servicer import ObjectServicer
 from services.controller.objects import Objects
@@ -47,9 +50,11 @@ class Controller:
         self.hub = WatchHub(self._store, clock=clock, rng=rng, ping_s=ping_s, on_lost=self._sweeper.forgive)
         self._servicer = ControllerServicer(config, self._store, self.hub, self._metrics)
         objects = ObjectServicer(Objects(config, self._store))
+        limits = LimitsServicer(config.admin_token, Limits(self._store))
         self._server = RpcServer(
             [
                 Service(SERVICE, self._servicer.add_to, lambda: self.hub.synced),
+                Service(LIMITS_SERVICE, limits.add_to, lambda: self.hub.synced),
                 Service(OBJECT_SERVICE, objects.add_to, lambda: self.hub.synced),
             ],
             host=config.host,

@@ -28,7 +28,8 @@ from common.telemetry import get_logger
 from common.types import Clock, GenerationRequest, ModelInfo, Role, WorkerInfo
 from services.router import replies
 from services.router.admission.callers import Callers
-from services.router.admission.places import Places, cost_of, wait_turn
+from services.router.admission.limiter import Ledger, Limiter, headers
+from services.router.admission.places import Place, Places, cost_of
 from services.router.admission.sizes import TIMEOUT_HEADER, check_sizes, time_limit_s
 from services.router.errors import validation_error
 from services.router.exchange import Exchange
@@ -73,6 +74,8 @@ class Gateway:
         metrics: RouterMetrics,
         clock: Clock,
         rng: random.Random,
+        ledger: Ledger | None = None,
+        router_id: str = "",
     ) -> None:
         self.members = members
         self.relay = relay
@@ -80,6 +83,7 @@ class Gateway:
         self.texts = ModelTexts(config)
         self.places = Places(config, self, clock)
         self.callers = Callers(config.api_keys, admin_token=config.admin_token, required=config.require_api_key)
+        self.limiter = Limiter(self.callers, ledger, router_id, clock)
         self.in_flight = 0
         self.draining = False
         self._idle = asyncio.Event()
@@ -161,27 +165,39 @@ class Gateway:
         metrics = self.metrics.of(model.name)
         metrics.running.inc()
         try:
-            gate, flow = self.places.gate(model.name), exchange.caller.key_id
-            priority = exchange.caller.lowered(body.priority)
-            gate.check(flow, 1, priority, deadline_s)  # no prospect: said before the prompt is tokenised
+            place = self._place(exchange, model.name, body.priority, deadline_s)
             text = await self.texts.get(model)
             job = await make_job(body, model, text, self.texts, self._rng)
             metrics.tokenize.observe(self._clock.now() - started_s)
             run = self._make_run(exchange, body, name, model, text, job, style, started_s, deadline_s)
-            seqs = len(job.prompts) * job.sampling.n
-            if not gate.try_enter(seqs):
-                await wait_turn(gate, exchange, flow, cost_of(job), seqs, priority, deadline_s)
-            entered_s = self._clock.now()
+            taken = await self._charge(exchange, job)
             try:
-                await self._answer(exchange, body, run, deadline_s)
+                async with place.of(job):
+                    await self._answer(exchange, body, run, deadline_s)
             finally:
-                gate.leave(seqs, self._clock.now() - entered_s)
+                self.limiter.settle(exchange.caller, taken, sum(run.usage()[:2]) if run.first_token_s else 0)
             self._account(run, model.name, started_s)
         except NanoDeployError as error:
             metrics.failed(error.code)
             raise
         finally:
             metrics.running.dec()
+
+    def _place(self, exchange: Exchange, model: str, priority: int, deadline_s: float) -> Place:
+        """What has no prospect is said before the prompt is tokenised."""
+        caller = exchange.caller
+        self.limiter.check(caller)
+        gate, priority = self.places.gate(model), caller.lowered(priority)
+        gate.check(caller.key_id, 1, priority, deadline_s)
+        return Place(gate, exchange, caller.key_id, priority, deadline_s, self._clock)
+
+    async def _charge(self, exchange: Exchange, job: Job) -> int:
+        caller = exchange.caller
+        if caller.meters is None:
+            return 0
+        taken = await self.limiter.charge(caller, sum(map(len, job.prompts)), cost_of(job))
+        exchange.headers += headers(caller.meters)
+        return taken
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:

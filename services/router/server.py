@@ -19,9 +19,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from common.config.schema import RouterConfig
 from common.errors import ConfigError, NanoDeployError, UnavailableError
 from common.rpc.codec import ChangeKind
+from common.rpc.limits import LimitsClient
 from common.rpc.membership import MembershipChange
 from common.telemetry import Metrics, get_logger
 from common.types import Clock, MonotonicClock, Role, WorkerRef
+from services.router.admission.limiter import Ledger
 from services.router.api.apis import Apis
 from services.router.app import make_app
 from services.router.gateway import Gateway
@@ -178,6 +180,7 @@ class Router:
         members: Members,
         *,
         connect: Callable[[WorkerRef], DecodePeer] | None = None,
+        ledger: Ledger | None = None,
         clock: Clock = MonotonicClock(),
         rng: random.Random | None = None,
     ) -> None:
@@ -187,6 +190,9 @@ class Router:
         self._clock = clock
         self._rng = rng or PooledRandom()
         self._connect = connect or (lambda ref: GrpcDecodePeer(ref, self.router_id, clock))
+        self._ledger: Ledger | None = None
+        if config.admin_token:
+            self._ledger = ledger or LimitsClient(config.controllers, config.admin_token)
         self._loads: set[asyncio.Task[None]] = set()
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -214,7 +220,10 @@ class Router:
             metrics=RouterMetrics(Metrics()),
             clock=self._clock,
             rng=self._rng,
+            ledger=self._ledger,
+            router_id=self.router_id,
         )
+        self.gateway.limiter.start()
         self._members.subscribe(self._on_change)
         self._apis = Apis(self._config, self.gateway, clock=self._clock, rng=self._rng)
         app = make_app(self.gateway, self._rng, self._apis.routes())
@@ -250,6 +259,7 @@ class Router:
         for task in list(self._loads):
             task.cancel()
         await self._apis.close()
+        await self.gateway.limiter.stop()
         self.gateway.texts.close()
         _log.info("router stopped")
 

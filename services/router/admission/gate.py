@@ -138,9 +138,11 @@ class Gate:
         if waiter.queued:
             self._queue.remove(waiter)
 
-    def leave(self, seqs: int, ran_s: float) -> None:
-        """`ran_s` after its turn, one has ended."""
+    def leave(self, seqs: int, ran_s: float | None = None) -> None:
+        """One has ended `ran_s` after its turn; None: it never began."""
         self.running -= seqs
+        if ran_s is None:
+            ran_s = self._run_s
         off_s = ran_s - self._run_s
         self._run_s += RUN_WEIGHT * off_s
         self._off_s += RUN_WEIGHT * (abs(off_s) - self._off_s)

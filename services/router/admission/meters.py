@@ -18,6 +18,7 @@ from common.types.keys import ApiKey, Grant, Lease, LeaseAsk, Want
 
 QUOTA_SLICES: Final = 1000  # of a quota, so that little is stranded on a router that dies
 MIN_QUOTA_SLICE: Final = 1000  # tokens
+SPENT_S: Final = 5.0  # a quota that is spent is asked for again after this
 
 
 class Slice:
@@ -58,19 +59,18 @@ class Slice:
         self.pool, self._filled_s = grant.left, now_s
         if self.left >= amount:
             self._denied_until_s = 0.0
-        elif self.per_s:
+        elif not self.per_s:
+            self._denied, self._denied_until_s = amount, now_s + SPENT_S
+        else:
             wait_s = max(grant.wait_ms / 1000, (amount - self.left - grant.left) / self.per_s)
             self._denied, self._denied_until_s = amount, now_s + wait_s
 
     def refill(self, share: float, now_s: float) -> None:
-        """No controller: what it would have granted us by now."""
-        if self.per_s:
-            came = (now_s - self._filled_s) * self.per_s * share
-            self.left = min(self.left + came, max(self.left, self.limit * share))
-            self._filled_s = now_s
-        else:
-            self.left += self.pool * share
-            self.pool = 0.0
+        """No controller: our share of what it had, and of what has come since."""
+        came = (self.pool + (now_s - self._filled_s) * self.per_s) * share
+        most = self.limit * share if self.per_s else math.inf
+        self.left = min(self.left + came, max(self.left, most))
+        self.pool, self._filled_s = 0.0, now_s
 
     def idle(self) -> int:
         """Takes what is not spent, to be given back."""
@@ -151,13 +151,21 @@ class KeyMeters:
             spent,
         )
 
-    def give_back(self) -> LeaseAsk | None:
-        """What an idle key holds, and what it spent; None if that is nothing."""
-        requests, tokens, quota = (Want(give_back=0 if part is None else part.idle()) for part in self.slices)
+    def give_back(self, *, all_of_it: bool) -> LeaseAsk | None:
+        """What an idle key holds (`all_of_it`), and what it spent; None if that is nothing."""
+        parts = self.slices if all_of_it else (None, None, None)
+        requests, tokens, quota = (Want(give_back=0 if part is None else part.idle()) for part in parts)
         spent, self.spent = self.spent, 0
         if not (spent or requests.give_back or tokens.give_back or quota.give_back):
             return None
         return LeaseAsk(self.key.key_hash, requests, tokens, quota, spent)
+
+    def keep(self, ask: LeaseAsk) -> None:
+        """What could not be given back."""
+        for part, want in zip(self.slices, (ask.requests, ask.tokens, ask.quota), strict=True):
+            if part is not None:
+                part.left += want.give_back
+        self.spent += ask.spent_tokens
 
     def put(self, lease: Lease, requests: int, tokens: int, now_s: float) -> None:
         self.num_routers = max(1, lease.num_routers)
@@ -173,12 +181,16 @@ class KeyMeters:
             if part is not None:
                 part.refill(self.share, now_s)
 
-    def carry(self, old: KeyMeters) -> None:
-        """The key's record has changed: what is in hand stays, for limits that stay."""
-        for mine, its in zip(self.slices, old.slices, strict=True):
-            if mine is not None and its is not None:
-                mine.left = its.left if mine.limit == its.limit else min(its.left, 0.0)
-        self.num_routers, self.spent, self.used_s = old.num_routers, old.spent, old.used_s
+    def update(self, key: ApiKey, now_s: float) -> None:
+        """The key's record as it is now: what is in hand stays, with limits that stay."""
+        fresh = KeyMeters(key, now_s)
+        if key.requests_per_minute != self.key.requests_per_minute:
+            self.requests = fresh.requests
+        if key.tokens_per_minute != self.key.tokens_per_minute:
+            self.tokens = fresh.tokens
+        if key.quota_tokens != self.key.quota_tokens:
+            self.quota = fresh.quota
+        self.key = key
 
 
 def _rate(per_minute: int, now_s: float) -> Slice | None:

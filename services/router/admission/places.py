@@ -98,34 +98,62 @@ def _unlimited(running: int) -> int:
     return 0
 
 
-async def wait_turn(
-    gate: Gate, exchange: Exchange, flow: str, cost: int, seqs: int, priority: int, deadline_s: float
-) -> None:
-    """Wait in the gate's queue. Raises what the gate says, `CancelledByCallerError` when the client leaves."""
-    turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+class Place:
+    """A request's place in a gate, to be had with `async with place.of(job)`."""
 
-    def settle(error: Exception | None) -> None:
-        if turn.done():
-            if error is None:
-                gate.leave(seqs, 0.0)  # its turn came to nobody
-        elif error is None:
-            turn.set_result(None)
-        else:
-            turn.set_exception(error)
+    __slots__ = ("_clock", "_deadline_s", "_entered_s", "_exchange", "_flow", "_gate", "_job", "_priority", "_seqs")
 
-    waiter = gate.offer(flow, cost, seqs, priority, deadline_s, settle)
+    def __init__(
+        self, gate: Gate, exchange: Exchange, flow: str, priority: int, deadline_s: float, clock: Clock
+    ) -> None:
+        self._gate = gate
+        self._exchange = exchange
+        self._flow = flow
+        self._priority = priority
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._entered_s = 0.0
 
-    def lost() -> None:
-        if not turn.done():
+    def of(self, job: Job) -> Place:
+        self._job = job
+        self._seqs = len(job.prompts) * job.sampling.n
+        return self
+
+    async def __aenter__(self) -> None:
+        """Waits if there is a queue. Raises what the gate says, `CancelledByCallerError` when the client leaves."""
+        if not self._gate.try_enter(self._seqs):
+            await self._wait()
+        self._entered_s = self._clock.now()
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._gate.leave(self._seqs, self._clock.now() - self._entered_s)
+
+    async def _wait(self) -> None:
+        gate, seqs = self._gate, self._seqs
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def settle(error: Exception | None) -> None:
+            if turn.done():
+                if error is None:
+                    gate.leave(seqs)  # its turn came to nobody
+            elif error is None:
+                turn.set_result(None)
+            else:
+                turn.set_exception(error)
+
+        waiter = gate.offer(self._flow, cost_of(self._job), seqs, self._priority, self._deadline_s, settle)
+
+        def lost() -> None:
+            if not turn.done():
+                gate.withdraw(waiter)
+                turn.set_exception(CancelledByCallerError("the client went away"))
+
+        gate.pump()
+        try:
+            with self._exchange.watch(lost, lambda: None):
+                await turn
+        except asyncio.CancelledError:
             gate.withdraw(waiter)
-            turn.set_exception(CancelledByCallerError("the client went away"))
-
-    gate.pump()
-    try:
-        with exchange.watch(lost, lambda: None):
-            await turn
-    except asyncio.CancelledError:
-        gate.withdraw(waiter)
-        if turn.done() and not turn.cancelled() and turn.exception() is None:
-            gate.leave(seqs, 0.0)
-        raise
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                gate.leave(seqs)
+            raise

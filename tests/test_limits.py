@@ -1,0 +1,324 @@
+"""Keys and limits from end to end: storage, controller, routers over real gRPC and HTTP, and what dies between them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import router_support as support
+from redis_support import RedisServer, binaries, fresh_namespace, run_redis
+
+from common.config import ControllerConfig
+from common.errors import InvalidRequestError, NotFoundError, UnauthenticatedError, UnavailableError
+from common.rpc.limits import LimitsClient
+from common.types.keys import ApiKey, Grant, Lease, LeaseAsk, Want, hashed_key
+from services.controller.app import Controller
+from services.router.admission.meters import KeyMeters
+
+TOKEN = "an-admin-token-for-tests"
+KEY = "sk-nd-a-key-for-tests"
+BODY: dict[str, Any] = {"prompt": "abc", "max_tokens": 4}
+
+
+@pytest.fixture(scope="module", params=sorted(binaries()))
+def server(request: Any) -> Iterator[RedisServer]:
+    with run_redis(request.param) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[RedisServer]:
+    with run_redis() as running:
+        yield running
+
+
+@asynccontextmanager
+async def controller(server: RedisServer, namespace: str = "", **config: Any) -> AsyncIterator[Controller]:
+    settings = {"admin_token": TOKEN, "port": 0, "http_port": 0, "redis_url": server.url, **config}
+    running = Controller(ControllerConfig(namespace=namespace or fresh_namespace(), **settings))
+    await running.start()
+    try:
+        yield running
+    finally:
+        await running.stop(0.1)
+
+
+@asynccontextmanager
+async def limits(server: RedisServer) -> AsyncIterator[LimitsClient]:
+    async with controller(server) as running:
+        client = LimitsClient(["127.0.0.1:9", f"127.0.0.1:{running.port}"], TOKEN)  # the first is never there
+        try:
+            yield client
+        finally:
+            await client.close()
+
+
+def key(secret: str = KEY, **fields: Any) -> ApiKey:
+    return ApiKey(key_hash=hashed_key(secret), **fields)
+
+
+def ask(api_key: ApiKey, **wants: Any) -> LeaseAsk:
+    return LeaseAsk(api_key.key_hash, **wants)
+
+
+# -- the controller --
+
+
+async def test_the_admin_token_guards_every_call(server: RedisServer) -> None:
+    async with controller(server) as running, controller(server, admin_token="") as without:
+        for port, token in ((running.port, ""), (running.port, "wrong"), (without.port, ""), (without.port, TOKEN)):
+            client = LimitsClient([f"127.0.0.1:{port}"], token)
+            for call in (
+                client.list_keys(),
+                client.put_keys([key()]),
+                client.revoke_key("abcd"),
+                client.lease("r", [ask(key())]),
+            ):
+                with pytest.raises(UnauthenticatedError):
+                    await call
+            await client.close()
+
+
+async def test_keys_are_added_listed_and_revoked(server: RedisServer) -> None:
+    async with limits(server) as client:
+        empty = await client.list_keys()
+        assert empty.keys == ()
+        mine, other = key(name="mine", quota_tokens=100, priority=-3), key("else", tenant="team")
+        assert await client.put_keys([mine, other]) == 2
+        assert await client.put_keys([mine]) == 0
+        table = await client.list_keys()
+        assert {k.key_hash: k.name for k in table.keys or ()} == {mine.key_hash: "mine", other.key_hash: ""}
+        assert {k.tenant for k in table.keys or ()} == {mine.key_hash[:12], "team"}
+        assert (await client.list_keys(table.incarnation, table.revision)).keys is None
+        assert (await client.revoke_key(other.key_id)).revoked
+        again = await client.list_keys(table.incarnation, table.revision)
+        assert {k.key_hash: k.revoked for k in again.keys or ()} == {mine.key_hash: False, other.key_hash: True}
+        for wrong, error in (("0000", NotFoundError), ("x", InvalidRequestError), ("*", InvalidRequestError)):
+            with pytest.raises(error):
+                await client.revoke_key(wrong)
+        with pytest.raises(InvalidRequestError, match="tenant"):
+            await client.put_keys([key("third", tenant="a b")])
+
+
+async def test_what_is_put_back_keeps_revocations_and_use(server: RedisServer) -> None:
+    async with limits(server) as client:
+        await client.put_keys([key(quota_tokens=1000, used_tokens=10)])
+        await client.put_keys([key(quota_tokens=9999, used_tokens=400, revoked=True)])
+        await client.put_keys([key(used_tokens=5)])
+        (found,) = (await client.list_keys()).keys or ()
+        assert (found.quota_tokens, found.used_tokens, found.revoked) == (1000, 400, True)
+
+
+async def test_slices_of_a_rate_add_up_to_the_limit(server: RedisServer) -> None:
+    async with limits(server) as client:
+        mine = key(requests_per_minute=60, tokens_per_minute=6000)
+        await client.put_keys([mine])
+        granted = 0
+        for router in ("a", "b", "a", "b"):
+            (lease,) = await client.lease(router, [ask(mine, requests=Want(1, 25))])
+            granted += lease.requests.granted
+        assert 60 <= granted <= 62, "all there was, and what came meanwhile"
+        assert lease.num_routers == 2
+        (lease,) = await client.lease("a", [ask(mine, requests=Want(30, 30), tokens=Want(6000, 6000))])
+        assert lease.requests.granted == 0
+        assert 20_000 < lease.requests.wait_ms <= 30_000
+        assert lease.tokens.granted == 6000
+        await client.lease("a", [ask(mine, requests=Want(give_back=20), tokens=Want(give_back=9000))])
+        (lease,) = await client.lease("b", [ask(mine, requests=Want(20, 20), tokens=Want(6000, 9000))])
+        assert (lease.requests.granted, lease.tokens.granted) == (20, 6000), "never more than a minute's"
+
+
+async def test_a_quota_is_spent_once(server: RedisServer) -> None:
+    async with limits(server) as client:
+        mine, free = key(quota_tokens=1000), key("free")
+        await client.put_keys([mine, free])
+        grants = [(await client.lease(r, [ask(mine, quota=Want(1, 400))]))[0].quota.granted for r in "abcd"]
+        assert grants == [400, 400, 200, 0]
+        await client.lease("a", [ask(mine, quota=Want(give_back=150)), ask(free, spent_tokens=77)])
+        table = {k.key_hash: k.used_tokens for k in (await client.list_keys()).keys or ()}
+        assert table == {mine.key_hash: 850, free.key_hash: 77}
+        await client.revoke_key(mine.key_id)
+        assert await client.lease("a", [ask(mine, quota=Want(1, 1))]) == []
+        assert await client.lease("a", [ask(key("unknown"), quota=Want(1, 1))]) == []
+
+
+# -- a router's part, without time of its own --
+
+
+def test_alone_a_router_spends_its_share_and_no_more() -> None:
+    meters = KeyMeters(key(requests_per_minute=600, quota_tokens=1000), 0.0)
+    meters.put(Lease(meters.key.key_hash, Grant(10, 50), Grant(), Grant(100, 800), 4), 1, 1, 0.0)
+    taken = 0
+    for tenth in range(601):
+        meters.refill(tenth / 10)
+        while meters.take(1, 0, tenth / 10):
+            taken += 1
+    assert 170 <= taken <= 173, "in hand 10, of what was left 12, and a quarter of a minute's"
+    assert meters.quota is not None
+    assert meters.quota.left == 100 + 800 / 4
+
+
+def test_a_debt_is_paid_before_more_is_spent() -> None:
+    meters = KeyMeters(key(tokens_per_minute=600), 0.0)
+    meters.put(Lease(meters.key.key_hash, Grant(), Grant(100, 500), Grant(), 1), 1, 100, 0.0)
+    assert meters.take(1, 100, 0.0)
+    meters.settle(100, 400)
+    assert not meters.take(1, 1, 0.0)
+    wanted = meters.ask(1, 50).tokens
+    assert wanted.need == 350
+    meters.put(Lease(meters.key.key_hash, Grant(), Grant(350, 0), Grant(), 1), 1, 50, 0.0)
+    assert meters.take(1, 50, 0.0)
+
+
+# -- all of it --
+
+
+@asynccontextmanager
+async def gateway(folder: Path, *addresses: str, **config: Any) -> AsyncIterator[support.Cluster]:
+    settings = {"admin_token": TOKEN, "controllers": addresses, **config}
+    async with support.cluster(folder, support.say("hello"), **settings) as made:
+        await support.until(lambda: made.router.gateway.callers.known)
+        yield made
+
+
+async def known(made: support.Cluster, secret: str = KEY, *, good: bool = True) -> None:
+    """Wait until the router has heard of a key, or of its end."""
+    await support.until(lambda: made.router.gateway.callers.closed)
+    async with asyncio.timeout(5):
+        while ((await ask_models(made, secret)).status_code == 200) != good:  # noqa: ASYNC110 - the answer has no event
+            await asyncio.sleep(0.05)
+
+
+async def ask_models(made: support.Cluster, secret: str) -> httpx.Response:
+    return await made.http.get("/v1/models", headers={"Authorization": f"Bearer {secret}"})
+
+
+async def complete(made: support.Cluster, secret: str = KEY, **change: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {secret}"}
+    return await made.http.post("/v1/completions", json=BODY | change, headers=headers)
+
+
+async def test_a_key_from_creation_to_revocation(valkey: RedisServer, tmp_path: Path) -> None:
+    async with controller(valkey) as running, gateway(tmp_path, f"127.0.0.1:{running.port}") as made:
+        client = LimitsClient([f"127.0.0.1:{running.port}"], TOKEN)
+        assert (await made.post("/v1/completions", **BODY)).status_code == 200, "open while there is no key"
+        await client.put_keys([key(requests_per_minute=3, tokens_per_minute=10_000, tenant="team")])
+        await known(made)
+        assert (await made.post("/v1/completions", **BODY)).status_code == 401
+        answer = await complete(made)
+        assert answer.status_code == 200
+        found = {name: answer.headers[f"x-ratelimit-{name}-requests"] for name in ("limit", "remaining", "reset")}
+        assert found == {"limit": "3", "remaining": "2", "reset": "20s"}
+        assert answer.headers["x-ratelimit-limit-tokens"] == "10000"
+        assert [(await complete(made)).status_code for _ in range(2)] == [200, 200]
+        for _ in range(3):
+            answer = await complete(made)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            assert 1 <= int(answer.headers["retry-after"]) <= 20
+            assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+        await client.revoke_key(key().key_id)
+        await known(made, good=False)
+        assert (await made.post("/v1/completions", **BODY)).status_code == 401, "closed once there was a key"
+        await client.close()
+
+
+async def test_tokens_are_settled_and_quotas_end(valkey: RedisServer, tmp_path: Path) -> None:
+    async with controller(valkey) as running, gateway(tmp_path, f"127.0.0.1:{running.port}") as made:
+        client = LimitsClient([f"127.0.0.1:{running.port}"], TOKEN)
+        await client.put_keys([key(quota_tokens=20), key("sk-rate", tokens_per_minute=600)])
+        await known(made)
+        statuses = []
+        while not statuses or (statuses[-1] == 200 and len(statuses) < 20):
+            answer = await complete(made, max_tokens=4)
+            statuses.append(answer.status_code)
+        total = 3 + 4  # "abc" and four tokens
+        assert statuses == [200] * -(-20 // total) + [429]
+        error = answer.json()["error"]
+        assert (error["code"], error["type"]) == ("insufficient_quota", "insufficient_quota")
+        assert "retry-after" not in answer.headers, "asking again does not help"
+        await complete(made, "sk-rate", max_tokens=200)  # ends after five
+        meters = made.router.gateway.callers.caller([(b"authorization", b"Bearer sk-rate")]).meters
+        assert meters is not None
+        assert meters.tokens is not None
+        assert meters.tokens.remaining >= 600 - 3 - 6
+        answer = await complete(made, "sk-rate", prompt="x" * 601)
+        assert answer.status_code in (400, 429)
+        await client.close()
+
+
+async def test_two_routers_share_a_limit(valkey: RedisServer, tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        running = await stack.enter_async_context(controller(valkey))
+        address = f"127.0.0.1:{running.port}"
+        folders = [tmp_path / name for name in "ab"]
+        routers = [await stack.enter_async_context(gateway(folder, address)) for folder in folders]
+        client = LimitsClient([address], TOKEN)
+        await client.put_keys([key(requests_per_minute=20)])
+        for made in routers:
+            await known(made)
+        answers = await asyncio.gather(*(complete(routers[i % 2]) for i in range(60)))
+        good = sum(answer.status_code == 200 for answer in answers)
+        assert 20 <= good <= 22
+        await client.close()
+
+
+async def test_a_router_serves_on_without_its_controller(valkey: RedisServer, tmp_path: Path) -> None:
+    namespace = fresh_namespace()
+    async with AsyncExitStack() as stack:
+        first = Controller(_config(valkey, namespace))
+        await first.start()
+        address = f"127.0.0.1:{first.port}"
+        made = await stack.enter_async_context(gateway(tmp_path, address))
+        client = LimitsClient([address], TOKEN)
+        await client.put_keys([key(requests_per_minute=60, quota_tokens=100_000)])
+        await known(made)
+        assert (await complete(made)).status_code == 200
+        await first.stop(0.1)
+        answers = [(await complete(made)).status_code for _ in range(8)]
+        assert answers == [200] * 8
+        await support.until(lambda: not made.router.gateway.limiter.following)
+        assert (await made.post("/v1/completions", **BODY)).status_code == 401
+        burst = await asyncio.gather(*(complete(made) for _ in range(90)))
+        statuses = {answer.status_code for answer in burst}
+        assert statuses == {200, 429}, "the limit still holds"
+        again = Controller(_config(valkey, namespace, port=first.port))
+        await again.start()
+        stack.push_async_callback(again.stop, 0.1)
+        await support.until(lambda: made.router.gateway.limiter.following)
+        await client.close()
+
+
+async def test_a_storage_that_was_flushed_gets_its_keys_back(valkey: RedisServer, tmp_path: Path) -> None:
+    async with controller(valkey) as running, gateway(tmp_path, f"127.0.0.1:{running.port}") as made:
+        client = LimitsClient([f"127.0.0.1:{running.port}"], TOKEN)
+        await client.put_keys([key(name="kept"), key("sk-old", revoked=True)])
+        await known(made)
+        valkey.command("FLUSHALL")
+        assert (await made.post("/v1/completions", **BODY)).status_code == 401
+        async with asyncio.timeout(5):
+            while len((await client.list_keys()).keys or ()) < 2:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.05)
+        table = {k.key_hash: (k.name, k.revoked) for k in (await client.list_keys()).keys or ()}
+        assert table == {hashed_key(KEY): ("kept", False), hashed_key("sk-old"): ("", True)}
+        assert (await complete(made)).status_code == 200
+        assert (await ask_models(made, "sk-old")).status_code == 401
+        await client.close()
+
+
+async def test_a_router_that_never_heard_of_keys_says_so(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"admin_token": TOKEN, "controllers": ("127.0.0.1:9",)}
+    async with support.cluster(tmp_path, support.say("hello"), **settings) as made:
+        assert (await made.post("/v1/completions", **BODY)).status_code == 503
+        assert (await complete(made, TOKEN)).status_code == 200, "the admin token is a key"
+        with pytest.raises(UnavailableError):
+            await LimitsClient(["127.0.0.1:9"], TOKEN).list_keys()
+
+
+def _config(server: RedisServer, namespace: str, port: int = 0) -> ControllerConfig:
+    return ControllerConfig(admin_token=TOKEN, port=port, http_port=0, redis_url=server.url, namespace=namespace)
