@@ -167,6 +167,15 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
             self.token_logprobs[start:end], n, self.top_ids[start * n : end * n], self.top_logprobs[start * n : end * n]
         )
 
+    def best(self, top_n: int) -> TokenLogprobs:
+        """With at most `top_n` alternatives of each."""
+        n = self.top_n
+        if top_n >= n:
+            return self
+        kept = [start + i for start in range(0, len(self.top_ids), n) for i in range(top_n)]
+        ids, logprobs = tuple(self.top_ids[i] for i in kept), tuple(self.top_logprobs[i] for i in kept)
+        return TokenLogprobs(self.token_logprobs, top_n, ids, logprobs)
+
 
 class ChoiceDelta(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that one step added to one choice. `position` is the output index of the first."""

@@ -113,6 +113,8 @@ class Run:
         columns = None
         if self._logprobs:
             found = self._generations[choice.prompt].prompt_logprobs
+            if found is not None:
+                found = found.best(self._job.sampling.logprobs or 0)
             ids = self._job.prompts[choice.prompt]
             skip = self._job.sampling.skip_special_tokens
             columns = CompletionLogprobs().add_prompt(self._tokenizer, ids, found, skip)
