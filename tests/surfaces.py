@@ -41,7 +41,7 @@ RPCS = {
         "ClaimObject",
     ],
     "PrefillService": ["Session"],
-    "WorkerService": ["GetStatus", "DrainWorker", "GetLedger"],
+    "WorkerService": ["GetStatus", "DrainWorker", "GetLedger", "WatchKv"],
 }
 
 _ENGINE = [
@@ -181,6 +181,8 @@ METRICS = {
         "request_success_total",
         "request_tokenize_seconds",
         "router_attached_streams",
+        "router_prefix_index_blocks",
+        "router_prefix_index_exact_workers",
         "router_requests_moved",
         "router_requests_waiting",
         "router_workers",

@@ -197,7 +197,8 @@ def assemble(
     """Join the parts around a runner and what reads from others."""
     engine = config.engine
     outbox = Outbox()
-    cache = KVCacheManager(layout, clock, enable_prefix_caching=engine.enable_prefix_caching)
+    caching = engine.enable_prefix_caching
+    cache = KVCacheManager(layout, clock, enable_prefix_caching=caching, record_events=caching)
     scheduler_limits = SchedulerLimits(
         engine.max_num_seqs, engine.max_num_batched_tokens, engine.state_snapshot_interval, limits.max_model_len
     )

@@ -5,14 +5,25 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 
-from common.engine.messages import EngineLoad, GetLedger, LabelledCounter, Ledger, LedgerBlock, PeerTraffic
+from common.engine.messages import (
+    EngineLoad,
+    GetLedger,
+    KvChange,
+    KvChanges,
+    LabelledCounter,
+    Ledger,
+    LedgerBlock,
+    PeerTraffic,
+)
 from common.engine.outbox import Outbox
 from common.engine.scheduler import Scheduler, StepPlan
 from common.kvcache.manager import KVCacheManager
+from common.kvcache.prefix import KVEvent
 from common.types import Clock, WorkerLoad
 
 REPORT_S = 1.0
 RATE_WINDOW_S = 5.0
+KV_REPORT_S = 0.05  # changes of the prefix cache are told together
 FADE = 0.9  # what a step leaves of the weight of those before it, in the speeds
 
 
@@ -46,6 +57,7 @@ class LoadMeter:
         self._decode = [0.0, 0.0]  # steps that compute none, and their seconds
         self._ended = 0.0  # when the last step was over
         self._was_idle = True
+        self._next_kv = 0.0
         self.next_report = clock.now()
 
     def step(self, plan: StepPlan, launched: float | None) -> None:
@@ -74,6 +86,9 @@ class LoadMeter:
     def report(self, steps: int, *, idle: bool) -> None:
         """Send the load if it is time, or if the engine has just turned idle."""
         now = self._clock.now()
+        if idle or now >= self._next_kv:
+            self._next_kv = now + KV_REPORT_S
+            self._tell_kv()
         turned_idle = idle and not self._was_idle
         self._was_idle = idle
         if now < self.next_report and not turned_idle:
@@ -90,6 +105,10 @@ class LoadMeter:
             )
         )
         self._step_tokens, self._step_seqs = [], []
+
+    def _tell_kv(self) -> None:
+        if events := self._cache.drain_events():
+            self._outbox.send(KvChanges(tuple(map(_kv_change, events))))
 
     def _load(self, steps: int, now: float) -> WorkerLoad:
         while self._rates and self._rates[0][0] < now - RATE_WINDOW_S:
@@ -120,3 +139,13 @@ def ledger_of(cache: KVCacheManager, asked: GetLedger) -> Ledger:
             LedgerBlock(b.group, b.block_id, b.state, b.owner, int(b.age_s * 1e3)) for b in cache.ledger_blocks()
         )
     return Ledger(asked.call_id, cache.ledger(), blocks)
+
+
+def _kv_change(event: KVEvent) -> KvChange:
+    match event:
+        case (str(kind), str(group), bytes(parent), tuple(hashes), int(size)):
+            return KvChange(kind, group, parent, hashes, size)
+        case (str(kind), str(group), tuple(hashes)):
+            return KvChange(kind, group, hashes=hashes)
+        case _:
+            return KvChange("cleared")

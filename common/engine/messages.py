@@ -225,6 +225,22 @@ class Ledger(Message, frozen=True):
     blocks: tuple[LedgerBlock, ...]
 
 
+class KvChange(msgspec.Struct, frozen=True, array_like=True):
+    """`kind`: stored, removed or cleared (all groups). Neighbours of one chain are told together."""
+
+    kind: str
+    group: str = ""
+    parent: bytes = b""
+    hashes: tuple[bytes, ...] = ()
+    block_size: int = 0
+
+
+class KvChanges(Message, frozen=True):
+    """What entered and left the prefix indexes since the last message, in order."""
+
+    changes: tuple[KvChange, ...]
+
+
 class EngineFatal(Message, frozen=True):
     """The engine cannot go on (bad checkpoint, out of memory at start, failed self-test); it exits."""
 
@@ -242,5 +258,6 @@ FromEngine = (
     | ReaderEvent
     | EngineLoad
     | Ledger
+    | KvChanges
     | EngineFatal
 )

@@ -10,11 +10,15 @@ from __future__ import annotations
 import array
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import xor
 
 UNIT = 16
 HASH_NBYTES = 16
 _SCHEMA = b"nanodeploy-prefix-1"
+_STATE_FACTOR = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
 
 
 def root_hash(model_hash: bytes, adapter_id: str = "", cache_salt: str = "") -> bytes:
@@ -109,3 +113,18 @@ class LazyChain:
                 _unit_hash(hashes[-1], self._raw[place * UNIT * 4 : (place + 1) * UNIT * 4], i * UNIT, self._media)
             )
         return hashes[units]
+
+
+def hash_keys(hashes: Iterable[bytes]) -> list[int]:
+    """The first 8 bytes of each prefix hash, as an int: what is kept of one where millions are."""
+    return array.array("Q", b"".join(hashes))[::2].tolist()
+
+
+def keys_digest(keys: Iterable[int], *, states: bool) -> int:
+    """What these keys add to the digest of a set of them, or take from it: order does not matter.
+
+    Copies of states count under another factor than blocks with the same prefix.
+    """
+    if states:
+        keys = ((key * _STATE_FACTOR) & _MASK for key in keys)
+    return reduce(xor, keys, 0)

@@ -167,6 +167,8 @@ def _refresh(gateway: Gateway) -> None:
     for priority, size in zip(("high", "normal", "low"), gateway.places.waiting(), strict=True):
         metrics.waiting.labels(priority).set(size)
     metrics.attached.set(gateway.relay.attached)
+    metrics.prefix_blocks.set(len(gateway.relay.board.table))
+    metrics.prefix_exact.set(gateway.relay.board.num_exact)
     metrics.moves.set(gateway.relay.moves)
 
 

@@ -92,6 +92,8 @@ class RouterMetrics:
         self.workers = metrics.gauge("router_workers", "Members by role and state.", ["role", "state"])
         self.attached = metrics.gauge("router_attached_streams", "Decode workers with a working stream.")
         self.waiting = metrics.gauge("router_requests_waiting", "Requests that wait for a place.", ["priority"])
+        self.prefix_blocks = metrics.gauge("router_prefix_index_blocks", "KV blocks that the prefix index knows.")
+        self.prefix_exact = metrics.gauge("router_prefix_index_exact_workers", "Workers whose index is EXACT.")
         self.moves = metrics.gauge("router_requests_moved", "Requests taken to another worker since start.")
 
     def of(self, model: str) -> ModelMetrics:

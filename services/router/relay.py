@@ -53,7 +53,7 @@ class Relay:
     ) -> None:
         self._members = members
         self._connect = connect
-        self._board = board
+        self.board = board
         self._clock = clock
         self._rng = rng
         self._connect_timeout_s = connect_timeout_s
@@ -126,10 +126,10 @@ class Relay:
         request, hints = generation.to_resume(), generation.hints
         broken = {ref for ref, link in self._links.items() if link.broken}
         try:
-            ticket = self._board.place(request, hints, tried | broken)
+            ticket = self.board.place(request, hints, tried | broken)
         except UnavailableError:
             gone = {ref for ref, link in self._links.items() if link.restarted}
-            ticket = self._board.place(request, hints, tried | gone)
+            ticket = self.board.place(request, hints, tried | gone)
         if ticket.explained is not None:
             generation.routes.append(ticket.explained)
         return ticket

@@ -33,6 +33,8 @@ from services.router.peer import GrpcDecodePeer
 from services.router.randomness import PooledRandom
 from services.router.relay import Relay
 from services.router.routing.board import Board, Members
+from services.router.routing.feed import Feeds, KvPeer
+from services.router.routing.peer import GrpcKvPeer
 
 HEAD_TIMEOUT_S: Final = 20.0  # connection or first byte -> end of the request's headers
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -181,6 +183,7 @@ class Router:
         *,
         connect: Callable[[WorkerRef], DecodePeer] | None = None,
         ledger: Ledger | None = None,
+        connect_kv: Callable[[WorkerRef], KvPeer] = GrpcKvPeer,
         clock: Clock = MonotonicClock(),
         rng: random.Random | None = None,
     ) -> None:
@@ -193,6 +196,8 @@ class Router:
         self._ledger: Ledger | None = None
         if config.admin_token:
             self._ledger = ledger or LimitsClient(config.controllers, config.admin_token)
+        self._connect_kv = connect_kv
+        self._feeds: Feeds | None = None
         self._loads: set[asyncio.Task[None]] = set()
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -204,10 +209,11 @@ class Router:
         """Listen (port 0 takes a free one); returns the port. Raises `ConfigError` if it is taken."""
         listener = _listen(self._config.host, self._config.port)
         self.port = listener.getsockname()[1]
+        board = Board(self._members, self._config, clock=self._clock, rng=self._rng)
         relay = Relay(
             self._members,
             self._connect,
-            Board(self._members, self._config, clock=self._clock, rng=self._rng),
+            board,
             clock=self._clock,
             rng=self._rng,
             connect_timeout_s=self._config.connect_timeout_s,
@@ -226,6 +232,9 @@ class Router:
         self.gateway.limiter.start()
         self._members.subscribe(self._on_change)
         self._apis = Apis(self._config, self.gateway, clock=self._clock, rng=self._rng)
+        self._feeds = Feeds(self._members, board, self._connect_kv, self._rng)
+        if board.by_prefix:
+            self._feeds.start()
         app = make_app(self.gateway, self._rng, self._apis.routes())
         self._apis.start({path: endpoint.of_router for path, endpoint in app.raw.items()})
         self._server = _Server(
@@ -254,6 +263,8 @@ class Router:
         await self.gateway.drain(self._config.drain_grace_s if grace_s is None else grace_s)
         self.gateway.places.close(UnavailableError("the router is stopping"))
         await self.gateway.relay.close()
+        if self._feeds is not None:
+            await self._feeds.stop()
         self._server.stop()
         await self._serving
         for task in list(self._loads):

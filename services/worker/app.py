@@ -18,7 +18,7 @@ import msgspec
 
 from common.config import LogConfig, WorkerConfig
 from common.engine.client import ProcessEngine
-from common.engine.messages import Drain, EngineLoad, EngineReady, FromEngine
+from common.engine.messages import Drain, EngineLoad, EngineReady, FromEngine, KvChanges
 from common.errors import UnavailableError
 from common.rpc.registry import RegistryClient
 from common.rpc.server import HttpEndpoint, RpcServer, Service, Verdict, serve_http
@@ -28,6 +28,7 @@ from nanodeploy import __version__
 from nanodeploy.v1 import worker_pb2 as pb
 from nanodeploy.v1 import worker_pb2_grpc as pb_grpc
 from services.worker.host import EngineHost, EngineOwner
+from services.worker.kv_feed import KvFeed
 from services.worker.servicer import WorkerServicer
 
 log = get_logger(__name__)
@@ -65,6 +66,7 @@ class WorkerApp:
         self.clock = MonotonicClock()
         self.metrics = Metrics()
         self.host = EngineHost(config, lambda: ProcessEngine(role, config, log_config, environ), self.clock)
+        self.kv_feed = KvFeed()
         self.port = 0
         self._hostname = socket.gethostname()
         self._described: EngineReady | None = None  # whose facts `_info` has
@@ -150,6 +152,9 @@ class WorkerApp:
     # -- engine --
 
     def on_engine(self, message: FromEngine) -> None:
+        if isinstance(message, KvChanges):
+            self.kv_feed.take(message)
+            return
         if isinstance(message, EngineLoad):
             self._gauges.apply(message)
             labelled = [(c.name, c.label, c.values) for c in message.labelled]
@@ -158,6 +163,7 @@ class WorkerApp:
         self._activity.set()
 
     def on_engine_ready(self, ready: EngineReady) -> None:
+        self.kv_feed.begin(self.host.epoch, ready.layout)
         self._part.on_engine_ready(ready)
         if self._draining.is_set():
             self.host.send(Drain())
@@ -167,6 +173,7 @@ class WorkerApp:
         self._registry.poke()
 
     def on_engine_lost(self, reason: str) -> None:
+        self.kv_feed.end()
         self._part.on_engine_lost(reason)
         self._activity.set()
         self._registry.poke()
@@ -219,6 +226,7 @@ class WorkerApp:
                 await asyncio.wait_for(self._activity.wait(), left)
         cut_off = self._part.num_active()
         await self._registry.stop()
+        self.kv_feed.end()
         await self._part.close()
         await self._rpc.drain(1.0)
         await self.host.stop(STOP_ENGINE_S)
@@ -239,7 +247,7 @@ class WorkerApp:
         return self._http.port if self._http is not None else 0
 
     def _worker_service(self) -> Service:
-        servicer = WorkerServicer(self.host, self.info, lambda: self._part.peers(), self.drain)
+        servicer = WorkerServicer(self.host, self.info, lambda: self._part.peers(), self.drain, self.kv_feed)
         stubs: Any = pb_grpc
 
         return Service(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 
 from common.rpc import codec
 from common.types import WorkerInfo
-from nanodeploy.v1 import types_pb2
+from nanodeploy.v1 import kv_events_pb2, types_pb2
 from nanodeploy.v1 import worker_pb2 as pb
 from nanodeploy.v1 import worker_pb2_grpc as pb_grpc
 from services.worker.host import EngineHost
+from services.worker.kv_feed import KvFeed
 
 
 class WorkerServicer(pb_grpc.WorkerServiceServicer):
@@ -22,11 +24,13 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         info: Callable[[], WorkerInfo],
         peers: Callable[[], Sequence[pb.PeerStatus]],
         drain: Callable[[float], None],
+        kv_feed: KvFeed,
     ) -> None:
         self._host = host
         self._info = info
         self._peers = peers
         self._drain = drain
+        self._kv_feed = kv_feed
 
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -40,6 +44,14 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
     ) -> pb.DrainWorkerResponse:
         self._drain(request.grace_ms / 1e3)
         return pb.DrainWorkerResponse()
+
+    async def WatchKv(
+        self, request: pb.WatchKvRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[kv_events_pb2.KvEventBatch]:
+        known = request.digest if request.has_digest else None
+        async with aclosing(self._kv_feed.follow(request.epoch, known)) as batches:
+            async for batch in batches:
+                yield codec.kv_batch_to_proto(self._info().ref, batch)
 
     async def GetLedger(
         self, request: pb.GetLedgerRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -6,6 +6,7 @@ Decoders raise `InvalidRequestError` whose `param` names the field at fault; enc
 
 from common.rpc.codec.deltas import StepRows, deltas_from_proto, deltas_to_proto, iter_deltas
 from common.rpc.codec.errors import error_from_proto, error_to_proto, failure_from_proto, failure_to_proto
+from common.rpc.codec.kv_events import KvBatch, KvStep, kv_batch_from_proto, kv_batch_to_proto
 from common.rpc.codec.layout import (
     endpoint_from_proto,
     endpoint_to_proto,
@@ -68,6 +69,8 @@ __all__ = [
     "Change",
     "ChangeKind",
     "Hello",
+    "KvBatch",
+    "KvStep",
     "LoadEntry",
     "Loads",
     "Ping",
@@ -91,6 +94,8 @@ __all__ = [
     "hello_from_proto",
     "hello_to_proto",
     "iter_deltas",
+    "kv_batch_from_proto",
+    "kv_batch_to_proto",
     "layout_from_proto",
     "layout_to_proto",
     "load_from_proto",

@@ -178,8 +178,13 @@ class Board:
 
     # -- prefixes --
 
+    @property
+    def by_prefix(self) -> bool:
+        """Does the policy ask what workers have cached?"""
+        return self._config.policy in _BY_PREFIX
+
     def _prefixes(self, view: View, request: GenerationRequest, now_s: float) -> _Known:
-        if self._config.policy not in _BY_PREFIX or not view.decode:
+        if not self.by_prefix or not view.decode:
             return _NOTHING_KNOWN
         ids = request.prompt_token_ids
         model_hash = view.decode[0].worker.model.model_hash
@@ -208,7 +213,13 @@ class Board:
 
     # -- workers --
 
+    @property
+    def num_exact(self) -> int:
+        return sum(seat.exact for seat in self._seats.values())
+
     def seat(self, ref: WorkerRef) -> Seat | None:
+        if self._stale:
+            self._reseat(self._members.workers)
         return self._seats.get(ref)
 
     def renew(self, seat: Seat) -> None:

@@ -4,35 +4,17 @@ A prefix hash names all tokens before it, so the radix tree of prompts is a flat
 chain", and walking it asks about all workers at once. Each worker has a bit. What a worker held under a bit is given up
 by giving up the bit: it is left out of every answer at once, and swept out of the table a slice at a time.
 
-Keys are the first 8 bytes of a hash. The digest of a worker is the exclusive or of its keys, the same on both sides
-when nothing was lost; keys of states (cached copies, where a hit may end) count under another factor.
+Keys are the first 8 bytes of a hash (`hash_keys`). States are cached copies of recurrent ones, where a hit may end.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
-from functools import reduce
-from operator import xor
 from typing import Final
 
 from common.types.prefix import UNIT, LazyChain
 
-_STATE_FACTOR: Final = 0x9E3779B97F4A7C15
-_MASK: Final = 2**64 - 1
 _SLICE: Final = 4096
-
-
-def keys_of(hashes: Iterable[bytes]) -> list[int]:
-    """The keys of 16-byte hashes."""
-    return array("Q", b"".join(hashes))[::2].tolist()
-
-
-def digest_of(keys: Iterable[int], *, states: bool) -> int:
-    """What these keys add to a digest, or take from it."""
-    if states:
-        keys = ((key * _STATE_FACTOR) & _MASK for key in keys)
-    return reduce(xor, keys, 0)
 
 
 class PrefixTable:
