@@ -28,7 +28,8 @@ def probe(url: str, document: dict[str, Any], known: dict[str, str]) -> dict[str
             continue
         statuses = seen.setdefault(operation.label, set())
         for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
-            right = known if mode is schemathesis.GenerationMode.POSITIVE else {}
+            keeps = mode is schemathesis.GenerationMode.POSITIVE and operation.method != "delete"
+            right = known if keeps else {}
             _try(url, operation.as_strategy(generation_mode=mode), statuses, right)
     return seen
 
