@@ -17,6 +17,7 @@ from common.telemetry.metrics import CONTENT_TYPE
 from common.types import ModelInfo, Role
 from services.router import replies
 from services.router.admission.callers import Callers
+from services.router.console.routes import add_dashboard
 from services.router.endpoint import REQUEST_ID, Api, RawEndpoint
 from services.router.errors import error_body, error_headers, shaped, status_of
 from services.router.exchange import Receive, Scope, Send
@@ -88,6 +89,7 @@ def make_app(gateway: Gateway, rng: random.Random, more: Sequence[Api] = ()) -> 
             app.raw[api.path] = endpoint
         app.router.routes.append(Route(api.path, endpoint, methods=[api.method]))
     _add_small_routes(app, gateway)
+    add_dashboard(app, gateway)
     _add_error_shapes(app)
     made: dict[str, Any] = {}
 

@@ -31,6 +31,7 @@ from services.router.admission.callers import Callers
 from services.router.admission.limiter import Ledger, Limiter, headers
 from services.router.admission.places import Place, Places, cost_of
 from services.router.admission.sizes import TIMEOUT_HEADER, check_sizes, time_limit_s
+from services.router.console.recent import Recent
 from services.router.errors import validation_error
 from services.router.exchange import Exchange
 from services.router.metrics import RouterMetrics
@@ -84,6 +85,7 @@ class Gateway:
         self.places = Places(config, self, clock)
         self.callers = Callers(config.api_keys, admin_token=config.admin_token, required=config.require_api_key)
         self.limiter = Limiter(self.callers, ledger, router_id, clock)
+        self.recent = Recent()
         self.in_flight = 0
         self.draining = False
         self._idle = asyncio.Event()
@@ -176,9 +178,10 @@ class Gateway:
                     await self._answer(exchange, body, run, deadline_s)
             finally:
                 self.limiter.settle(exchange.caller, taken, sum(run.usage()[:2]) if run.first_token_s else 0)
-            self._account(run, model.name, started_s)
+            self._account(exchange, run, model.name, started_s)
         except NanoDeployError as error:
             metrics.failed(error.code)
+            self.recent.failed(exchange, model.name, error.code, self._clock.now() - started_s)
             raise
         finally:
             metrics.running.dec()
@@ -276,7 +279,7 @@ class Gateway:
             timings=timings,
         )
 
-    def _account(self, run: Run, model: str, started_s: float) -> None:
+    def _account(self, exchange: Exchange, run: Run, model: str, started_s: float) -> None:
         """Count an answered request and log where its time went."""
         metrics, usage = self.metrics.of(model), run.usage()
         seconds = self._clock.now() - started_s
@@ -286,6 +289,7 @@ class Gateway:
         metrics.request_prompt.observe(usage.prompt_tokens)
         metrics.request_output.observe(usage.completion_tokens)
         metrics.e2e.observe(seconds)
+        self.recent.answered(exchange, run, model, started_s, seconds)
         for finish in run.finishes:
             metrics.ended(finish)
         first = run.stats[0]

@@ -193,6 +193,7 @@ class Generation:
         "stats",
         "ticket",
         "unacked",
+        "worker_id",
     )
 
     def __init__(self, request: GenerationRequest, mailbox: Mailbox, index: int, hints: Hints) -> None:
@@ -206,6 +207,7 @@ class Generation:
         self.stats: RequestStats | None = None
         self.prompt_logprobs: TokenLogprobs | None = None
         self.link: WorkerLink | None = None
+        self.worker_id = ""  # decode worker that has it, or had it last
         self.lost_on: WorkerRef | None = None
         self.slot = 0
         self.unacked = 0

@@ -149,7 +149,7 @@ class WorkerLink:
 
     def _bind(self, generation: Generation, slot: int, ended_choices: Sequence[int]) -> None:
         """`ended_choices` is what the worker was told: others may have ended since."""
-        generation.link, generation.slot = self, slot
+        generation.link, generation.slot, generation.worker_id = self, slot, self.ref.worker_id
         self._open[slot] = generation
         if generation.done:
             self.drop(generation)

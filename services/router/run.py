@@ -89,6 +89,7 @@ class Run:
         self._left = len(job.prompts) * job.sampling.n
         self._generations: list[Generation] = []
         self._logprobs = job.sampling.logprobs is not None
+        self.made_s = clock.now()
         self.first_token_s = 0.0
 
     # -- parts --
@@ -133,6 +134,11 @@ class Run:
     @property
     def stats(self) -> list[RequestStats | None]:
         return [generation.stats for generation in self._generations]
+
+    @property
+    def decode_worker(self) -> str:
+        """Of the first prompt."""
+        return self._generations[0].worker_id
 
     def usage(self) -> Usage:
         prompt = sum(map(len, self._job.prompts))
