@@ -74,14 +74,13 @@ def strict(
 
 def _after_reasoning(part: Part, reasoning: ReasoningFormat | None, start: Start) -> Part:
     """`part`, after white space, and after reasoning that the model may begin or has begun."""
-    answer = _sequence(_SPACE, part)
     if reasoning is None or start is Start.CLOSED:
-        return answer
+        return _sequence(_SPACE, part)
     opening = "" if start is Start.OPEN else reasoning.opening
     thought = {"type": "tag", "begin": opening, "content": {"type": "any_text"}, "end": reasoning.closing}
-    if start is Start.OPEN:
-        return _sequence(thought, answer)
-    return {"type": "or", "elements": [_sequence(_SPACE, thought, answer), answer]}
+    if start is Start.MAYBE:
+        thought = {"type": "or", "elements": [_sequence(_SPACE, thought), _text("")]}
+    return _sequence(thought, _SPACE, part)
 
 
 def _sequence(*parts: Part) -> Part:
