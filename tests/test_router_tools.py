@@ -345,6 +345,20 @@ async def test_strict_functions_have_a_grammar(caller: Cluster) -> None:
     assert await asked(caller, **ASK, tools=[one], tool_choice="none") is None
 
 
+async def test_a_formed_answer_with_tools(caller: Cluster) -> None:
+    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": True}}
+    answer = await caller.post("/v1/chat/completions", **WITH_TOOLS, response_format=form)
+    assert answer.status_code == 200, answer.text
+    grammar = caller.worker.requests[-1].sampling.grammar
+    assert grammar is not None
+    assert (grammar.kind, grammar.param) == (GrammarKind.STRUCTURAL_TAG, "response_format")
+    assert json.dumps(schema) in grammar.source
+    assert "get_weather" in grammar.source
+    refused = await caller.post("/v1/chat/completions", **WITH_TOOLS, response_format=form, tool_choice="required")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+
+
 async def test_demanded_calls_of_a_model_that_knows_none(tmp_path: Path) -> None:
     text = '[{"name": "get_time", "parameters": {}}, {"name": "get_weather", "parameters": {"city": "Paris"}}]'
     async with cluster(tmp_path, say(text)) as made:

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
 from common.engine.constraint import Vocabulary, compile_grammar
-from common.text.parsers import CALL_PARSERS, REASONING_PARSERS, Start, required, strict
+from common.text.parsers import CALL_PARSERS, REASONING_PARSERS, Around, Start, answer_or_calls, required, strict
 from common.text.parsers.constraint import Part
 from common.types import Grammar, GrammarKind
 
@@ -27,13 +27,14 @@ FULL: dict[str, Any] = {"city": "Zürich <b>", "unit": "celsius", "days": 3}
 NO_UNIT = {"city": "007"}
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["marks are tokens", "marks are text"])
+@pytest.fixture(scope="module", params=["special", "tokens", "text"], ids=lambda how: f"marks are {how}")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = RawTokenizer.from_str(text_support.byte_level().to_str())
-    if request.param:
+    if request.param != "text":
         marks = {mark for name in MARKED for mark in CALL_PARSERS[name].marks if "DSML" not in mark}
-        raw.add_tokens([AddedToken(mark, special="|" in mark, normalized=False) for mark in sorted(marks)])
-        raw.add_tokens([AddedToken("｜DSML｜", special=False, normalized=False), AddedToken("</think>", special=False)])
+        special = request.param == "special"
+        for mark in [*sorted(marks), "｜DSML｜", "</think>"]:
+            raw.add_tokens([AddedToken(mark, special=special, normalized=False)])
     folder = tmp_path_factory.mktemp("marks")
     raw.save(str(folder / "tokenizer.json"))
     return folder
@@ -74,7 +75,7 @@ def written(family: str, *calls: tuple[str, dict[str, Any]]) -> str:
 
 def demanded(family: str, *, single: bool = False, start: Start = Start.MAYBE, thinks: bool = True) -> Part:
     reasoning = REASONING_PARSERS["think"] if thinks else None
-    return required(CALL_PARSERS[family].syntax, TOOLS, single=single, reasoning=reasoning, start=start)
+    return required(CALL_PARSERS[family].syntax, TOOLS, Around(single, reasoning, start))
 
 
 @pytest.mark.parametrize("family", [*MARKED, "llama3_json"])
@@ -119,14 +120,26 @@ def test_reasoning_is_free_before_demanded_calls(family: str, checkpoint: Path) 
 
 
 @pytest.mark.parametrize("family", MARKED)
+def test_calls_in_the_place_of_a_formed_answer(family: str, checkpoint: Path) -> None:
+    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+    syntax, reasoning = CALL_PARSERS[family].syntax, REASONING_PARSERS["think"]
+    part = answer_or_calls(schema, syntax, TOOLS, Around(False, reasoning, Start.MAYBE))
+    assert allows(checkpoint, part, '{"sum": 3}')
+    assert allows(checkpoint, part, '<think>Hm</think>\n{"sum": 3}')
+    assert allows(checkpoint, part, written(family, ("get_time", {})))
+    assert not allows(checkpoint, part, '{"sum": "3"}')
+    assert not allows(checkpoint, part, "3")
+
+
+@pytest.mark.parametrize("family", MARKED)
 def test_strict_functions_within_free_text(family: str, checkpoint: Path) -> None:
     syntax = CALL_PARSERS[family].syntax
-    part = strict(syntax, STRICT, single=False, reasoning=None, start=Start.MAYBE)
+    part = strict(syntax, STRICT, Around(False, None, Start.MAYBE))
     assert allows(checkpoint, part, "Hello, 5 < 6.")
     assert allows(checkpoint, part, "I look.\n" + written(family, ("get_weather", NO_UNIT)))
     assert allows(checkpoint, part, written(family, ("get_time", {})))
     assert not allows(checkpoint, part, written(family, ("get_weather", {})))
     assert not allows(checkpoint, part, written(family, ("launch", {})))
     reasoning = REASONING_PARSERS["think"]
-    part = strict(syntax, STRICT, single=True, reasoning=reasoning, start=Start.MAYBE)
+    part = strict(syntax, STRICT, Around(True, reasoning, Start.MAYBE))
     assert allows(checkpoint, part, "<think>Hm.</think>So.\n" + written(family, ("get_weather", NO_UNIT)))

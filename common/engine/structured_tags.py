@@ -119,8 +119,11 @@ class _Writer:
 
     def _until(self, end: str) -> str:
         """Free text and the first `end` behind it."""
-        if any(special in end for special in self._specials):
-            return f"TEXT {self.literal(end)}"
+        begins = [end.index(special) for special in self._specials if special in end]
+        if begins:  # a special token ends the text before it, which may hold the same characters elsewhere
+            before = end[: min(begins)]
+            text = self._rule(_regex(rf"(.|\n)*{_escaped(before)}"), f"T{len(self.rules)}") if before else "TEXT"
+            return f"{text} {self.literal(end[len(before) :])}"
         return self._rule(f"TEXT {_quoted(end)}", f"p{len(self.rules)}[lazy]")
 
     def _tag(self, part: Any, skip: int = 0) -> str:
@@ -166,6 +169,11 @@ def _tag_of(tag: Any) -> dict[str, Any]:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+def _escaped(text: str) -> str:
+    """As a regular expression on one line."""
+    return re.escape(text).replace("\\\n", r"\n").replace("\\\r", r"\r")
 
 
 def _regex(pattern: str) -> str:

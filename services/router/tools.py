@@ -14,7 +14,18 @@ from typing import Any, Final
 import msgspec
 
 from common.errors import InvalidRequestError, UnsupportedError
-from common.text.parsers import ARRAY, NO_LIMIT, CallFormat, ParserPlan, Start, Tools, required, strict
+from common.text.parsers import (
+    ARRAY,
+    NO_LIMIT,
+    Around,
+    CallFormat,
+    ParserPlan,
+    Start,
+    Tools,
+    answer_or_calls,
+    required,
+    strict,
+)
 from common.types import Grammar, GrammarKind, SamplingParams
 from services.router.models import ModelText
 from services.router.schemas import AllowedTools, ChatBody, NamedTool
@@ -142,19 +153,31 @@ def with_calls(sampling: SamplingParams, use: ToolUse, parsing: ParserPlan | Non
     """With what makes the model call, or keep to the schemas of strict functions, where that is wanted."""
     if parsing is None or parsing.calls is None:
         return sampling
-    syntax = parsing.calls.syntax
+    syntax, tools = parsing.calls.syntax, use.callable_tools
+    around = Around(parsing.is_limited, parsing.reasoning, parsing.start)
+    asked = sampling.grammar
     if use.required:
-        if sampling.grammar is not None:
-            raise InvalidRequestError(
-                f"tool_choice that demands calls excludes {sampling.grammar.param}", param="tool_choice"
-            )
-        make = required
-    elif any(tool["function"].get("strict") for tool in use.callable_tools) and syntax.trigger and not sampling.grammar:
-        make = strict
+        if asked is not None:
+            raise InvalidRequestError(f"tool_choice that demands calls excludes {asked.param}", param="tool_choice")
+        part = required(syntax, tools, around)
+    elif asked is not None:
+        schema = _schema(asked)
+        if schema is None:
+            return sampling
+        part = answer_or_calls(schema, syntax, tools, around)
+    elif syntax.trigger and any(tool["function"].get("strict") for tool in tools):
+        part = strict(syntax, tools, around)
     else:
         return sampling
-    tools, single = use.callable_tools, parsing.is_limited
-    part = make(syntax, tools, single=single, reasoning=parsing.reasoning, start=parsing.start)
+    param = "tools" if asked is None else asked.param
     source = json.dumps(part, ensure_ascii=False)
-    grammar = Grammar(kind=GrammarKind.STRUCTURAL_TAG, source=source, param="tools")
+    grammar = Grammar(kind=GrammarKind.STRUCTURAL_TAG, source=source, param=param)
     return msgspec.structs.replace(sampling, grammar=grammar)
+
+
+def _schema(grammar: Grammar) -> dict[str, Any] | None:
+    """Of a grammar that calls may stand in the place of, as with OpenAI; None for others, which hold as they are."""
+    if grammar.kind is GrammarKind.JSON_OBJECT:
+        return {"type": "object"}
+    schema = json.loads(grammar.source) if grammar.kind is GrammarKind.JSON_SCHEMA else None
+    return schema if isinstance(schema, dict) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.text.parsers.arguments import Tools
-from common.text.parsers.constraint import required, strict
+from common.text.parsers.constraint import Around, answer_or_calls, required, strict
 from common.text.parsers.families import CALL_PARSERS, REASONING_PARSERS, call_format, reasoning_format
 from common.text.parsers.llama import ARRAY
 from common.text.parsers.out import CallDelta, Parsed
@@ -15,6 +15,7 @@ __all__ = [
     "CALL_PARSERS",
     "NO_LIMIT",
     "REASONING_PARSERS",
+    "Around",
     "CallDelta",
     "CallFormat",
     "OutputParser",
@@ -23,6 +24,7 @@ __all__ = [
     "ReasoningFormat",
     "Start",
     "Tools",
+    "answer_or_calls",
     "call_format",
     "reasoning_format",
     "required",

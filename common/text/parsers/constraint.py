@@ -38,46 +38,66 @@ class CallSyntax(NamedTuple):
     trigger: str = ""  # begins calls within text; empty: nothing marks them
 
 
+class Around(NamedTuple):
+    """What stands around calls. `single`: one call, and nothing after it."""
+
+    single: bool
+    reasoning: ReasoningFormat | None
+    start: Start
+
+
 JSON_CALL: Final = CallSyntax('{"name": "NAME", "parameters": ', "}", separator=", ", opens="[", closes="]")
 
 
 def required(
     syntax: CallSyntax,
     functions: Sequence[Mapping[str, Any]],
-    *,
-    single: bool,
-    reasoning: ReasoningFormat | None,
-    start: Start,
+    around: Around,
 ) -> Part:
     """Nothing but calls of `functions` (OpenAI's objects), after reasoning: one at least, `single` one alone."""
-    return {"format": _after_reasoning(_section(syntax, functions, single), reasoning, start)}
+    return {"format": _after_reasoning(_section(syntax, functions, around.single), around)}
 
 
 def strict(
     syntax: CallSyntax,
     functions: Sequence[Mapping[str, Any]],
-    *,
-    single: bool,
-    reasoning: ReasoningFormat | None,
-    start: Start,
+    around: Around,
 ) -> Part:
     """Free text, in which what begins as a call is one. Arguments of strict functions follow their schemas."""
     assert syntax.trigger
     if syntax.opens:
-        calls = _calls(syntax, functions, single, only_strict=True)
+        calls = _calls(syntax, functions, around.single, only_strict=True)
         tags = [{"type": "tag", "begin": syntax.opens, "content": calls, "end": syntax.closes}]
     else:
         tags = [_tag(syntax, function, only_strict=True) for function in functions]
-    triggered = {"type": "triggered_tags", "triggers": [syntax.trigger], "tags": tags, "stop_after_first": single}
-    return {"format": _after_reasoning(triggered, reasoning, start)}
+    triggered = {
+        "type": "triggered_tags",
+        "triggers": [syntax.trigger],
+        "tags": tags,
+        "stop_after_first": around.single,
+    }
+    return {"format": _after_reasoning(triggered, around)}
 
 
-def _after_reasoning(part: Part, reasoning: ReasoningFormat | None, start: Start) -> Part:
+def answer_or_calls(
+    schema: Any,
+    syntax: CallSyntax,
+    functions: Sequence[Mapping[str, Any]],
+    around: Around,
+) -> Part:
+    """A JSON value of `schema`, or calls in its place."""
+    value: Part = {"type": "json_schema", "json_schema": schema}
+    either = {"type": "or", "elements": [_section(syntax, functions, around.single), value]}
+    return {"format": _after_reasoning(either, around)}
+
+
+def _after_reasoning(part: Part, around: Around) -> Part:
     """`part`, after white space, and after reasoning that the model may begin or has begun."""
+    reasoning, start = around.reasoning, around.start
     if reasoning is None or start is Start.CLOSED:
         return _sequence(_SPACE, part)
     opening = "" if start is Start.OPEN else reasoning.opening
-    thought = {"type": "tag", "begin": opening, "content": {"type": "any_text"}, "end": reasoning.closing}
+    thought: Part = {"type": "tag", "begin": opening, "content": {"type": "any_text"}, "end": reasoning.closing}
     if start is Start.MAYBE:
         thought = {"type": "or", "elements": [_sequence(_SPACE, thought), _text("")]}
     return _sequence(thought, _SPACE, part)
