@@ -10,6 +10,7 @@ import yaml
 from common.config.load import load, load_named
 from common.config.schema import ClusterConfig, RouterConfig
 from common.errors import ConfigError
+from common.types.keys import hashed_key
 from services.cli import plan as plan_module
 from services.cli.plan import MAX_KV_BYTES, MIN_KV_BYTES, ClusterRequest, build_plan
 from services.cli.ports import Ports
@@ -173,3 +174,19 @@ def test_bad_values_name_the_flag(tmp_path: Path) -> None:
 def test_strange_host_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"host 'no\.such\.host\.invalid'"):
         build(tmp_path, host="no.such.host.invalid")
+
+
+def test_secrets_are_hashed_and_where_they_are_needed(tmp_path: Path) -> None:
+    base = ClusterConfig(router=RouterConfig(api_keys=("sk-of-the-file",)))
+    plan = build(tmp_path, base, num_prefill=1, api_keys=("sk-of-the-flag",))
+    configs = {name: config_of(plan, name) for name in ("controller", "router", "prefill-0", "decode-0")}
+    token = configs["controller"].controller.admin_token
+    assert len(token) > 24
+    assert configs["router"].router.admin_token == token
+    keys = configs["router"].router.api_keys
+    assert keys == tuple(f"sha256:{hashed_key(key)}" for key in ("sk-of-the-file", "sk-of-the-flag"))
+    for text in plan.files.values():
+        assert "sk-of-the" not in text
+    for name in ("prefill-0", "decode-0"):
+        assert (configs[name].router.api_keys, configs[name].router.admin_token) == ((), "")
+        assert configs[name].controller.admin_token == ""

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from common.errors import NanoDeployError, UnavailableError
 from services.cli.api import list_models, stream_chat
+from services.cli.token import auth_headers
 
 _BYE = {"exit", "quit", "/exit", "/quit", "/bye"}
 
@@ -23,9 +24,9 @@ class ChatOptions:
     seed: int | None = None
 
 
-def run_chat(url: str, text: str, options: ChatOptions, console: Console) -> int:
+def run_chat(url: str, text: str, options: ChatOptions, console: Console, api_key: str = "") -> int:
     """Ask `text`, or converse when it is empty. Returns the exit code."""
-    with httpx.Client(timeout=httpx.Timeout(600.0, connect=5.0)) as client:
+    with httpx.Client(timeout=httpx.Timeout(600.0, connect=5.0), headers=auth_headers(api_key)) as client:
         models = list_models(client, url)
         if not models:
             raise UnavailableError(f"{url} serves no model now: no decode worker is ready")

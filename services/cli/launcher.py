@@ -28,6 +28,7 @@ from services.cli.probe import Answer, complete_once, wait_until_ready
 from services.cli.process import ServiceProcess, ServiceSpec, last_words, tail
 from services.cli.report import Report
 from services.cli.state import ClusterState, Phase, ProcessId, StateFolder
+from services.cli.token import auth_headers
 
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 300.0
@@ -88,6 +89,8 @@ class Launcher:
         try:
             self._folder.prepare()
             for path, text in self._plan.files.items():
+                path.touch(mode=0o600)  # it may hold the admin token
+                path.chmod(0o600)
                 path.write_text(text, encoding="utf-8")
             await self._until_stopped(self._start())
             if not self._stopping.is_set():
@@ -191,8 +194,11 @@ class Launcher:
         self._report.start("first token", "waiting for a completion through the whole path")
         block_size = resolve_engine(self._plan.config.decode.engine).block_size
         num_tokens = self._plan.config.decode.handoff.min_remote_tokens + 2 * block_size
+        token = self._plan.config.controller.admin_token
         for attempt in range(1, PROOFS + 1):
-            answer = await complete_once(client, self._plan.url, self._plan.model, num_tokens, PROOF_TIMEOUT_S)
+            answer = await complete_once(
+                client, self._plan.url, self._plan.model, num_tokens, PROOF_TIMEOUT_S, auth_headers(token)
+            )
             try:
                 self._report.done("first token", self._check_path(answer))
                 return

@@ -15,9 +15,11 @@ import nanodeploy
 from common.errors import ConfigError, NanoDeployError
 from services.cli import options as opt
 from services.cli.gpus import default_num_prefill
+from services.cli.keys_command import keys
 from services.cli.plan import ClusterRequest
 from services.cli.report import make_console
 from services.cli.state import StateFolder, state_root
+from services.cli.token import admin_token, auth_headers
 
 app = typer.Typer(
     name="nanodeploy",
@@ -44,8 +46,12 @@ def _root(
     pass
 
 
-def _url(url: str, name: str) -> str:
-    return opt.api_root(url) if url else opt.running_cluster(StateFolder(state_root(os.environ), name)).url
+def _url(url: str, name: str, api_key: str = "") -> tuple[str, str]:
+    """Where to ask, and with which key: a cluster of this machine gets its own token, which goes nowhere else."""
+    if url:
+        return opt.api_root(url), api_key
+    folder = StateFolder(state_root(os.environ), name)
+    return opt.running_cluster(folder).url, admin_token(folder) or api_key
 
 
 @app.command()
@@ -60,6 +66,7 @@ def up(
     name: opt.Name = "default",
     config: opt.ConfigFile = None,
     redis_url: opt.RedisUrl = "",
+    api_key: opt.ApiKeys = None,
     ready_timeout: opt.ReadyTimeout = 300.0,
     log_level: opt.LogLevel = "",
     served_model_name: opt.ServedModelName = None,
@@ -93,6 +100,7 @@ def up(
         host=host,
         port=port,
         redis_url=redis_url,
+        api_keys=opt.hashed_keys(api_key),
         log_level=log_level,
         engine=opt.engine_fields(
             served_model_name=served_model_name,
@@ -131,6 +139,7 @@ def serve(
     name: opt.Name = "default",
     config: opt.ConfigFile = None,
     redis_url: opt.RedisUrl = "",
+    api_key: opt.ApiKeys = None,
     ready_timeout: opt.ReadyTimeout = 300.0,
     log_level: opt.LogLevel = "",
     served_model_name: opt.ServedModelName = None,
@@ -187,12 +196,14 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
+    api_key: opt.ApiKey = "",
 ) -> None:
     """Talk to the running cluster."""
     from services.cli.chat import ChatOptions, run_chat
 
     options = ChatOptions(model, system, max_tokens, temperature, seed)
-    raise typer.Exit(run_chat(_url(url, name), text, options, make_console()))
+    base, api_key = _url(url, name, api_key)
+    raise typer.Exit(run_chat(base, text, options, make_console(), api_key))
 
 
 @app.command()
@@ -288,7 +299,7 @@ def bench(
     seed: Annotated[int | None, typer.Option(help="Of prompts and arrivals; by default another each time.")] = None,
     warmups: Annotated[int, typer.Option(min=0, help="Requests sent before, not counted.")] = 2,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for one request.")] = 600.0,
-    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Bearer token.", show_default=False)] = "",
+    api_key: opt.ApiKey = "",
     json_file: Annotated[str, typer.Option("--json", help="File for the result as JSON; - prints it.")] = "",
 ) -> None:
     """Measure an OpenAI endpoint: tokens, time to first token, time per token, gaps."""
@@ -298,10 +309,9 @@ def bench(
     from services.cli.bench.command import run_bench
     from services.cli.bench.load import LoadOptions
 
-    base = _url(url, name)
+    base, api_key = _url(url, name, api_key)
     if not model:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        with httpx.Client(timeout=10.0, headers=headers) as client:
+        with httpx.Client(timeout=10.0, headers=auth_headers(api_key)) as client:
             models = list_models(client, base)
         if not models:
             raise ConfigError(f"{base} serves no model: give --model")
@@ -333,6 +343,8 @@ def doctor(
 
     raise typer.Exit(run_doctor(model, name, as_json, make_console()))
 
+
+app.add_typer(keys, name="keys")
 
 kernels = typer.Typer(help="What is compiled for GPUs.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels")

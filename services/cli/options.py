@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import typer
 
 from common.errors import ConfigError, UnavailableError
+from common.types.keys import HASH_PREFIX, hash_of_setting
 from services.cli.hint import hint
 from services.cli.state import ClusterState, StateFolder
 
@@ -45,6 +46,21 @@ Detach = Annotated[bool, _cluster("Return when the cluster is ready; `down` stop
 ConfigFile = Annotated[str | None, _cluster("YAML file to start from.", "--config")]
 RedisUrl = Annotated[str, _cluster("A Redis 7.0+ or Valkey to use; by default one of its own.")]
 ReadyTimeout = Annotated[float, _cluster("Seconds until the first token must have come.", min=1)]
+ApiKeys = Annotated[
+    list[str] | None,
+    _cluster(
+        "Key that the API asks for; may be given again. By default it is open until `keys create`.",
+        "--api-key",
+        envvar=["NANODEPLOY_API_KEY", "VLLM_API_KEY"],
+        show_default=False,
+    ),
+]
+ApiKey = Annotated[
+    str,
+    typer.Option(
+        envvar="OPENAI_API_KEY", help="Key for --url; a cluster of this machine needs none.", show_default=False
+    ),
+]
 LogLevel = Annotated[str, _cluster("debug, info, warning or error.")]
 
 ServedModelName = Annotated[str | None, _engine("Name in the API; by default the folder's.")]
@@ -92,6 +108,11 @@ def engine_fields(**flags: Any) -> dict[str, Any]:
     if "speculative_config" in fields:
         fields["speculative_config"] = _json_object("--speculative-config", fields["speculative_config"])
     return fields
+
+
+def hashed_keys(keys: list[str] | None) -> tuple[str, ...]:
+    """As they are written into files."""
+    return tuple(HASH_PREFIX + hash_of_setting(key) for key in keys or ())
 
 
 def _json_object(flag: str, text: str) -> dict[str, Any]:

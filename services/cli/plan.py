@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import services
 from common.config.load import to_yaml
 from common.config.schema import ClusterConfig, LogConfig, WorkerConfig
 from common.errors import ConfigError
+from common.types.keys import HASH_PREFIX, hash_of_setting
 from services.cli.gpus import deal, num_gpus
 from services.cli.ports import Ports
 from services.cli.process import ServiceSpec
@@ -45,6 +47,7 @@ class ClusterRequest:
     host: str = ""  # of the API; empty: the config's
     port: int | None = None  # of the API; 0 takes a free one, None the config's
     redis_url: str = ""  # empty: a storage server of our own
+    api_keys: tuple[str, ...] = ()  # beside the config's
     engine: Mapping[str, Any] = field(default_factory=dict)
     router: Mapping[str, Any] = field(default_factory=dict)
     log_level: str = ""
@@ -112,6 +115,7 @@ def build_plan(
         port=ports.take(base.controller.host, base.controller.port),
         http_port=ports.take(base.controller.host, base.controller.http_port),
         redis_url=redis_url,
+        admin_token=base.controller.admin_token or secrets.token_urlsafe(24),
     )
     peers = (f"{controller.host}:{controller.port}",)
     router = _section(
@@ -120,6 +124,8 @@ def build_plan(
         port=url_port,
         controllers=peers,
         model_path=_absolute(base.router.model_path),
+        admin_token=controller.admin_token,
+        api_keys=tuple(HASH_PREFIX + hash_of_setting(key) for key in (*base.router.api_keys, *request.api_keys)),
         **request.router,
     )
     common = _section(base, log=_log(base.log, request.log_level), controller=controller, router=router)
@@ -199,6 +205,12 @@ class _Builder:
     ) -> None:
         module = f"services.{role}_worker" if role in ("prefill", "decode") else f"services.{role}"
         path = self._folder / "config" / f"{name}.yaml"
+        if role not in ("controller", "router"):  # the admin token is for these two
+            config = _section(
+                config,
+                controller=_section(config.controller, admin_token=""),
+                router=_section(config.router, admin_token="", api_keys=()),
+            )
         self.files[path] = to_yaml(config)
         self.specs.append(
             ServiceSpec(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import httpx
 
@@ -69,7 +70,14 @@ class Answer:
         )
 
 
-async def complete_once(client: httpx.AsyncClient, url: str, model: str, num_tokens: int, timeout_s: float) -> Answer:
+async def complete_once(
+    client: httpx.AsyncClient,
+    url: str,
+    model: str,
+    num_tokens: int,
+    timeout_s: float,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> Answer:
     """A greedy completion of a prompt of at least `num_tokens` tokens that no prefix cache has seen.
 
     Raises `UnavailableError` with what the router answered.
@@ -77,7 +85,9 @@ async def complete_once(client: httpx.AsyncClient, url: str, model: str, num_tok
     prompt = f"{secrets.token_hex(4)} " + _WORDS * (num_tokens // len(_WORDS.split()) + 1)
     body = {"model": model, "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
     try:
-        response = await client.post(f"{url}/v1/completions", json=body, headers=_TIMINGS, timeout=timeout_s)
+        response = await client.post(
+            f"{url}/v1/completions", json=body, headers={**_TIMINGS, **headers}, timeout=timeout_s
+        )
         if response.status_code != 200:
             raise UnavailableError(f"the test completion was answered {response.status_code}: {response.text[:500]}")
         answer = response.json()

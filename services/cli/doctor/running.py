@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import httpx
 
@@ -11,7 +12,8 @@ from common.types import Role, WorkerState
 from services.cli.cluster import WorkerView, current, prefill_pairs, view_cluster
 from services.cli.doctor.finding import Finding, fail, note, ok, skip
 from services.cli.probe import complete_once
-from services.cli.state import ClusterState
+from services.cli.state import ClusterState, StateFolder, state_root
+from services.cli.token import admin_token, auth_headers
 
 NUM_TOKENS = 96  # over HandoffConfig.min_remote_tokens, so that a prefill worker takes part
 REPORT_S = 2.5  # engines report their reads about once a second
@@ -69,9 +71,10 @@ async def path(state: ClusterState | None) -> Finding:
         return skip("no cluster is up")
     try:
         before = prefill_pairs(await view_cluster(state.controller))
+        headers = auth_headers(admin_token(StateFolder(state_root(os.environ), state.name)))
         async with httpx.AsyncClient() as client:
             for _ in range(max(1, 2 * len(before))):
-                answer = await complete_once(client, state.url, state.model, NUM_TOKENS, 60.0)
+                answer = await complete_once(client, state.url, state.model, NUM_TOKENS, 60.0, headers)
         if not before:
             return ok(answer.path)
         await asyncio.sleep(REPORT_S)

@@ -1,6 +1,6 @@
 """What each key may spend, followed from the controller: the table of keys, slices of their limits, what comes back.
 
-    following (a look every second) -> no controller answers: alone, on the last table and our share of the limits
+    following (a look every 2 s) -> no controller answers: alone, on the last table and our share of the limits
              ^------------------------- one answers again ----'
 
 A storage that lost its keys (another incarnation) gets them back from us; until then the table stays, so that losing
@@ -25,7 +25,7 @@ from services.router.admission.callers import Caller, Callers
 from services.router.admission.meters import KeyMeters, Slice
 from services.router.errors import QuotaExceededError, RateLimitedError
 
-FOLLOW_S: Final = 1.0
+FOLLOW_S: Final = 2.0
 IDLE_S: Final = 5.0  # what a key does not use for so long is given back
 STOP_S: Final = 1.0
 
