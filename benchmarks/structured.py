@@ -168,9 +168,8 @@ def main() -> None:
     for make in makers:
         before = rss_mib()
         library = make()
-        print(
-            f"{library.name}: vocabulary of {vocab_size} in {library.seconds * 1e3:.0f} ms, {rss_mib() - before:.0f} MiB"
-        )
+        memory = rss_mib() - before
+        print(f"{library.name}: vocabulary of {vocab_size} in {library.seconds * 1e3:.0f} ms, {memory:.0f} MiB")
         for name, (kind, grammar, text) in CASES.items():
             measure(library, name, kind, grammar, tokenizer.encode(text, add_special_tokens=False).ids, args.rounds)
 

@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from common.types import Grammar as Grammar
+    from common.types import GrammarKind as GrammarKind
     from common.types import SamplingParams as SamplingParams
     from nanodeploy.llm import LLM as LLM
     from nanodeploy.llm import MediaPrompt as MediaPrompt
@@ -16,9 +18,20 @@ if TYPE_CHECKING:
     from nanodeploy.llm import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "MediaPrompt", "MediaRows", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "Grammar",
+    "GrammarKind",
+    "MediaPrompt",
+    "MediaRows",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 _HOME = {
+    "Grammar": "common.types",
+    "GrammarKind": "common.types",
     "LLM": "nanodeploy.llm",
     "MediaPrompt": "nanodeploy.llm",
     "MediaRows": "nanodeploy.llm",

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 EXPORTS = {
-    "nanodeploy": ["LLM", "MediaPrompt", "MediaRows", "RequestOutput", "SamplingParams", "__version__"],
+    "nanodeploy": [
+        "LLM",
+        "Grammar",
+        "GrammarKind",
+        "MediaPrompt",
+        "MediaRows",
+        "RequestOutput",
+        "SamplingParams",
+        "__version__",
+    ],
     "common.config": [
         "ClusterConfig",
         "ControllerConfig",
@@ -154,6 +163,10 @@ FLAGS = {
 _WORKER_METRICS = [
     "engine_steps",
     "generation_tokens_total",
+    "grammars_compiled_total",
+    "grammars_failed_total",
+    "grammars_found_total",
+    "grammars_kept",
     "handoff_fallbacks_total",
     "handoff_orders_total",
     "kv_blocks",

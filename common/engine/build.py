@@ -215,7 +215,7 @@ def assemble(
     speculator, drafting = drafter.speculator, drafter.drafting(cache, layout)
     overlap, has_drafts = engine.async_scheduling == "on", speculator is not None or drafting is not None
 
-    counted = EngineCounters(requests, cache, reader, demand, leases, supply, speculator)
+    counted = EngineCounters(requests, cache, reader, demand, leases, supply, speculator, grammars)
     main_group = layout.groups[0].name
     meter = LoadMeter(scheduler, cache, main_group, outbox, clock, counted.values, counted.traffic, counted.labelled)
 

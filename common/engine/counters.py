@@ -8,6 +8,7 @@ from common.engine.demand import Demand
 from common.engine.messages import LabelledCounter, PeerTraffic
 from common.engine.requests import Requests
 from common.engine.speculative import Speculator, accepted_by_pos, draft_counters
+from common.engine.structured import GrammarPool, grammar_counters
 from common.engine.supply import Supply
 from common.kvcache.manager import KVCacheManager
 from common.kvtransfer.leases import Leases
@@ -25,6 +26,7 @@ class EngineCounters:
     leases: Leases
     supply: Supply
     speculator: Speculator | None
+    grammars: GrammarPool | None = None
 
     def values(self) -> dict[str, float]:
         c = self.reader.counters
@@ -44,6 +46,7 @@ class EngineCounters:
             "prefill_orders_finished_total": self.supply.finished,
             "prefill_orders_failed_total": sum(self.supply.failed.values()),
             **draft_counters(self.speculator),
+            **grammar_counters(self.grammars),
         }
         return {name: float(value) for name, value in named.items()}
 
