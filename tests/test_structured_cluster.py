@@ -70,6 +70,31 @@ def test_the_official_client_gets_what_its_schema_says(cluster: RunningCluster) 
     assert answer.choices[0].text in extra["guided_choice"]
 
 
+def test_demanded_calls_are_calls_of_the_functions(cluster: RunningCluster) -> None:
+    """A model that knows nothing of tools is made to call: one named function, or any; with its arguments' schema."""
+    client: Any = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none")
+    schema = SCHEMA | {"properties": {"way": {"enum": ["left", "right"]}}}
+    names = ["go", "look"]
+    tools = [{"type": "function", "function": {"name": n, "parameters": schema, "strict": True}} for n in names]
+    named = {"type": "function", "function": {"name": "look"}}
+    for choice, parallel, finish in (("required", False, "tool_calls"), (named, None, "stop")):
+        body = chat(
+            cluster, response_format=None, tools=tools, tool_choice=choice, parallel_tool_calls=parallel, seed=1
+        )
+        whole = client.chat.completions.create(**body).choices[0]
+        (call,) = whole.message.tool_calls
+        assert (whole.finish_reason, whole.message.content) == (finish, None)
+        assert call.function.name in (names if choice == "required" else ["look"])
+        jsonschema.validate(json.loads(call.function.arguments), schema)
+        parts = [
+            part.function
+            for chunk in client.chat.completions.create(**body, stream=True)
+            for part in chunk.choices[0].delta.tool_calls or ()
+        ]
+        assert parts[0].name == call.function.name
+        assert "".join(part.arguments for part in parts) == call.function.arguments
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_is_a_400_before_the_first_byte(cluster: RunningCluster, stream: bool) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
