@@ -35,6 +35,10 @@ class BodyTimeoutError(InvalidRequestError):
     pass
 
 
+class MissingError(NotFoundError):
+    """A stored object that is not there, or no longer."""
+
+
 class RateLimitedError(OverloadedError):
     """A key's limit, or a full queue. `retry_after_s` 0: asking again does not help. `headers`: x-ratelimit-*."""
 
@@ -57,6 +61,7 @@ _SHAPES: Final[tuple[tuple[type[NanoDeployError], int, str, str | None], ...]] =
     (ContextLengthError, 400, "invalid_request_error", "context_length_exceeded"),
     (InvalidRequestError, 400, "invalid_request_error", None),
     (UnauthenticatedError, 401, "invalid_request_error", "invalid_api_key"),
+    (MissingError, 404, "invalid_request_error", "not_found"),
     (NotFoundError, 404, "invalid_request_error", "model_not_found"),
     (QuotaExceededError, 429, "insufficient_quota", "insufficient_quota"),
     (OverloadedError, 429, "rate_limit_error", "rate_limit_exceeded"),

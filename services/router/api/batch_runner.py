@@ -33,7 +33,7 @@ from services.router.replies import dumps
 LOOK_S: Final = 5.0
 CLAIM_S: Final = 15.0
 RENEW_S: Final = 3.0
-MAX_BATCHES: Final = 4  # of one router at once
+MAX_BATCHES: Final = 2  # of one router at once: it has their input in memory
 RETRY_S: Final = 1.0
 MAX_RETRY_S: Final = 20.0
 _AGAIN: Final = (0, 429, 499, 503)  # a line that was refused for now waits

@@ -11,7 +11,7 @@ from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from common.errors import InvalidRequestError
+from common.errors import InvalidRequestError, OverloadedError
 from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient
 from services.router.api.stored import Document, load, page, remove
@@ -19,6 +19,7 @@ from services.router.exchange import Exchange
 from services.router.replies import dumps
 
 KIND: Final = "file"
+MAX_UPLOADS: Final = 4  # at once, each of them in memory
 PART_BYTES: Final = 2**20
 _PARTS_READ: Final = 8  # at once, while a file is sent
 _MIN_TTL_S, _MAX_TTL_S = 3600, 2_592_000
@@ -29,10 +30,20 @@ class Files:
         self.objects = objects
         self.ttl_s = ttl_s
         self._max_bytes = max_bytes
+        self._uploads = 0
 
     # -- endpoints --
 
     async def create(self, exchange: Exchange) -> None:
+        if self._uploads >= MAX_UPLOADS:
+            raise OverloadedError(f"{MAX_UPLOADS} files are being uploaded already")
+        self._uploads += 1
+        try:
+            await exchange.answer(200, dumps(await self._create(exchange)))
+        finally:
+            self._uploads -= 1
+
+    async def _create(self, exchange: Exchange) -> dict[str, Any]:
         form = await self._form(exchange)
         try:
             purpose = form.get("purpose")
@@ -52,7 +63,7 @@ class Files:
         await self.objects.put_parts(key, parts)
         made["bytes"], made["status"] = len(content), "processed"
         await self.objects.put(key, dumps(made))
-        await exchange.answer(200, dumps(made))
+        return made
 
     async def page(self, exchange: Exchange) -> None:
         query = exchange.query()

@@ -24,6 +24,7 @@ from common.errors import (
     NotFoundError,
     OverloadedError,
     UnavailableError,
+    UnsupportedError,
 )
 from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient
@@ -199,6 +200,8 @@ class Responses:
     # -- stored ones --
 
     async def get(self, exchange: Exchange) -> None:
+        if exchange.query().get("stream") == "true":
+            raise UnsupportedError("a stored response is not streamed again", param="stream")
         document = await self._load(exchange)
         await exchange.answer(200, dumps(document.content["response"]))
 

@@ -6,15 +6,12 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from common.errors import InternalError, InvalidRequestError, NotFoundError
+from common.errors import InternalError, InvalidRequestError
 from common.rpc.codec.objects import ObjectKey, StoredObject
 from common.rpc.objects import ObjectClient
+from services.router.errors import MissingError
 
 NAMES = {"response": "Response", "file": "File", "batch": "Batch"}
-
-
-class MissingError(NotFoundError):
-    """A stored object that is not there, or no longer."""
 
 
 class Document(NamedTuple):
