@@ -80,6 +80,8 @@ _CLUSTER = [
     "--prefill",
     "--decode",
     "--routing-policy",
+    "--tool-call-parser",
+    "--reasoning-parser",
     "--host",
     "--port",
     "--detach",

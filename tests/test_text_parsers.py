@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
-from typing import Any
+from typing import Any, get_args
 
 import parser_support
 import pytest
 from parser_support import Answer, cut, expected, goldens, parse, parser, plan
 
+from common.config.schema import ReasoningParser, ToolCallParser
 from common.errors import ConfigError
 from common.text.parsers import CALL_PARSERS, REASONING_PARSERS, ParserPlan, Start, Tools, call_format
 from common.text.parsers.arguments import ANY, to_json
@@ -196,3 +197,8 @@ def test_families_without_a_template_and_wrong_names() -> None:
     assert call_format("auto", "", "deepseek_v32") is CALL_PARSERS["deepseek_v32"]
     with pytest.raises(ConfigError, match="tool_call_parser must be auto, none or one of hermes"):
         call_format("hermess", "", "")
+
+
+def test_settings_name_every_parser() -> None:
+    assert set(get_args(ToolCallParser)) == {"auto", "none", *CALL_PARSERS}
+    assert set(get_args(ReasoningParser)) == {"auto", "none", *REASONING_PARSERS}

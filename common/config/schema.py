@@ -160,6 +160,28 @@ class WorkerConfig(_Section):
     ucx: UcxConfig = UcxConfig()
 
 
+ToolCallParser = Literal[
+    "auto",
+    "none",
+    "hermes",
+    "qwen3",
+    "qwen3_coder",
+    "qwen3_xml",
+    "deepseek_v3",
+    "deepseek_v31",
+    "deepseek_v32",
+    "deepseek_v4",
+    "kimi_k2",
+    "glm45",
+    "glm47",
+    "llama3_json",
+    "llama4_json",
+    "llama4_pythonic",
+    "pythonic",
+]
+ReasoningParser = Literal[
+    "auto", "none", "deepseek_r1", "deepseek_v3", "deepseek_v4", "glm45", "kimi_k2", "qwen3", "think"
+]
 RoutingPolicy = Literal[
     "cost", "deadline", "prefix", "session", "least_tokens", "power_of_two", "round_robin", "random"
 ]
@@ -185,11 +207,11 @@ class RouterConfig(_Section):
     tokenizer_backend: Literal["auto", "huggingface"] = Field(
         "auto", description="auto encodes by fastokens where that gives the same tokens as huggingface's tokenizers"
     )
-    tool_call_parser: str = Field(
-        "auto", description="format of tool calls; auto: by the chat template; none, or a name as of vLLM's flag"
+    tool_call_parser: ToolCallParser = Field(
+        "auto", description="format of tool calls; auto: by the chat template; names as of vLLM's flag"
     )
-    reasoning_parser: str = Field(
-        "auto", description="marks of reasoning; auto: by the chat template; none, or a name as of vLLM's flag"
+    reasoning_parser: ReasoningParser = Field(
+        "auto", description="marks of reasoning; auto: by the chat template; names as of vLLM's flag"
     )
     request_timeout_s: float = Field(600.0, gt=0)
     connect_timeout_s: float = Field(5.0, gt=0)

@@ -60,6 +60,8 @@ def up(
     prefill: opt.PrefillOrAuto = None,
     decode: opt.Decode = 1,
     routing_policy: opt.RoutingPolicy = None,
+    tool_call_parser: opt.ToolCallParser = None,
+    reasoning_parser: opt.ReasoningParser = None,
     host: opt.Host = "",
     port: opt.Port = None,
     detach: opt.Detach = False,
@@ -96,7 +98,9 @@ def up(
         model=model,
         num_prefill=default_num_prefill(device, os.environ) if prefill is None else prefill,
         num_decode=decode,
-        router={} if routing_policy is None else {"policy": routing_policy},
+        router=opt.router_fields(
+            policy=routing_policy, tool_call_parser=tool_call_parser, reasoning_parser=reasoning_parser
+        ),
         host=host,
         port=port,
         redis_url=redis_url,
@@ -133,6 +137,8 @@ def serve(
     prefill: opt.Prefill = 0,
     decode: opt.Decode = 1,
     routing_policy: opt.RoutingPolicy = None,
+    tool_call_parser: opt.ToolCallParser = None,
+    reasoning_parser: opt.ReasoningParser = None,
     host: opt.Host = "",
     port: opt.Port = None,
     detach: opt.Detach = False,

@@ -42,6 +42,12 @@ RoutingPolicy = Annotated[
     str | None,
     _cluster("How the router chooses workers: cost, prefix, session, deadline, least_tokens, power_of_two, ..."),
 ]
+ToolCallParser = Annotated[
+    str | None, _cluster("Format of tool calls: auto (by the chat template), none, hermes, qwen3_coder, ...")
+]
+ReasoningParser = Annotated[
+    str | None, _cluster("Marks of reasoning: auto (by the chat template), none, qwen3, deepseek_r1, ...")
+]
 Detach = Annotated[bool, _cluster("Return when the cluster is ready; `down` stops it.", "--detach", "-d")]
 ConfigFile = Annotated[str | None, _cluster("YAML file to start from.", "--config")]
 RedisUrl = Annotated[str, _cluster("A Redis 7.0+ or Valkey to use; by default one of its own.")]
@@ -95,6 +101,11 @@ SpeculativeConfig = Annotated[
 ]
 
 _DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other names
+
+
+def router_fields(**flags: str | None) -> dict[str, Any]:
+    """The flags that were given, as fields of `RouterConfig`."""
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def engine_fields(**flags: Any) -> dict[str, Any]:
