@@ -11,7 +11,7 @@ import pytest
 from redis_support import RedisServer, binaries, fresh_namespace, run_redis
 
 from common.config import ControllerConfig
-from common.errors import InvalidRequestError, NotFoundError, OverloadedError
+from common.errors import InvalidRequestError, NotFoundError, OverloadedError, UnavailableError
 from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient
 from services.controller.app import Controller
@@ -26,11 +26,11 @@ def server(request: Any) -> Iterator[RedisServer]:
 
 
 @asynccontextmanager
-async def objects(server: RedisServer, **limits: int) -> AsyncIterator[ObjectClient]:
+async def objects(server: RedisServer, shown: str = "", **limits: Any) -> AsyncIterator[ObjectClient]:
     config = ControllerConfig(port=0, http_port=0, redis_url=server.url, namespace=fresh_namespace(), **limits)
     controller = Controller(config)
     await controller.start()
-    client = ObjectClient(["127.0.0.1:9", f"127.0.0.1:{controller.port}"])  # the first one is never there
+    client = ObjectClient(["127.0.0.1:9", f"127.0.0.1:{controller.port}"], shown)  # the first one is never there
     try:
         yield client
     finally:
@@ -161,3 +161,21 @@ async def test_keys_are_checked(server: RedisServer, key: ObjectKey) -> None:
     async with objects(server) as client:
         with pytest.raises(InvalidRequestError, match="key"):
             await client.put(key, b"", ttl_s=60)
+
+
+@pytest.mark.parametrize("shown", ["", "wrong", "right"])
+async def test_an_admin_token_guards_what_is_stored(server: RedisServer, shown: str) -> None:
+    async with objects(server, shown, admin_token="right") as client:
+        if shown == "right":
+            assert (await client.put(KEY, b"x", ttl_s=60)).stored
+            return
+        calls: list[Any] = [
+            client.put(KEY, b"x", ttl_s=60),
+            client.get(KEY),
+            client.page("file", ""),
+            client.delete(KEY),
+        ]
+        calls += [client.put_parts(KEY, {0: b""}), client.get_parts(KEY, [0]), client.list_parts(KEY)]
+        for asked in (*calls, client.claim(KEY, "a", 5)):
+            with pytest.raises(UnavailableError):
+                await asked

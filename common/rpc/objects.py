@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from common.errors import NotFoundError, UnavailableError
+from common.errors import NanoDeployError, NotFoundError, UnauthenticatedError, UnavailableError
 from common.rpc.client import call, open_channel
 from common.rpc.codec.objects import ObjectKey, StoredObject, key_to_proto, object_from_proto
 from common.telemetry import get_logger
@@ -35,9 +35,10 @@ class Page(NamedTuple):
 class ObjectClient:
     """Every method raises errors of the tree; `UnavailableError` when no controller answers."""
 
-    def __init__(self, controllers: Sequence[str]) -> None:
+    def __init__(self, controllers: Sequence[str], admin_token: str = "") -> None:
         self._channels: dict[str, Any] = {}
         self._addresses = tuple(controllers)
+        self._metadata = (("authorization", f"Bearer {admin_token}"),) if admin_token else ()
         self._index = 0
         self._lost = False  # none answered the last call
 
@@ -110,7 +111,7 @@ class ObjectClient:
         self._channels.clear()
 
     async def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
-        last: UnavailableError | None = None
+        last: NanoDeployError | None = None
         for _ in self._addresses:
             address = self._addresses[self._index]
             channel = self._channels.get(address)
@@ -118,10 +119,10 @@ class ObjectClient:
                 channel = self._channels[address] = open_channel(address)
             stub = objects_pb2_grpc.ObjectServiceStub(channel)  # type: ignore[no-untyped-call]
             try:
-                answer = await call(method(stub), request, timeout_s=CALL_TIMEOUT_S)
+                answer = await call(method(stub), request, timeout_s=CALL_TIMEOUT_S, metadata=self._metadata)
                 self._lost = False
                 return answer
-            except UnavailableError as error:
+            except (UnavailableError, UnauthenticatedError) as error:
                 last = error
                 self._index = (self._index + 1) % len(self._addresses)
         if not self._lost:

@@ -49,7 +49,7 @@ class Controller:
         self._sweeper = Sweeper(self._store, config.lease_ttl_s, self._metrics, rng)
         self.hub = WatchHub(self._store, clock=clock, rng=rng, ping_s=ping_s, on_lost=self._sweeper.forgive)
         self._servicer = ControllerServicer(config, self._store, self.hub, self._metrics)
-        objects = ObjectServicer(Objects(config, self._store))
+        objects = ObjectServicer(config.admin_token, Objects(config, self._store))
         limits = LimitsServicer(config.admin_token, Limits(self._store))
         self._server = RpcServer(
             [

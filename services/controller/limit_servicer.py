@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from typing import Any
 
 import grpc
@@ -12,6 +11,7 @@ from common.rpc.codec import checks
 from common.rpc.codec import limits as codec
 from nanodeploy.v1 import limits_pb2 as pb
 from nanodeploy.v1 import limits_pb2_grpc
+from services.controller.admin import require_admin
 from services.controller.limits import Limits
 
 SERVICE = pb.DESCRIPTOR.services_by_name["LimitsService"].full_name
@@ -28,9 +28,7 @@ class LimitsServicer(limits_pb2_grpc.LimitsServiceServicer):
     def _admit(self, context: Any) -> None:
         if not self._admin_token:
             raise UnauthenticatedError("API keys are not managed here: the controller has no admin_token")
-        given = dict(context.invocation_metadata() or ()).get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self._admin_token}".encode()):
-            raise UnauthenticatedError("the admin token is missing or wrong")
+        require_admin(self._admin_token, context)
 
     async def PutKeys(self, request: pb.PutKeysRequest, context: Any) -> pb.PutKeysResponse:
         self._admit(context)

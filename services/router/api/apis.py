@@ -23,7 +23,7 @@ class Apis:
     """start(handles) -> ... -> close. Owns the connections to the controllers' objects."""
 
     def __init__(self, config: RouterConfig, gateway: Gateway, *, clock: Clock, rng: random.Random) -> None:
-        self.objects = ObjectClient(config.controllers)
+        self.objects = ObjectClient(config.controllers, config.admin_token)
         self._gateway = gateway
         self._rng = rng
         self._concurrency = config.batch_concurrency
