@@ -180,6 +180,13 @@ async def test_an_answer_cut_within_a_call(caller: Cluster) -> None:
     assert PARIS.startswith(answer.calls[0][2])
 
 
+async def test_a_stop_string_within_a_call_and_behind_one(caller: Cluster) -> None:
+    answer, finish = await both(caller, **WITH_TOOLS, stop="aris")
+    assert (answer.calls, finish) == ([["", "get_weather", '{"city": "P']], "stop")
+    answer, finish = await both(caller, **WITH_TOOLS, stop="</tool_call>")
+    assert (answer.calls, finish) == ([["", "get_weather", PARIS]], "tool_calls")
+
+
 async def test_none_leaves_calls_in_the_text(caller: Cluster) -> None:
     answer, finish = await both(caller, **WITH_TOOLS, tool_choice="none")
     assert (answer, finish) == (Answer(f"One moment 🙂.\n{CALL}\n{TIME}", "It wants 你好."), "stop")

@@ -112,7 +112,8 @@ class ChoiceText:
         assert parser is not None
         if self.finish is not None:
             text += self._keep(parser.finish())
-            if self.finish == "stop" and parser.num_calls and self._says_calls:
+            cut = isinstance(self.stop_reason, str) and parser.is_within_call
+            if self.finish == "stop" and parser.num_calls and self._says_calls and not cut:
                 self.finish = "tool_calls"
         reasoning, calls = "".join(self._reasoning), self._calls
         self._reasoning, self._calls = [], []

@@ -101,6 +101,11 @@ class OutputParser:
         return min(self._out.num_calls, self.limit)
 
     @property
+    def is_within_call(self) -> bool:
+        """The last call is not complete."""
+        return self._out.ended_calls < self._out.num_calls
+
+    @property
     def full(self) -> bool:
         """As many calls are complete as are wanted."""
         return self._out.ended_calls >= self.limit
