@@ -186,3 +186,14 @@ async def test_a_key_is_needed_where_keys_are(tmp_path: Path) -> None:
                 else:
                     with pytest.raises(anthropic.AuthenticationError):
                         await client.messages.create(**ASKED)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+async def test_the_waterfall_is_in_every_api(tiny: Cluster, path: str) -> None:
+    body = ASKED if "messages" in path else {"model": MODEL, "input": "Why?", "store": False}
+    headers = {"x-nanodeploy-timings": "1"}
+    whole = (await tiny.http.post(path, json=body, headers=headers)).json()
+    assert "total_ms" in json.dumps(whole["nanodeploy"])
+    events = typed_events((await tiny.http.post(path, json={**body, "stream": True}, headers=headers)).text)
+    shown = [event for _, event in events if "nanodeploy" in json.loads(event).get("response", json.loads(event))]
+    assert len(shown) == 1

@@ -26,6 +26,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _SAFE: Final = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 _MAX_QUERY: Final = 4096
 BODY_TIMEOUT_S: Final = 60.0  # for the whole body
+TAKE_TIMEOUT_S: Final = 60.0  # for one part of an answer that is sent in parts
 _DRAIN_FACTOR: Final = 4  # an oversized body is read on up to this many times the limit, so that the answer arrives
 _JSON: Final = (b"content-type", b"application/json")
 _SSE: Final = [
@@ -159,19 +160,30 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": payload})
 
     async def pour(self, kind: bytes, length: int, parts: AsyncIterable[bytes]) -> None:
-        """An answer of `length` bytes in parts, as fast as the client takes them. A part that lacks cuts it."""
+        """An answer of `length` bytes in parts, as fast as the client takes them.
+
+        Cut where a part lacks, or is not taken within `TAKE_TIMEOUT_S`.
+        """
         self.ended = True
         sent = [(b"content-type", kind), (b"content-length", str(length).encode()), *self.headers]
         await self._send({"type": "http.response.start", "status": 200, "headers": sent})
         async for part in parts:
             length -= len(part)
-            if length < 0 or self._connection.lost:
+            if length < 0 or self._connection.lost or not await self._taken(part):
+                length = -1
                 break
-            await self._send({"type": "http.response.body", "body": part, "more_body": True})
         if length:
             self.abort()
             raise CancelledByCallerError("the answer could not be sent to its end")
         await self._send({"type": "http.response.body", "body": b""})
+
+    async def _taken(self, part: bytes) -> bool:
+        try:
+            async with asyncio.timeout(TAKE_TIMEOUT_S):
+                await self._send({"type": "http.response.body", "body": part, "more_body": True})
+        except TimeoutError:
+            return False
+        return True
 
     async def begin(self) -> None:
         """The head of a stream of events."""

@@ -261,6 +261,7 @@ class Router:
         self.gateway.draining = True
         await self._apis.drain()
         await self.gateway.drain(self._config.drain_grace_s if grace_s is None else grace_s)
+        await self._apis.close()
         self.gateway.places.close(UnavailableError("the router is stopping"))
         await self.gateway.relay.close()
         if self._feeds is not None:
@@ -269,7 +270,6 @@ class Router:
         await self._serving
         for task in list(self._loads):
             task.cancel()
-        await self._apis.close()
         await self.gateway.limiter.stop()
         self.gateway.texts.close()
         _log.info("router stopped")

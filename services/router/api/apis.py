@@ -70,10 +70,11 @@ class Apis:
             self._runner.wake()
 
     async def drain(self) -> None:
-        """Batches stop where they are, for others to go on; background responses are cancelled."""
+        """Batches stop where they are, for other routers to go on."""
         if self._runner is not None:
             await self._runner.close()
-        await self.responses.close()
 
     async def close(self) -> None:
+        """Background responses that have not ended are cancelled."""
+        await self.responses.close()
         await self.objects.close()
