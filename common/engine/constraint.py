@@ -19,7 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from common.engine.structured_source import compilable
-from common.errors import InvalidRequestError
+from common.errors import InvalidRequestError, UnsupportedError
 from common.types import Grammar
 
 Matcher = LLMatcher
@@ -60,9 +60,18 @@ class Vocabulary:
                 source = self._file.read_text(encoding="utf-8")
                 try:
                     self._tokenizer = LLTokenizer(source, n_vocab=self.vocab_size, eos_token=self.eos_ids)
-                except ValueError:  # it has more tokens than the model
-                    self._tokenizer = LLTokenizer(source, eos_token=self.eos_ids)
+                except ValueError:
+                    self._tokenizer = self._larger(source)
             return self._tokenizer
+
+    def _larger(self, source: str) -> LLTokenizer:
+        """Of a tokenizer that has more tokens than the model."""
+        try:
+            return LLTokenizer(source, eos_token=self.eos_ids)
+        except ValueError as error:
+            raise UnsupportedError(
+                f"needs a tokenizer of another kind than this model's: {_shown(str(error))}"
+            ) from None
 
     @property
     def specials(self) -> dict[str, int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.kernels import gpu
+
+_MINUS_INF = -0x00800000  # float32 -inf as int32
 
 
 def forbid(logits_RV: Tensor, rows_G: Tensor, words_GW: Tensor) -> None:
@@ -16,6 +19,9 @@ def forbid(logits_RV: Tensor, rows_G: Tensor, words_GW: Tensor) -> None:
     if gpu.enabled(logits_RV):
         gpu.masks.forbid(logits_RV, rows_G, words_GW)
         return
-    bits = torch.arange(32, dtype=torch.int32, device=words_GW.device)
-    forbidden_GV = ((words_GW.unsqueeze(-1) >> bits) & 1).view(len(words_GW), -1)[:, : logits_RV.shape[1]] == 0
-    logits_RV[rows_G] = logits_RV[rows_G].masked_fill_(forbidden_GV, -torch.inf)
+    for row, words_W in zip(rows_G.tolist(), words_GW.cpu(), strict=True):
+        raw_V = logits_RV[row].view(torch.int32)
+        bits_V = np.unpackbits(words_W.numpy().view(np.uint8), count=len(raw_V), bitorder="little")
+        kept_V = torch.from_numpy(-bits_V.astype(np.int32)).to(raw_V.device)  # without a branch for each token
+        raw_V &= kept_V
+        raw_V |= ~kept_V & _MINUS_INF
