@@ -178,18 +178,25 @@ class ArgumentWriter:
         self._out.arguments("}" if self._num else "{}")
         self._out.end_call()
 
-    def stop(self, tape: Tape, opening: str, end: str) -> None:
-        """The call breaks at the parameter that the text was kept from, and what follows is content.
+    def stop(
+        self, tape: Tape, opening: str, end: str, *, closes: tuple[str, ...] = (), after: tuple[str, ...] = ()
+    ) -> None:
+        """The call breaks at the parameter that the text was kept from: what follows is content.
 
-        If it was cut short instead, marks are no text, and the name between `opening` and `end` is put out.
+        If it was cut short instead, half a mark (`opening` of a parameter, `closes` of the call, `after` what ends the
+        name by `end`) is no text, and a name is put out as far as it came.
         """
         tape.rewind()
+        rest = tape.text[tape.at :].lstrip()
         if not tape.over:
             return
-        rest = tape.take_rest().lstrip()
-        name = rest[len(opening) :].partition(end)[0] if rest.startswith(opening) else ""
-        if name:
+        if not any(mark.startswith(rest) for mark in (opening, *closes)):
+            name, found, tail = rest.removeprefix(opening).partition(end)
+            if not rest.startswith(opening) or (found and not any(mark.startswith(tail.lstrip()) for mark in after)):
+                return
+            name = name[: len(name) - Marks(end).partial(name, 0)]
             self._out.arguments(self._key(name)[: -len('": ')])
+        tape.take_rest()
 
     def read(self, tape: Tape, name: str, types: frozenset[str], end: Marks, *, newlines: bool) -> Steps[bool]:
         """A parameter's text up to `end`. `newlines`: one at its begin and one at its end belong to the format.

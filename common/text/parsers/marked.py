@@ -197,7 +197,7 @@ def _glm(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
         if found:
             yield from peek_solid(tape)
         if not found or not (yield from take(tape, "<arg_value>")):
-            writer.stop(tape, "<arg_key>", "<")
+            writer.stop(tape, "<arg_key>", "</arg_key>", closes=("</tool_call>",), after=("<arg_value>",))
             return True
         tape.forget()
         types = tools.types(name, key.strip())
@@ -259,7 +259,7 @@ def _qwen3_coder(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
         begun = yield from take(tape, "<parameter=")
         key, found = (yield from short(tape, _ANGLE)) if begun else ("", "")
         if not found:
-            writer.stop(tape, "<parameter=", ">")
+            writer.stop(tape, "<parameter=", ">", closes=("</function>", "</tool_call>"))
             return True
         tape.forget()
         types = tools.types(name, key.strip())
@@ -285,6 +285,7 @@ QWEN3_CODER: Final = MarkedFormat(
 
 _HEADER_END: Final = Marks(">")
 _DSML_END: Final = Marks("</｜DSML｜parameter>")
+_DSML_FLAGS: Final = ('string="true">', 'string="false">')
 _INVOKE: Final = re.compile(r'\s*name="([^"]+)"\s*')
 _PARAMETER: Final = re.compile(r'\s*name="([^"]+)"\s*(?:string="(true|false)")?\s*')
 
@@ -308,7 +309,7 @@ def _dsml(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
         text, found = (yield from short(tape, _HEADER_END)) if begun else ("", "")
         header = _PARAMETER.fullmatch(text)
         if not found or not header:
-            writer.stop(tape, '<｜DSML｜parameter name="', '"')
+            writer.stop(tape, '<｜DSML｜parameter name="', '"', closes=("</｜DSML｜invoke>",), after=_DSML_FLAGS)
             return True
         tape.forget()
         types = tools.types(name, header[1])
