@@ -103,6 +103,13 @@ async def test_thinking_and_tools_are_blocks(tmp_path: Path, stream: bool) -> No
         )
 
 
+async def test_a_tool_by_name_is_a_reason_to_stop(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say(CALL), max_model_len=2048, **PARSERS) as made, anthropic_client(made) as client:
+        choice: Any = {"type": "tool", "name": "add"}
+        message = await client.messages.create(**{**ASKED, "tools": TOOLS, "tool_choice": choice, "max_tokens": 500})
+    assert (message.stop_reason, [block.type for block in message.content]) == ("tool_use", ["tool_use"])
+
+
 async def test_reasons_to_stop(tiny: Cluster) -> None:
     async with anthropic_client(tiny) as client:
         cut = await client.messages.create(**{**ASKED, "max_tokens": 3})

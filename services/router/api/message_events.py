@@ -70,7 +70,8 @@ class MessageEvents(BlockEvents):
     @property
     def stop(self) -> dict[str, Any]:
         sequence = self.stop_reason if isinstance(self.stop_reason, str) else None
-        reason = "stop_sequence" if sequence is not None else _STOP_REASONS.get(self.finish_reason, "end_turn")
+        ended = "tool_use" if any(block.kind == "call" for block in self.blocks) else "end_turn"  # a tool by name too
+        reason = "stop_sequence" if sequence is not None else _STOP_REASONS.get(self.finish_reason, ended)
         return {"stop_reason": reason, "stop_sequence": sequence}
 
     def last(self, usage: Usage | None, timings: dict[str, Any] | None) -> bytes:
