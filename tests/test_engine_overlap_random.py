@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from engine_support import Answer, Pair, Solo, greedy, hybrid, llama, prompts, windowed
+from structured_support import schema_grammar
 
-from common.engine.batch import Batch
+from common.engine.batch import Batch, RowMasks
 from common.engine.build import BuiltEngine
 from common.engine.runner import Pending, StepResult
-from common.types import SamplingParams
+from common.types import Grammar, GrammarKind, SamplingParams
 
 __all__ = ["hybrid", "llama", "windowed"]
 
@@ -30,6 +31,8 @@ KINDS: list[dict[str, Any]] = [
     {"prompt_logprobs": 1},
     {"n": 2, "prompt_logprobs": 1, "temperature": 0.5},
     {"temperature": 1.0, "min_tokens": 3, "stop_token_ids": tuple(range(4, 100))},
+    {"temperature": 1.0, "grammar": schema_grammar({"type": "array", "items": {"type": "integer"}, "minItems": 4})},
+    {"n": 2, "temperature": 0.7, "grammar": Grammar(kind=GrammarKind.REGEX, source="[a-f ]+(x|yy|zzz)[.!?]")},
 ]
 
 
@@ -40,8 +43,9 @@ class Watched:
         self._rng, self._failures = rng, failures
         self._writes: dict[int, dict[str, set[int]]] = {}
         runner = built.parts.runner
-        self._forward, self._collect = runner.forward, runner.collect
-        runner.forward, runner.collect = self.forward, self.collect  # type: ignore[method-assign]
+        self._forward, self._sample, self._collect = runner.forward, runner.sample, runner.collect
+        runner.forward, runner.sample = self.forward, self.sample  # type: ignore[method-assign]
+        runner.collect = self.collect  # type: ignore[method-assign]
         if built.parts.beside is not None:
             self._draw_beside = built.parts.beside.draw_beside
             built.parts.beside.draw_beside = self.draw_beside  # type: ignore[method-assign]
@@ -56,9 +60,17 @@ class Watched:
         self._writes[id(pending)] = writes | {g: set(ids.tolist()) for g, ids in batch.states_S.items()}
         return pending
 
-    def draw_beside(self, batch: Batch) -> Pending:
+    def sample(self, pending: Pending, masks: RowMasks | None = None) -> None:
+        try:
+            self._fail("sample")
+        except MemoryError:
+            del self._writes[id(pending)]
+            raise
+        self._sample(pending, masks)
+
+    def draw_beside(self, batch: Batch, masks: RowMasks | None = None) -> Pending:
         self._fail("draw")
-        pending = self._draw_beside(batch)
+        pending = self._draw_beside(batch, masks)
         self._writes[id(pending)] = {}
         return pending
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 from engine_support import Answer, Pair, Solo, greedy, hybrid, llama, prompts
+from mtp_support import MTP, make_mtp
 from structured_support import check, of, random_schema, schema_grammar, text_of, under
 
 from common.engine.structured import GrammarLimits, GrammarPool, nbytes_of
@@ -95,6 +96,20 @@ def test_a_hand_off_changes_nothing(mode: str, llama: Path) -> None:
 def test_states_that_go_back_change_nothing(hybrid: Path) -> None:
     _, params = many(6, 8)
     assert tokens_of(run(Solo(hybrid, **MODES["speculation"]), params)) == tokens_of(run(Solo(hybrid), params))
+
+
+@pytest.mark.parametrize("more", [{}, {"async_scheduling": "on"}, {"tensor_parallel_size": 2}])
+def test_drafts_of_a_prediction_layer_change_nothing(more: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_mtp(tmp_path, seed=4)
+    schemas, params = many(7, 8)
+    solo = Solo(folder, speculative_config=MTP, **more)
+    got = tokens_of(run(solo, params))
+    if not more.get("tensor_parallel_size"):
+        assert got == tokens_of(run(Solo(folder), params))
+    for schema, (tokens, finish) in zip(schemas, got, strict=True):
+        check(schema, text_of(folder, tokens[0]), finish[0])
+    assert solo.decode.parts.speculator is not None
+    assert solo.decode.parts.speculator.num_drafts > 0
 
 
 @pytest.mark.parametrize("mode", ["plain", "overlap", "speculation"])
