@@ -67,6 +67,7 @@ def configuration() -> str:
 _HEAD = "| key | type | default | meaning |\n|---|---|---|---|"
 _ABOUT = {
     "LogConfig": "All services.",
+    "TlsConfig": "All services: TLS between them (docs/operations.md). The API's own port has `router.ssl_certfile`.",
     "ControllerConfig": "Membership; state lives in Redis.",
     "RouterConfig": "The OpenAI API.",
     "WorkerConfig": "Read by `services.{}_worker`. `prefill` and `decode` have the same keys, and other ports.",

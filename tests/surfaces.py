@@ -21,6 +21,7 @@ EXPORTS = {
         "LogConfig",
         "RouterConfig",
         "SpeculativeConfig",
+        "TlsConfig",
         "UcxConfig",
         "WorkerConfig",
     ],

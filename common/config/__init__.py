@@ -8,6 +8,7 @@ from common.config.schema import (
     LogConfig,
     RouterConfig,
     SpeculativeConfig,
+    TlsConfig,
     UcxConfig,
     WorkerConfig,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "LogConfig",
     "RouterConfig",
     "SpeculativeConfig",
+    "TlsConfig",
     "UcxConfig",
     "WorkerConfig",
 ]

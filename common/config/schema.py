@@ -130,6 +130,15 @@ class UcxConfig(_Section):
     net_devices: str = Field("", description="UCX_NET_DEVICES; empty is all")
 
 
+class TlsConfig(_Section):
+    """Between services (docs/operations.md). Files are PEM and read again when they are renewed."""
+
+    ca: str = Field("", description="file of the authority that peers must be signed by; empty: plain text to others")
+    cert: str = Field("", description="file of this service's certificate, with what leads to the authority")
+    key: str = Field("", description="file of its private key")
+    server_name: str = Field("", description="name in the servers' certificates, where it is not the address")
+
+
 class ControllerConfig(_Section):
     host: str = "127.0.0.1"
     port: int = 7100
@@ -219,6 +228,8 @@ class RouterConfig(_Section):
         30.0, ge=0, description="an answer whose decode worker is lost, and no other there, waits this long for one"
     )
     drain_grace_s: float = Field(10.0, ge=0, description="asked to stop, running requests get this long")
+    ssl_certfile: str = Field("", description="certificate of the API's port, PEM; with ssl_keyfile: HTTPS")
+    ssl_keyfile: str = Field("", description="its private key; both are read again when they are renewed")
     max_body_bytes: int = Field(16 * 2**20, gt=0)
     max_concurrent_requests: int = Field(4096, ge=1, description="more are refused with 429")
     queue_factor: float = Field(
@@ -267,6 +278,7 @@ class ClusterConfig(_Section):
     """The whole file. Each service reads its own section."""
 
     log: LogConfig = LogConfig()
+    tls: TlsConfig = TlsConfig()
     controller: ControllerConfig = ControllerConfig()
     router: RouterConfig = RouterConfig()
     prefill: WorkerConfig = WorkerConfig(port=7200, http_port=7201)

@@ -17,6 +17,7 @@ import tenacity
 from common.errors import DeadlineExceededError, UnavailableError
 from common.rpc.context import outgoing_metadata
 from common.rpc.status import error_from_rpc
+from common.rpc.tls import RenewingChannel, TlsFiles, process_tls
 from common.types import Clock, MonotonicClock
 
 T = TypeVar("T")
@@ -29,29 +30,37 @@ MAX_BACKOFF_S = 1.0
 
 
 def open_channel(
-    address: str, *, max_message_bytes: int = 64 * 2**20, keepalive_s: float = 20.0, keepalive_timeout_s: float = 10.0
-) -> grpc.aio.Channel:
-    """A plain-text channel of its own connection to host:port. It connects on the first call.
+    address: str,
+    *,
+    max_message_bytes: int = 64 * 2**20,
+    keepalive_s: float = 20.0,
+    keepalive_timeout_s: float = 10.0,
+    tls: TlsFiles | None = None,
+) -> Any:
+    """A channel of its own connection to host:port, with TLS if this process has it. It connects on the first call.
 
     Proxies of the environment are not used; gRPC's own retries are off; a lost connection is tried again
     after 0.1 to 2 s, and calls made meanwhile fail at once.
     """
-    return grpc.aio.insecure_channel(
-        address,
-        options=[
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", max_message_bytes),
-            ("grpc.keepalive_time_ms", int(keepalive_s * 1000)),
-            ("grpc.keepalive_timeout_ms", int(keepalive_timeout_s * 1000)),
-            ("grpc.http2.max_pings_without_data", 0),
-            ("grpc.min_reconnect_backoff_ms", 100),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 2000),
-            ("grpc.enable_http_proxy", 0),
-            ("grpc.enable_retries", 0),
-            ("grpc.use_local_subchannel_pool", 1),
-        ],
-    )
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", int(keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(keepalive_timeout_s * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.enable_retries", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    tls = tls or process_tls()
+    if tls is None or not tls.calls:
+        return grpc.aio.insecure_channel(address, options=options)
+    if tls.server_name:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return RenewingChannel(tls, lambda credentials: grpc.aio.secure_channel(address, credentials, options=options))
 
 
 class Backoff:

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from common.errors import ConfigError, NotFoundError
 from common.rpc.http import HttpEndpoint, Response, Verdict, serve_http
 from common.rpc.status import ErrorInterceptor
+from common.rpc.tls import TlsFiles, process_tls, warn_if_exposed
 
 __all__ = ["HttpEndpoint", "Response", "RpcServer", "ServerOptions", "Service", "Verdict", "serve_http"]
 
@@ -40,7 +41,10 @@ class ServerOptions(NamedTuple):
 
 
 class RpcServer:
-    """One grpc.aio server with its services. `on_drain` hooks end what would outlive the grace (watches)."""
+    """One grpc.aio server with its services. `on_drain` hooks end what would outlive the grace (watches).
+
+    It speaks TLS if `tls` or else this process has a certificate.
+    """
 
     def __init__(
         self,
@@ -50,12 +54,14 @@ class RpcServer:
         port: int,
         options: ServerOptions = ServerOptions(),
         on_drain: Sequence[Callable[[], Awaitable[None]]] = (),
+        tls: TlsFiles | None = None,
     ) -> None:
         self._services = {s.name: s for s in services}
         self._host = host
         self._port = port
         self._options = options
         self._on_drain = on_drain
+        self._tls = tls or process_tls()
         self._draining = False
         self._server: grpc.aio.Server | None = None
 
@@ -79,7 +85,11 @@ class RpcServer:
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            self._port = server.add_insecure_port(f"{host}:{self._port}")
+            if self._tls is not None and self._tls.serves:
+                self._port = server.add_secure_port(f"{host}:{self._port}", self._tls.server_credentials())
+            else:
+                self._port = server.add_insecure_port(f"{host}:{self._port}")
+                warn_if_exposed(self._host, "gRPC")
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {host}:{self._port} for gRPC: {error}") from error
         await server.start()

@@ -86,7 +86,8 @@ def configure_logging(config: LogConfig, service: str, stream: TextIO | None = N
     if config.format == "json":
         rendered = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_dumps)]
     else:
-        rendered = [structlog.dev.ConsoleRenderer(colors=out.isatty())]
+        plain = structlog.dev.plain_traceback  # the usual one shows variables: prompts and keys
+        rendered = [structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=plain)]
     final: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered]
     handler = logging.StreamHandler(out)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final))

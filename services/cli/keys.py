@@ -22,7 +22,7 @@ from common.rpc.limits import LimitsClient
 from common.types.keys import ApiKey, hashed_key
 from services.cli.options import running_cluster
 from services.cli.state import StateFolder, state_root
-from services.cli.token import admin_token
+from services.cli.token import admin_token, use_cluster_tls
 
 T = TypeVar("T")
 
@@ -82,8 +82,9 @@ def revoke_key(where: Where, key_id: str, console: Console) -> int:
 
 def _ask(where: Where, work: Callable[[LimitsClient], Awaitable[T]]) -> T:
     controller, token = where.controller, where.token
+    folder = StateFolder(state_root(os.environ), where.name)
+    use_cluster_tls(folder)
     if not controller:
-        folder = StateFolder(state_root(os.environ), where.name)
         controller = running_cluster(folder).controller
         token = token or admin_token(folder)
     if not token:

@@ -19,7 +19,7 @@ from services.cli.keys_command import keys
 from services.cli.plan import ClusterRequest
 from services.cli.report import make_console
 from services.cli.state import StateFolder, state_root
-from services.cli.token import admin_token, auth_headers
+from services.cli.token import admin_token, auth_headers, use_cluster_tls
 
 app = typer.Typer(
     name="nanodeploy",
@@ -189,6 +189,7 @@ def status(
     """Show services and workers: role, address, pid, state, load, KV by state, transport in use."""
     from services.cli.status import show_status
 
+    use_cluster_tls(StateFolder(state_root(os.environ), name))
     raise typer.Exit(asyncio.run(show_status(name, controller, as_json, make_console())))
 
 
@@ -347,6 +348,7 @@ def doctor(
     """Check this machine and the running cluster; every failure comes with its fix."""
     from services.cli.doctor.command import run_doctor
 
+    use_cluster_tls(StateFolder(state_root(os.environ), name))
     raise typer.Exit(run_doctor(model, name, as_json, make_console()))
 
 

@@ -124,14 +124,20 @@ def build_plan(
         port=url_port,
         controllers=peers,
         model_path=_absolute(base.router.model_path),
+        ssl_certfile=_absolute(base.router.ssl_certfile),
+        ssl_keyfile=_absolute(base.router.ssl_keyfile),
         admin_token=controller.admin_token,
         api_keys=tuple(HASH_PREFIX + hash_of_setting(key) for key in (*base.router.api_keys, *request.api_keys)),
         **request.router,
     )
-    common = _section(base, log=_log(base.log, request.log_level), controller=controller, router=router)
+    paths = {name: _absolute(getattr(base.tls, name)) for name in ("ca", "cert", "key")}
+    tls = _section(base.tls, **paths)
+    common = _section(base, log=_log(base.log, request.log_level), tls=tls, controller=controller, router=router)
     workers, shared = _workers(base, request, peers, ports, environ)
     notes = (*notes, *shared)
     reach = f"{_reachable(router.host)}:{url_port}"
+
+    scheme = "https" if router.ssl_certfile else "http"
 
     build = _Builder(folder, environ)
     if not request.redis_url:
@@ -152,7 +158,7 @@ def build_plan(
     return ClusterPlan(
         config=_section(common, **first),
         services=tuple(build.specs),
-        url=f"http://{reach}",
+        url=f"{scheme}://{reach}",
         controller=f"{_reachable(controller.host)}:{controller.port}",
         model=engine.served_model_name or Path(engine.model).name,
         files=build.files,
@@ -203,6 +209,7 @@ class _Builder:
     def service(
         self, name: str, role: str, config: ClusterConfig, address: str, http_address: str, num_threads: int = 1
     ) -> None:
+        scheme = "https" if role == "router" and config.router.ssl_certfile else "http"
         module = f"services.{role}_worker" if role in ("prefill", "decode") else f"services.{role}"
         path = self._folder / "config" / f"{name}.yaml"
         if role not in ("controller", "router"):  # the admin token is for these two
@@ -221,7 +228,7 @@ class _Builder:
                 cwd=Path(services.__file__).parent.parent,
                 log=self._folder / "logs" / f"{name}.log",
                 address=address,
-                ready_url=f"http://{http_address}/ready",
+                ready_url=f"{scheme}://{http_address}/ready",
             )
         )
 

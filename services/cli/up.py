@@ -27,6 +27,7 @@ from common.config.schema import EngineConfig
 from common.engine.sizing import resolve_engine, size_engine
 from common.errors import UnavailableError
 from common.models.spec import ModelSpec
+from common.rpc.tls import configure_tls
 from common.types import Role
 from services.cli.demo_model import ensure_demo_model
 from services.cli.hint import hint, program
@@ -103,6 +104,7 @@ async def _run(folder: StateFolder, request: ClusterRequest, options: UpOptions,
     base, named = load_named(options.config, os.environ)
     with _ports() as ports, quiet_keys(console):
         plan = build_plan(base, request, folder.path, ports, os.environ, named)
+        configure_tls(plan.config.tls)
         for note in plan.notes:
             console.print(note, highlight=False, markup=False)
         console.print(f"Starting cluster [bold]{folder.name}[/bold] with {plan.model}", highlight=False)

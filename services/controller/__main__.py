@@ -13,6 +13,7 @@ import uvloop
 from common.config import ControllerConfig
 from common.config.load import load
 from common.errors import ConfigError
+from common.rpc.tls import configure_tls
 from common.telemetry import configure_logging
 from services.controller.app import Controller
 
@@ -35,6 +36,7 @@ def main() -> int:
     try:
         config = load(args.config, os.environ)
         configure_logging(config.log, "controller")
+        configure_tls(config.tls)
         uvloop.run(serve(config.controller))
     except ConfigError as error:
         print(f"controller: {error.message}", file=sys.stderr)

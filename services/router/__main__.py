@@ -16,6 +16,7 @@ from common.config.load import load
 from common.config.schema import RouterConfig
 from common.errors import ConfigError
 from common.rpc.membership import Membership
+from common.rpc.tls import configure_tls
 from common.telemetry import configure_logging
 from services.router.server import Router
 
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(arguments.config, os.environ)
         configure_logging(config.log, "router")
+        configure_tls(config.tls)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(config.router))
     except ConfigError as error:

@@ -21,12 +21,14 @@ from common.errors import ConfigError, NanoDeployError, UnavailableError
 from common.rpc.codec import ChangeKind
 from common.rpc.limits import LimitsClient
 from common.rpc.membership import MembershipChange
+from common.rpc.tls import warn_if_exposed
 from common.telemetry import Metrics, get_logger
 from common.types import Clock, MonotonicClock, Role, WorkerRef
 from services.router.admission.limiter import Ledger
 from services.router.api.apis import Apis
 from services.router.app import make_app
 from services.router.gateway import Gateway
+from services.router.https import Renewal, check_files
 from services.router.link import DecodePeer
 from services.router.metrics import RouterMetrics
 from services.router.peer import GrpcDecodePeer
@@ -163,7 +165,9 @@ class _Server(uvicorn.Server):
         self._stopping.set()
 
     async def main_loop(self) -> None:
+        renewed = Renewal(self.config)
         while not await self.on_tick(0):
+            renewed.look()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._stopping.wait()
@@ -207,6 +211,7 @@ class Router:
 
     async def start(self) -> int:
         """Listen (port 0 takes a free one); returns the port. Raises `ConfigError` if it is taken."""
+        check_files(self._config)
         listener = _listen(self._config.host, self._config.port)
         self.port = listener.getsockname()[1]
         board = Board(self._members, self._config, clock=self._clock, rng=self._rng)
@@ -237,6 +242,8 @@ class Router:
             self._feeds.start()
         app = make_app(self.gateway, self._rng, self._apis.routes())
         self._apis.start({path: endpoint.of_router for path, endpoint in app.raw.items()})
+        if not self._config.ssl_certfile:
+            warn_if_exposed(self._config.host, "API")
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -248,6 +255,8 @@ class Router:
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=1,
+                ssl_certfile=self._config.ssl_certfile or None,
+                ssl_keyfile=self._config.ssl_keyfile or None,
             )
         )
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http")

@@ -12,6 +12,7 @@ import uvloop
 from common.config.load import load
 from common.engine.sizing import resolve_engine
 from common.errors import ConfigError, NanoDeployError
+from common.rpc.tls import configure_tls
 from common.telemetry import configure_logging
 from common.types import Role
 from services.worker.app import RolePart, WorkerApp
@@ -29,6 +30,7 @@ def run_worker(
         worker = config.prefill if role is Role.PREFILL else config.decode
         worker = worker.model_copy(update={"engine": resolve_engine(worker.engine, role)})
         configure_logging(config.log, f"{role.value}_worker")
+        configure_tls(config.tls)
 
         gc.collect()
         gc.freeze()  # what was imported stays: a full collection that looks through it would hold tokens up
