@@ -17,7 +17,7 @@ from redis_support import RedisServer, fresh_namespace, run_redis
 from router_support import MODEL, Script, cluster, say, tokenizer, until
 
 from common.config.schema import RouterConfig
-from common.errors import OverloadedError
+from common.errors import OverloadedError, UnavailableError
 from common.types import GenerationRequest
 from services.router.api import batch_runner
 from services.router.api.batches import work_key
@@ -44,6 +44,10 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 async def stored(server: RedisServer, tmp_path: Path) -> AsyncIterator[Stored]:
     async with stored_cluster(server, tmp_path / "model", say(ANSWER)) as made:
         yield made
+
+
+async def unreachable(*_: Any) -> bool:
+    raise UnavailableError("no controller answers")
 
 
 def line(number: int, url: str = "/v1/completions", **body: Any) -> dict[str, Any]:
@@ -256,8 +260,11 @@ async def test_a_window_that_ends_leaves_expired_lines(
         ]
 
 
-async def test_another_router_goes_on_where_one_died(server: RedisServer, tmp_path: Path) -> None:
-    """What has a result is not run again, whether the first router left in order or not."""
+@pytest.mark.parametrize("orderly", [True, False])
+async def test_another_router_goes_on_where_one_left(
+    server: RedisServer, tmp_path: Path, orderly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has a result is not run again, whether the first router gave its claim back or died with it."""
     made = controller(server, fresh_namespace())
     await made.start()
     asked: Counter[str] = Counter()
@@ -275,7 +282,9 @@ async def test_another_router_goes_on_where_one_died(server: RedisServer, tmp_pa
             apis = first.router._apis
             assert apis is not None
             assert apis._runner is not None
-            await apis._runner.close()  # its claims are given back, its lines cut
+            if not orderly:
+                monkeypatch.setattr(apis.objects, "claim", unreachable)
+            await apis._runner.close()  # its lines are cut
             stored_before = set(await apis.objects.list_parts(work_key(batch.id)))
             assert 0 < len(stored_before) < 40
             before = Counter(asked)

@@ -12,7 +12,7 @@ import openai
 import pytest
 import tiny_models
 from api_support import ended
-from cluster_support import RunningCluster, run_cluster
+from cluster_support import RunningCluster, eventually, run_cluster
 
 SMALL = {"kv_cache_memory_bytes": 32 << 20, "max_model_len": 512, "max_num_seqs": 32}
 TEXT = " ".join(tiny_models.SENTENCES)[:400]
@@ -124,6 +124,32 @@ async def test_a_batch_over_workers(cluster: RunningCluster) -> None:
             return answer.choices[0].text
 
         assert found == {str(i): text for i, text in enumerate(await asyncio.gather(*map(alone, prompts)))}
+
+
+def test_a_router_that_is_killed_loses_no_line(cluster: RunningCluster) -> None:
+    if any(worker.role == "prefill" for worker in cluster.workers()):
+        pytest.skip("once is enough")
+    body = {"model": cluster.model, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    lines = [
+        {"custom_id": f"{i}", "method": "POST", "url": "/v1/completions", "body": {**body, "prompt": f"{i} {TEXT}"}}
+        for i in range(700)
+    ]
+    content = b"\n".join(json.dumps(line).encode() for line in lines)
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=10) as client:
+        file = client.files.create(file=("in.jsonl", content), purpose="batch")
+        id_ = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="1h").id
+
+        def completed() -> int:
+            counts = client.batches.retrieve(id_).request_counts
+            return counts.completed if counts else 0
+
+        eventually(lambda: completed() > 0, 60, "lines are done")
+        assert completed() < len(lines), "it is killed in the middle"
+        cluster.kill("router")
+        eventually(lambda: client.batches.retrieve(id_).status == "completed", 90, "the batch ends")
+        assert completed() == len(lines)
+        rows = client.files.content(client.batches.retrieve(id_).output_file_id or "").text.splitlines()
+        assert sorted(int(json.loads(row)["custom_id"]) for row in rows) == [*range(len(lines))]
 
 
 async def test_prompt_logprobs_are_the_models(cluster: RunningCluster) -> None:
