@@ -149,6 +149,26 @@ async def test_one_response_follows_another(stored: Stored, stream: bool) -> Non
             await client.responses.retrieve(unstored.id)
 
 
+async def test_choices_of_tools(tmp_path: Path) -> None:
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]}
+    async with cluster(tmp_path, say(f"{CALL}{CALL}"), max_model_len=2048, **PARSERS) as made, made.openai() as client:
+        for choice, grammar in (
+            ("auto", False),
+            ("required", True),
+            ({"type": "function", "name": "add"}, True),
+            (allowed, True),
+        ):
+            asked: Any = {"model": MODEL, "input": "1 + 2?", "tools": TOOLS, "tool_choice": choice, "store": False}
+            response = await client.responses.create(**asked)
+            assert (made.worker.requests[-1].sampling.grammar is not None) == grammar
+            assert response.output[0].type == "function_call"
+            one = await client.responses.create(**asked, parallel_tool_calls=False)
+            assert len(one.output) == 1
+        for wrong in ({"type": "file_search"}, {"type": "function"}, allowed | {"tools": 5}):
+            with pytest.raises(openai.BadRequestError):
+                await client.responses.create(**{**asked, "tool_choice": wrong})
+
+
 async def test_cut_answers_are_incomplete(stored: Stored) -> None:
     async with stored.cluster.openai() as client:
         whole = await client.responses.create(model=MODEL, input="One", max_output_tokens=4)

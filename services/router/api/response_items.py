@@ -63,9 +63,20 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
     if not isinstance(choice, dict):
         return choice
-    if kind_of(choice, "tool_choice") != "function":
-        raise unsupported("tool_choice", choice["type"])
-    return {"type": "function", "function": {"name": string(choice, "name", "tool_choice")}}
+    kind = kind_of(choice, "tool_choice")
+    if kind == "allowed_tools":
+        tools = choice.get("tools")
+        named = [
+            _named(tool, f"tool_choice.tools[{i}]") for i, tool in enumerate(tools if isinstance(tools, list) else [])
+        ]
+        return {"type": kind, kind: {"mode": choice.get("mode"), "tools": named}}
+    return _named(choice, "tool_choice")
+
+
+def _named(choice: Any, where: str) -> dict[str, Any]:
+    if kind_of(choice, where) != "function":
+        raise unsupported(where, choice["type"])
+    return {"type": "function", "function": {"name": string(choice, "name", where)}}
 
 
 def _format(format_: dict[str, Any]) -> dict[str, Any] | None:
