@@ -8,8 +8,6 @@ from torch import Tensor
 
 from common.kernels import gpu
 
-_MINUS_INF = -0x00800000  # float32 -inf as int32
-
 
 def forbid(logits_RV: Tensor, rows_G: Tensor, words_GW: Tensor) -> None:
     """Make the logits that are not allowed in the rows `rows_G` (int64) -inf, in place.
@@ -20,8 +18,13 @@ def forbid(logits_RV: Tensor, rows_G: Tensor, words_GW: Tensor) -> None:
         gpu.masks.forbid(logits_RV, rows_G, words_GW)
         return
     for row, words_W in zip(rows_G.tolist(), words_GW.cpu(), strict=True):
-        raw_V = logits_RV[row].view(torch.int32)
-        bits_V = np.unpackbits(words_W.numpy().view(np.uint8), count=len(raw_V), bitorder="little")
-        kept_V = torch.from_numpy(-bits_V.astype(np.int32)).to(raw_V.device)  # without a branch for each token
-        raw_V &= kept_V
-        raw_V |= ~kept_V & _MINUS_INF
+        logits_V = logits_RV[row]
+        bits_V = np.unpackbits(words_W.numpy().view(np.uint8), count=len(logits_V), bitorder="little").view(np.bool_)
+        few_allowed = 2 * np.count_nonzero(bits_V) < len(bits_V)
+        places_K = torch.from_numpy(np.flatnonzero(bits_V if few_allowed else ~bits_V)).to(logits_V.device)
+        if few_allowed:
+            kept_K = logits_V[places_K]
+            logits_V.fill_(-torch.inf)
+            logits_V.index_copy_(0, places_K, kept_K)
+        else:
+            logits_V.index_fill_(0, places_K, -torch.inf)
