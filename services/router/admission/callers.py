@@ -97,7 +97,7 @@ class Callers:
             self._cache[given] = found
             return found
         if not self.known and not self._required:
-            raise UnavailableError("API keys are not known yet: no controller was reached")
+            raise UnavailableError("API keys are not known yet: no controller has told of them")
         if not self.closed:
             return ANYONE
         if not hashed:

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from common.errors import NanoDeployError
+from common.errors import NanoDeployError, UnsupportedError
 from common.rpc.tasks import end_tasks
 from common.telemetry import get_logger
 from common.types import Clock
@@ -26,6 +26,7 @@ from services.router.admission.meters import KeyMeters, Slice
 from services.router.errors import QuotaExceededError, RateLimitedError
 
 FOLLOW_S: Final = 2.0
+FIRST_S: Final = 0.2  # until the first answer, without which nothing is served
 IDLE_S: Final = 5.0  # what a key does not use for so long is given back
 STOP_S: Final = 1.0
 
@@ -169,10 +170,16 @@ class Limiter:
                 await self._give_back(ledger, self._clock.now() - IDLE_S)
             except Exception as error:  # noqa: BLE001 - keys stay as they are, whatever the controller does
                 self._lost(error)
-            await asyncio.sleep(FOLLOW_S)
+            await asyncio.sleep(FOLLOW_S if self._callers.known else FIRST_S)
 
     async def _look(self, ledger: Ledger) -> None:
-        table = await ledger.list_keys(self._table.incarnation, self._table.revision)
+        try:
+            table = await ledger.list_keys(self._table.incarnation, self._table.revision)
+        except UnsupportedError:
+            if not self._callers.known:
+                _log.warning("the controller is of a version that keeps no API keys")
+                self._callers.replace({})
+            return
         if not self.following:
             self.following = True
             _log.info("API keys are followed", keys=len(self._keys) if table.keys is None else len(table.keys))
