@@ -326,3 +326,18 @@ async def test_prompts_are_cut_on_request(tiny: Cluster) -> None:
     first, second = tiny.worker.requests
     assert first.prompt_token_ids == tuple(ids[-10:])
     assert second.prompt_token_ids == tuple(ids[-250:])
+
+
+async def test_explain_says_why_whole_and_streamed(tmp_path: Path) -> None:
+    async with cluster(tmp_path / "model", say(ANSWER), num_workers=2) as made:
+        for stream in (False, True):
+            body = {"model": MODEL, "prompt": "Why is the sky blue?", "max_tokens": 3, "stream": stream}
+            answer = await made.http.post("/v1/completions", json=body, headers={"x-nanodeploy-explain": "1"})
+            found = events(answer.text)[-1]["nanodeploy"] if stream else answer.json()["nanodeploy"]
+            assert found["router"]["total_ms"] > 0
+            ((placed,),) = found["routing"]
+            assert placed["policy"] == "cost"
+            assert {c["decode"] for c in placed["candidates"]} == {"d0", "d1"}
+            assert placed["chosen"]["decode"] in ("d0", "d1")
+            best = placed["candidates"][0]
+            assert best["score"] == pytest.approx(sum(best["terms"].values()), abs=0.01)

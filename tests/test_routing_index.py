@@ -251,7 +251,7 @@ def test_snapshots_come_in_parts() -> None:
     feed.begin(info.ref.epoch, layout(16, 20_000))
     hashes = tuple(i.to_bytes(16, "little") for i in range(1, 20_001))
     feed.take(KvChanges((KvChange("stored", "full", b"", hashes, 16),)))
-    parts = feed._snapshot()
+    parts = feed.snapshot()
     assert [part.parts_left for part in parts] == [2, 1, 0]
     follower = Follower(board, info.ref)
     for part in parts[:2]:
@@ -295,7 +295,7 @@ def test_a_full_table_takes_no_more_and_says_so() -> None:
     one = CachingWorker(board, info, layout(16, 64))
     one.run(list(range(60 * 16)))
     one.tell()
-    one.follower.apply(one.feed._snapshot()[0])
+    one.follower.apply(one.feed.snapshot()[0])
     seat = board.seat(info.ref)
     assert seat is not None
     assert len(board.table) == 50
@@ -421,7 +421,7 @@ def test_batches_survive_the_wire() -> None:
             )
         )
     )
-    (batch,) = feed._snapshot()[:1]
+    (batch,) = feed.snapshot()[:1]
     back = kv_batch_from_proto(kv_batch_to_proto(ref, batch))
     assert [tuple(step.hashes) for step in back.steps] == [tuple(step.hashes) for step in batch.steps]
     assert (back.seq, back.digest, back.reset) == (batch.seq, batch.digest, batch.reset)

@@ -115,8 +115,10 @@ def test_every_policy_keeps_to_what_may_be_taken(policy: str) -> None:
 
 
 def test_a_cached_prefix_is_worth_a_queue_of_its_length() -> None:
-    """The worker with 900 tokens cached wins until the prompts before it take longer than those tokens would."""
-    for waiting, expected in ((0, "a"), (800, "a"), (1000, "b")):
+    """The worker with 900 tokens cached wins until the prompts before it take longer than those tokens would, for the
+    request itself and for who comes next.
+    """
+    for waiting, expected in ((0, "a"), (2600, "a"), (2800, "b")):
         view = view_of(worker("a", waiting_tokens=waiting), worker("b"))
         assert pick(view, Features(1000, hits=[(900, 1)])) == expected
 
@@ -203,14 +205,13 @@ def test_a_session_stays_and_few_move() -> None:
     assert all(old == new for old, new in zip(before, after, strict=True) if old != "w7")
 
 
-def test_deadline_takes_the_least_loaded_that_is_in_time() -> None:
-    """w0 is idle and slow, w1 fast and busy: a short prompt goes to w0, a long one is in time on w1 alone."""
-    slow = worker("slow", prefill_tokens_per_s=1000.0)
-    fast = worker("fast", running=5, prefill_tokens_per_s=20000.0)
-    view = view_of(slow, fast)
-    assert pick(view, Features(500, ttft_s=1.0), "deadline") == "slow"
-    assert pick(view, Features(5000, ttft_s=1.0), "deadline") == "fast"
-    assert pick(view, Features(10**6, ttft_s=1.0), "deadline") == "fast"  # late anyway: as early as can be
+def test_deadline_takes_the_least_work_that_is_in_time() -> None:
+    """a has most of the prompt and a queue of 0.4 s, b is idle: a is enough for a second, b is needed for a fifth."""
+    view = view_of(worker("a", waiting_tokens=8000), worker("b"))
+    hits = [(900, 1)]
+    assert pick(view, Features(1000, hits=hits, ttft_s=1.0), "deadline") == "a"
+    assert pick(view, Features(1000, hits=hits, ttft_s=0.2), "deadline") == "b"
+    assert pick(view, Features(1000, hits=hits, ttft_s=0.001), "deadline") == "b"  # late anyway: as early as can be
 
 
 def test_prefix_takes_the_longest_but_not_more_than_its_share() -> None:

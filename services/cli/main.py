@@ -291,6 +291,35 @@ def calibrate_kv(
 
 
 @app.command()
+def simulate(
+    trace: Annotated[
+        str, typer.Option(help="JSONL with timestamp (ms), input_length, output_length and hash_ids, as Mooncake's.")
+    ] = "",
+    policy: Annotated[str, typer.Option(help="Policies to compare.")] = "cost,prefix,least_tokens,round_robin",
+    decode: Annotated[int, typer.Option(min=1, help="Decode workers.")] = 8,
+    prefill: Annotated[int, typer.Option(min=0, help="Prefill workers.")] = 0,
+    profile: Annotated[str, typer.Option(help="What a worker does in a second: gpu or cpu.")] = "gpu",
+    rate_scale: Annotated[float, typer.Option(min=0.001, help="Arrivals so many times as fast as in the trace.")] = 1.0,
+    num_requests: Annotated[int, typer.Option(min=1, help="Without a trace: requests to make up.")] = 2000,
+    request_rate: Annotated[float, typer.Option(min=0.001, help="... arrivals per second, Poisson.")] = 30.0,
+    hot_share: Annotated[float, typer.Option(min=0, max=1, help="... share that begins with one prefix.")] = 0.0,
+    conversations: Annotated[int, typer.Option(min=1, help="... that the others are turns of.")] = 300,
+    output_len: Annotated[int, typer.Option(min=1, help="... mean of the output tokens.")] = 64,
+    seed: Annotated[int, typer.Option(help="Same seed, same numbers.")] = 0,
+    json_file: Annotated[str, typer.Option("--json", help="File for the result as JSON; - prints it.")] = "",
+) -> None:
+    """Compare routing policies on virtual time: hit rate, time to first token, spread; no cluster is needed."""
+    from services.cli.simulate import SimulateOptions, run_simulate
+    from services.simulator.trace import Mixture
+
+    mixture = Mixture(
+        num_requests, request_rate, seed, hot_share, num_conversations=conversations, output_tokens=output_len
+    )
+    options = SimulateOptions(trace, mixture, policy, decode, prefill, profile, rate_scale, json_file)
+    raise typer.Exit(run_simulate(options, make_console()))
+
+
+@app.command()
 def bench(
     url: opt.Url = "",
     name: opt.Name = "default",

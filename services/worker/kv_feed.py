@@ -62,8 +62,8 @@ class KvFeed:
         self.held = {name: set() for name in self._block_sizes}
         self.epoch, self.seq, self.digest = epoch, 0, 0
 
-    def take(self, message: KvChanges) -> None:
-        """What the engine says has changed."""
+    def take(self, message: KvChanges) -> KvBatch | None:
+        """What the engine says has changed; returns what followers are told, if anything."""
         steps: list[KvStep] = []
         for change in message.changes:
             if change.kind == "cleared":
@@ -72,11 +72,12 @@ class KvFeed:
                 steps.append(self._apply(change))
         steps = [step for step in steps if step.hashes]
         if not steps:
-            return
+            return None
         self.seq += 1
         batch = KvBatch(self.seq, self.digest, steps)
         for follower in self._followers:
             follower.put(batch)
+        return batch
 
     def _apply(self, change: KvChange) -> KvStep:
         held, stored = self.held[change.group], change.kind == "stored"
@@ -109,7 +110,7 @@ class KvFeed:
             while follower in self._followers:
                 if follower.wants_snapshot:
                     follower.wants_snapshot = False
-                    for part in self._snapshot():
+                    for part in self.snapshot():
                         yield part
                 elif follower.queue:
                     yield follower.queue.popleft()
@@ -129,7 +130,7 @@ class KvFeed:
             return False
         return True
 
-    def _snapshot(self) -> list[KvBatch]:
+    def snapshot(self) -> list[KvBatch]:
         """All that is held now, in parts that share the present seq."""
         steps: list[KvStep] = []
         for group, held in self.held.items():

@@ -26,7 +26,7 @@ from services.router.routing.policies import choose
 from services.router.routing.view import DEFAULT_OUTPUT_TOKENS, Choice, Features, Seat, View, recent_means
 
 REFRESH_S: Final = 0.05
-MEMORY_S: Final = 10.0  # of recent work
+MEMORY_S: Final = 20.0  # of recent work
 SLACK_REQUESTS: Final = 2.0  # a seat may be so many requests ahead of the others
 SHARED_BY: Final = 16.0  # sequences that share a decode step, as a rule
 LEARN: Final = 0.1  # weight of one observation

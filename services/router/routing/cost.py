@@ -2,12 +2,13 @@
 
 With h tokens cached of a prompt of n, on a decode worker d alone
 
-    (queue(d) + ALONE * (n - h(d))) / prefill rate(d)  [times 1 + share of its batch in use: they are held up]
-    + output tokens * step(d) * (1 + share)
+    (queue(d) + WORK * ALONE * (n - h(d))) / prefill rate(d) * (1 + share of its batch in use, which is held up)
+    + DECODE * output tokens * step(d) * (1 + share)
 
 and with a prefill worker p, which computes from what either has on and sends what d lacks
 
-    (queue(p) + n - max(h(p), h(d))) / prefill rate(p) + HANDOFF_S + (n - h(d)) / transfer rate(d) + the same decode
+    (queue(p) + WORK * (n - max(h(p), h(d)))) / prefill rate(p)
+    + HANDOFF_S + (n - h(d)) / transfer rate(d) + the same decode
 
 The pair's cost is a sum of one part each but for the two hits: for every hit that decode workers have, the cheapest of
 them is enough, so D + P * (different hits) evaluations find the best of D * P pairs.
@@ -20,7 +21,10 @@ from collections.abc import Sequence
 from common.types import Role
 from services.router.routing.view import Choice, Features, Seat, Terms, View, hit_of
 
-ALONE = 2.0  # where prefill workers are there, a decode worker's time counts double: all its sequences wait meanwhile
+WORK = 3.0  # what a request has computed is waited for by itself and by those who come next
+ALONE = 1.5  # more, on a decode worker where prefill workers are there: all its sequences wait meanwhile
+DECODE = 0.25  # who decodes beside a request changes many times before it is over: what is seen now counts in part
+BALANCE = 0.03  # of a seat's recent work: what is new goes where little was, before `UNEVEN_S` has to part prefixes
 HANDOFF_S = 0.003  # an order to and fro, and the last read
 FULL_S = 60.0  # no room for the prompt: only where there is none anywhere
 UNEVEN_S = 30.0  # had more than its share of late: only where all had
@@ -29,18 +33,17 @@ MAX_HITS = 8  # different hits of decode workers that are tried with each prefil
 
 def decode_s(seat: Seat, features: Features, hit: int, limit_s: float) -> float:
     """Time of the output, longer the fuller the batch."""
-    requests, own = seat.requests, seat.own_requests
-    if own > requests:
-        requests = own
-    share = requests / seat.slots
-    cost = features.output_tokens * seat.step_s * (1.0 + share)
+    share = seat.open_requests / seat.slots
+    cost = DECODE * features.output_tokens * seat.step_s * (1.0 + share)
     if share >= 1.0:
         cost *= 1.0 + 2.0 * (share - 1.0) + 2.0 / seat.slots
     if seat.kv_tokens_free < features.prompt_tokens - hit:
         cost += FULL_S
-    if seat.recent_s > limit_s:
-        cost += UNEVEN_S
-    return cost
+    return cost + _uneven_s(seat, limit_s)
+
+
+def _uneven_s(seat: Seat, limit_s: float) -> float:
+    return BALANCE * seat.recent_s + (UNEVEN_S if seat.recent_s > limit_s else 0.0)
 
 
 def local_terms(seat: Seat, features: Features, hit: int, limit_s: float, *, alone: float = 1.0) -> Terms:
@@ -48,9 +51,10 @@ def local_terms(seat: Seat, features: Features, hit: int, limit_s: float, *, alo
     slowed = (1.0 + min(seat.open_requests / seat.slots, 1.0)) / seat.prefill_rate
     return Terms(
         seat.queue_tokens * slowed,
-        (features.prompt_tokens - hit) * slowed * alone,
+        prefill_s := (features.prompt_tokens - hit) * slowed,
         0.0,
         decode_s(seat, features, hit, limit_s),
+        prefill_s * (WORK * alone - 1.0),
     )
 
 
@@ -59,12 +63,13 @@ def remote_terms(
 ) -> Terms:
     """`limits_s`: of the decode worker and of the prefill worker."""
     missing = features.prompt_tokens - max(decode_hit, prefill_hit)
-    uneven_s = UNEVEN_S if prefill.recent_s > limits_s[1] else 0.0
+    uneven_s = _uneven_s(prefill, limits_s[1])
     return Terms(
         prefill.queue_tokens / prefill.prefill_rate,
-        missing / prefill.prefill_rate,
+        prefill_s := missing / prefill.prefill_rate,
         HANDOFF_S + (features.prompt_tokens - decode_hit) / decode.transfer_rate,
         decode_s(decode, features, decode_hit, limits_s[0]) + uneven_s,
+        prefill_s * (WORK - 1.0),
     )
 
 
@@ -79,14 +84,14 @@ def cheapest(view: View, decode: Sequence[Seat], prefill: Sequence[Seat], featur
     hits, n = features.hits, features.prompt_tokens
     best, ties = float("inf"), [Choice(decode[0], None, 0, 0)]
     by_hit: dict[int, tuple[float, list[Seat]]] = {}
-    output = features.output_tokens
+    output = DECODE * features.output_tokens
     for seat in decode:  # `decode_s` and `local_terms`, written out: this is what a choice's time goes to
         hit = hit_of(hits, seat.bit) if hits else 0
-        requests, waiting = seat.requests, seat.waiting_tokens
-        if seat.own_requests > requests:
-            requests = seat.own_requests
-        if seat.own_prefill_tokens > waiting:
-            waiting = seat.own_prefill_tokens
+        requests, waiting = float(seat.own_requests), float(seat.own_prefill_tokens)
+        if seat.other_requests > 0.0:
+            requests += seat.other_requests
+        if seat.other_tokens > 0.0:
+            waiting += seat.other_tokens
         share = requests / seat.slots
         load_s = output * seat.step_s * (1.0 + share)
         slowed = (1.0 + share) / seat.prefill_rate
@@ -95,10 +100,11 @@ def cheapest(view: View, decode: Sequence[Seat], prefill: Sequence[Seat], featur
             slowed = 2.0 / seat.prefill_rate
         if seat.kv_tokens_free < n - hit:
             load_s += FULL_S
+        load_s += BALANCE * seat.recent_s
         if seat.recent_s > limit_s:
             load_s += UNEVEN_S
         remote = bool(prefill) and not stays(seat, features, hit)
-        total = (waiting + (ALONE if remote else 1.0) * (n - hit)) * slowed + load_s
+        total = (waiting + (WORK * ALONE if remote else WORK) * (n - hit)) * slowed + load_s
         offered = not (remote and features.separate)
         if offered and total < best:
             best, ties = total, [Choice(seat, None, hit, 0)]
@@ -129,13 +135,11 @@ def _with_prefill(
     tried = sorted(by_hit.items(), key=lambda entry: entry[1][0])[:MAX_HITS]
     for seat in prefill:
         own_hit = hit_of(hits, seat.bit) if hits else 0
-        waiting = seat.waiting_tokens
-        if seat.own_prefill_tokens > waiting:
-            waiting = seat.own_prefill_tokens
-        uneven_s = UNEVEN_S if seat.recent_s > limit_s else 0.0
+        waiting = seat.queue_tokens
+        uneven_s = _uneven_s(seat, limit_s)
         for hit, (load_s, seats) in tried:
             missing = features.prompt_tokens - (hit if hit > own_hit else own_hit)
-            total = (waiting + missing) / seat.prefill_rate + HANDOFF_S + load_s + uneven_s
+            total = (waiting + WORK * missing) / seat.prefill_rate + HANDOFF_S + load_s + uneven_s
             if total <= best:
                 choice = Choice(seats[int(draw * len(seats))], seat, hit, own_hit)
                 if total < best:

@@ -46,7 +46,7 @@ def _pair(choice: Choice) -> dict[str, str | None]:
 
 def _candidate(terms: Terms, choice: Choice, view: View) -> dict[str, Any]:
     computing = choice.prefill or choice.decode
-    names = ("queue_ms", "prefill_ms", "transfer_ms", "decode_ms")
+    names = ("queue_ms", "prefill_ms", "transfer_ms", "decode_ms", "others_ms")
     return {
         **_pair(choice),
         "score": round(1e3 * terms.total_s, 3),
@@ -54,8 +54,8 @@ def _candidate(terms: Terms, choice: Choice, view: View) -> dict[str, Any]:
         "terms": {name: round(1e3 * value, 3) for name, value in zip(names, terms, strict=True)},
         "cached_tokens": choice.decode_hit,
         "prefill_cached_tokens": choice.prefill_hit,
-        "open_requests": choice.decode.open_requests,
-        "queued_tokens": computing.queue_tokens,
+        "open_requests": round(choice.decode.open_requests),
+        "queued_tokens": round(computing.queue_tokens),
         "index": _state(choice.decode),
         "above_its_share": choice.decode.recent_s > view.limit_s(choice.decode.worker.role),
     }

@@ -1,7 +1,7 @@
 """The policies: pure functions of a view and a request's features, and of the random numbers passed in.
 
 cost          the pair with the lowest predicted time (`cost`), spread evenly where a prefix is hot
-deadline      of the pairs predicted to bring the first token in time the least loaded; if none is, the fastest
+deadline      of the pairs predicted to bring the first token in time the one with least work; if none is, the fastest
 prefix        the longest cached prefix among the workers that had no more than their share; then the least tokens
 session       the worker that the caller's key hashes to (rendezvous hashing: few keys move when workers come and go)
 least_tokens  the fewest tokens to compute and to make
@@ -108,7 +108,7 @@ def _paired(
 def _in_time(
     view: View, decode: Sequence[Seat], prefill: Sequence[Seat], features: Features, rng: random.Random
 ) -> Choice:
-    """The best fit: what is in time with the least load, so that fast workers stay free for those who need them."""
+    """The best fit: of what is in time the least work, even behind a queue: idle workers are for those in need."""
     limits_s = (view.limit_s(Role.DECODE), view.limit_s(Role.PREFILL))
     helpers = sorted(
         prefill,
@@ -131,7 +131,7 @@ def _in_time(
                 )
         for choice, terms in options:
             late = terms.ttft_s > features.ttft_s
-            key = (late, terms.ttft_s if late else terms.decode_s, terms.total_s)
+            key = (late, terms.ttft_s if late else terms.total_s - terms.queue_s, terms.total_s)
             if best is None or key < best:
                 best, chosen = key, [choice]
             elif key == best:

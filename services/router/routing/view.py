@@ -23,14 +23,21 @@ class Speed(NamedTuple):
     transfer: float  # prompt tokens/s whose KV it reads from another
 
 
+NEW = 0.3  # weight of the newest report
+SPEED_NEW = 0.05
+
 ON_CPU = Speed(2_000.0, 0.02, 50_000.0)
 ON_GPU = Speed(20_000.0, 0.015, 200_000.0)
 
 
 class Seat:
-    """One worker. Reported numbers are up to a second or two old; `own_` ones are this router's, and exact."""
+    """One worker. `own_` numbers are this router's, and exact. What a worker reports is a second or two old and has
+    them in it: `other_` numbers are what it reports beyond them, as a fading mean, since the two never quite meet.
+    """
 
     __slots__ = (
+        "_rate",
+        "_step_s",
         "bit",
         "exact",
         "has_states",
@@ -38,17 +45,17 @@ class Seat:
         "learned_prefill",
         "learned_transfer",
         "min_remote_tokens",
+        "other_requests",
+        "other_tokens",
         "own_prefill_tokens",
         "own_requests",
         "own_tokens",
         "prefill_rate",
         "recent_s",
-        "requests",
         "salt",
         "slots",
         "step_s",
         "transfer_rate",
-        "waiting_tokens",
         "worker",
     )
 
@@ -63,36 +70,46 @@ class Seat:
         self.recent_s = 0.0  # work sent here, decaying
         self.learned_prefill = 0.0
         self.learned_transfer = 0.0
+        self._rate = self._step_s = 0.0
+        self.other_requests = float(worker.load.running + worker.load.waiting)
+        self.other_tokens = float(worker.load.waiting_tokens)
         self.take(worker)
 
     def take(self, worker: WorkerInfo) -> None:
         """What the worker says of itself now."""
         load = worker.load
         self.worker = worker
-        self.requests = load.running + load.waiting
-        self.waiting_tokens = load.waiting_tokens
+        self.other_requests += NEW * (load.running + load.waiting - self.own_requests - self.other_requests)
+        self.other_tokens += NEW * (load.waiting_tokens - self.own_prefill_tokens - self.other_tokens)
         self.slots = worker.max_num_seqs or 64
         self.min_remote_tokens = worker.min_remote_tokens
         blocks = load.kv_blocks_available if load.kv_blocks_total else 1 << 40
         self.kv_tokens_free = blocks * max(worker.kv_block_size, 1)
         default = ON_CPU if worker.device == "cpu" else ON_GPU
-        self.prefill_rate = load.prefill_tokens_per_s or self.learned_prefill or default.prefill
-        self.step_s = load.decode_step_ms / 1e3 or default.step_s
+        self._rate = _faded(self._rate, load.prefill_tokens_per_s)
+        self._step_s = _faded(self._step_s, load.decode_step_ms / 1e3)
+        self.prefill_rate = self._rate or self.learned_prefill or default.prefill
+        self.step_s = self._step_s or default.step_s
         self.transfer_rate = self.learned_transfer or default.transfer
 
     @property
-    def open_requests(self) -> int:
-        """As the worker says or as this router knows, whichever is more: what other routers sent is counted too."""
-        return max(self.requests, self.own_requests)
+    def open_requests(self) -> float:
+        """What other routers sent is counted too."""
+        return self.own_requests + max(self.other_requests, 0.0)
 
     @property
-    def queue_tokens(self) -> int:
+    def queue_tokens(self) -> float:
         """Prompt tokens in line before a new one."""
-        return max(self.waiting_tokens, self.own_prefill_tokens)
+        return self.own_prefill_tokens + max(self.other_tokens, 0.0)
 
     @property
-    def open_tokens(self) -> int:
-        return max(self.waiting_tokens, self.own_tokens)
+    def open_tokens(self) -> float:
+        return self.own_tokens + max(self.other_tokens, 0.0)
+
+
+def _faded(mean: float, value: float) -> float:
+    """A speed changes with every batch; what it is as a rule is wanted."""
+    return mean + SPEED_NEW * (value - mean) if mean and value else mean or value
 
 
 @dataclass
@@ -152,12 +169,15 @@ class Features:
 
 
 class Terms(NamedTuple):
-    """Where the predicted time goes, in seconds. `decode_s` also holds what stands for lack of room and for spread."""
+    """Where the predicted time goes, in seconds. `decode_s` also holds what stands for lack of room and for spread,
+    `others_s` is what others wait for it.
+    """
 
     queue_s: float = 0.0
     prefill_s: float = 0.0
     transfer_s: float = 0.0
     decode_s: float = 0.0
+    others_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:
@@ -165,7 +185,7 @@ class Terms(NamedTuple):
 
     @property
     def total_s(self) -> float:
-        return self.ttft_s + self.decode_s
+        return self.ttft_s + self.decode_s + self.others_s
 
 
 class Choice(NamedTuple):
