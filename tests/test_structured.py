@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import select
 import time
 from pathlib import Path
 from typing import Any
@@ -380,3 +381,24 @@ def test_what_is_kept_is_counted_by_its_sources(llama: Path) -> None:
     grammar = schema_grammar(OBJECT)
     run(solo, [under(grammar)])
     assert pool.kept_nbytes == nbytes_of((grammar.kind.value, grammar.source, "", ""))
+
+
+def test_the_descriptor_rests_when_there_is_nothing_to_take(llama: Path) -> None:
+    """One that stays readable would keep an idle engine's loop awake."""
+    solo = Solo(llama)
+    pool = solo.decode.parts.grammars
+    assert pool is not None
+    for i in range(30):
+        answer = solo.submit((5, 6), under(of(GrammarKind.CHOICE, f'["a{i}"]')))
+        if i % 3 == 0:
+            solo.cancel(answer)
+        solo.run(answer, limit=1_000_000)
+    deadline = time.monotonic() + 10
+    while pool._rings_due and time.monotonic() < deadline:
+        solo.step()
+    assert pool._rings_due == 0
+    assert select.select([pool.wakeup_fd], [], [], 0.0) == ([], [], [])
+    assert pool.num_compiled == 30
+    pool.shutdown()
+    assert pool.wakeup_fd == -1
+    assert not any(thread.is_alive() for thread in pool._threads)

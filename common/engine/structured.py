@@ -16,6 +16,7 @@ import math
 import os
 import queue
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ OnFailure = Callable[[NanoDeployError], None]
 
 _STACK_BYTES = 64 << 20  # long chains of references are followed by recursion
 _NICE = 5
+_END_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class GrammarPool:
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._done: deque[_Work] = deque()
         self._threads: list[threading.Thread] = []
+        self._rings_due = 0  # of the descriptor: one for each piece of work that was given to the threads
         self.wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.num_compiled = 0
         self.num_found = 0
@@ -153,10 +156,10 @@ class GrammarPool:
 
     def poll(self) -> None:
         """Take what the threads have done, and fail what took too long."""
-        if not self._waiting and not self._done:
-            return
+        if not self._rings_due:
+            return  # nobody waits without work that is under way
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.wakeup_fd)
+            self._rings_due -= os.eventfd_read(self.wakeup_fd)
         while self._done:
             self._take(self._done.popleft())
         now = self._clock.now()
@@ -166,11 +169,13 @@ class GrammarPool:
             ticket.on_failure(_late(ticket, work, self._limits.timeout_s))
 
     def shutdown(self) -> None:
-        """Threads end when they have done what they are at."""
+        """Threads end when they have done what they are at; the descriptor is theirs until then."""
         for _ in self._threads:
             self._queue.put(None)
-        self._threads.clear()
-        if self.wakeup_fd >= 0:
+        deadline = time.monotonic() + _END_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if self.wakeup_fd >= 0 and not any(thread.is_alive() for thread in self._threads):
             os.close(self.wakeup_fd)
             self.wakeup_fd = -1
 
@@ -212,6 +217,7 @@ class GrammarPool:
                     self._threads.append(thread)
             finally:
                 threading.stack_size(before)
+        self._rings_due += 1
         self._queue.put(work)
 
     def _take(self, work: _Work) -> None:
