@@ -83,6 +83,7 @@ _CLUSTER = [
     "--routing-policy",
     "--tool-call-parser",
     "--reasoning-parser",
+    "--router-workers",
     "--host",
     "--port",
     "--detach",

@@ -211,6 +211,11 @@ class RouterConfig(_Section):
     host: str = "127.0.0.1"
     port: int = 8000
     controllers: tuple[str, ...] = ("127.0.0.1:7100",)
+    workers: int = Field(1, ge=1, le=256, description="router processes that share the port, each with its own limits")
+    worker_port: int = Field(
+        0, ge=0, description="of several, process i answers at this port + i too, for metrics of one at a time; 0: no"
+    )
+    access_log: bool = Field(False, description="a line for each request: method, path, status, ms, key id, tokens")
     model_path: str = Field("", description="folder with tokenizer.json; the workers' own when empty")
     chat_template: str = Field("", description="file with a Jinja template that replaces the checkpoint's")
     tokenizer_backend: Literal["auto", "huggingface"] = Field(

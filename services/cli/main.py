@@ -62,6 +62,7 @@ def up(
     routing_policy: opt.RoutingPolicy = None,
     tool_call_parser: opt.ToolCallParser = None,
     reasoning_parser: opt.ReasoningParser = None,
+    router_workers: opt.RouterWorkers = None,
     host: opt.Host = "",
     port: opt.Port = None,
     detach: opt.Detach = False,
@@ -99,7 +100,10 @@ def up(
         num_prefill=default_num_prefill(device, os.environ) if prefill is None else prefill,
         num_decode=decode,
         router=opt.router_fields(
-            policy=routing_policy, tool_call_parser=tool_call_parser, reasoning_parser=reasoning_parser
+            policy=routing_policy,
+            tool_call_parser=tool_call_parser,
+            reasoning_parser=reasoning_parser,
+            workers=router_workers,
         ),
         host=host,
         port=port,
@@ -139,6 +143,7 @@ def serve(
     routing_policy: opt.RoutingPolicy = None,
     tool_call_parser: opt.ToolCallParser = None,
     reasoning_parser: opt.ReasoningParser = None,
+    router_workers: opt.RouterWorkers = None,
     host: opt.Host = "",
     port: opt.Port = None,
     detach: opt.Detach = False,

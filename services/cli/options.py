@@ -48,6 +48,7 @@ ToolCallParser = Annotated[
 ReasoningParser = Annotated[
     str | None, _cluster("Marks of reasoning: auto (by the chat template), none, qwen3, deepseek_r1, ...")
 ]
+RouterWorkers = Annotated[int | None, _cluster("Router processes that share the port. By default 1.", min=1)]
 Detach = Annotated[bool, _cluster("Return when the cluster is ready; `down` stops it.", "--detach", "-d")]
 ConfigFile = Annotated[str | None, _cluster("YAML file to start from.", "--config")]
 RedisUrl = Annotated[str, _cluster("A Redis 7.0+ or Valkey to use; by default one of its own.")]
@@ -103,7 +104,7 @@ SpeculativeConfig = Annotated[
 _DTYPES = {"half": "float16", "float": "float32"}  # vLLM's other names
 
 
-def router_fields(**flags: str | None) -> dict[str, Any]:
+def router_fields(**flags: str | int | None) -> dict[str, Any]:
     """The flags that were given, as fields of `RouterConfig`."""
     return {name: value for name, value in flags.items() if value is not None}
 

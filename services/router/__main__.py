@@ -19,10 +19,40 @@ from common.rpc.membership import Membership
 from common.rpc.tls import configure_tls
 from common.telemetry import configure_logging
 from services.router.server import Router
+from services.router.workers import Shared, Supervisor, stop_with_parent
 
 
-async def serve(config: RouterConfig) -> None:
+async def serve(config: RouterConfig, shared: Shared | None = None) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends at once."""
+    stop = _signalled()
+    if shared is not None:
+        stop_with_parent(stop.set)
+    members = Membership(config.controllers, watcher_id=f"router-{config.host}:{config.port}-{os.getpid()}")
+    router = Router(config, members, shared=shared)
+    await router.start()
+    members.start()
+    _relax_collector()
+    try:
+        await stop.wait()
+    finally:
+        await router.stop()
+        await members.stop()
+
+
+async def supervise(config: RouterConfig, file: str | None) -> int:
+    """`config.workers` routers on one port, until SIGTERM or SIGINT; returns the exit code."""
+    argv = [sys.executable, "-m", "services.router", *(("--config", file) if file else ())]
+    supervisor = Supervisor(config, argv)
+    stop = _signalled()
+    told = asyncio.create_task(stop.wait())
+    told.add_done_callback(lambda _: supervisor.stop())
+    try:
+        return await supervisor.run()
+    finally:
+        told.cancel()
+
+
+def _signalled() -> asyncio.Event:
     stop = asyncio.Event()
 
     def on_signal() -> None:
@@ -33,16 +63,7 @@ async def serve(config: RouterConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    members = Membership(config.controllers, watcher_id=f"router-{config.host}:{config.port}")
-    router = Router(config, members)
-    await router.start()
-    members.start()
-    _relax_collector()
-    try:
-        await stop.wait()
-    finally:
-        await router.stop()
-        await members.stop()
+    return stop
 
 
 def _relax_collector() -> None:
@@ -59,13 +80,20 @@ def _relax_collector() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m services.router", description=__doc__)
     parser.add_argument("--config", metavar="FILE", help="YAML file; the defaults serve one machine")
+    parser.add_argument("--share", type=int, metavar="PORT", help=argparse.SUPPRESS)  # by the supervisor of several
+    parser.add_argument("--index", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     try:
         config = load(arguments.config, os.environ)
         configure_logging(config.log, "router")
         configure_tls(config.tls)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(config.router))
+            if arguments.share is not None:
+                runner.run(serve(config.router, Shared(arguments.share, arguments.index)))
+            elif config.router.workers > 1:
+                return runner.run(supervise(config.router, arguments.config))
+            else:
+                runner.run(serve(config.router))
     except ConfigError as error:
         print(f"router: {error.message}", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl
 from common.errors import CancelledByCallerError, NanoDeployError
 from services.router.admission.callers import ANYONE
 from services.router.errors import BodyTimeoutError, BodyTooLargeError, error_body, error_headers, status_of
-from services.router.replies import DONE
+from services.router.replies import DONE, Usage
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -73,6 +73,8 @@ class Exchange:
         self.headers: list[tuple[bytes, bytes]] = []
         self.request_id = self.traceparent = ""
         self.caller = ANYONE
+        self.usage: Usage | None = None  # of an answer that tokens were made for
+        scope["nanodeploy.exchange"] = self
         self.shape: Callable[[NanoDeployError], bytes] = error_body
         self._failed: Callable[[NanoDeployError], bytes] | None = None
         self._done = DONE

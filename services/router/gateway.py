@@ -289,6 +289,7 @@ class Gateway:
         metrics.request_prompt.observe(usage.prompt_tokens)
         metrics.request_output.observe(usage.completion_tokens)
         metrics.e2e.observe(seconds)
+        exchange.usage = usage
         self.recent.answered(exchange, run, model, started_s, seconds)
         for finish in run.finishes:
             metrics.ended(finish)

@@ -17,7 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from common.config.schema import RouterConfig
-from common.errors import ConfigError, NanoDeployError, UnavailableError
+from common.errors import NanoDeployError, UnavailableError
 from common.rpc.codec import ChangeKind
 from common.rpc.limits import LimitsClient
 from common.rpc.membership import MembershipChange
@@ -27,6 +27,7 @@ from common.types import Clock, MonotonicClock, Role, WorkerRef
 from services.router.admission.limiter import Ledger
 from services.router.api.apis import Apis
 from services.router.app import make_app
+from services.router.console.access import AccessLog
 from services.router.gateway import Gateway
 from services.router.https import Renewal, check_files
 from services.router.link import DecodePeer
@@ -37,6 +38,7 @@ from services.router.relay import Relay
 from services.router.routing.board import Board, Members
 from services.router.routing.feed import Feeds, KvPeer
 from services.router.routing.peer import GrpcKvPeer
+from services.router.workers import Shared, listen
 
 HEAD_TIMEOUT_S: Final = 20.0  # connection or first byte -> end of the request's headers
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -190,7 +192,9 @@ class Router:
         connect_kv: Callable[[WorkerRef], KvPeer] = GrpcKvPeer,
         clock: Clock = MonotonicClock(),
         rng: random.Random | None = None,
+        shared: Shared | None = None,
     ) -> None:
+        self._shared = shared
         self.router_id = f"router-{secrets.token_hex(8)}"
         self._config = config
         self._members = members
@@ -212,8 +216,12 @@ class Router:
     async def start(self) -> int:
         """Listen (port 0 takes a free one); returns the port. Raises `ConfigError` if it is taken."""
         check_files(self._config)
-        listener = _listen(self._config.host, self._config.port)
+        host, port, shared = self._config.host, self._config.port, self._shared
+        listener = listen(host, port if shared is None else shared.port, shared=shared is not None)
         self.port = listener.getsockname()[1]
+        listeners = [listener]
+        if shared is not None and self._config.worker_port:
+            listeners.append(listen(host, self._config.worker_port + shared.number, shared=False))
         board = Board(self._members, self._config, clock=self._clock, rng=self._rng)
         relay = Relay(
             self._members,
@@ -241,12 +249,13 @@ class Router:
         if board.by_prefix:
             self._feeds.start()
         app = make_app(self.gateway, self._rng, self._apis.routes())
+        served = AccessLog(app, self._clock) if self._config.access_log else app
         self._apis.start({path: endpoint.of_router for path, endpoint in app.raw.items()})
         if not self._config.ssl_certfile:
             warn_if_exposed(self._config.host, "API")
         self._server = _Server(
             uvicorn.Config(
-                app,
+                served,
                 http=BoundedHttpProtocol,
                 ws="none",
                 lifespan="off",
@@ -259,7 +268,7 @@ class Router:
                 ssl_keyfile=self._config.ssl_keyfile or None,
             )
         )
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http")
+        self._serving = asyncio.create_task(self._server.serve(sockets=listeners), name="http")
         _log.info("router listens", host=self._config.host, port=self.port, router_id=self.router_id)
         return self.port
 
@@ -294,17 +303,3 @@ class Router:
         assert self.gateway is not None
         with contextlib.suppress(NanoDeployError):  # logged there; the first request tries again and says so
             await self.gateway.texts.get(change.worker.model)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}", param="router.port") from error
-    listener.setblocking(False)
-    return listener
