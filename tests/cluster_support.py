@@ -42,7 +42,9 @@ class RunningCluster:
 
     @property
     def model(self) -> str:
-        models = httpx.get(f"{self.url}/v1/models", timeout=10).json()["data"]
+        answer = httpx.get(f"{self.url}/v1/models", timeout=10)
+        assert answer.status_code == 200, answer.text
+        models = answer.json()["data"]
         assert models, "no model is served yet"
         name: str = models[0]["id"]
         return name

@@ -76,6 +76,27 @@ def test_tokens_through_all_services_are_those_of_transformers(cluster: RunningC
     assert all(t.startswith("ucx/") for t in cluster.transports())
 
 
+def test_the_router_knows_what_workers_have_cached(cluster: RunningCluster, folder: Path) -> None:
+    """From the engines' caches over gRPC into the index: the second time the prompt is known to the token."""
+    body = {"model": cluster.model, "prompt": prompt_ids(folder, 11, 300), "max_tokens": 2, "temperature": 0}
+
+    def best() -> dict[str, Any]:
+        headers = {"x-nanodeploy-explain": "1"}
+        answer = httpx.post(f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=30).json()
+        (placed,) = answer["nanodeploy"]["routing"][0]
+        (stats,) = answer["nanodeploy"]["requests"]
+        found: dict[str, Any] = placed["candidates"][0]
+        return found | {"was_cached": stats["cached_tokens"], "policy": placed["policy"]}
+
+    best()
+    time.sleep(2.5)  # what was sent a moment ago counts as cached: here the events have to say so
+    second = best()
+    assert second["index"] == "EXACT"
+    assert second["cached_tokens"] == second["was_cached"] == 288
+    metrics = httpx.get(f"{cluster.url}/metrics", timeout=10).text
+    assert "nanodeploy:router_prefix_index_exact_workers 2.0" in metrics
+
+
 def test_the_official_client_chats_streaming_and_not(cluster: RunningCluster) -> None:
     client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none")
     messages: Any = [{"role": "user", "content": TEXT[:200]}]

@@ -60,6 +60,7 @@ class CachingWorker:
         self.info = info
         self.follower = Follower(board, info.ref)
         self.stream: AsyncGenerator[KvBatch, None] | None = None
+        self.told = KvBatch(0, 0)  # the newest batch
         self.seqs = iter(range(1, 1 << 30))
 
     def run(self, token_ids: list[int], *, state_at: int = 0) -> None:
@@ -81,8 +82,8 @@ class CachingWorker:
         self.clock.at += 1
         self.meter.report(0, idle=False)
         for message in self.outbox.drain(0):
-            if isinstance(message, KvChanges):
-                self.feed.take(message)
+            if isinstance(message, KvChanges) and (batch := self.feed.take(message)) is not None:
+                self.told = batch
 
     def hit(self, token_ids: list[int]) -> int:
         chain = [ROOT]
@@ -301,6 +302,11 @@ def test_a_full_table_takes_no_more_and_says_so() -> None:
     assert len(board.table) == 50
     assert not seat.exact
     assert one.follower.digest == one.feed.digest  # the stream itself is whole
+    one.cache.reset_prefix_cache()
+    one.run(list(range(160)))
+    one.tell()
+    with pytest.raises(GapError, match="room again"):
+        one.follower.apply(one.told)
 
 
 def test_memory_is_flat_under_churn() -> None:

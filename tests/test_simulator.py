@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from common.errors import ConfigError
 from services.cli.main import app
-from services.simulator.run import Cluster, Outcome, quantile, simulate
+from services.simulator.run import Cluster, Outcome, Simulation, quantile, simulate
 from services.simulator.trace import TRACE_BLOCK, Mixture, Tokens, TraceRequest, best_hit_rate, load_trace
 
 HOT = Mixture(1500, rate=40.0, hot_share=0.8, hot_blocks=8)
@@ -68,6 +68,16 @@ def test_everything_ends_where_nothing_fits_at_once() -> None:
     outcome = simulate(Cluster(2, 1, PROFILES["cpu"]), "cost", requests)
     assert outcome.num_requests == 400
     assert outcome.ttft_s[0] > 1.0
+
+
+def test_workers_report_how_fast_they_are() -> None:
+    """What the profile says of a step is what the load meter makes of many."""
+    requests = Mixture(60, rate=20.0, num_conversations=60, output_tokens=40).requests()
+    simulation = Simulation(Cluster(1), "cost", requests, 0)
+    simulation.run()
+    (worker,) = simulation.workers.values()
+    assert 5.0e3 < worker.load.prefill_tokens_per_s < 20.0e3  # with the fixed part of a step, below the profile's 20000
+    assert 8.0 <= worker.load.decode_step_ms < 10.0
 
 
 def test_a_thousand_workers() -> None:

@@ -116,6 +116,11 @@ class Simulation:
                 self._followers[name].apply(part)
         self._tokens = Tokens(root_hash(MODEL.model_hash))
 
+    @property
+    def workers(self) -> Mapping[str, WorkerInfo]:
+        """As the router last heard of them."""
+        return self._members.workers
+
     def run(self) -> Outcome:
         for number, request in enumerate(self._requests):
             self._at(request.at_s, lambda n=number, r=request: self._arrive(n, r))  # type: ignore[misc]

@@ -53,6 +53,7 @@ class Follower:
         self._seq: int | None = None  # None: the next batch begins anew
         self._parts_left = 0
         self._taken = 0  # digest of what was applied
+        self._num_held = 0  # blocks and states that the worker holds
         self._whole = False  # the table had room for all of it
         self.digest: int | None = None  # None: not whole
         self.resyncs = -1  # snapshots after the first
@@ -68,7 +69,7 @@ class Follower:
             raise UnavailableError(f"worker {self.ref.worker_id} is no longer a member")
         if batch.reset:
             self._board.renew(seat)
-            self._taken, self._seq, self._whole = 0, batch.seq, True
+            self._taken, self._num_held, self._seq, self._whole = 0, 0, batch.seq, True
             self.resyncs += 1
         elif self._seq is None:
             if self.digest != batch.digest:
@@ -83,8 +84,10 @@ class Follower:
             if step.states:
                 self._board.note_states(seat)
             if step.stored:
+                self._num_held += len(keys)
                 self._whole &= self._board.table.store(seat.bit, keys, states=step.states)
             else:
+                self._num_held -= len(keys)
                 self._board.table.remove(seat.bit, keys, states=step.states)
         self._parts_left = batch.parts_left
         if batch.parts_left:
@@ -94,6 +97,9 @@ class Follower:
             self.digest = None
             raise GapError("the digests differ")
         self.digest = self._taken
+        if not self._whole and self._board.table.room > self._num_held:
+            self.digest = None
+            raise GapError("the table has room again for all that the worker holds")
         self._set_exact(self._whole)
 
     def _part_of(self, batch: KvBatch) -> bool:

@@ -33,6 +33,11 @@ class PrefixTable:
     def __len__(self) -> int:
         return len(self._blocks) + len(self._states)
 
+    @property
+    def room(self) -> int:
+        """Keys that it would still take."""
+        return self._capacity - len(self)
+
     # -- bits --
 
     def take_bit(self) -> int:
