@@ -321,6 +321,8 @@ async def test_a_router_that_never_heard_of_keys_says_so(tmp_path: Path) -> None
     settings: dict[str, Any] = {"admin_token": TOKEN, "controllers": ("127.0.0.1:9",)}
     async with support.cluster(tmp_path, support.say("hello"), **settings) as made:
         assert (await made.post("/v1/completions", **BODY)).status_code == 503
+        ready = await made.http.get("/ready")
+        assert (ready.status_code, ready.json()["reason"]) == (503, "API keys are not known yet")
         assert (await complete(made, TOKEN)).status_code == 200, "the admin token is a key"
         with pytest.raises(UnavailableError):
             await LimitsClient(["127.0.0.1:9"], TOKEN).list_keys()

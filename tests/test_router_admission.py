@@ -12,7 +12,7 @@ import router_support as support
 
 from common.errors import UnauthenticatedError, UnavailableError
 from common.types.keys import hashed_key
-from services.router.admission.callers import ANYONE, Callers
+from services.router.admission.callers import ANYONE, Caller, Callers
 
 KEY, OTHER = "sk-test-of-one-tenant", "sk-test-of-another"
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -62,6 +62,13 @@ def test_salts_keep_tenants_apart() -> None:
     assert len(set(salts)) == len(salts)
     assert mine.salt("a") == mine.salt("a")
     assert ANYONE.salt("a") == "a"
+
+
+def test_a_request_comes_no_sooner_than_its_key() -> None:
+    urgent = Caller("id", "tenant", -3)
+    assert [urgent.lowered(wanted) for wanted in (0, 2, -9, 2**31 - 1)] == [-3, -1, -3, 2**31 - 4]
+    assert Caller("id", "tenant", 5).lowered(2**31 - 1) == 2**31 - 1
+    assert [ANYONE.lowered(wanted) for wanted in (0, 2, -9)] == [0, 2, -9]
 
 
 def test_a_known_key_costs_a_look_up() -> None:

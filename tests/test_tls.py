@@ -108,6 +108,8 @@ async def test_renewed_certificates_are_used_without_a_restart(
                 Path(old).write_bytes(new.read_bytes())
         Path(server.ca).write_bytes(renewed.cert.read_bytes())
         assert await ask(channel) == "renewed-client", "the same channel, another connection"
+        await asyncio.sleep(0)
+        assert len(channel._calls) == 1, "the old one is let go"
         old = {name: tmp_path / f"old-{name}" for name in ("ca", "cert", "key")}
         for path, content in zip(old.values(), before.values(), strict=True):
             path.write_bytes(content)

@@ -121,35 +121,55 @@ def _bytes(path: Path) -> bytes:
 
 
 class RenewingChannel:
-    """Stands for a `grpc.aio.Channel` of which each call takes one with the current certificates."""
+    """Stands for a `grpc.aio.Channel` of which each call takes one with the current certificates.
+
+    An older one is let go when its last call has ended.
+    """
 
     def __init__(self, tls: TlsFiles, connect: Callable[[grpc.ChannelCredentials], grpc.aio.Channel]) -> None:
         self._tls = tls
         self._connect = connect
         self._version = tls.version
-        self._channels = [connect(tls.channel_credentials())]
+        self._current = connect(tls.channel_credentials())
+        self._calls: dict[grpc.aio.Channel, int] = {self._current: 0}
 
-    def _current(self) -> grpc.aio.Channel:
+    def __getattr__(self, kind: str) -> Callable[..., Callable[..., Any]]:
+        """`unary_unary` and its like: what stubs ask a channel for."""
+        if kind not in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
+            raise AttributeError(kind)
+        return lambda *args, **kwargs: (
+            lambda *given, **named: self._begin(
+                lambda channel: getattr(channel, kind)(*args, **kwargs)(*given, **named)
+            )
+        )
+
+    def _begin(self, start: Callable[[grpc.aio.Channel], Any]) -> Any:
+        channel = self._channel()
+        call = start(channel)
+        self._calls[channel] += 1
+        call.add_done_callback(lambda _: self._ended(channel))
+        return call
+
+    def _channel(self) -> grpc.aio.Channel:
         self._tls.refresh()
         if self._version != self._tls.version:
             self._version = self._tls.version
-            self._channels.append(self._connect(self._tls.channel_credentials()))
-        return self._channels[-1]
+            old, self._current = self._current, self._connect(self._tls.channel_credentials())
+            self._calls[self._current] = 0
+            if not self._calls[old]:
+                del self._calls[old]  # grpc closes what nobody refers to
+        return self._current
 
-    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
-        return lambda *a, **k: self._current().unary_unary(*args, **kwargs)(*a, **k)
-
-    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return lambda *a, **k: self._current().unary_stream(*args, **kwargs)(*a, **k)
-
-    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
-        return lambda *a, **k: self._current().stream_unary(*args, **kwargs)(*a, **k)
-
-    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return lambda *a, **k: self._current().stream_stream(*args, **kwargs)(*a, **k)
+    def _ended(self, channel: grpc.aio.Channel) -> None:
+        if channel in self._calls:
+            self._calls[channel] -= 1
+            if not self._calls[channel] and channel is not self._current:
+                del self._calls[channel]
 
     async def close(self, grace: float | None = None) -> None:
-        for channel in self._channels:
+        channels = list(self._calls)
+        self._calls.clear()
+        for channel in channels:
             await channel.close(grace)
 
     async def __aenter__(self) -> RenewingChannel:

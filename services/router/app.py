@@ -148,8 +148,10 @@ def _add_small_routes(app: FastAPI, gateway: Gateway) -> None:
     async def ready() -> Response:
         workers = gateway.decode_workers()
         able = [worker for worker in workers if gateway.relay.ready(worker)]
-        ok = bool(able) and not gateway.draining
-        reason = "stopping" if gateway.draining else "" if ok else "no decode worker is ready"
+        keys = gateway.callers.known or gateway.callers.closed
+        ok = bool(able) and keys and not gateway.draining
+        why = "no decode worker is ready" if keys else "API keys are not known yet"
+        reason = "stopping" if gateway.draining else "" if ok else why
         body = {"ready": ok, "reason": reason, "decode_workers": len(workers), "ready_workers": len(able)}
         return _json(replies.dumps(body), 200 if ok else 503)
 

@@ -43,6 +43,7 @@ from services.router.workers import Shared, listen
 HEAD_TIMEOUT_S: Final = 20.0  # connection or first byte -> end of the request's headers
 MAX_HEAD_BYTES: Final = 64 * 1024
 KEEP_ALIVE_S: Final = 75
+KEYS_WAIT_S: Final = 2.0  # for the controller to tell of API keys, before the first request is heard
 _KEEPALIVE_PROBES: Final = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
 
 _log = get_logger(__name__)
@@ -242,7 +243,7 @@ class Router:
             ledger=self._ledger,
             router_id=self.router_id,
         )
-        self.gateway.limiter.start()
+        await self.gateway.limiter.start(KEYS_WAIT_S)
         self._members.subscribe(self._on_change)
         self._apis = Apis(self._config, self.gateway, clock=self._clock, rng=self._rng)
         self._feeds = Feeds(self._members, board, self._connect_kv, self._rng)

@@ -20,6 +20,7 @@ from services.router.admission.meters import KeyMeters
 Headers = Iterable[tuple[bytes, bytes]]
 
 MAX_CACHED: Final = 4096  # headers that stood for a key
+MAX_PRIORITY: Final = 2**31 - 1
 _MISSING = (
     "You didn't provide an API key. Provide it in an Authorization header using Bearer auth "
     "(i.e. Authorization: Bearer YOUR_KEY)."
@@ -45,8 +46,8 @@ class Caller:
         return _salt(self.tenant, own) if own else self._salts
 
     def lowered(self, wanted: int) -> int:
-        """A request's priority: a key's holder may ask to come later than the key allows, not sooner."""
-        return max(self.priority, wanted) if self.key_id else wanted
+        """A request's priority: the key's, or later by as much as its holder asks for; never sooner."""
+        return min(self.priority + max(0, wanted), MAX_PRIORITY) if self.key_id else wanted
 
 
 def _salt(tenant: str, own: str) -> str:

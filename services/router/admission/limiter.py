@@ -10,6 +10,7 @@ the storage opens no API. A key that was revoked while no controller was reached
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -57,11 +58,17 @@ class Limiter:
         self._keys: dict[str, KeyMeters] = {}
         self._leasing: dict[str, asyncio.Lock] = {}
         self._task: asyncio.Task[None] | None = None
+        self._heard = asyncio.Event()
         self.following = False  # the last word from a controller was an answer
 
-    def start(self) -> None:
-        if self._ledger is not None:
-            self._task = asyncio.create_task(self._follow(self._ledger), name="limits")
+    async def start(self, wait_s: float = 0.0) -> None:
+        """Follow the controller; wait so long for its first word, without which nothing is served."""
+        if self._ledger is None:
+            return
+        self._task = asyncio.create_task(self._follow(self._ledger), name="limits")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._heard.wait()
 
     async def stop(self) -> None:
         """Give everything back, if a controller takes it within a second."""
@@ -167,6 +174,8 @@ class Limiter:
         while True:
             try:
                 await self._look(ledger)
+                if self._callers.known:
+                    self._heard.set()
                 await self._give_back(ledger, self._clock.now() - IDLE_S)
             except Exception as error:  # noqa: BLE001 - keys stay as they are, whatever the controller does
                 self._lost(error)
