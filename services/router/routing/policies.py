@@ -16,6 +16,7 @@ looks at `MAX_SEATS` workers of each kind: those with hits first, and a random r
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
@@ -27,6 +28,8 @@ from services.router.routing.view import Choice, Features, Seat, View, hit_of
 
 MAX_SEATS: Final = 64
 MAX_HIT_SEATS: Final = 16
+MOST_DECODE: Final = 8  # decode workers that `deadline` looks at closely, with `MOST_PREFILL` each
+MOST_PREFILL: Final = 4
 _MASK: Final = 2**64 - 1
 
 Pick = Callable[[View, Role, Sequence[Seat], Features, random.Random], Seat]
@@ -110,10 +113,13 @@ def _in_time(
 ) -> Choice:
     """The best fit: of what is in time the least work, even behind a queue: idle workers are for those in need."""
     limits_s = (view.limit_s(Role.DECODE), view.limit_s(Role.PREFILL))
-    helpers = sorted(
+    helpers = heapq.nsmallest(
+        MOST_PREFILL,
         prefill,
         key=lambda p: (p.queue_tokens + features.prompt_tokens - hit_of(features.hits, p.bit)) / p.prefill_rate,
-    )[:4]
+    )
+    if len(decode) > MOST_DECODE:
+        decode = heapq.nsmallest(MOST_DECODE, decode, key=lambda seat: _local_s(seat, features))
     best: tuple[bool, float, float] | None = None
     chosen: list[Choice] = []
     for seat in decode:
@@ -137,6 +143,12 @@ def _in_time(
             elif key == best:
                 chosen.append(choice)
     return chosen[int(rng.random() * len(chosen))]
+
+
+def _local_s(seat: Seat, features: Features) -> float:
+    """A rough order of decode workers, by what they would do alone."""
+    tokens = seat.queue_tokens + features.prompt_tokens - hit_of(features.hits, seat.bit)
+    return tokens / seat.prefill_rate + seat.open_requests * seat.step_s
 
 
 # -- one worker at a time ----------------------------------------------------------------------------
