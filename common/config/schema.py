@@ -18,6 +18,10 @@ class _Section(BaseModel):
 class LogConfig(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
+    otlp_endpoint: str = Field(
+        "", description="URL of an OpenTelemetry collector (OTLP over HTTP); OTEL_EXPORTER_OTLP_ENDPOINT when empty"
+    )
+    otlp_ratio: float = Field(1.0, ge=0, le=1, description="share of requests traced, of those no caller traces")
 
 
 class SpeculativeConfig(_Section):

@@ -25,7 +25,7 @@ from services.decode_worker.streams import GENERATE_PREFIX, Link, Rows, Streams
 from services.decode_worker.tokenlog import RequestLog
 from services.worker.calls import first_message
 from services.worker.host import EngineHost
-from services.worker.trace import trace_fields
+from services.worker.trace import record_decode, trace_fields
 
 log = get_logger(__name__)
 
@@ -200,6 +200,8 @@ def _log_end(entry: RequestLog) -> None:
     stats = {} if entry.stats is None else msgspec.structs.asdict(entry.stats)
     shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in stats.items() if v}
     ended = {"error": entry.failure.message} if entry.failure is not None else {}
+    seconds = max(entry.ended_at - entry.created_at, 0.0)
+    record_decode(entry.traceparent, entry.request_id, entry.stats, seconds, str(ended.get("error", "")))
     log.info("request ended", **trace_fields(entry.request_id, entry.traceparent), slot=entry.slot, **ended, **shown)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -20,11 +20,17 @@ from nanodeploy.v1 import prefill_pb2 as pb
 from nanodeploy.v1 import prefill_pb2_grpc as pb_grpc
 from services.worker.calls import first_message
 from services.worker.host import EngineHost
-from services.worker.trace import trace_fields
+from services.worker.trace import record_prefill, trace_fields
 
 log = get_logger(__name__)
 
 MAX_BACKLOG = 16384  # answers that a reader has not read when it is heard no longer
+
+
+class _Began(NamedTuple):
+    at_s: float
+    traceparent: str
+    request_id: str
 
 
 class PrefillServicer(pb_grpc.PrefillServiceServicer):
@@ -36,7 +42,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         self._clock = clock
         self._keys = itertools.count(1)
         self._readers: dict[int, asyncio.Queue[pb.SessionResponse | None]] = {}
-        self._orders: set[tuple[int, int]] = set()  # (reader, order id) of those under way
+        self._orders: dict[tuple[int, int], _Began] = {}  # (reader, order id) of those under way
         self._leases: dict[tuple[int, int], tuple[int, float]] = {}  # the same -> lease id, when it ends by itself
 
     @property
@@ -47,7 +53,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         """
         now = self._clock.now()
         self._leases = {order: lease for order, lease in self._leases.items() if lease[1] > now}
-        return len(self._orders | self._leases.keys())
+        return len(self._orders.keys() | self._leases.keys())
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.SessionRequest], context: grpc.aio.ServicerContext[Any, Any]
@@ -69,7 +75,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         finally:
             reader.cancel()
             del self._readers[key]
-            self._orders = {o for o in self._orders if o[0] != key}
+            self._orders = {o: began for o, began in self._orders.items() if o[0] != key}
             self._leases = {o: lease for o, lease in self._leases.items() if o[0] != key}
             self._host.send(ReaderGone(key))
 
@@ -102,7 +108,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
             case "prefill":
                 self._order(request.prefill, key, queue)
             case "cancel":
-                self._orders.discard((key, request.cancel.order_id))
+                self._orders.pop((key, request.cancel.order_id), None)
                 self._leases.pop((key, request.cancel.order_id), None)
                 self._host.send(DropOrder(key, request.cancel.order_id))
             case "release":
@@ -123,7 +129,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
             log.warning("order refused", reader=key, order_id=wire.order_id, error=error.message)
             queue.put_nowait(codec.order_event_to_proto(OrderFailed(wire.order_id, Failure.of(error))))
             return
-        self._orders.add((key, order.order_id))
+        self._orders[key, order.order_id] = _Began(self._clock.now(), order.traceparent, order.request_id)
         log.info(
             "order received",
             **trace_fields(order.request_id, order.traceparent),
@@ -140,7 +146,10 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         if isinstance(message, ReaderEvent):
             key = (message.reader, message.event.order_id)
             if isinstance(message.event, OrderFinished | OrderFailed):
-                self._orders.discard(key)
+                began = self._orders.pop(key, None)
+                if began is not None:
+                    error = message.event.failure.message if isinstance(message.event, OrderFailed) else ""
+                    record_prefill(began.traceparent, began.request_id, self._clock.now() - began.at_s, error)
             self._note_lease(key, message.event)
             queue = self._readers.get(message.reader)
             if queue is not None:

@@ -18,6 +18,7 @@ from common.errors import ConfigError
 from common.rpc.membership import Membership
 from common.rpc.tls import configure_tls
 from common.telemetry import configure_logging
+from common.telemetry.spans import close_tracing, configure_tracing
 from services.router.server import Router
 from services.router.workers import Shared, Supervisor, stop_with_parent
 
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(arguments.config, os.environ)
         configure_logging(config.log, "router")
+        configure_tracing(config.log, "router", os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""))
         configure_tls(config.tls)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             if arguments.share is not None:
@@ -97,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"router: {error.message}", file=sys.stderr)
         return 2
+    finally:
+        close_tracing()
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
@@ -11,7 +12,8 @@ from pydantic import BaseModel
 
 from common.errors import CancelledByCallerError, InternalError, NanoDeployError
 from common.rpc.context import call_context
-from common.telemetry import get_logger, new_trace, parse_traceparent
+from common.telemetry import TraceContext, get_logger, parse_traceparent
+from common.telemetry.spans import begin_trace, record, tracing
 from services.router.admission.callers import Callers
 from services.router.errors import status_of
 from services.router.exchange import Exchange, Receive, Scope, Send
@@ -36,6 +38,7 @@ class Api(NamedTuple):
 class RawEndpoint:
     def __init__(self, api: Api, metrics: RouterMetrics, rng: random.Random, callers: Callers) -> None:
         self._path = api.path
+        self._method = api.method
         self._handle = api.handle
         self._prepare = api.prepare
         self._metrics = metrics
@@ -47,13 +50,31 @@ class RawEndpoint:
         request_id = exchange.header(b"x-request-id")
         if REQUEST_ID.fullmatch(request_id) is None:
             request_id = f"{self._rng.getrandbits(128):032x}"
-        trace = parse_traceparent(exchange.header(b"traceparent"))
-        trace = new_trace(self._rng) if trace is None else trace.child(self._rng)
+        above = parse_traceparent(exchange.header(b"traceparent"))
+        trace = begin_trace(self._rng) if above is None else above.child(self._rng)
+        began_s = time.monotonic() if trace.sampled else 0.0
         exchange.request_id, exchange.traceparent = request_id, trace.traceparent
         exchange.headers = [(b"x-request-id", request_id.encode()), (b"traceparent", trace.traceparent.encode())]
         with call_context(request_id, trace.traceparent):
             status = await self._guarded(exchange, known=False)
         self._metrics.http.labels(self._path, status).inc()
+        if trace.sampled and tracing():
+            self._record(
+                exchange, trace, above.span_id if above is not None else "", time.monotonic() - began_s, status
+            )
+
+    def _record(self, exchange: Exchange, own: TraceContext, parent: str, seconds: float, status: int) -> None:
+        found: dict[str, str | int | float | bool] = {
+            "http.request.method": self._method,
+            "http.route": self._path,
+            "http.response.status_code": status,
+            "nanodeploy.request_id": exchange.request_id,
+        }
+        if exchange.usage is not None:
+            found["gen_ai.usage.input_tokens"] = exchange.usage.prompt_tokens
+            found["gen_ai.usage.output_tokens"] = exchange.usage.completion_tokens
+        error = f"HTTP {status}" if status >= 500 else ""
+        record(f"{self._method} {self._path}", own, parent, seconds, kind="server", attributes=found, error=error)
 
     async def of_router(self, exchange: Exchange) -> None:
         """A request that the router makes itself, for a caller who was admitted before."""

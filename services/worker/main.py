@@ -14,6 +14,7 @@ from common.engine.sizing import resolve_engine
 from common.errors import ConfigError, NanoDeployError
 from common.rpc.tls import configure_tls
 from common.telemetry import configure_logging
+from common.telemetry.spans import close_tracing, configure_tracing
 from common.types import Role
 from services.worker.app import RolePart, WorkerApp
 
@@ -30,6 +31,7 @@ def run_worker(
         worker = config.prefill if role is Role.PREFILL else config.decode
         worker = worker.model_copy(update={"engine": resolve_engine(worker.engine, role)})
         configure_logging(config.log, f"{role.value}_worker")
+        configure_tracing(config.log, f"{role.value}_worker", environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""))
         configure_tls(config.tls)
 
         gc.collect()
@@ -42,4 +44,6 @@ def run_worker(
     except NanoDeployError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        close_tracing()
     return 0
