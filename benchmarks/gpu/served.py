@@ -67,6 +67,8 @@ def serving(folder: Path, *, apart: bool, dry_run: bool, devices: Sequence[int] 
         role: {"engine": engine | ({} if dry_run else {"devices": [device]})}
         for role, device in zip(("decode", "prefill"), devices, strict=True)
     }
+    if apart:
+        config["router"] = {"separation": "always"}  # by itself it would let an idle decode worker do both
     path = folder / "cluster.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     flags = ["--model", str(folder), "--config", str(path), "--prefill", str(int(apart)), "--decode", "1"]
