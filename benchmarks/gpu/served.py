@@ -63,7 +63,7 @@ def serving(folder: Path, *, apart: bool, dry_run: bool, devices: Sequence[int] 
     }
     if dry_run:
         engine |= {"kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 256}
-    config = {
+    config: dict[str, Any] = {
         role: {"engine": engine | ({} if dry_run else {"devices": [device]})}
         for role, device in zip(("decode", "prefill"), devices, strict=True)
     }

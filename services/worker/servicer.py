@@ -10,7 +10,7 @@ import grpc
 
 from common.rpc import codec
 from common.types import WorkerInfo
-from nanodeploy.v1 import kv_events_pb2, types_pb2
+from nanodeploy.v1 import types_pb2
 from nanodeploy.v1 import worker_pb2 as pb
 from nanodeploy.v1 import worker_pb2_grpc as pb_grpc
 from services.worker.host import EngineHost
@@ -47,11 +47,11 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
 
     async def WatchKv(
         self, request: pb.WatchKvRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[kv_events_pb2.KvEventBatch]:
+    ) -> AsyncIterator[pb.WatchKvResponse]:
         known = request.digest if request.has_digest else None
         async with aclosing(self._kv_feed.follow(request.epoch, known)) as batches:
             async for batch in batches:
-                yield codec.kv_batch_to_proto(self._info().ref, batch)
+                yield pb.WatchKvResponse(batch=codec.kv_batch_to_proto(self._info().ref, batch))
 
     async def GetLedger(
         self, request: pb.GetLedgerRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -24,7 +24,7 @@ class GrpcKvPeer:
         request = pb.WatchKvRequest(epoch=epoch, has_digest=digest is not None, digest=digest or 0)
         async with aclosing(read_stream(self._stub.WatchKv(request), silence_s=SILENCE_S)) as messages:
             async for message in messages:
-                yield codec.kv_batch_from_proto(message)
+                yield codec.kv_batch_from_proto(message.batch)
 
     async def close(self) -> None:
         await self._channel.close(None)
