@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import random
+import select
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,7 +194,16 @@ class Solo:
             if all(a.ended for a in wanted):
                 return
             self.step()
+            self._await_grammars()
         raise AssertionError(f"no end after {limit} steps")
+
+    def _await_grammars(self) -> None:
+        """Threads compile them: steps that have nothing else to do would run out meanwhile."""
+        pool = self.decode.parts.grammars
+        if pool is not None and pool.next_deadline < math.inf and not self.decode.parts.scheduler.has_work:
+            waiting = select.poll()
+            waiting.register(pool.wakeup_fd, select.POLLIN)
+            waiting.poll(100)
 
     def check_idle(self) -> None:
         for _ in range(3):

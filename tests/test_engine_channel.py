@@ -76,7 +76,8 @@ def test_an_engine_makes_nothing_for_a_parent_that_reads_nothing(
     ours, theirs = pair
     built = make_engine(llama, Role.DECODE, MemoryNetwork(MonotonicClock()), MonotonicClock(), check_ledger=False)
     channel = EngineChannel(theirs, msgspec.msgpack.Decoder(ToEngine), BACKLOG)
-    channel.watch(*built.wakeup_fds)
+    for fd in built.wakeup_fds:
+        channel.watch(fd)
     count, slots = 120, range(1, 9)
 
     def say(message: ToEngine) -> None:

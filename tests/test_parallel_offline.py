@@ -87,6 +87,7 @@ def test_ctrl_c_waits_for_the_step_and_pressed_again_ends_the_engine(
 ) -> None:
     forward = ModelRunner.forward
     times = [1]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 
     def press(self: ModelRunner, batch: object) -> object:
         for _ in range(times[0]):

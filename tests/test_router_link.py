@@ -26,6 +26,7 @@ from common.types import (
 from services.router.generation import Courier, Generation, Mailbox
 from services.router.link import DecodeStream, WorkerLink
 from services.router.outbox import Cancels, Positions
+from services.router.routing.board import NO_HINTS
 
 SLOT = 7
 
@@ -94,7 +95,7 @@ def make_generation(mailbox: Mailbox, n: int) -> Generation:
     request = GenerationRequest(
         request_id="r" * 32, model="m", prompt_token_ids=(1, 2), sampling=SamplingParams(n=n, max_tokens=64, seed=1)
     )
-    return Generation(request, mailbox)
+    return Generation(request, mailbox, 0, NO_HINTS)
 
 
 def make_mailbox(limit: int = 1000) -> Mailbox:

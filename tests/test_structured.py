@@ -397,8 +397,10 @@ def test_the_descriptor_rests_when_there_is_nothing_to_take(llama: Path) -> None
     while pool._rings_due and time.monotonic() < deadline:
         solo.step()
     assert pool._rings_due == 0
-    assert select.select([pool.wakeup_fd], [], [], 0.0) == ([], [], [])
+    waiting = select.poll()
+    waiting.register(pool.wakeup_fd, select.POLLIN)
+    assert waiting.poll(0) == []
     assert pool.num_compiled == 30
     pool.shutdown()
-    assert pool.wakeup_fd == -1
+    assert pool._wakeup_fd == -1
     assert not any(thread.is_alive() for thread in pool._threads)

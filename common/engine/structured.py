@@ -92,10 +92,17 @@ class GrammarPool:
         self._done: deque[_Work] = deque()
         self._threads: list[threading.Thread] = []
         self._rings_due = 0  # of the descriptor: one for each piece of work that was given to the threads
-        self.wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wakeup_fd = -1
         self.num_compiled = 0
         self.num_found = 0
         self.num_failed = 0
+
+    @property
+    def wakeup_fd(self) -> int:
+        """Readable when `poll` has something to find. There from when somebody asks for it."""
+        if self._wakeup_fd < 0:
+            self._wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        return self._wakeup_fd
 
     def __len__(self) -> int:
         """Grammars that are kept compiled."""
@@ -175,9 +182,9 @@ class GrammarPool:
         deadline = time.monotonic() + _END_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if self.wakeup_fd >= 0 and not any(thread.is_alive() for thread in self._threads):
-            os.close(self.wakeup_fd)
-            self.wakeup_fd = -1
+        if self._wakeup_fd >= 0 and not any(thread.is_alive() for thread in self._threads):
+            os.close(self._wakeup_fd)
+            self._wakeup_fd = -1
 
     def _compile(self, ticket: Ticket, key: Key) -> None:
         work = self._compiling.get(key)
