@@ -47,7 +47,8 @@ async def send(client: httpx.AsyncClient, request: Request) -> int:
             raise Wrong(request, f"no whole answer within {STUCK_S:g} s") from None
         return 0
     status = response.status_code
-    if status >= 500 and status != 503:
+    asked_for = status == 504 and b'"timeout"' in request.raw  # by a time that is too short for anything
+    if status >= 500 and status != 503 and not asked_for:
         raise Wrong(request, f"{status}: {raw[:500]!r}")
     if not response.headers.get("x-request-id"):
         raise Wrong(request, "the answer has no request id")
@@ -124,7 +125,7 @@ def has(cluster: RunningCluster, service: str) -> bool:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_random_requests(cluster: RunningCluster, count: int, record_property: Any) -> None:
     pids = {s.name: s.process.pid for s in cluster.state.services}
     before = cluster.complete("the sky is", max_tokens=8)["choices"]
