@@ -12,7 +12,7 @@ from collections.abc import Container
 from typing import Any, Final
 
 from common.text.parsers.out import Out
-from common.text.parsers.tape import Emit, Steps, Tape, peek, peek_solid, take
+from common.text.parsers.tape import Emit, Steps, Tape, peek_solid, quoted, scan, take
 
 _OUTSIDE: Final = re.compile(r'["{}\[\]<`]')
 _INSIDE: Final = re.compile(r'["\\]')
@@ -40,7 +40,7 @@ def value(tape: Tape, emit: Emit) -> Steps[bool]:
     if first == '"':
         tape.at += 1
         emit('"')
-        return (yield from _string(tape, emit))
+        return (yield from quoted(tape, _INSIDE, emit))
     if first in ("{", "["):
         return (yield from _nested(tape, emit))
     return (yield from _scalar(tape, emit))
@@ -48,25 +48,13 @@ def value(tape: Tape, emit: Emit) -> Steps[bool]:
 
 def _nested(tape: Tape, emit: Emit) -> Steps[bool]:
     depth = 0
-    while True:
-        text, at = tape.text, tape.at
-        found = _OUTSIDE.search(text, at)
-        end = len(text) if found is None else found.start()
-        if end > at:
-            emit(text[at:end])
-            tape.at = end
-        if found is None:
-            if tape.over:
-                return False
-            yield
-            continue
-        char = text[end]
+    while char := (yield from scan(tape, _OUTSIDE, emit)):
         if char in "<`":
             return False
         emit(char)
-        tape.at = end + 1
+        tape.at += 1
         if char == '"':
-            if not (yield from _string(tape, emit)):
+            if not (yield from quoted(tape, _INSIDE, emit)):
                 return False
         elif char in "{[":
             depth += 1
@@ -74,31 +62,7 @@ def _nested(tape: Tape, emit: Emit) -> Steps[bool]:
             depth -= 1
             if not depth:
                 return True
-
-
-def _string(tape: Tape, emit: Emit) -> Steps[bool]:
-    """The rest of a string, its closing quote included."""
-    while True:
-        text, at = tape.text, tape.at
-        found = _INSIDE.search(text, at)
-        if found is None:
-            if at < len(text):
-                emit(text[at:])
-                tape.at = len(text)
-            if tape.over:
-                return False
-            yield
-            continue
-        end = found.end()
-        if found.group() == '"':
-            emit(text[at:end])
-            tape.at = end
-            return True
-        emit(text[at:end])
-        tape.at = end
-        escaped = yield from peek(tape)
-        emit(escaped)
-        tape.at += len(escaped)
+    return False
 
 
 def _scalar(tape: Tape, emit: Emit) -> Steps[bool]:

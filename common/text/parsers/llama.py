@@ -14,7 +14,7 @@ from common.text.parsers import json_text
 from common.text.parsers.arguments import ArgumentWriter, Tools, literal, quote
 from common.text.parsers.constraint import JSON_CALL, CallSyntax
 from common.text.parsers.out import Out
-from common.text.parsers.tape import Emit, Marks, Steps, Tape, peek, peek_solid, short, until
+from common.text.parsers.tape import Emit, Marks, Steps, Tape, peek, peek_solid, quoted, scan, short, until
 
 _OPENS: Final = ("<|python_tag|>", "<|python_start|>")
 _CLOSES: Final = ("<|python_end|>",)
@@ -141,49 +141,16 @@ def _python_call(tape: Tape, out: Out, tools: Tools) -> Steps[bool]:
 def _expression(tape: Tape, emit: Emit) -> Steps[bool]:
     """A value's text, up to the comma or bracket after it."""
     depth = 0
-    while True:
-        text, at = tape.text, tape.at
-        found = _EXPRESSION.search(text, at)
-        end = len(text) if found is None else found.start()
-        if end > at:
-            emit(text[at:end])
-            tape.at = end
-        if found is None:
-            if tape.over:
-                return False
-            yield
-            continue
-        char = text[end]
+    while char := (yield from scan(tape, _EXPRESSION, emit)):
         if not depth and char in ",)":
             return True
         emit(char)
-        tape.at = end + 1
+        tape.at += 1
         if char in "\"'":
-            if not (yield from _string(tape, char, emit)):
+            if not (yield from quoted(tape, _STRING_ENDS[char], emit)):
                 return False
         elif char in "([{":
             depth += 1
         elif char in ")]}":
             depth -= 1
-
-
-def _string(tape: Tape, quote_mark: str, emit: Emit) -> Steps[bool]:
-    """The rest of a string, its closing quote included."""
-    end_of = _STRING_ENDS[quote_mark]
-    while True:
-        text, at = tape.text, tape.at
-        found = end_of.search(text, at)
-        end = len(text) if found is None else found.end()
-        if end > at:
-            emit(text[at:end])
-            tape.at = end
-        if found is None:
-            if tape.over:
-                return False
-            yield
-        elif found.group() == quote_mark:
-            return True
-        else:
-            escaped = yield from peek(tape)
-            emit(escaped)
-            tape.at += len(escaped)
+    return False

@@ -102,6 +102,31 @@ def until(tape: Tape, marks: Marks, emit: Emit, *, halves: bool = True) -> Steps
         yield
 
 
+def scan(tape: Tape, stops: re.Pattern[str], emit: Emit, *, through: bool = False) -> Steps[str]:
+    """Emit what precedes the first of `stops`, which are of one character; `through`: that too. "" at the end."""
+    while True:
+        text, at = tape.text, tape.at
+        found = stops.search(text, at)
+        end = len(text) if found is None else found.end() if through else found.start()
+        if end > at:
+            emit(text[at:end])
+            tape.at = end
+        if found is not None:
+            return found.group()
+        if tape.over:
+            return ""
+        yield
+
+
+def quoted(tape: Tape, stops: re.Pattern[str], emit: Emit) -> Steps[bool]:
+    """Emit the rest of a string with its closing quote. `stops`: that quote, or a backslash."""
+    while (stop := (yield from scan(tape, stops, emit, through=True))) == "\\":
+        escaped = yield from peek(tape)
+        emit(escaped)
+        tape.at += len(escaped)
+    return bool(stop)
+
+
 def peek(tape: Tape) -> Steps[str]:
     """The next character, not taken; "" at the end."""
     while tape.at == len(tape.text):
