@@ -7,7 +7,8 @@ that ran into max_tokens. Marks that frame all calls (`opens`, `closes`) are no 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final, NamedTuple
 
 from common.text.parsers import json_text
@@ -17,6 +18,9 @@ from common.text.parsers.out import Out
 from common.text.parsers.tape import Marks, Steps, Tape, close, peek_solid, short, take, until
 
 ReadCall = Callable[[Tape, Out, Tools, str], Steps[bool]]  # the mark that began it last; False: none, nothing put out
+
+TypesOf = Callable[[str], frozenset[str]]  # of a parameter
+Key = Steps[tuple[str, frozenset[str]] | None]
 
 _FUNCTION_NAME: Final = re.compile(r"[\w.:/-]+")
 
@@ -168,6 +172,47 @@ KIMI: Final = MarkedFormat(
 )
 
 
+# -- calls with a mark around each parameter -------------------------------------------------------------
+
+
+class _Parameters(NamedTuple):
+    """How a family writes them. `read_key`: the name that comes next and the types that its value may have; None: none.
+
+    `ends`: what ends the call, with the mark of the frame behind it if there is one. `opening` and `name_end` stand
+    around a name, `after` may follow it, `value_end` ends a value; `newlines` around a value belong to the format.
+    """
+
+    ends: Mapping[str, str]
+    read_key: Callable[[Tape, TypesOf], Key]
+    opening: str
+    name_end: str
+    value_end: Marks
+    after: tuple[str, ...] = ()
+    newlines: bool = False
+
+    def read(self, tape: Tape, out: Out, tools: Tools, name: str) -> Steps[bool]:
+        """From behind the call's name to its end. The call has begun then, whatever comes."""
+        out.begin_call(name)
+        tape.forget()
+        writer = ArgumentWriter(out)
+        while True:
+            yield from peek_solid(tape)
+            for end, frame in self.ends.items():
+                if (yield from take(tape, end)):
+                    writer.close()
+                    if frame:
+                        yield from close(tape, frame)
+                    return True
+            tape.keep()
+            found = yield from self.read_key(tape, partial(tools.types, name))
+            if found is None:
+                writer.stop(tape, self.opening, self.name_end, closes=tuple(self.ends), after=self.after)
+                return True
+            tape.forget()
+            if not (yield from writer.read(tape, *found, self.value_end, newlines=self.newlines)):
+                return True
+
+
 # -- GLM-4.5, 4.6, 4.7, 5 --------------------------------------------------------------------------------
 
 _GLM_NAME: Final = Marks("\n", "<arg_key>", "</tool_call>")
@@ -181,30 +226,24 @@ def _glm(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
     name = _name(text)
     if not found or not name:
         return False
-    out.begin_call(name)
-    tape.forget()
-    writer = ArgumentWriter(out)
     if found != "\n":
         tape.at -= len(found)
-    while True:
+    return (yield from _GLM_PARAMETERS.read(tape, out, tools, name))
+
+
+def _glm_key(tape: Tape, types: TypesOf) -> Key:
+    begun = yield from take(tape, "<arg_key>")
+    key, found = (yield from short(tape, _KEY_END)) if begun else ("", "")
+    if found:
         yield from peek_solid(tape)
-        if (yield from take(tape, "</tool_call>")):
-            writer.close()
-            return True
-        tape.keep()
-        begun = yield from take(tape, "<arg_key>")
-        key, found = (yield from short(tape, _KEY_END)) if begun else ("", "")
-        if found:
-            yield from peek_solid(tape)
-        if not found or not (yield from take(tape, "<arg_value>")):
-            writer.stop(tape, "<arg_key>", "</arg_key>", closes=("</tool_call>",), after=("<arg_value>",))
-            return True
-        tape.forget()
-        types = tools.types(name, key.strip())
-        if not (yield from writer.read(tape, key.strip(), types, _VALUE_END, newlines=False)):
-            return True
+    if not found or not (yield from take(tape, "<arg_value>")):
+        return None
+    return key.strip(), types(key.strip())
 
 
+_GLM_PARAMETERS: Final = _Parameters(
+    {"</tool_call>": ""}, _glm_key, "<arg_key>", "</arg_key>", _VALUE_END, after=("<arg_value>",)
+)
 GLM45: Final = MarkedFormat(
     ("<tool_call>",),
     _glm,
@@ -243,30 +282,18 @@ def _qwen3_coder(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
     name = _name(text)
     if not found or not name:
         return False
-    out.begin_call(name)
-    tape.forget()
-    writer = ArgumentWriter(out)
-    while True:
-        yield from peek_solid(tape)
-        if (yield from take(tape, "</function>")):
-            writer.close()
-            yield from close(tape, "</tool_call>")
-            return True
-        if (yield from take(tape, "</tool_call>")):
-            writer.close()
-            return True
-        tape.keep()
-        begun = yield from take(tape, "<parameter=")
-        key, found = (yield from short(tape, _ANGLE)) if begun else ("", "")
-        if not found:
-            writer.stop(tape, "<parameter=", ">", closes=("</function>", "</tool_call>"))
-            return True
-        tape.forget()
-        types = tools.types(name, key.strip())
-        if not (yield from writer.read(tape, key.strip(), types, _PARAMETER_END, newlines=True)):
-            return True
+    return (yield from _QWEN3_PARAMETERS.read(tape, out, tools, name))
 
 
+def _qwen3_key(tape: Tape, types: TypesOf) -> Key:
+    begun = yield from take(tape, "<parameter=")
+    key, found = (yield from short(tape, _ANGLE)) if begun else ("", "")
+    return (key.strip(), types(key.strip())) if found else None
+
+
+_QWEN3_PARAMETERS: Final = _Parameters(
+    {"</function>": "</tool_call>", "</tool_call>": ""}, _qwen3_key, "<parameter=", ">", _PARAMETER_END, newlines=True
+)
 QWEN3_CODER: Final = MarkedFormat(
     ("<tool_call>", "<function="),
     _qwen3_coder,
@@ -296,29 +323,22 @@ def _dsml(tape: Tape, out: Out, tools: Tools, mark: str) -> Steps[bool]:
     name = _name(header[1]) if header else ""
     if not found or not name:
         return False
-    out.begin_call(name)
-    tape.forget()
-    writer = ArgumentWriter(out)
-    while True:
-        yield from peek_solid(tape)
-        if (yield from take(tape, "</｜DSML｜invoke>")):
-            writer.close()
-            return True
-        tape.keep()
-        begun = yield from take(tape, "<｜DSML｜parameter")
-        text, found = (yield from short(tape, _HEADER_END)) if begun else ("", "")
-        header = _PARAMETER.fullmatch(text)
-        if not found or not header:
-            writer.stop(tape, '<｜DSML｜parameter name="', '"', closes=("</｜DSML｜invoke>",), after=_DSML_FLAGS)
-            return True
-        tape.forget()
-        types = tools.types(name, header[1])
-        if header[2] == "true" and "string" in types:
-            types = STRING
-        if not (yield from writer.read(tape, header[1], types, _DSML_END, newlines=False)):
-            return True
+    return (yield from _DSML_PARAMETERS.read(tape, out, tools, name))
 
 
+def _dsml_key(tape: Tape, types: TypesOf) -> Key:
+    begun = yield from take(tape, "<｜DSML｜parameter")
+    text, found = (yield from short(tape, _HEADER_END)) if begun else ("", "")
+    header = _PARAMETER.fullmatch(text)
+    if not found or not header:
+        return None
+    own = types(header[1])
+    return header[1], STRING if header[2] == "true" and "string" in own else own
+
+
+_DSML_PARAMETERS: Final = _Parameters(
+    {"</｜DSML｜invoke>": ""}, _dsml_key, '<｜DSML｜parameter name="', '"', _DSML_END, after=_DSML_FLAGS
+)
 DEEPSEEK_V32: Final = MarkedFormat(
     ("<｜DSML｜invoke",),
     _dsml,
