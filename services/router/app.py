@@ -18,7 +18,7 @@ from common.types import ModelInfo, Role
 from services.router import replies
 from services.router.admission.callers import Callers
 from services.router.console.routes import add_dashboard
-from services.router.endpoint import REQUEST_ID, Api, RawEndpoint
+from services.router.endpoint import Api, RawEndpoint, request_id_of
 from services.router.errors import error_body, error_headers, shaped, status_of
 from services.router.exchange import Receive, Scope, Send
 from services.router.gateway import Gateway
@@ -56,8 +56,7 @@ class _App(FastAPI):
 
     def _with_request_id(self, scope: Scope, send: Send) -> Send:
         """Raw routes name it themselves."""
-        given = next((value for key, value in scope["headers"] if key == b"x-request-id"), b"")
-        request_id = given if REQUEST_ID.fullmatch(given.decode("latin-1")) else b"%032x" % self._rng.getrandbits(128)
+        request_id = request_id_of(scope, self._rng).encode()
 
         async def sending(message: Any) -> None:
             if message["type"] == "http.response.start" and not _names(message):

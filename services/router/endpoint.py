@@ -19,9 +19,15 @@ from services.router.errors import status_of
 from services.router.exchange import Exchange, Receive, Scope, Send
 from services.router.metrics import RouterMetrics
 
-REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
 _log = get_logger(__name__)
+
+
+def request_id_of(scope: Scope, rng: random.Random) -> str:
+    """The caller's own name for its request, or a new one."""
+    given = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"x-request-id"), "")
+    return given if _REQUEST_ID.fullmatch(given) else f"{rng.getrandbits(128):032x}"
 
 
 class Api(NamedTuple):
@@ -47,9 +53,7 @@ class RawEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
-        request_id = exchange.header(b"x-request-id")
-        if REQUEST_ID.fullmatch(request_id) is None:
-            request_id = f"{self._rng.getrandbits(128):032x}"
+        request_id = request_id_of(scope, self._rng)
         above = parse_traceparent(exchange.header(b"traceparent"))
         trace = begin_trace(self._rng) if above is None else above.child(self._rng)
         began_s = time.monotonic() if trace.sampled else 0.0
