@@ -24,14 +24,10 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import report  # noqa: E402
 from benchmarks.router.load import drink, load, pause, write_tokenizer  # noqa: E402
+from benchmarks.router.pinned import cpu_of, free_port, process  # noqa: E402
 from common.errors import UnavailableError  # noqa: E402
 from common.types import (  # noqa: E402
     GenerationRequest,
@@ -108,30 +105,6 @@ async def direct(port: int, epoch: int, concurrency: int, seconds: float, every_
 # -- the run -------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def process(command: list[str], core: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process pinned to a core, ended by SIGTERM."""
-    with log.open("wb") as output:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
-        psutil.Process(child.pid).cpu_affinity([core])
-        try:
-            yield child
-        finally:
-            child.send_signal(signal.SIGTERM)
-            try:
-                child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-
-
 async def wait_ready(port: int) -> None:
     for _ in range(300):
         try:
@@ -151,15 +124,6 @@ def loop_ms() -> float:
     start = time.perf_counter()
     sum(range(10**6))
     return 1000 * (time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def cpu_of(process: psutil.Process) -> Iterator[list[float]]:
-    """Its share of a core meanwhile, known at the end."""
-    used: list[float] = []
-    before, start = sum(process.cpu_times()[:2]), time.perf_counter()
-    yield used
-    used.append((sum(process.cpu_times()[:2]) - before) / (time.perf_counter() - start))
 
 
 async def measure(router_port: int, worker_port: int, pid: int, seconds: float, parts: set[str]) -> dict[str, Any]:

@@ -21,8 +21,6 @@ import contextlib
 import json
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -41,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import report  # noqa: E402
+from benchmarks.router.pinned import cpu_of, free_port, process  # noqa: E402
 from common.text import Tokenizer  # noqa: E402
 from services.cli.demo_model import ensure_demo_model  # noqa: E402
 from services.cli.state import cache_root  # noqa: E402
@@ -102,22 +101,6 @@ def write_bodies(path: Path, tokenizer: Tokenizer) -> None:
 
 
 @contextlib.contextmanager
-def process(command: list[str], core: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("wb") as output:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        psutil.Process(child.pid).cpu_affinity([core])
-        try:
-            yield child
-        finally:
-            child.send_signal(signal.SIGTERM)
-            try:
-                child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-
-
-@contextlib.contextmanager
 def started(
     name: str, folder: Path, model: Path, mock: Path, here: int, there: int, others: Path
 ) -> Iterator[tuple[int, int]]:
@@ -156,13 +139,6 @@ def wait_ready(port: int, path: str, child: subprocess.Popen[bytes], log: Path) 
     raise SystemExit(f"a router does not answer:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 # -- figures -------------------------------------------------------------------------------------------
 
 
@@ -171,14 +147,13 @@ def measure(mock: Path, port: int, pid: int, bodies: Path, seconds: float, rate:
     load(mock, port, bodies, 1.0, 0.0)  # warm
     found: dict[str, Any] = {}
     for part, due in (("most", 0.0), ("half", rate)):
-        before, began = sum(cpu.cpu_times()[:2]), time.perf_counter()
-        got = load(mock, port, bodies, seconds, due)
-        busy = (sum(cpu.cpu_times()[:2]) - before) / (time.perf_counter() - began)
+        with cpu_of(cpu) as used:
+            got = load(mock, port, bodies, seconds, due)
         per_s = {
             name: got[key] / got["seconds"]
             for name, key in (("requests_per_s", "requests"), ("tokens_per_s", "events"))
         }
-        found[part] = got | per_s | {"router_cpu": busy}
+        found[part] = got | per_s | {"router_cpu": used[0]}
     found["rss_mb"] = cpu.memory_info().rss / 1e6
     return found
 
