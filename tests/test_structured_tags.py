@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import text_support
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as RawTokenizer
+from grammar_support import WAYS, allows, vocabulary, write_tokenizer
 
 from common.engine.constraint import Vocabulary, compile_grammar
 from common.errors import InvalidRequestError, UnsupportedError
@@ -35,32 +33,10 @@ REGEX_PART = {"type": "regex", "pattern": r"a/b+\d"}
 TEXT_PART = {"type": "any_text"}
 
 
-@pytest.fixture(scope="module", params=["special", "tokens", "text"], ids=lambda how: f"marks are {how}")
+@pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"marks are {way}")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    raw = RawTokenizer.from_str(text_support.byte_level().to_str())
-    if request.param != "text":
-        for mark in ("<think>", "</think>", "<call>", "</call>"):
-            raw.add_tokens([AddedToken(mark, special=request.param == "special", normalized=False)])
-    folder = tmp_path_factory.mktemp("tags")
-    raw.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@cache
-def encoder(folder: Path) -> RawTokenizer:
-    return RawTokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-@cache
-def vocabulary(folder: Path) -> Vocabulary:
-    return Vocabulary(folder, encoder(folder).get_vocab_size(), frozenset({2}))
-
-
-def allows(folder: Path, grammar: Grammar, text: str) -> bool:
-    """Whether the text may be a whole answer."""
-    matcher = compile_grammar(grammar, vocabulary(folder))
-    ids = encoder(folder).encode(text, add_special_tokens=False).ids
-    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+    marks = ("<think>", "</think>", "<call>", "</call>")
+    return write_tokenizer(tmp_path_factory.mktemp("tags"), marks, request.param)
 
 
 def tags(source: dict[str, Any]) -> Grammar:

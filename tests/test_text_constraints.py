@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import grammar_support
 import parser_support
 import pytest
-import text_support
-from llguidance import LLMatcher
+from grammar_support import WAYS, write_tokenizer
 from parser_support import goldens, parse, plan
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as RawTokenizer
 
-from common.engine.constraint import Vocabulary, compile_grammar
 from common.text.parsers import CALL_PARSERS, REASONING_PARSERS, Around, Start, answer_or_calls, required, strict
 from common.text.parsers.constraint import Part
 from common.types import Grammar, GrammarKind
@@ -27,35 +23,16 @@ FULL: dict[str, Any] = {"city": "Zürich <b>", "unit": "celsius", "days": 3}
 NO_UNIT = {"city": "007"}
 
 
-@pytest.fixture(scope="module", params=["special", "tokens", "text"], ids=lambda how: f"marks are {how}")
+@pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"marks are {way}")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    raw = RawTokenizer.from_str(text_support.byte_level().to_str())
-    if request.param != "text":
-        marks = {mark for name in MARKED for mark in CALL_PARSERS[name].marks if "DSML" not in mark}
-        special = request.param == "special"
-        for mark in [*sorted(marks), "｜DSML｜", "</think>"]:
-            raw.add_tokens([AddedToken(mark, special=special, normalized=False)])
-    folder = tmp_path_factory.mktemp("marks")
-    raw.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@cache
-def encoder(folder: Path) -> RawTokenizer:
-    return RawTokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-@cache
-def vocabulary(folder: Path) -> Vocabulary:
-    return Vocabulary(folder, encoder(folder).get_vocab_size(), frozenset({2}))
+    marks = {mark for name in MARKED for mark in CALL_PARSERS[name].marks if "DSML" not in mark}
+    return write_tokenizer(tmp_path_factory.mktemp("marks"), [*sorted(marks), "｜DSML｜", "</think>"], request.param)
 
 
 def allows(folder: Path, part: Part, text: str) -> bool:
     """Whether the text may be a whole answer."""
     grammar = Grammar(kind=GrammarKind.STRUCTURAL_TAG, source=json.dumps(part), param="tools")
-    matcher: LLMatcher = compile_grammar(grammar, vocabulary(folder))
-    ids = encoder(folder).encode(text, add_special_tokens=False).ids
-    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+    return grammar_support.allows(folder, grammar, text)
 
 
 def written(family: str, *calls: tuple[str, dict[str, Any]]) -> str:
