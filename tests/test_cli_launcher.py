@@ -21,14 +21,15 @@ from services.cli.report import Report
 from services.cli.state import ClusterState, ProcessId, StateFolder
 
 
-def gone(pids: list[int]) -> bool:
-    return not any(ProcessId.of(pid).alive for pid in pids)
-
-
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - other processes change it
             await asyncio.sleep(0.05)
+
+
+async def gone(pids: list[int]) -> None:
+    """SIGKILL to what a service had started takes a moment."""
+    await until(lambda: not any(ProcessId.of(pid).alive for pid in pids))
 
 
 class Run:
@@ -96,7 +97,7 @@ async def test_starts_proves_and_stops_everything(tmp_path: Path) -> None:
     assert await asyncio.wait_for(task, 30) == 0
     assert run.state.phase == "stopped"
     assert run.state.services == ()
-    assert gone(pids)
+    await gone(pids)
     assert all("drained" in spec.log.read_text() for spec in specs)
     text = run.out.getvalue()
     assert "loading the model" in text
@@ -114,7 +115,7 @@ async def test_death_before_ready_fails_with_the_logs_tail(tmp_path: Path) -> No
     assert run.state.phase == "failed"
     assert not run.ready.is_set()
     assert run.out.getvalue().endswith("    about to fail: no such model\n")  # the cause is the last thing said
-    await until(lambda: gone(logged_pids(bad) + logged_pids(router)))  # SIGKILL takes a moment
+    await gone(logged_pids(bad) + logged_pids(router))
 
 
 async def test_never_ready_ends_at_the_limit(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ async def test_never_ready_ends_at_the_limit(tmp_path: Path) -> None:
     run = Run(tmp_path, plan_of(folder, slow), ready_timeout_s=1.0)
     assert await asyncio.wait_for(run.launcher.run(), 30) == 1
     assert "not ready after 1 s" in run.state.detail
-    assert gone(logged_pids(slow))
+    await gone(logged_pids(slow))
 
 
 async def test_stopped_before_it_is_ready_is_no_success(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ async def test_dead_service_is_reported_and_restarted(tmp_path: Path) -> None:
     assert state.process.pid not in first
     run.launcher.stop()
     assert await asyncio.wait_for(task, 30) == 0
-    assert gone(logged_pids(worker))  # the helper of the killed one as well
+    await gone(logged_pids(worker))  # the helper of the killed one as well
 
 
 async def test_restarts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +197,7 @@ async def test_second_stop_kills(tmp_path: Path) -> None:
     assert not task.done()
     run.launcher.stop()
     assert await asyncio.wait_for(task, 10) == 0
-    assert gone(pids)
+    await gone(pids)
 
 
 async def test_slow_stop_ends_at_the_grace(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ async def test_slow_stop_ends_at_the_grace(tmp_path: Path) -> None:
     run.launcher.stop()
     assert await asyncio.wait_for(task, 10) == 0
     assert "and was killed" in run.out.getvalue()
-    assert gone(pids)
+    await gone(pids)
 
 
 LONE_LAUNCHER = """
