@@ -14,8 +14,8 @@ from torch import Tensor
 from common.attention.context import AttentionBackend, AttentionContext, GroupTables
 from common.attention.reference import ReferenceBackend
 from common.kvcache.layout import TAIL_GROUP, Retention
-from common.kvcache.manager import BlockCopy
 from common.kvcache.pool import KVPool
+from common.kvcache.tables import BlockCopy
 from common.layers.base import TensorParallel
 from common.layers.media_positions import rope_positions
 from common.layers.step import StepMedia

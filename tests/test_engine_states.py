@@ -39,7 +39,7 @@ def ask(solo: Solo, folder: Path, prompt: tuple[int, ...], count: int = COUNT) -
 def made(solo: Solo) -> tuple[int, int]:
     """Copies of states cached, and not for lack of room."""
     cache = solo.decode.parts.cache
-    return cache.checkpoints_made, cache.checkpoints_skipped
+    return cache.snapshots.checkpoints_made, cache.snapshots.checkpoints_skipped
 
 
 def few_states(number: int, **more: Any) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def test_a_state_is_handed_over(hybrid: Path, blocks: tuple[int, int], dtype: st
     moved = [e for e in pair.events if getattr(e, "group", "") == "state"]
     assert [e.start_position + 1 for e in moved] == [len(p) for p in given]
     assert blocks[1] > 32 or made(pair)[0] > 0
-    assert pair.prefill.parts.cache.checkpoints_made > 0
+    assert pair.prefill.parts.cache.snapshots.checkpoints_made > 0
     pair.check_idle()
 
 

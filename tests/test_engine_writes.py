@@ -17,7 +17,7 @@ from mtp_support import MTP, make_mtp
 from common.engine.build import BuiltEngine
 from common.engine.drafting import DraftWork
 from common.engine.runner import Pending, StepResult
-from common.kvcache.manager import BlockCopy
+from common.kvcache.tables import BlockCopy
 
 
 class Book:

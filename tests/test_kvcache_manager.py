@@ -6,7 +6,8 @@ import pytest
 from kvcache_support import HandClock, chain_of, full, layout, manager, run, snapshots, states, tail, window
 
 from common.kvcache.layout import GroupSpec
-from common.kvcache.manager import NO_HIT, BlockCopy, KVCacheManager
+from common.kvcache.manager import NO_HIT, KVCacheManager
+from common.kvcache.tables import BlockCopy
 
 A, B = list(range(100)), [*range(40), *range(500, 560)]
 
@@ -231,17 +232,17 @@ def test_a_snapshot_supplies_exactly_its_position() -> None:
     chain = chain_of(A)
     m.open(1, "a")
     assert m.reserve(1, 100)
-    assert m.reserve_states(1)
-    own = m.state_blocks(1)["state"]
-    assert m.state_origin(1) == [BlockCopy("state", -1, own)], "begins with zeros"
+    assert m.snapshots.reserve_states(1)
+    own = m.snapshots.state_blocks(1)["state"]
+    assert m.snapshots.state_origin(1) == [BlockCopy("state", -1, own)], "begins with zeros"
     m.advance(1, chain, 64)
-    assert m.state_origin(1) == [], "goes on from where the step before left it"
+    assert m.snapshots.state_origin(1) == [], "goes on from where the step before left it"
     hit = m.match_prefix(chain, 64)
     assert (hit.num_tokens, hit.reach) == (0, 64)
-    (copy,) = m.checkpoint(1, chain[4])
+    (copy,) = m.snapshots.checkpoint(1, chain[4])
     assert copy == BlockCopy("state", own, copy.target)
     assert copy.target != own
-    assert m.checkpoint(1, chain[4]) == [], "cached already"
+    assert m.snapshots.checkpoint(1, chain[4]) == [], "cached already"
     hit = m.match_prefix(chain, 96)
     assert (hit.num_tokens, hit.reach) == (64, 64)
     assert m.block_table(1, "state") == [own]
@@ -250,21 +251,21 @@ def test_a_snapshot_supplies_exactly_its_position() -> None:
     m.open(2, "b")
     assert hit.blocks["state"] == (copy.target,)
     assert m.reserve(2, 80, hit)
-    assert m.reserve_states(2)
-    second = m.state_blocks(2)["state"]
+    assert m.snapshots.reserve_states(2)
+    second = m.snapshots.state_blocks(2)["state"]
     assert m.block_table(2, "state") == [copy.target, second]
-    assert m.state_origin(2) == [BlockCopy("state", copy.target, second)]
-    assert m.checkpoint(1, chain[5]) == [], "all blocks are held"
-    assert (m.checkpoints_made, m.checkpoints_skipped) == (1, 1)
+    assert m.snapshots.state_origin(2) == [BlockCopy("state", copy.target, second)]
+    assert m.snapshots.checkpoint(1, chain[5]) == [], "all blocks are held"
+    assert (m.snapshots.checkpoints_made, m.snapshots.checkpoints_skipped) == (1, 1)
     m.advance(2, chain, 65)
     assert m.block_table(2, "state") == [second], "the state was taken over in the first step"
-    assert m.state_origin(2) == []
+    assert m.snapshots.state_origin(2) == []
     m.open(3, "c")
     assert m.reserve(3, 16)
-    assert m.reserve_states(3)
+    assert m.snapshots.reserve_states(3)
     assert m.match_prefix(chain, 96).num_tokens == 0, "evicted for the new one"
     m.open(4, "d")
-    assert not m.reserve_states(4)
+    assert not m.snapshots.reserve_states(4)
     for seq_id in (1, 2, 3, 4):
         m.close(seq_id)
     m.check_idle()
@@ -277,20 +278,22 @@ def test_a_state_that_a_read_may_have_written_is_not_gone_on_from() -> None:
         m = manager(full(16), snapshots(4), tail(1))
         chain = chain_of(A)
         run(m, 1, A[:64])
-        m.reserve_states(1)
-        m.checkpoint(1, chain[4])
+        m.snapshots.reserve_states(1)
+        m.snapshots.checkpoint(1, chain[4])
         for seq_id, hit, start in ((2, m.match_prefix(chain, 90), 64), (3, NO_HIT, 0)):
             m.open(seq_id, "b")
             assert m.reserve(seq_id, 90, hit, fetch_to=90)
-            assert m.reserve_states(seq_id)
-            m.begin_read(seq_id, "state", list(m.state_blocks(seq_id).values()))
+            assert m.snapshots.reserve_states(seq_id)
+            m.begin_read(seq_id, "state", list(m.snapshots.state_blocks(seq_id).values()))
             if ended:
                 m.end_read(seq_id)
             m.detach_in_flight(seq_id)
             assert m.num_computed(seq_id) == start
-            assert m.reserve_states(seq_id)
+            assert m.snapshots.reserve_states(seq_id)
             source = next(iter(hit.blocks.get("state", ())), -1)
-            assert m.state_origin(seq_id) == [BlockCopy("state", source, m.state_blocks(seq_id)["state"])]
+            assert m.snapshots.state_origin(seq_id) == [
+                BlockCopy("state", source, m.snapshots.state_blocks(seq_id)["state"])
+            ]
             if not ended:
                 m.end_read(seq_id)
             m.close(seq_id)
@@ -302,14 +305,14 @@ def test_a_state_with_no_other_origin_takes_the_sequence_back_to_its_start() -> 
     m = manager(full(16), snapshots(2))
     chain = chain_of(A)
     run(m, 1, A[:32])
-    m.reserve_states(1)
+    m.snapshots.reserve_states(1)
     assert m.reserve(1, 64, fetch_to=64)
-    m.begin_read(1, "state", list(m.state_blocks(1).values()))
+    m.begin_read(1, "state", list(m.snapshots.state_blocks(1).values()))
     m.detach_in_flight(1)
     assert m.num_computed(1) == 0
     m.end_read(1)
-    assert m.reserve_states(1)
-    assert m.state_origin(1) == [BlockCopy("state", -1, m.state_blocks(1)["state"])]
+    assert m.snapshots.reserve_states(1)
+    assert m.snapshots.state_origin(1) == [BlockCopy("state", -1, m.snapshots.state_blocks(1)["state"])]
     assert m.reserve(1, 32)
     m.advance(1, chain, 32)
     m.close(1)
@@ -317,14 +320,14 @@ def test_a_state_with_no_other_origin_takes_the_sequence_back_to_its_start() -> 
 
 
 def test_no_checkpoints_without_a_prefix_cache_or_states() -> None:
-    assert manager(full(4), tail(1)).checkpoint_step == 0
-    assert manager(full(4), snapshots(2), caching=False).checkpoint_step == 0
-    assert manager(full(4, 32), snapshots(2)).checkpoint_step == 32
+    assert manager(full(4), tail(1)).snapshots.checkpoint_step == 0
+    assert manager(full(4), snapshots(2), caching=False).snapshots.checkpoint_step == 0
+    assert manager(full(4, 32), snapshots(2)).snapshots.checkpoint_step == 32
     m = manager(full(4), snapshots(2))
     run(m, 1, A[:16])
-    m.reserve_states(1)
+    m.snapshots.reserve_states(1)
     m.reset_prefix_cache()
-    assert m.checkpoint(1, chain_of(A)[1]) == [], "of a sequence that began before the reset"
+    assert m.snapshots.checkpoint(1, chain_of(A)[1]) == [], "of a sequence that began before the reset"
 
 
 def test_only_snapshots() -> None:
@@ -332,10 +335,10 @@ def test_only_snapshots() -> None:
     chain = chain_of(A)
     m.open(1, "a")
     assert m.reserve(1, 10_000)
-    assert m.reserve_states(1)
+    assert m.snapshots.reserve_states(1)
     for position in (32, 80):
         m.advance(1, chain, position)
-        assert m.checkpoint(1, chain[position // 16])
+        assert m.snapshots.checkpoint(1, chain[position // 16])
     assert m.match_prefix(chain, 96).num_tokens == 80
     assert m.match_prefix(chain, 79).num_tokens == 32
     assert m.match_prefix(chain_of(B), 96).num_tokens == 32
@@ -350,13 +353,13 @@ def test_tail_blocks_are_never_cached() -> None:
     m = manager(full(4), tail(1))
     m.open(1, "a")
     m.open(2, "b")
-    block = m.reserve_tail(1)
+    block = m.snapshots.reserve_tail(1)
     assert block is not None
-    assert (m.tail_block(1), m.tail_block(2), m.reserve_tail(2)) == (block, None, None)
-    assert m.checkpoint(1, b"x" * 16) == []
-    m.free_tail(1)
-    m.free_tail(1)
-    assert m.reserve_tail(2) == block
+    assert (m.snapshots.tail_block(1), m.snapshots.tail_block(2), m.snapshots.reserve_tail(2)) == (block, None, None)
+    assert m.snapshots.checkpoint(1, b"x" * 16) == []
+    m.snapshots.free_tail(1)
+    m.snapshots.free_tail(1)
+    assert m.snapshots.reserve_tail(2) == block
     m.close(2)
     assert states(m, "tail") == (1, 0, 0, 0, 0)
 
@@ -406,9 +409,9 @@ def test_blocks_stay_in_flight_until_the_read_ends() -> None:
     m = manager(full(6), tail(1))
     m.open(1, "a")
     assert m.reserve(1, 48)
-    m.reserve_tail(1)
+    m.snapshots.reserve_tail(1)
     m.begin_read(5, "full", m.block_table(1, "full")[1:])
-    m.begin_read(5, "tail", [m.tail_block(1) or 0])
+    m.begin_read(5, "tail", [m.snapshots.tail_block(1) or 0])
     assert states(m) == (3, 1, 0, 0, 2)
     m.close(1)
     assert states(m) == (4, 0, 0, 0, 2)
@@ -469,7 +472,7 @@ def test_detach_lets_the_sequence_go_on_in_other_blocks() -> None:
     m.open(1, "a")
     assert m.reserve(1, 64)
     m.advance(1, chain, 20)
-    tail_block = m.reserve_tail(1)
+    tail_block = m.snapshots.reserve_tail(1)
     assert tail_block is not None
     read = {g: m.block_table(1, g)[2:] for g in ("full", "window")}
     for group, blocks in read.items():
@@ -477,7 +480,7 @@ def test_detach_lets_the_sequence_go_on_in_other_blocks() -> None:
     m.begin_read(1, "tail", [tail_block])
     m.detach_in_flight(1)
     assert m.num_computed(1) == 20
-    assert m.tail_block(1) is None
+    assert m.snapshots.tail_block(1) is None
     assert [len(m.block_table(1, g)) for g in read] == [2, 2]
     assert m.reserve(1, 64)
     assert not set(read["full"]) & set(m.block_table(1, "full"))
@@ -647,7 +650,7 @@ def test_usage_is_that_of_the_fullest_group() -> None:
     assert m.usage() == 0.0
     run(m, 1, A[:32])
     assert m.usage() == 0.25
-    m.reserve_tail(1)
+    m.snapshots.reserve_tail(1)
     assert m.usage() == 0.5
     m.close(1)
     assert (m.usage(), m.num_available("full")) == (0.0, 8)

@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvcache_support import chain_of, full, manager, snapshots, tail, window
 
 from common.kvcache.layout import TAIL_GROUP, GroupSpec
-from common.kvcache.manager import BlockCopy, PrefixHit
+from common.kvcache.manager import PrefixHit
+from common.kvcache.tables import BlockCopy
 
 LENGTH = 192
 
@@ -136,7 +137,7 @@ class Lives(RuleBasedStateMachine):
             assert self.m.ledger() == before
             self.m.close(seq_id)
             return
-        if not self.m.reserve_states(seq_id):
+        if not self.m.snapshots.reserve_states(seq_id):
             self.m.close(seq_id)
             return
         self._check_hit(stream, hit)
@@ -149,7 +150,7 @@ class Lives(RuleBasedStateMachine):
 
     def _update_state(self, seq: Seq, end: int) -> None:
         """What layers do in place: from the computed position to `end`."""
-        for name, block in self.m.state_blocks(seq.seq_id).items():
+        for name, block in self.m.snapshots.state_blocks(seq.seq_id).items():
             if seq.computed:
                 assert self.held[name, block, 0] == seq.label(seq.computed), f"the state is not of {seq.computed}"
             self.held[name, block, 0] = seq.label(end)
@@ -158,7 +159,7 @@ class Lives(RuleBasedStateMachine):
     def compute(self, n: int, num_new: int, rejected: int, keep: bool) -> None:
         """A step: a chunk, or a few tokens of which some turn out to be wrong drafts; a state cannot be cut back."""
         seq = self._pick(n, fetching=False)
-        if seq is None or not self.m.reserve_states(seq.seq_id):
+        if seq is None or not self.m.snapshots.reserve_states(seq.seq_id):
             return
         end = min(seq.computed + num_new, LENGTH)
         if self.has_state:
@@ -169,14 +170,14 @@ class Lives(RuleBasedStateMachine):
             return
         kept = max(seq.computed, end - rejected)
         if kept > seq.computed:
-            self._copy(self.m.state_origin(seq.seq_id))
+            self._copy(self.m.snapshots.state_origin(seq.seq_id))
             self._update_state(seq, kept)
         self._write(seq, range(seq.computed, kept))
         self._write(seq, range(kept, end), draft=True)
         self.m.advance(seq.seq_id, CHAINS[seq.stream], kept)
         seq.computed = kept
         if self.has_state and kept and kept % 16 == 0:
-            self._copy(self.m.checkpoint(seq.seq_id, CHAINS[seq.stream][kept // 16]))
+            self._copy(self.m.snapshots.checkpoint(seq.seq_id, CHAINS[seq.stream][kept // 16]))
         if rejected % 2:
             self.m.truncate(seq.seq_id, kept)
 
@@ -193,7 +194,7 @@ class Lives(RuleBasedStateMachine):
         end = min(seq.computed + more, LENGTH) if seq else 0
         if seq is None or end == seq.computed or seq.computed % 32 or seq.weights != self.weights:
             return
-        if not self.m.reserve_states(seq.seq_id):
+        if not self.m.snapshots.reserve_states(seq.seq_id):
             return
         if not self.m.reserve(seq.seq_id, end, fetch_to=end if planned else 0):
             return
@@ -205,10 +206,10 @@ class Lives(RuleBasedStateMachine):
             blocks = self.m.block_table(seq.seq_id, g.name)[first:]
             read.blocks += [(g.name, b) for b in blocks]
             self.m.begin_read(seq.read_id, g.name, blocks)
-        for name, block in self.m.state_blocks(seq.seq_id).items():
+        for name, block in self.m.snapshots.state_blocks(seq.seq_id).items():
             self.m.begin_read(seq.read_id, name, [block])
             read.blocks.append((name, block))
-        if tail_too and self.has_tail and (block := self.m.reserve_tail(seq.seq_id)) is not None:
+        if tail_too and self.has_tail and (block := self.m.snapshots.reserve_tail(seq.seq_id)) is not None:
             self.m.begin_read(seq.read_id, TAIL_GROUP, [block])
             read.blocks.append((TAIL_GROUP, block))
 
@@ -224,13 +225,13 @@ class Lives(RuleBasedStateMachine):
             for p in range(first, seq.fetching):
                 if (g.name, table[p // g.block_size]) in blocks:
                     self.held[g.name, table[p // g.block_size], p % g.block_size] = seq.label(p + 1)
-        for name, block in self.m.state_blocks(seq.seq_id).items():
+        for name, block in self.m.snapshots.state_blocks(seq.seq_id).items():
             self.held[name, block, 0] = seq.label(seq.fetching)
         self.m.end_read(seq.read_id)
         self.m.advance(seq.seq_id, CHAINS[seq.stream], seq.fetching)
         seq.computed, seq.fetching = seq.fetching, 0
         if self.has_tail:
-            self.m.free_tail(seq.seq_id)
+            self.m.snapshots.free_tail(seq.seq_id)
 
     @rule(n=st.integers(0, 99))
     def fetch_fails(self, n: int) -> None:
@@ -283,10 +284,10 @@ class Lives(RuleBasedStateMachine):
         if seq is None or not self.has_tail:
             return
         if free:
-            self.m.free_tail(seq.seq_id)
-            assert self.m.tail_block(seq.seq_id) is None
+            self.m.snapshots.free_tail(seq.seq_id)
+            assert self.m.snapshots.tail_block(seq.seq_id) is None
         else:
-            assert self.m.reserve_tail(seq.seq_id) == self.m.tail_block(seq.seq_id)
+            assert self.m.snapshots.reserve_tail(seq.seq_id) == self.m.snapshots.tail_block(seq.seq_id)
 
     @precondition(lambda self: self.next_id % 8 == 0)
     @rule()

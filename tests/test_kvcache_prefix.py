@@ -92,8 +92,8 @@ def test_the_first_block_with_a_prefix_wins() -> None:
 def test_events_tell_what_the_index_holds() -> None:
     m = manager(full(4), snapshots(2), events=True)
     run(m, 1, TOKENS[:32])
-    m.reserve_states(1)
-    m.checkpoint(1, CHAIN[2])
+    m.snapshots.reserve_states(1)
+    m.snapshots.checkpoint(1, CHAIN[2])
     m.reserve(1, 48)
     m.advance(1, CHAIN, 48)
     assert m.drain_events() == [

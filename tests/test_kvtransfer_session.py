@@ -474,7 +474,7 @@ def test_the_real_block_manager_agrees_at_every_step(worlds: Worlds, fault: Faul
         chain = chain_of(token_ids)
         cache.open(1, "r1")
         assert cache.reserve(1, N, fetch_to=N)
-        assert cache.reserve_tail(1) is not None
+        assert cache.snapshots.reserve_tail(1) is not None
         world.reader.place(
             OrderSpec(seq_id=1, peer=1, request_id="r1", token_ids=token_ids, chain=chain, start_position=0)
         )

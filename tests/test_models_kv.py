@@ -12,8 +12,8 @@ from tiny_models import make_llama, make_qwen3, make_qwen3_5
 
 from common.errors import ConfigError
 from common.kvcache.layout import TAIL_GROUP, GroupSpec, KVLayout, KVPlace, RegionSpec, Retention, Sharding
-from common.kvcache.manager import BlockCopy
 from common.kvcache.pool import KVPool
+from common.kvcache.tables import BlockCopy
 from common.models.cache_spec import attention_cache
 from common.models.kv import kv_layout, nbytes_per_token, size_num_blocks
 from common.models.spec import ModelSpec

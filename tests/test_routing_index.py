@@ -70,10 +70,10 @@ class CachingWorker:
         extend_chain(chain, token_ids)
         hit = self.cache.match_prefix(chain, len(token_ids) - 1)
         self.cache.open(seq_id, "r")
-        if self.cache.reserve(seq_id, len(token_ids), hit) and self.cache.reserve_states(seq_id):
+        if self.cache.reserve(seq_id, len(token_ids), hit) and self.cache.snapshots.reserve_states(seq_id):
             if hit.num_tokens < state_at:
                 self.cache.advance(seq_id, chain, state_at)
-                self.cache.checkpoint(seq_id, chain[state_at // UNIT])
+                self.cache.snapshots.checkpoint(seq_id, chain[state_at // UNIT])
             self.cache.advance(seq_id, chain, len(token_ids))
         self.cache.close(seq_id)
 

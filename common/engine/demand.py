@@ -59,8 +59,8 @@ class Demand:
         seq_id, n = seq.seq_id, seq.num_tokens
         return (
             self._cache.reserve(seq_id, n, hit, fetch_to=n)
-            and self._cache.reserve_states(seq_id)
-            and self._cache.reserve_tail(seq_id) is not None
+            and self._cache.snapshots.reserve_states(seq_id)
+            and self._cache.snapshots.reserve_tail(seq_id) is not None
         )
 
     def _place(self, seq: Sequence, start: int) -> None:

@@ -172,7 +172,7 @@ class Drafting:
                 end -= 1  # no room: the row of the next block's first token waits for the next step
         before: KeptRow | int | Held | None = held
         if first == start and held is None:
-            tail = self._cache.tail_block(seq.seq_id) if seq.tail_ready else None
+            tail = self._cache.snapshots.tail_block(seq.seq_id) if seq.tail_ready else None
             if tail is not None:
                 before = tail
             elif first % UNIT == 0:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 
 from common.engine.drafting import Moved
 from common.engine.first_tokens import FirstTokens
+from common.engine.launched import LaunchedStep
 from common.engine.load import ledger_of
 from common.engine.messages import (
     Cancel,
@@ -51,17 +51,6 @@ IDLE_WAIT_S = 1.0
 STALL_RETRY_S = 0.05
 
 
-@dataclass
-class _Launched:
-    """A step under way. Not `sampled`: grammars wait for the tokens of the step before."""
-
-    plan: StepPlan
-    pending: Pending
-    sampled: bool
-    at: float
-    followed: list[Sequence] = field(default_factory=list)  # by writes of the step before, which come behind this one
-
-
 class Engine:
     def __init__(self, parts: EngineParts) -> None:
         self._p = parts
@@ -71,7 +60,7 @@ class Engine:
         self._failed_steps = 0
         self._writes_on = False  # the device, to blocks, behind the step that is collected
         self._stalled = False
-        self._under_way: _Launched | None = None
+        self._under_way: LaunchedStep | None = None
         self._firsts = FirstTokens(parts.scheduler, parts.beside, parts.cache, self._groups) if parts.beside else None
         self._num_planned = 0  # of the sequences ever queued, those that a plan could have taken
         self.while_waiting: Callable[[], None] | None = None
@@ -199,7 +188,7 @@ class Engine:
         drawing = [item.seq for item in plan.items if item.draws and item.seq.phase is Phase.RUNNING]
         if any(item.drafts for item in plan.items) or any(map(needs_history, drawing)):
             return False
-        if p.cache.has_states and any(self._copies_state(item) for item in plan.items):
+        if p.cache.snapshots.has_states and any(self._copies_state(item) for item in plan.items):
             return False
         if p.drafting is not None and any(item.seq.order or item.seq.tail_ready for item in plan.items):
             return False  # what its rows are made from, or published with, does not wait for another step
@@ -210,13 +199,13 @@ class Engine:
         seq = item.seq
         if seq.phase is not Phase.RUNNING:
             return False
-        return item.start + item.num_new in seq.checkpoints or bool(self._p.cache.state_origin(seq.seq_id))
+        return item.start + item.num_new in seq.checkpoints or bool(self._p.cache.snapshots.state_origin(seq.seq_id))
 
     def drain(self) -> list[FromEngine]:
         """Messages since the last call."""
         return self._p.outbox.drain(self.steps)
 
-    def _launch(self, plan: StepPlan) -> _Launched | None:
+    def _launch(self, plan: StepPlan) -> LaunchedStep | None:
         """Start a step; None if that failed."""
         self.steps += 1
         runner, began = self._p.runner, self._p.clock.now()
@@ -232,16 +221,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - edge of the step: fails what was in it
             self._step_failed(plan, error)
             return None
-        num_draws = 0
-        for item in plan.items:
-            seq = item.seq
-            seq.steps_under_way += 1
-            seq.num_launched += item.num_new
-            if item.draws:
-                seq.num_pending += 1
-                seq.pending_sample = num_draws
-                num_draws += 1 + len(item.drafts)
-        return _Launched(plan, pending, sampled=masks is not None, at=began)
+        return LaunchedStep.of(plan, pending, sampled=masks is not None, at=began)
 
     def settle(self) -> None:
         """Bring what the step under way has computed, if there is one."""
@@ -249,7 +229,7 @@ class Engine:
         if step is not None:
             self._collect(step)
 
-    def _collect(self, step: _Launched, *, go_on: bool = False) -> None:
+    def _collect(self, step: LaunchedStep, *, go_on: bool = False) -> None:
         """Wait for a step that is no longer `_under_way`, and bring what it has computed.
 
         `go_on`: launch one behind it when something arrives and none is there.
@@ -261,7 +241,7 @@ class Engine:
             if go_on and self._under_way is None and self._num_planned < p.scheduler.num_queued:
                 more = self._plan(ahead=True)
                 self._under_way = self._launch(more) if more.items else None
-        _landed(step)
+        step.land()
         self._bring(plan, pending, step.followed, step.at)
 
     def _sample_late(self) -> None:
@@ -274,9 +254,9 @@ class Engine:
             self._p.runner.sample(step.pending, self._p.masks.begin_late(step.plan).get())
         except Exception as error:  # noqa: BLE001 - the edge of a step
             self._under_way = None
-            _landed(step)
+            step.land()
             self._step_failed(step.plan, error)
-            for seq in (*(item.seq for item in step.plan.items), *step.followed):
+            for seq in step.sequences:
                 self._p.scheduler.settle(seq)
 
     def _bring(
@@ -306,9 +286,7 @@ class Engine:
         if writes and step is None:
             self._p.runner.wait()
         elif writes and step is not None:
-            step.followed.extend(item.seq for item in plan.items)
-            for item in plan.items:
-                item.seq.steps_under_way += 1
+            step.follow(plan)
 
     def _advance(self, plan: StepPlan, result: StepResult) -> list[Moved]:
         """Append the tokens that stand, and make final what was computed of those before the last."""
@@ -321,7 +299,7 @@ class Engine:
                 continue
             num_tokens = p.requests.num_standing(seq, drawn.token_ids, item.drafts)
             seq.token_ids += drawn.token_ids[:num_tokens]
-            goes_back = p.cache.has_states and num_tokens <= len(item.drafts) > 0
+            goes_back = p.cache.snapshots.has_states and num_tokens <= len(item.drafts) > 0
             if item.num_new and not goes_back:
                 seq.num_computed += item.num_new + max(num_tokens - 1, 0)
                 seq.grow_chain()
@@ -332,7 +310,7 @@ class Engine:
                 assert p.speculator is not None
                 num_right = sum(map(operator.eq, item.drafts, drawn.token_ids[:num_tokens]))
                 p.speculator.observe(seq, len(item.drafts), num_right)
-                p.cache.release_backup(seq.seq_id, go_back=goes_back)
+                p.cache.snapshots.release_backup(seq.seq_id, go_back=goes_back)
                 if num_tokens <= len(item.drafts):
                     p.cache.truncate(seq.seq_id, seq.num_tokens)
             goes_on = drawn.failure is None and num_tokens > 0 and p.requests.goes_on(seq)
@@ -352,7 +330,7 @@ class Engine:
                 continue
             if seq.tail_ready:
                 seq.tail_ready = False
-                p.cache.free_tail(seq.seq_id)
+                p.cache.snapshots.free_tail(seq.seq_id)
             if index in result.prompt_logprobs:
                 p.requests.take_prompt_logprobs(seq, result.prompt_logprobs[index])
             if seq.constraint is not None and seq.constraint.error:
@@ -365,7 +343,7 @@ class Engine:
 
     def _checkpoint(self, seq: Sequence) -> None:
         """Cache a copy of the state that the step has left, where there is room for one."""
-        self._p.runner.copy_blocks(self._p.cache.checkpoint(seq.seq_id, seq.prefix_hash(seq.num_computed)))
+        self._p.runner.copy_blocks(self._p.cache.snapshots.checkpoint(seq.seq_id, seq.prefix_hash(seq.num_computed)))
         self._writes_on = True
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
@@ -382,16 +360,6 @@ class Engine:
                 self._p.supply.fail(item.seq, reason)
             else:
                 self._p.requests.fail(item.seq.slot, reason)
-
-
-def _landed(step: _Launched) -> None:
-    """The step is over for its sequences."""
-    for item in step.plan.items:
-        item.seq.steps_under_way -= 1
-        item.seq.num_launched -= item.num_new
-        item.seq.num_pending -= item.draws
-    for seq in step.followed:
-        seq.steps_under_way -= 1
 
 
 def sleep_until(engine: Engine, now: float) -> float:

@@ -25,8 +25,8 @@ from common.engine.batch import Batch, RowMasks
 from common.engine.rank_wire import BatchDecoder, BatchEncoder
 from common.engine.runner import ModelRunner, Pending, StepResult
 from common.errors import ConfigError, RankLostError
-from common.kvcache.manager import BlockCopy
 from common.kvcache.pool import KVPool
+from common.kvcache.tables import BlockCopy
 from common.kvtransfer.publish import BlockPart, DigestLauncher, DigestsUnderWay
 from common.kvtransfer.transport import DigestCheck
 from common.parallel.link import Link, LinkClosedError

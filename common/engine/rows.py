@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from common.engine.batch import Batch, BatchRow, build_batch
 from common.engine.samples import sample_rows
 from common.engine.scheduler import StepItem, StepPlan
-from common.kvcache.manager import BlockCopy, KVCacheManager
+from common.kvcache.manager import KVCacheManager
+from common.kvcache.tables import BlockCopy
 
 
 def batch_of(plan: StepPlan, cache: KVCacheManager, groups: Mapping[str, tuple[int, int]]) -> Batch:
@@ -20,9 +21,9 @@ def state_copies(plan: StepPlan, cache: KVCacheManager) -> list[BlockCopy]:
     copies: list[BlockCopy] = []
     for item in plan.items:
         if item.num_new:
-            copies += cache.state_origin(item.seq.seq_id)
+            copies += cache.snapshots.state_origin(item.seq.seq_id)
         if item.drafts:
-            copies += cache.state_backup(item.seq.seq_id)
+            copies += cache.snapshots.state_backup(item.seq.seq_id)
     return copies
 
 
@@ -30,7 +31,7 @@ def _row(item: StepItem, cache: KVCacheManager, groups: Mapping[str, tuple[int, 
     seq = item.seq
     end = item.start + item.num_new
     is_pending = end > seq.num_tokens
-    tail = cache.tail_block(seq.seq_id)
+    tail = cache.snapshots.tail_block(seq.seq_id)
     tail_id = -1 if tail is None else tail
     embeds = seq.embeds
     wants_logprobs = seq.wants_prompt_logprobs and item.start < seq.num_prompt - 1
@@ -45,6 +46,6 @@ def _row(item: StepItem, cache: KVCacheManager, groups: Mapping[str, tuple[int, 
         prompt_targets=seq.token_ids[item.start + 1 : min(end + 1, seq.num_prompt)] if wants_logprobs else (),
         media=embeds.rows_between(item.start, end) if embeds else (),
         rope_positions_3T=embeds.rope_positions(item.start, end + len(item.drafts)) if embeds else None,
-        states=cache.state_blocks(seq.seq_id),
+        states=cache.snapshots.state_blocks(seq.seq_id),
         pending=seq.pending_sample if is_pending else -1,
     )

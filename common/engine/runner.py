@@ -25,8 +25,8 @@ from common.engine.logprobs import prompt_logprobs
 from common.engine.results import Fetched
 from common.engine.sampler import Sampler, SampleResult
 from common.kernels import gpu
-from common.kvcache.manager import BlockCopy
 from common.kvcache.pool import KVPool
+from common.kvcache.tables import BlockCopy
 from common.layers.step import StepMedia
 from common.types import TokenLogprobs
 

@@ -149,7 +149,7 @@ class Scheduler:
         seq.remote_peer = 0
         seq.num_computed = seq.num_drafted = seq.num_tokens
         seq.tail_ready = True
-        if step := self._cache.checkpoint_step:
+        if step := self._cache.snapshots.checkpoint_step:
             seq.checkpoints = (checkpoint_after(seq.num_tokens, step),)
         seq.phase = Phase.RUNNING
         bisect.insort(self.running, seq, key=_rank)
@@ -207,7 +207,7 @@ class Scheduler:
             room = 0 if seq.num_tokens in seq.checkpoints else cut(seq.checkpoints, seq.num_tokens, budget)
             drafts = propose(seq, room, len(self.running)) if room else ()
             fits = drafts and self._cache.reserve(seq.seq_id, seq.num_tokens + len(drafts))
-            if fits and self._cache.reserve_backup(seq.seq_id):
+            if fits and self._cache.snapshots.reserve_backup(seq.seq_id):
                 items[index] = replace(item, drafts=drafts)
                 budget -= len(drafts)
         return budget
@@ -272,7 +272,7 @@ class Scheduler:
         return self._cache.match_prefix(seq.chain, limit)
 
     def _plan_checkpoints(self, seq: Sequence, hit: PrefixHit) -> None:
-        step = self._cache.checkpoint_step
+        step = self._cache.snapshots.checkpoint_step
         if step:
             interval = self._limits.state_snapshot_interval
             seq.checkpoints = checkpoints(hit, seq.num_prompt, seq.num_tokens, step, interval)
@@ -281,9 +281,9 @@ class Scheduler:
         whole = seq.order is not None
         self._cache.open(seq.seq_id, seq.label)
         ok = self._cache.reserve(seq.seq_id, seq.num_tokens if whole else hit.num_tokens + num_new, hit)
-        ok = ok and self._cache.reserve_states(seq.seq_id)
+        ok = ok and self._cache.snapshots.reserve_states(seq.seq_id)
         if ok and whole:
-            ok = self._cache.reserve_tail(seq.seq_id) is not None
+            ok = self._cache.snapshots.reserve_tail(seq.seq_id) is not None
         if not ok:
             self._cache.close(seq.seq_id)
         return ok

@@ -49,7 +49,7 @@ def self_test(
     _generate(engine, prompt)
     parts.cache.reset_prefix_cache()
     parts.cache.check_idle()
-    parts.cache.checkpoints_made = parts.cache.checkpoints_skipped = 0
+    parts.cache.snapshots.checkpoints_made = parts.cache.snapshots.checkpoints_skipped = 0
     parts.requests.finished.clear()
     parts.requests.tokens_out = 0
     parts.supply.finished = 0
@@ -84,8 +84,8 @@ def _read_back(
         raise InternalError(f"self-test: a one-block prompt was not computed: {failed}")
     cache = parts.cache
     cache.open(_SEQ, "self-test")
-    reserved = cache.reserve(_SEQ, len(prompt)) and cache.reserve_states(_SEQ)
-    if not reserved or cache.reserve_tail(_SEQ) is None:
+    reserved = cache.reserve(_SEQ, len(prompt)) and cache.snapshots.reserve_states(_SEQ)
+    if not reserved or cache.snapshots.reserve_tail(_SEQ) is None:
         raise InternalError("self-test: no KV blocks to read back into")
     peer = reads.connect(parts.layout, endpoints)
     extents = [e for e in events if isinstance(e, OrderExtent)]

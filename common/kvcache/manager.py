@@ -7,10 +7,7 @@ blocks are sealed (found by others from then on), and blocks that left every win
 is `close` and a later `open`: the sealed blocks are likely prefix hits. Leases pin blocks past `close`; remote
 reads keep theirs in flight past `close`. One thread owns a manager; nothing in it waits.
 
-A *state* is a snapshot group other than the tail: a sequence owns one block of it, which every step updates in
-place. It is found by others only through copies, made where `checkpoint` is called:
-
-    reserve_states -> state_origin, copied or zeroed before the first step -> (steps) -> checkpoint, copied and cached
+Groups that hold one block a sequence, not one per so many positions, are `snapshots` (`common.kvcache.snapshots`).
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from common.kvcache.blocks import BlockPool
-from common.kvcache.layout import TAIL_GROUP, KVLayout, Retention
+from common.kvcache.layout import KVLayout, Retention
 from common.kvcache.ledger import BlockEntry, check_idle, check_ledger, ledger_entries
 from common.kvcache.prefix import (
     NO_HIT,
@@ -31,11 +28,12 @@ from common.kvcache.prefix import (
     longest_hit,
     match_step,
 )
-from common.kvcache.tables import BlockCopy, SequenceBlocks, SnapshotSlot, seal_full_blocks
+from common.kvcache.snapshots import SnapshotBlocks
+from common.kvcache.tables import SequenceBlocks, seal_full_blocks
 from common.types import BlockStates, Clock
 from common.types.prefix import UNIT
 
-__all__ = ["NO_HIT", "BlockCopy", "KVCacheManager", "PrefixHit"]
+__all__ = ["NO_HIT", "KVCacheManager", "PrefixHit"]
 
 
 class KVCacheManager:
@@ -53,25 +51,14 @@ class KVCacheManager:
         self._log = EventLog() if record_events else None
         self._pools = {g.name: BlockPool(g, PrefixIndex(g, self._log), clock) for g in layout.groups}
         self._positional = [g for g in layout.groups if g.retention is not Retention.SNAPSHOT]
-        self._snapshots = [g for g in layout.groups if g.retention is Retention.SNAPSHOT]
-        self._states = tuple(g.name for g in self._snapshots if g.name != TAIL_GROUP)
         self._table_pools = [self._pools[g.name] for g in self._positional]
-        self._slot_pools = [self._pools[g.name] for g in self._snapshots]
         self._table_at = {g.name: i for i, g in enumerate(self._positional)}
-        self._slot_at = {g.name: i for i, g in enumerate(self._snapshots)}
         self._indexes = [(p.spec, p.index) for p in self._pools.values()]
         self._step = match_step(layout.groups)
-        self.checkpoint_step = self._step if self._states and enable_prefix_caching else 0
-        """Prefix hits want a copy of the state at a multiple of this; 0 where nobody does."""
-        self.checkpoints_made = self.checkpoints_skipped = 0
         self._seqs: dict[int, SequenceBlocks] = {}
+        self.snapshots = SnapshotBlocks(self._pools, self._seqs, self._step if enable_prefix_caching else 0)
         self._leases: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
         self._reads: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
-
-    @property
-    def has_states(self) -> bool:
-        """Is there something that cannot be cut back to an earlier position?"""
-        return bool(self._states)
 
     def open(self, seq_id: int, owner: str) -> None:
         """Start a sequence that holds nothing. `owner` is the name its blocks have in the ledger."""
@@ -88,8 +75,7 @@ class KVCacheManager:
             return
         for table, pool in zip(seq.tables, self._table_pools, strict=True):
             pool.release(table.cut(0))
-        for slot, pool in zip(seq.slots, self._slot_pools, strict=True):
-            pool.release(slot.held())
+        self.snapshots.close(seq)
 
     def match_prefix(self, chain: Sequence[bytes], num_tokens: int) -> PrefixHit:
         """Longest position <= `num_tokens` that all groups but the tail can supply. Pins nothing.
@@ -150,7 +136,7 @@ class KVCacheManager:
         if not self._has_room(missing, hit):
             return False
         if hit:
-            seq.start_from(hit, self._positional, self._snapshots)
+            seq.start_from(hit, self._positional, self.snapshots.groups)
             for name, block_ids in hit.blocks.items():
                 self._pools[name].acquire(block_ids)
         for table, pool, entries in zip(seq.tables, self._table_pools, missing, strict=True):
@@ -181,7 +167,7 @@ class KVCacheManager:
             if seq.seals:
                 seal_full_blocks(seq, table, pool, chain)
             pool.release(table.drop_before(table.first_needed(num_computed)))
-        self._drop_sources(seq)
+        self.snapshots.drop_sources(seq)
         seq.refresh()
         assert num_computed <= seq.num_reserved, f"sequence {seq_id}: its window before {num_computed} has a hole"
 
@@ -204,83 +190,7 @@ class KVCacheManager:
         seq, at = self._seqs[seq_id], self._table_at.get(group)
         if at is not None:
             return seq.tables[at].blocks
-        slot = seq.slots[self._slot_at[group]]
-        return [b for b in (slot.source, slot.own) if b >= 0]
-
-    def reserve_states(self, seq_id: int) -> bool:
-        """A block of each state, to be updated in place. False: no room; what it got stays the sequence's."""
-        return all(self._hold_own(seq_id, name) is not None for name in self._states)
-
-    def state_blocks(self, seq_id: int) -> dict[str, int]:
-        """The sequence's block of each state."""
-        return {name: self._slot(seq_id, name)[0].own for name in self._states}
-
-    def state_origin(self, seq_id: int) -> list[BlockCopy]:
-        """What to do before the next step computes, so that the states are those of the computed position.
-
-        Empty when the step before left them so: only a start, from a hit or from nothing, has an origin.
-        """
-        slots = [(name, self._slot(seq_id, name)[0]) for name in self._states]
-        begins = not self._seqs[seq_id].num_computed
-        return [BlockCopy(name, s.source, s.own) for name, s in slots if begins or s.source >= 0]
-
-    def reserve_backup(self, seq_id: int) -> bool:
-        """Keep room for the states as they are, so that a step's drafts may turn out wrong. False: there is none.
-
-        True at once where nothing is a state: what lies behind the computed position is written over.
-        """
-        slots = [self._slot(seq_id, name) for name in self._states]
-        if not all(pool.num_available for _, pool in slots):
-            return False
-        for slot, pool in slots:
-            assert slot.backup < 0, f"sequence {seq_id} keeps an earlier state already"
-            (slot.backup,) = pool.allocate(1)
-        return True
-
-    def state_backup(self, seq_id: int) -> list[BlockCopy]:
-        """What to do before a step that may have to go back."""
-        slots = [(name, self._slot(seq_id, name)[0]) for name in self._states]
-        return [BlockCopy(name, s.own, s.backup) for name, s in slots if s.backup >= 0]
-
-    def release_backup(self, seq_id: int, *, go_back: bool) -> None:
-        """After a step that had one: the states are those that the step has left, or again those from before it."""
-        for name in self._states:
-            slot, pool = self._slot(seq_id, name)
-            if go_back:
-                slot.own, slot.backup = slot.backup, slot.own
-            pool.release((slot.backup,))
-            slot.backup = -1
-
-    def checkpoint(self, seq_id: int, prefix_hash: bytes) -> list[BlockCopy]:
-        """Cache the states at the computed position, `prefix_hash` being that of the tokens before it.
-
-        Returns the copies to make before the next step; empty if they are cached already or there is no room.
-        """
-        slots = [self._slot(seq_id, name) for name in self._states]
-        missing = [(slot, pool) for slot, pool in slots if pool.index.get(prefix_hash) is None]
-        if not self._seqs[seq_id].seals or not all(pool.num_available for _, pool in missing):
-            self.checkpoints_skipped += 1
-            return []
-        self.checkpoints_made += bool(missing)
-        copies = []
-        for slot, pool in missing:
-            (block_id,) = pool.allocate(1)
-            pool.seal(block_id, prefix_hash)
-            pool.release((block_id,))
-            copies.append(BlockCopy(pool.spec.name, slot.own, block_id))
-        return copies
-
-    def reserve_tail(self, seq_id: int) -> int | None:
-        """The sequence's block for the last hidden row of its prompt. None: no room."""
-        return self._hold_own(seq_id, TAIL_GROUP)
-
-    def tail_block(self, seq_id: int) -> int | None:
-        own = self._slot(seq_id, TAIL_GROUP)[0].own
-        return own if own >= 0 else None
-
-    def free_tail(self, seq_id: int) -> None:
-        """Let go of it. Idempotent."""
-        self._free_own(seq_id, TAIL_GROUP)
+        return self.snapshots.held(seq_id, group)
 
     def begin_read(self, read_id: int, group: str, block_ids: Sequence[int]) -> None:
         """A remote read writes these blocks of one sequence until `end_read`. A read may grow, over groups too."""
@@ -300,18 +210,13 @@ class KVCacheManager:
         """
         seq = self._seqs[seq_id]
         seq.fetch_to = 0
-        lost = False
-        for name, slot, pool in zip(self._slot_at, seq.slots, self._slot_pools, strict=True):
-            is_state = name != TAIL_GROUP
-            if slot.own >= 0 and (pool.is_fetched(slot.own) if is_state else pool.is_in_flight(slot.own)):
-                lost |= is_state and slot.source < 0
-                self._free_own(seq_id, name)
+        lost = self.snapshots.detach_in_flight(seq)
         position = seq.num_computed
         if lost or not self._is_settled(seq, position):
             position -= position % self._step
-            if self._states or not self._is_settled(seq, position):
+            if self.snapshots.has_states or not self._is_settled(seq, position):
                 position = 0
-            self._drop_sources(seq)
+            self.snapshots.drop_sources(seq)
         seq.num_computed = position
         self._cut(seq, position)
 
@@ -373,7 +278,7 @@ class KVCacheManager:
         check_idle(self._pools, self._seqs, self._leases, self._reads)
 
     def _new_sequence(self, owner: str) -> SequenceBlocks:
-        return SequenceBlocks(owner, self._positional, self._snapshots, self._caching)
+        return SequenceBlocks(owner, self._positional, self.snapshots.groups, self._caching)
 
     def _draft(self, seq_id: int | None, num_tokens: int, hit: PrefixHit) -> SequenceBlocks:
         """The sequence as it is, or what it would be after taking the hit."""
@@ -382,7 +287,7 @@ class KVCacheManager:
         assert seq_id is None or self._seqs[seq_id].is_empty, f"sequence {seq_id} has begun: too late for a hit"
         assert num_tokens >= hit.num_tokens, f"{num_tokens} positions asked for, the hit alone has {hit.num_tokens}"
         draft = self._new_sequence("")
-        draft.start_from(hit, self._positional, self._snapshots)
+        draft.start_from(hit, self._positional, self.snapshots.groups)
         return draft
 
     def _has_room(self, missing: Sequence[Sequence[int]], hit: PrefixHit) -> bool:
@@ -392,34 +297,10 @@ class KVCacheManager:
                 return False
         return not hit or is_current(hit, self._indexes)
 
-    def _slot(self, seq_id: int, group: str) -> tuple[SnapshotSlot, BlockPool]:
-        at = self._slot_at[group]
-        return self._seqs[seq_id].slots[at], self._slot_pools[at]
-
-    def _hold_own(self, seq_id: int, group: str) -> int | None:
-        """The sequence's own block of a snapshot group. None: no room."""
-        slot, pool = self._slot(seq_id, group)
-        if slot.own < 0 and pool.num_available:
-            (slot.own,) = pool.allocate(1)
-        return slot.own if slot.own >= 0 else None
-
-    def _free_own(self, seq_id: int, group: str) -> None:
-        slot, pool = self._slot(seq_id, group)
-        if slot.own >= 0:
-            pool.release((slot.own,))
-        slot.own = -1
-
     def _cut(self, seq: SequenceBlocks, num_tokens: int) -> None:
         for table, pool in zip(seq.tables, self._table_pools, strict=True):
             pool.release(table.cut(num_tokens))
         seq.refresh()
-
-    def _drop_sources(self, seq: SequenceBlocks) -> None:
-        """Let go of the snapshots that a hit started from."""
-        for slot, pool in zip(seq.slots, self._slot_pools, strict=True):
-            if slot.source >= 0:
-                pool.release((slot.source,))
-                slot.source = -1
 
     def _is_settled(self, seq: SequenceBlocks, position: int) -> bool:
         """Can the sequence go on at `position`: is every block before it held, and none being written?"""
