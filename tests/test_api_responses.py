@@ -95,6 +95,9 @@ async def test_reasoning_and_calls_are_items(tmp_path: Path, stream: bool) -> No
             assert "".join(e.delta for e in seen if e.type == "response.reasoning_text.delta") == "It is a sum."
         else:
             response = await client.responses.create(**asked)
+        assert response.usage is not None
+        counted = response.usage.output_tokens_details.reasoning_tokens
+        assert counted == len(tokenizer().encode("It is a sum.</think>")) - 1  # the mark is whole with its last token
         reasoning, message, first, second = response.output
         assert reasoning.type == "reasoning"
         assert reasoning.content is not None

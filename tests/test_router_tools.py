@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,13 @@ async def both(made: Cluster, **body: Any) -> tuple[Answer, str]:
     return without_ids(answer), finish
 
 
+def reasoned(ids: Sequence[int]) -> int:
+    """Tokens before and behind which the text so far is within reasoning that it began with."""
+    texts = [tokenizer().decode(ids[:end], skip_special_tokens=False) for end in range(len(ids) + 1)]
+    within = [text.lstrip().startswith("<think>") and "</think>" not in text for text in texts]
+    return sum(before and behind for before, behind in pairwise(within))
+
+
 async def test_calls_through_the_openai_client(caller: Cluster) -> None:
     async with caller.openai() as client:
         answer = await client.chat.completions.create(**WITH_TOOLS)
@@ -115,6 +123,9 @@ async def test_calls_through_the_openai_client(caller: Cluster) -> None:
     assert chunks[-1].usage == answer.usage
     assert answer.usage is not None
     assert answer.usage.completion_tokens == len(tokenizer().encode(TEXT)) + 1
+    details = answer.usage.completion_tokens_details
+    assert details is not None
+    assert details.reasoning_tokens == reasoned(tokenizer().encode(TEXT)) > 5
     parts = [c for chunk in chunks[:-1] for c in chunk.choices[0].delta.tool_calls or ()]
     assert len([c for c in parts if c.id]) == 2
     assert len(parts) > 6  # arguments come in pieces
@@ -204,6 +215,43 @@ async def test_reasoning_kept_in_or_left_out(caller: Cluster) -> None:
     assert (answer.reasoning, answer.content) == ("", TEXT)
     answer, finish = await both(caller, **WITH_TOOLS, separate_reasoning=False)
     assert (answer.content, len(answer.calls), finish) == (raw, 2, "tool_calls")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_reasoning_is_counted_unless_it_is_content(caller: Cluster, stream: bool) -> None:
+    async def counted(**extra: Any) -> int:
+        body = ASK | extra | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
+        answer = await caller.post("/v1/chat/completions", **body)
+        usage = events(answer.text)[-1]["usage"] if stream else answer.json()["usage"]
+        number: int = usage["completion_tokens_details"]["reasoning_tokens"]
+        return number
+
+    number = reasoned(tokenizer().encode(TEXT))
+    assert await counted() == await counted(include_reasoning=False) == await counted(tools=TOOLS) == number
+    assert await counted(n=3) == 3 * number
+    assert await counted(separate_reasoning=False) == 0
+    assert await counted(separate_reasoning=False, tools=TOOLS) == 0
+    assert await counted(chat_template_kwargs={"enable_thinking": False}) == 0
+
+
+def test_reasoning_is_counted_alike_however_tokens_come() -> None:
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    texts = [golden["text"] for golden in parser_support.goldens() if golden["text"]]
+    for _ in range(40):
+        words = ["<think>", "</think>", "Hm 你好", "\n\n", "<", "🙂", rng.choice(texts)]
+        ids = tokenizer().encode("".join(rng.choices(("<think>", "\n", ""), k=1) + rng.choices(words, k=6)))
+        ids = ids[: rng.randint(1, len(ids))]
+        parsing = parser_support.plan(rng.choice(("hermes", "deepseek_v4", "kimi_k2")))
+        want = None
+        for size, sampling in ((1, SamplingParams()), (3, SamplingParams()), (3, SamplingParams(logprobs=0))):
+            text = ChoiceText(tokenizer(), sampling, None, [1], parsing=parsing)
+            for at in range(0, len(ids), size):
+                text.push(ChoiceDelta(choice=0, position=at, token_ids=tuple(ids[at : at + size])))
+            want = text.num_reasoning_tokens if want is None else want
+            assert text.num_reasoning_tokens == want, (seed, size)
+        if "tool_call" not in tokenizer().decode(ids, skip_special_tokens=False):  # Kimi's ends reasoning
+            assert want == reasoned(ids), seed
 
 
 async def test_a_prompt_that_closes_reasoning(caller: Cluster) -> None:

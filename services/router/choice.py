@@ -37,6 +37,7 @@ class ChoiceText:
         "_detokenizer",
         "_include_stop",
         "_matcher",
+        "_may_reason",
         "_min_tokens",
         "_offset",
         "_parser",
@@ -44,6 +45,7 @@ class ChoiceText:
         "_says_calls",
         "_stop_ids",
         "finish",
+        "num_reasoning_tokens",
         "num_tokens",
         "plain",
         "stop_reason",
@@ -69,6 +71,7 @@ class ChoiceText:
         self._min_tokens = sampling.min_tokens
         self._stop_ids = sampling.stop_token_ids
         self._parser: OutputParser | None = None if parsing is None else parsing.parser()
+        self._may_reason = self._parser is not None and not self._parser.answers
         self._says_calls = parsing is not None and parsing.says_calls
         self._reasoning: list[str] = []
         self._calls: list[CallDelta] = []
@@ -76,6 +79,7 @@ class ChoiceText:
         self.plain = self._bulk and self._parser is None
         self._offset = offset
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.finish: str | None = None
         self.stop_reason: str | int | None = None
 
@@ -90,7 +94,10 @@ class ChoiceText:
         hidden = delta.stop_token_id is not None and not self._include_stop  # the last token is not text
         if self._bulk:
             shown = ids[:-1] if hidden else ids
-            text = self._parse(self._detokenizer.push(shown)) if shown else ""
+            if self._may_reason:
+                text = "".join([self._read(self._detokenizer.push((token,))) for token in shown])
+            else:
+                text = self._parse(self._detokenizer.push(shown)) if shown else ""
             self.num_tokens += len(ids)
         else:
             text, offsets = self._one_by_one(ids, hidden)
@@ -131,10 +138,22 @@ class ChoiceText:
                 break
             piece = self._detokenizer.push((token,))
             self._offset += len(piece)
-            text += self._match(piece)
+            text += self._read(piece)
             if self.finish is not None:
                 break
         return text, offsets
+
+    def _read(self, piece: str) -> str:
+        """A token's text. A token is reasoning if the model reasons before it and goes on with that after it."""
+        parser = self._parser
+        if not self._may_reason or parser is None:
+            return self._match(piece)
+        reasons = parser.reasons
+        text = self._match(piece)
+        self._may_reason = not parser.answers
+        if reasons and parser.reasons:
+            self.num_reasoning_tokens += 1
+        return text
 
     def _match(self, piece: str) -> str:
         matcher = self._matcher

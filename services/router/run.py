@@ -143,8 +143,10 @@ class Run:
     def usage(self) -> Usage:
         prompt = sum(map(len, self._job.prompts))
         cached = sum(s.cached_tokens + s.remote_cached_tokens for s in self.stats if s is not None)
-        output = sum(choice.text.num_tokens for choices in self._choices for choice in choices)
-        return Usage(prompt, 0 if self._job.echo_only else output, min(cached, prompt))
+        texts = [choice.text for choices in self._choices for choice in choices]
+        output = 0 if self._job.echo_only else sum(text.num_tokens for text in texts)
+        reasoning = sum(text.num_reasoning_tokens for text in texts)
+        return Usage(prompt, output, min(cached, prompt), reasoning)
 
     @property
     def finishes(self) -> list[str]:

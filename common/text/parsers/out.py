@@ -46,11 +46,13 @@ class Out:
         "_make_id",
         "_reasoning",
         "_started",
+        "answers",
         "ended_calls",
         "hidden",
         "inline",
         "limit",
         "num_calls",
+        "reasons",
         "trims",
     )
 
@@ -61,6 +63,8 @@ class Out:
         self.inline = inline
         self.hidden = hidden
         self.trims = trims  # calls may come: white space at the end of content is held back
+        self.reasons = False  # what comes next is reasoning, unless it ends it; never with `inline`
+        self.answers = inline  # there is no more reasoning
         self.num_calls = 0
         self.ended_calls = 0
         self._make_id = make_id

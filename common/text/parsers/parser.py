@@ -79,6 +79,7 @@ class OutputParser:
         self._tape = Tape()
         trims = plan.calls is not None
         self._out = Out(limit=plan.max_calls, inline=plan.inline, hidden=plan.hidden, trims=trims, make_id=make_id)
+        self._out.reasons = plan.reasoning is not None and plan.start is Start.OPEN and not plan.inline
         self._steps = _read(self._tape, self._out, plan)
 
     def push(self, text: str) -> Parsed:
@@ -95,6 +96,16 @@ class OutputParser:
             self._resume()
         self._out.flush()
         return self._out.take()
+
+    @property
+    def reasons(self) -> bool:
+        """What comes next is reasoning, which is not content, unless it ends it."""
+        return self._out.reasons
+
+    @property
+    def answers(self) -> bool:
+        """No more reasoning comes."""
+        return self._out.answers
 
     @property
     def num_calls(self) -> int:
@@ -120,6 +131,7 @@ def _read(tape: Tape, out: Out, plan: ParserPlan) -> Steps[None]:
     if plan.reasoning is not None:
         ends = () if plan.calls is None else plan.calls.reasoning_ends
         yield from reasoning(tape, out, plan.reasoning, plan.start, ends)
+    out.answers = True
     if plan.calls is not None:
         yield from plan.calls.read(tape, out, plan.tools)
     elif out.at_begin:

@@ -59,7 +59,9 @@ def reasoning(tape: Tape, out: Out, form: ReasoningFormat, start: Start, ends: t
         out.reasoning((yield from until(tape, Marks(form.closing), out.reasoning)))
         return
     out.begin_text()
+    out.reasons = True
     mark = yield from until(tape, Marks(form.closing, *ends), out.reasoning)
+    out.reasons = False
     if mark:
         out.begin_text()
     if mark in ends:
