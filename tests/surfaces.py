@@ -138,6 +138,7 @@ FLAGS = {
         "--model",
         "--num-prompts",
         "--concurrency",
+        "--max-concurrency",
         "--request-rate",
         "--input-len",
         "--output-len",

@@ -240,15 +240,29 @@ async def test_when_all_fail_the_reason_is_said_plainly() -> None:
     assert out.getvalue() == ""
 
 
-async def test_another_seed_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds: list[int] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LoadOptions]:
+    """The load that flags of the command ask for."""
+    loads: list[LoadOptions] = []
 
     def note(url: str, load: LoadOptions, *rest: Any) -> int:
-        seeds.append(load.seed)
+        loads.append(load)
         return 0
 
-    monkeypatch.setattr("services.cli.bench.command.run_bench", note)
-    for flags in ([], [], ["--seed", "5"]):
+    def ask(*flags: str) -> LoadOptions:
         CliRunner().invoke(app, ["bench", "--url", "127.0.0.1:1/v1", "--model", "m", *flags], catch_exceptions=False)
+        return loads[-1]
+
+    monkeypatch.setattr("services.cli.bench.command.run_bench", note)
+    return ask
+
+
+async def test_another_seed_each_time(asked: Callable[..., LoadOptions]) -> None:
+    seeds = [asked(*flags).seed for flags in ([], [], ["--seed", "5"])]
     assert len(set(seeds)) == 3
     assert seeds[2] == 5
+
+
+async def test_concurrency_by_both_spellings(asked: Callable[..., LoadOptions]) -> None:
+    spellings = ([], ["--concurrency", "3"], ["--max-concurrency", "5"])
+    assert [asked(*flags).concurrency for flags in spellings] == [8, 3, 5]

@@ -230,7 +230,9 @@ def bench(
     name: opt.Name = "default",
     model: Annotated[str, typer.Option(help="Model to ask; the first one served when not given.")] = "",
     num_prompts: Annotated[int, typer.Option(min=1, help="Requests to send.")] = 64,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once (closed loop).")] = 8,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", "--max-concurrency", min=1, help="Requests under way at once (closed loop).")
+    ] = 8,
     request_rate: Annotated[float, typer.Option(min=0, help="Arrivals per second, Poisson; 0: closed loop.")] = 0.0,
     input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 256,
     output_len: Annotated[int, typer.Option(min=1, help="Output tokens.")] = 64,
