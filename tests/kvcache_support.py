@@ -8,6 +8,8 @@ from common.kvcache.layout import TAIL_GROUP, GroupSpec, KVLayout, Retention
 from common.kvcache.manager import KVCacheManager
 from common.types.prefix import extend_chain, root_hash
 
+A, B = list(range(100)), [*range(40), *range(500, 560)]  # two prompts that begin alike
+
 
 class HandClock:
     """A clock that only moves when told to."""

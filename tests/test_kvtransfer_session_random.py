@@ -7,10 +7,11 @@ from collections import Counter, deque
 from typing import Any
 
 import msgspec
+from handoff_support import Owner, World
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from kvtransfer_support import Owner, World, small_layout
+from kvtransfer_support import small_layout
 
 from common.kvtransfer.memory import Fault
 from common.kvtransfer.orders import DropOrder, OrderEvent, OrderExtent, PeerVerdict, PlaceOrder, ReleaseLease

@@ -1,4 +1,4 @@
-"""A process that owns memory for the tests of the UCX transport, driven over a pipe."""
+"""A process that owns memory for the tests of the UCX transport, driven over a pipe, and what they read from it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import ctypes
 import multiprocessing as mp
 import select
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from common.config.schema import UcxConfig
-from common.kvtransfer.transport import Endpoint, PeerDown, ReadPiece, ReadResult
+from common.kvcache.digest import digest_reference
+from common.kvtransfer.transport import DigestCheck, Endpoint, PeerDown, ReadPiece, ReadResult
 from common.kvtransfer.ucx import UcxTransport
 
 Bytes = NDArray[np.uint8]
 
 LANES = {"posix": "posix,cma,self,tcp", "cma": "cma,self,tcp", "tcp": "self,tcp"}
+MIB = 2**20
+SHAPE_LPUTB = (6, 2, 4, 16, 128)  # layers, parts, units, tokens, bytes: one block
+BLOCK = int(np.prod(SHAPE_LPUTB))
+NUM_BLOCKS = 32
 
 
 def make_transport(lane: str) -> UcxTransport:
@@ -103,3 +111,60 @@ class Owner:
     def kill(self) -> None:
         self.process.kill()
         self.process.join(10)
+
+
+@pytest.fixture(scope="module", params=list(LANES))
+def owner(request: pytest.FixtureRequest) -> Iterator[Owner]:
+    """One per lane, shared by the tests that only read."""
+    owner = Owner(request.param, {"full": NUM_BLOCKS * BLOCK, "tail": 1000})
+    yield owner
+    owner.stop()
+
+
+@pytest.fixture
+def transport(request: pytest.FixtureRequest) -> Iterator[UcxTransport]:
+    """On the same lane as `owner`, if the test uses it."""
+    params = getattr(request.node, "callspec", None)
+    transport = make_transport(params.params.get("owner", "posix") if params else "posix")
+    yield transport
+    transport.close()
+
+
+@contextmanager
+def running(lane: str, groups: dict[str, int]) -> Iterator[Owner]:
+    owner = Owner(lane, groups)
+    try:
+        yield owner
+    finally:
+        owner.stop()
+
+
+def allocate(transport: UcxTransport, group: str, nbytes: int) -> Bytes:
+    return bytes_at(transport.allocate(group, nbytes), nbytes)
+
+
+def piece(local: Bytes, group: str, remote: int, at: int, nbytes: int) -> ReadPiece:
+    return ReadPiece(group, remote, local.ctypes.data + at, nbytes)
+
+
+def block_of(owner: Owner, index: int) -> Bytes:
+    return owner.memory["full"][index * BLOCK : (index + 1) * BLOCK]
+
+
+def checks_of_block(source: Bytes, local_address: int, first_position: int, num_tokens: int = 16) -> list[DigestCheck]:
+    """One check per unit of a block that will lie at `local_address`."""
+    layers, parts, units, tokens, nbytes = SHAPE_LPUTB
+    token, unit = nbytes, nbytes * tokens
+    checks = []
+    for u in range(units):
+        rows = np.ascontiguousarray(source.reshape(SHAPE_LPUTB)[:, :, u, :num_tokens]).view(np.uint64)
+        segments = ((local_address + u * unit, first_position, num_tokens),)
+        expected = digest_reference(rows, first_position)
+        checks.append(DigestCheck(segments, layers, parts, unit * units * parts, unit * units, token, nbytes, expected))
+    return checks
+
+
+def only(events: list[ReadResult | PeerDown]) -> ReadResult:
+    assert len(events) == 1
+    assert isinstance(events[0], ReadResult)
+    return events[0]
