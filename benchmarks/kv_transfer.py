@@ -110,9 +110,11 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def read(transport: UcxTransport, peer: int, pieces: list[ReadPiece], checks: list[DigestCheck]) -> None:
+    wakeup = select.poll()
+    wakeup.register(transport.wakeup_fd, select.POLLIN)
     transport.read(peer, 1, pieces, checks)
     while not (events := transport.poll()):
-        if not select.select([transport.wakeup_fd], [], [], READ_S)[0]:
+        if not wakeup.poll(1000 * READ_S):
             raise SystemExit(f"a read has not ended within {READ_S} s")
     result = events[0]
     if not isinstance(result, ReadResult) or result.status is not ReadStatus.OK:

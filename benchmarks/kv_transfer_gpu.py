@@ -109,8 +109,10 @@ def heard(pipe: Connection) -> Any:
 
 
 def wait(transport: DeviceTransport) -> list[ReadResult]:
+    wakeup = select.poll()
+    wakeup.register(transport.wakeup_fd, select.POLLIN)
     while not (events := transport.poll()):
-        if not select.select([transport.wakeup_fd], [], [], READ_S)[0]:
+        if not wakeup.poll(1000 * READ_S):
             raise SystemExit(f"a read has not ended within {READ_S} s")
     results = [e for e in events if isinstance(e, ReadResult) and e.status is ReadStatus.OK]
     if len(results) != len(events):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import multiprocessing as mp
 import os
-import select
 import subprocess
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kvtransfer_support import is_readable
 from ucx_support import LANES, bytes_at, random_bytes
 
 from common.config.schema import UcxConfig
@@ -55,7 +55,7 @@ class _Child:
     def events(self, count: int, timeout_s: float) -> list[ReadResult | PeerDown]:
         deadline, events = time.monotonic() + timeout_s, self.transport.poll()
         while len(events) < count and (left := deadline - time.monotonic()) > 0:
-            if select.select([self.transport.wakeup_fd], [], [], left)[0]:
+            if is_readable(self.transport.wakeup_fd, left):
                 events += self.transport.poll()
         return events
 

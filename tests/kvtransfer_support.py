@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import select
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,13 @@ from common.kvtransfer.memory import MemoryTransport
 from common.types.prefix import extend_chain, root_hash
 
 MODEL = b"m" * 16
+
+
+def is_readable(fd: int, timeout_s: float = 0.0) -> bool:
+    """Whatever its number, which `select` limits to 1023. Waits at most `timeout_s`."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
 
 
 class FakeClock:

@@ -193,12 +193,14 @@ def test_foreground_on_a_terminal_stops_on_ctrl_c(tmp_path: Path, model: Path) -
     )
     os.close(child)
     shown = b""
+    written = select.poll()
+    written.register(parent, select.POLLIN)
 
     def read_until(text: bytes, limit_s: float) -> None:
         nonlocal shown
         deadline = time.monotonic() + limit_s
         while text not in shown and time.monotonic() < deadline:
-            if select.select([parent], [], [], 0.2)[0]:
+            if written.poll(200):
                 try:
                     shown += os.read(parent, 65536)
                 except OSError:  # the other end is closed

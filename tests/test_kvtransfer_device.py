@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import select
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 import pytest
-from kvtransfer_support import FakeCache, FakeClock, allocate, chain_of, prompt, small_layout
+from kvtransfer_support import FakeCache, FakeClock, allocate, chain_of, is_readable, prompt, small_layout
 from numpy.typing import NDArray
 
 from common.errors import InternalError, PeerLostError
@@ -163,7 +162,7 @@ class Reading:
         deadline = time.monotonic() + timeout_s
         events = self.transport.poll()
         while len(events) < count and (left := deadline - time.monotonic()) > 0:
-            if select.select([self.transport.wakeup_fd], [], [], left)[0]:
+            if is_readable(self.transport.wakeup_fd, left):
                 events += self.transport.poll()
         return events
 
@@ -196,7 +195,7 @@ def test_a_read_ends_when_its_digests_are_compared(reading: Reading) -> None:
     result = only(reading.events(1))
     assert (result.read_id, result.status, result.message) == (7, ReadStatus.OK, "")
     assert result.seconds >= result.read_seconds
-    assert not select.select([reading.transport.wakeup_fd], [], [], 0)[0]
+    assert not is_readable(reading.transport.wakeup_fd)
 
 
 def test_wrong_bytes_are_a_mismatch_with_the_digest_named(reading: Reading) -> None:

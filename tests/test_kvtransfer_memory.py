@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import select
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from kvtransfer_support import FakeClock, memory_view
+from kvtransfer_support import FakeClock, is_readable, memory_view
 
 from common.errors import PeerLostError
 from common.kvtransfer.memory import Fault, MemoryNetwork, MemoryTransport, numpy_digest
@@ -62,10 +61,6 @@ def pairs() -> Iterator[list[Pair]]:
     yield made
     for pair in made:
         pair.close()
-
-
-def is_readable(fd: int) -> bool:
-    return bool(select.select([fd], [], [], 0)[0])
 
 
 def test_a_read_copies_verifies_and_wakes(pairs: list[Pair]) -> None:

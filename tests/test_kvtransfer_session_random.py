@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 from collections import Counter, deque
 from typing import Any
 
@@ -11,7 +10,7 @@ from handoff_support import Owner, World
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from kvtransfer_support import small_layout
+from kvtransfer_support import is_readable, small_layout
 
 from common.kvtransfer.memory import Fault
 from common.kvtransfer.orders import DropOrder, OrderEvent, OrderExtent, PeerVerdict, PlaceOrder, ReleaseLease
@@ -19,10 +18,6 @@ from common.kvtransfer.session import Done, Failed, Progress
 
 # Late writes after a reported completion are left out: a transport that makes them breaks its contract.
 FAULTS = (Fault.NONE, Fault.NONE, Fault.NONE, Fault.FAIL, Fault.CORRUPT, Fault.SHORT, Fault.MISPLACE, Fault.STUCK)
-
-
-def is_readable(fd: int) -> bool:
-    return bool(select.select([fd], [], [], 0)[0])
 
 
 class HandoffMachine(RuleBasedStateMachine):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing as mp
-import select
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kvtransfer_support import is_readable
 from numpy.typing import NDArray
 
 from common.config.schema import UcxConfig
@@ -46,7 +46,7 @@ def wait_for(transport: UcxTransport, count: int, timeout_s: float = 20.0) -> li
     deadline = time.monotonic() + timeout_s
     events: list[ReadResult | PeerDown] = []
     while len(events) < count and (left := deadline - time.monotonic()) > 0:
-        if select.select([transport.wakeup_fd], [], [], left)[0]:
+        if is_readable(transport.wakeup_fd, left):
             events += transport.poll()
     return events
 

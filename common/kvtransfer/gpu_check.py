@@ -117,12 +117,14 @@ def _read(pool: KVPool, transport: DeviceTransport, endpoint: Endpoint, digests:
     base, layout = pool.bases()[FULL_GROUP], pool.layout
     plan = plan_extent(layout, layout, extent, list(range(NUM_BLOCKS)), base, extent.num_tokens)
     peer = transport.connect(endpoint)
+    wakeup = select.poll()
+    wakeup.register(transport.wakeup_fd, select.POLLIN)
     moved, verified, nbytes = [], [], 0
     for read_id in range(NUM_READS):
         transport.read(peer, read_id, plan.pieces, plan.checks)
         deadline = time.monotonic() + LIMIT_S
         while not (events := transport.poll()):
-            if not select.select([transport.wakeup_fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not wakeup.poll(1000 * max(0.0, deadline - time.monotonic())):
                 raise KVTransferError("a read did not end in time")
         result = events[0]
         if isinstance(result, PeerDown) or result.status is not ReadStatus.OK:

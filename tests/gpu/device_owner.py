@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-import select
 import time
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from kvtransfer_support import is_readable
 
 from common.config.schema import UcxConfig
-from common.kvcache.layout import (
-    FULL_GROUP,
-    TAIL_GROUP,
-    GroupSpec,
-    KVLayout,
-    RegionSpec,
-    Retention,
-    Sharding,
-)
+from common.kvcache.layout import FULL_GROUP, TAIL_GROUP, GroupSpec, KVLayout, RegionSpec, Retention, Sharding
 from common.kvcache.pool import GUARD_NBYTES, KVPool
 from common.kvtransfer.device import DeviceTransport, over_ucx
 from common.kvtransfer.device_digests import DeviceDigests
@@ -94,7 +86,7 @@ class DeviceEnd:
         deadline = time.monotonic() + timeout_s
         events = self.transport.poll()
         while len(events) < count and (left := deadline - time.monotonic()) > 0:
-            if select.select([self.transport.wakeup_fd], [], [], left)[0]:
+            if is_readable(self.transport.wakeup_fd, left):
                 events += self.transport.poll()
         return events
 
