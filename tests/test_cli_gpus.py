@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from common.config import EngineConfig
+from common.engine.gpus import has_driver, num_gpus
 from common.errors import ConfigError
-from services.cli.gpus import deal, num_gpus
+from services.cli.gpus import deal
 
 
 def engines(*sizes: int) -> list[EngineConfig]:
@@ -19,6 +20,14 @@ def test_gpus_are_counted_by_the_drivers_files_and_by_what_is_visible(tmp_path: 
     assert num_gpus({}, tmp_path) == 3
     assert num_gpus({"CUDA_VISIBLE_DEVICES": "1,0"}, tmp_path) == 2
     assert num_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
+
+
+def test_a_driver_without_a_gpu_to_use_is_still_a_driver(tmp_path: Path) -> None:
+    version = tmp_path / "version"
+    assert not has_driver(version)
+    version.touch()
+    assert has_driver(version)
+    assert num_gpus({}, tmp_path) == 0
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_services_and_their_files_agree(tmp_path: Path) -> None:
 
 def test_cores_and_memory_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "num_cores", lambda: 8)
-    monkeypatch.setattr(plan_module, "has_gpu", lambda: False)
+    monkeypatch.setattr(plan_module, "has_driver", lambda: False)
     plan = build(tmp_path, num_prefill=1, num_decode=2)
     decode = next(s for s in plan.services if s.name == "decode-1")
     engine = config_of(plan, "decode-1").decode.engine
@@ -80,7 +80,7 @@ def test_cores_and_memory_are_dealt_out(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_the_user_gives_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "has_gpu", lambda: True)
+    monkeypatch.setattr(plan_module, "has_driver", lambda: True)
     plan = build(
         tmp_path, engine={"num_threads": 3, "dtype": "float32", "served_model_name": "x"}, redis_url="redis://r:1/0"
     )

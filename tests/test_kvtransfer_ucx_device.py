@@ -15,13 +15,14 @@ import pytest
 from fake_gpu import FakeGpu, build_driver
 from ucx_support import Owner, make_transport, random_bytes, wait_for
 
+from common.engine.gpus import has_driver
 from common.kvtransfer import ucx
 from common.kvtransfer.transport import Endpoint, PeerDown, ReadResult, ReadStatus
 
 MIB = 2**20
 GROUPS = {"full": 40 * MIB, "tail": 1000}
 pytestmark = pytest.mark.skipif(
-    Path("/proc/driver/nvidia/version").exists() or not shutil.which("cc"),
+    has_driver() or not shutil.which("cc"),
     reason="CUDA's own driver, or no compiler",
 )
 

