@@ -31,7 +31,7 @@ from common.errors import ConfigError, NanoDeployError
 from common.kvcache.pool import KVPool
 from common.models.kv_scales import FILE_NAME, write_scales
 from common.models.spec import ModelSpec
-from common.text.chat_template import ChatTemplate
+from common.text.deepseek import checkpoint_format
 from common.text.detokenizer import Detokenizer
 from common.text.stop import StopAutomaton, StopMatcher
 from common.text.tokenizer import Tokenizer
@@ -195,9 +195,11 @@ class LLM:
     ) -> RequestOutput:
         """Answer one conversation with the checkpoint's chat template."""
         tokenizer = self._need_tokenizer()
-        if tokenizer.chat_template is None:
+        template = tokenizer.chat_template or checkpoint_format(
+            ModelSpec.from_folder(self._folder).model_type, self._folder
+        )
+        if template is None:
             raise ValueError("the checkpoint has no chat template")
-        template: ChatTemplate = tokenizer.chat_template
         prompt = tokenizer.encode(template.render(list(messages)), add_special_tokens=False)
         return self.generate([prompt], sampling_params)[0]
 

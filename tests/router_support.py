@@ -106,6 +106,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
         worker_id: str = "d0",
         model: str = MODEL,
         max_model_len: int = MAX_MODEL_LEN,
+        architecture: str = "llama",
     ) -> None:
         self.script = script
         self.entries: dict[int, Entry] = {}
@@ -116,7 +117,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
         self.port = 0
         self.model = ModelInfo(
             name=model,
-            architecture="llama",
+            architecture=architecture,
             model_hash=b"m" * 16,
             max_model_len=max_model_len,
             vocab_size=text_support.byte_level().get_vocab_size(),
@@ -364,12 +365,14 @@ async def cluster(
     num_workers: int = 1,
     max_model_len: int = MAX_MODEL_LEN,
     template: str | None = text_support.CHAT_TEMPLATE,
+    architecture: str = "llama",
     generation: Mapping[str, object] = MappingProxyType({}),
     **config: Any,
 ) -> AsyncIterator[Cluster]:
     text_support.write_checkpoint(folder, chat_template=template, **generation)
     workers = [
-        ScriptedWorker(script, folder, worker_id=f"d{i}", max_model_len=max_model_len) for i in range(num_workers)
+        ScriptedWorker(script, folder, worker_id=f"d{i}", max_model_len=max_model_len, architecture=architecture)
+        for i in range(num_workers)
     ]
     members = StaticMembers()
     for worker in workers:

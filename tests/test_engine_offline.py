@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from engine_support import greedy, prompts, reference_tokens
-from tiny_models import make_llama
+from tiny_models import make_deepseek_v4, make_deepseek_v32, make_llama
 
 from common.errors import ConfigError, InvalidRequestError
 from nanodeploy import LLM
@@ -62,3 +62,13 @@ def test_a_wrong_call_is_one_clear_line(model: str, options: dict[str, int], mes
         LLM(model, **options)
     assert caught.value.message == message
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("make", [make_deepseek_v32, make_deepseek_v4])
+def test_a_checkpoint_without_a_template_chats(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    made = make(tmp_path)
+    (made / "tokenizer_config.json").unlink()
+    with LLM(made, **OPTIONS) as llm:
+        output = llm.chat([{"role": "user", "content": "Hi"}], greedy(2))
+        text = llm.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+    assert text.startswith("<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><")

@@ -22,7 +22,7 @@ import jinja2.sandbox
 from jinja2 import nodes
 
 from common.errors import ConfigError, InvalidRequestError, UnsupportedError
-from common.text.messages import ROLES, normalize_messages
+from common.text.messages import ROLES, check_ends, normalize_messages
 
 MAX_RENDER_S = 5.0
 MAX_RENDER_CHARS = 64 * 2**20
@@ -155,10 +155,7 @@ class ChatTemplate:
         `InvalidRequestError` that names the field, also for what the template itself refuses.
         """
         checked = normalize_messages(messages, extra_roles=self.extra_roles)
-        if continue_final_message and add_generation_prompt:
-            raise InvalidRequestError(
-                "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
-            )
+        check_ends(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         if not self._knows_developer:
             for message in checked:
                 if message["role"] == "developer":

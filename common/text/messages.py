@@ -46,6 +46,13 @@ def normalize_messages(messages: Sequence[Any], *, extra_roles: Sequence[str] = 
     return [_message(message, f"messages[{i}]", (*ROLES, *extra_roles)) for i, message in enumerate(messages)]
 
 
+def check_ends(*, add_generation_prompt: bool, continue_final_message: bool) -> None:
+    if continue_final_message and add_generation_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+        )
+
+
 def _bad(where: str, rule: str) -> InvalidRequestError:
     return InvalidRequestError(f"{where} {rule}", param=where)
 

@@ -19,6 +19,7 @@ from common.config.schema import RouterConfig
 from common.errors import ConfigError, UnavailableError, UnsupportedError
 from common.telemetry import get_logger
 from common.text import ChatTemplate, Tokenizer
+from common.text.deepseek import DeepSeekFormat, checkpoint_format
 from common.text.parsers import CallFormat, ReasoningFormat, call_format, reasoning_format
 from common.types import ModelInfo
 
@@ -33,12 +34,12 @@ _log = get_logger(__name__)
 @dataclass(frozen=True)
 class ModelText:
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplate | DeepSeekFormat | None
     defaults: dict[str, Any]
     calls: CallFormat | None = None
     reasoning: ReasoningFormat | None = None
 
-    def require_template(self) -> ChatTemplate:
+    def require_template(self) -> ChatTemplate | DeepSeekFormat:
         if self.template is None:
             raise UnsupportedError("this model has no chat template: use /v1/completions", param="messages")
         return self.template
@@ -63,7 +64,7 @@ def load_model_text(
 ) -> ModelText:
     """Raises `ConfigError` naming the file or setting at fault. `fast`: see `Tokenizer.load`."""
     tokenizer = Tokenizer.load(folder, fast=fast)
-    template = tokenizer.chat_template
+    template = tokenizer.chat_template or checkpoint_format(architecture, folder)
     if template_file:
         try:
             source = Path(template_file).read_text()
