@@ -1,18 +1,25 @@
-"""Small real processes that behave like services: they serve `/ready` and `/v1/completions` over HTTP."""
+"""The command with a state folder of its own, and small real processes that serve HTTP as services do."""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from common.config.schema import ClusterConfig
 from services.cli.plan import ClusterPlan
 from services.cli.process import ServiceSpec
+from services.cli.state import StateFolder
+
+ROOT = Path(__file__).parent.parent
+ENGINE = ("--dtype", "float32", "--kv-cache-memory-bytes", str(2**24), "--max-model-len", "512")
 
 # argv: port, seconds until ready, seconds until it dies (0: never), seconds it takes to stop
 SERVICE = """
@@ -52,6 +59,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
 print("pid", os.getpid(), "helper", helper.pid, flush=True)
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
+
+
+class Cli:
+    """The `nanodeploy` command with a state folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = StateFolder(root, "default")
+        any_port = {
+            f"NANODEPLOY_{section}__{field}": "0"
+            for section in ("CONTROLLER", "PREFILL", "DECODE")
+            for field in ("PORT", "HTTP_PORT")
+        }
+        self.env = {**os.environ, **any_port, "NANODEPLOY_STATE_DIR": str(root), "COLUMNS": "200"}
+
+    def argv(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "services.cli.main", *args]
+
+    def __call__(self, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.argv(*args), env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self("status", "--json").stdout)
+        return found
 
 
 def free_port() -> int:

@@ -21,7 +21,9 @@ from common.errors import NanoDeployError
 from common.rpc.client import open_channel
 from common.rpc.codec import Change, Snapshot, WatchEvent
 from common.rpc.controller import GrpcController
+from common.rpc.limits import LimitsClient
 from common.rpc.membership import Membership, MembershipChange
+from common.rpc.objects import ObjectClient
 from common.rpc.registry import RegistryClient
 from common.rpc.tasks import end_tasks
 from common.types import WorkerInfo
@@ -57,6 +59,16 @@ class Rig:
         peer = GrpcController(f"127.0.0.1:{controller.port}")
         self._closers.append(peer.close)
         return peer
+
+    def keys(self, controller: Controller) -> LimitsClient:
+        client = LimitsClient([f"127.0.0.1:{controller.port}"], self.config.admin_token)
+        self._closers.append(client.close)
+        return client
+
+    def objects(self, controller: Controller) -> ObjectClient:
+        client = ObjectClient([f"127.0.0.1:{controller.port}"], self.config.admin_token)
+        self._closers.append(client.close)
+        return client
 
     def watch(self, controller: Controller) -> Watched:
         watched = Watched(self.peer(controller))

@@ -9,47 +9,16 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import surfaces
 import tiny_models
 import yaml
-
-from services.cli.state import StateFolder
-
-ROOT = Path(__file__).parent.parent
-ENGINE = ("--dtype", "float32", "--kv-cache-memory-bytes", str(2**24), "--max-model-len", "512")
-
-
-class Cli:
-    """The `nanodeploy` command with a state folder of its own."""
-
-    def __init__(self, root: Path) -> None:
-        self.folder = StateFolder(root, "default")
-        any_port = {
-            f"NANODEPLOY_{section}__{field}": "0"
-            for section in ("CONTROLLER", "PREFILL", "DECODE")
-            for field in ("PORT", "HTTP_PORT")
-        }
-        self.env = {**os.environ, **any_port, "NANODEPLOY_STATE_DIR": str(root), "COLUMNS": "200"}
-
-    def argv(self, *args: str) -> list[str]:
-        return [sys.executable, "-m", "services.cli.main", *args]
-
-    def __call__(self, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.argv(*args), env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
-        )
-
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self("status", "--json").stdout)
-        return found
+from cli_support import ENGINE, ROOT, Cli
 
 
 @pytest.fixture(scope="module")

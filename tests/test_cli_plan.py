@@ -49,7 +49,9 @@ def test_services_and_their_files_agree(tmp_path: Path) -> None:
     controller = config_of(plan, "controller").controller
     assert plan.controller == f"127.0.0.1:{controller.port}"
     assert controller.redis_url == f"redis://{plan.services[0].address}/0"
-    assert " --hz 1 " in " ".join(plan.services[0].argv)
+    storage = " ".join(plan.services[0].argv)
+    assert " --hz 1 " in storage
+    assert f" --appendonly yes --daemonize no --hz 1 --dir {tmp_path}/storage" in storage
     for name in ("prefill-0", "prefill-1", "decode-0", "decode-1"):
         spec = next(s for s in plan.services if s.name == name)
         worker = getattr(config_of(plan, name), spec.role)

@@ -23,8 +23,10 @@ from rpc_support import eventually, make_worker
 from common.errors import InvalidRequestError, NotFoundError, UnavailableError
 from common.rpc.client import open_channel
 from common.rpc.codec import ChangeKind, Loads, Ping, Snapshot
+from common.rpc.codec.objects import ObjectKey
 from common.rpc.membership import Membership, MembershipChange
-from common.types import WorkerLoad, WorkerState
+from common.types import Role, WorkerLoad, WorkerState
+from common.types.keys import ApiKey, hashed_key
 from services.controller import __main__ as main_module
 from services.controller import watch as watch_module
 from services.controller.app import Controller
@@ -173,6 +175,37 @@ async def test_storage_killed_and_restarted(durable):
             await eventually(lambda: [w.ref.worker_id for w in controller.hub.workers] == ["a"])
             assert [c for c in changes if c.kind is ChangeKind.REMOVED] == []
             assert set(following.workers) == {"a"}
+
+
+async def test_a_new_run_on_an_old_storage_has_what_was_stored_and_its_own_members_alone():
+    """All processes of a cluster died at once, with members, one of them draining; the storage's files are there."""
+    key, document = ApiKey(key_hash=hashed_key("sk-1"), name="kept", created_s=1), ObjectKey("file", "", "file-1")
+    with run_redis(durable=True) as server:
+        async with rig(server, admin_token="t", lease_ttl_s=0.5) as r:
+            first, old = await r.controller(), make_worker()
+            await r.keys(first).put_keys([key])
+            await r.objects(first).put(document, b"about", ttl_s=60)
+            await r.objects(first).put_parts(document, {0: b"content"})
+            for worker in (old, make_worker("prefill-0", role=Role.PREFILL)):
+                await r.peer(first).register(worker, timeout_s=CALL_S)
+            await r.peer(first).drain("decode-0", 0, timeout_s=CALL_S)
+            await r.controllers.pop().stop(0.1)
+            server.kill()
+            server.start()
+
+            second, new = await r.controller(), make_worker()
+            watch, peer = r.watch(second), r.peer(second)
+            await eventually(lambda: bool(watch.snapshots))
+            r.worker(new)
+            await eventually(lambda: {w.ref for w in second.hub.workers} == {new.ref})
+            assert ("removed", "replaced") in watch.told()
+            assert ("removed", "expired") in watch.told()
+            assert second.hub.workers[0].state is WorkerState.READY, "the one before was asked to drain"
+            with pytest.raises(NotFoundError):
+                await peer.heartbeat("decode-0", old.ref.epoch, old.state, old.load, timeout_s=CALL_S)
+            assert [(k.key_hash, k.name) for k in (await r.keys(second).list_keys()).keys] == [(key.key_hash, "kept")]
+            assert (await r.objects(second).get(document)).data == b"about"
+            assert await r.objects(second).get_parts(document, [0]) == {0: b"content"}
 
 
 async def test_slow_watcher_is_cut_off_and_others_are_not(shared_server, monkeypatch):

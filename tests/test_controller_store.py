@@ -237,6 +237,26 @@ async def test_unreachable_storage_fails_quickly():
     await store.close()
 
 
+async def test_a_storage_that_cannot_write_is_unavailable_and_still_read(tmp_path):
+    server = RedisServer(binaries()["valkey"], tmp_path)
+    server.start()
+    store = Store(server.url, "x")
+    try:
+        await store.register(make_worker(), TTL_S)
+        (tmp_path / "dump.rdb").mkdir()  # nothing can be saved in its place
+        server.command("CONFIG", "SET", "save", "3600 1")
+        server.command("BGSAVE")
+        async with asyncio.timeout(10):
+            while not server.command("SET", "k", "v").startswith(b"-MISCONF"):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.02)
+        with pytest.raises(UnavailableError, match="storage refuses: MISCONF"):
+            await store.register(make_worker("decode-1"), TTL_S)
+        assert [w.ref.worker_id for w in (await store.snapshot()).snapshot.workers] == ["decode-0"]
+    finally:
+        await store.close()
+        server.kill()
+
+
 async def test_silent_storage_fails_within_the_limit():
     async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()

@@ -30,6 +30,7 @@ from common.types.keys import HASH_PREFIX, hash_of_setting
 from services.cli.gpus import deal
 from services.cli.ports import Ports
 from services.cli.process import ServiceSpec
+from services.cli.state import STORAGE_FOLDER
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -96,7 +97,7 @@ def build_plan(
     environ: Mapping[str, str],
     named: frozenset[str] = frozenset(),
 ) -> ClusterPlan:
-    """All processes of the cluster. `folder` has `config/` and `logs/`. Raises `ConfigError`.
+    """All processes of the cluster. `folder` has `config/`, `logs/` and `storage/`. Raises `ConfigError`.
 
     A port of `base` that is 0, or taken, becomes a free one; the API's only if neither the request nor `named`,
     the keys that the user's file and environment gave, asks for it.
@@ -186,11 +187,16 @@ class _Builder:
         self._environ = environ
 
     def storage(self, redis_url: str) -> None:
-        """A real server that keeps nothing on disk: when it restarts, whoever lives registers again."""
+        """A real server, whose data is on disk for the cluster's next run: API keys and what clients have stored.
+
+        Members of the run before are there too, when it ended badly. Nobody renews their leases, and a worker of the
+        same name takes the place of its old epoch.
+        """
         address = redis_url.removeprefix("redis://").removesuffix("/0")
         host, port = address.split(":")
-        options = ("--port", port, "--bind", host, "--save", "", "--appendonly", "no", "--daemonize", "no")
-        rest = ("--hz", "1", "--dir", str(self._folder))  # housekeeping once a second: nothing expires by its clock
+        options = ("--port", port, "--bind", host, "--save", "", "--appendonly", "yes", "--daemonize", "no")
+        folder = self._folder / STORAGE_FOLDER
+        rest = ("--hz", "1", "--dir", str(folder))  # housekeeping once a second: nothing expires by its clock
         self.specs.append(
             ServiceSpec(
                 name="storage",

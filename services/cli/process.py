@@ -13,13 +13,18 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UnavailableError
 from services.cli import child
 from services.cli.state import ProcessId, ServiceState
+
+KILL_LIMIT_S = 10.0
+KILL_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,21 @@ class ServiceProcess:
         if code is None:
             return "is running"
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def end_leftovers(processes: Sequence[ProcessId]) -> None:
+    """Kill what a launcher that was killed has left, and see it gone. Raises `UnavailableError` if one stays.
+
+    The next launcher wants their ports, and two storages must never write to the same files.
+    """
+    for process in processes:
+        kill_service(process)
+    deadline = time.monotonic() + KILL_LIMIT_S
+    while left := [process for process in processes if process.alive]:
+        if time.monotonic() > deadline:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise UnavailableError(f"processes of the cluster's run before cannot be killed: {pids}")
+        time.sleep(KILL_POLL_S)  # they are no children of ours: nobody tells us
 
 
 def kill_service(process: ProcessId) -> None:

@@ -4,6 +4,7 @@
                   state.json       written whole at every change: pids with start times, addresses, phase
                   config/*.yaml    one generated file per service
                   logs/*.log       one per service; those of the run before end in .1
+                  storage/         what the cluster's own storage keeps from one run to the next
 
 A pid alone may have been given to somebody else meanwhile, so a process is named by pid and start time.
 """
@@ -21,6 +22,8 @@ import msgspec
 
 from common.errors import ConfigError, UnavailableError
 from services.cli.hint import hint
+
+STORAGE_FOLDER = "storage"
 
 Phase = Literal["starting", "ready", "stopping", "stopped", "failed"]
 
@@ -108,11 +111,12 @@ class StateFolder:
         self.path = root / name
         self.config_path = self.path / "config"
         self.logs_path = self.path / "logs"
+        self.storage_path = self.path / STORAGE_FOLDER
         self._file = self.path / "state.json"
 
     def prepare(self) -> None:
         """Make the folders and set the logs of the run before aside."""
-        for folder in (self.config_path, self.logs_path):
+        for folder in (self.config_path, self.logs_path, self.storage_path):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for log in self.logs_path.glob("*.log"):
             log.replace(log.with_suffix(".log.1"))

@@ -37,7 +37,7 @@ from services.cli.options import check_model_folder
 from services.cli.plan import ClusterPlan, ClusterRequest, build_plan
 from services.cli.ports import Ports
 from services.cli.probe import Answer
-from services.cli.process import kill_service
+from services.cli.process import end_leftovers, kill_service
 from services.cli.report import Report
 from services.cli.state import StateFolder, cache_root, service_of, state_root
 from services.cli.terminal import quiet_keys
@@ -65,6 +65,8 @@ def run_up(request: ClusterRequest, options: UpOptions, detach: bool, console: C
     options = replace(options, config=config, program=program())
     base, named = load_named(config, os.environ)
     with folder.hold() as lock:
+        before = folder.read()
+        end_leftovers([service.process for service in before.services] if before is not None else [])
         with _ports() as ports:  # flags and ports first: a model may take minutes to prepare
             plan = build_plan(base, request, folder.path, ports, os.environ, named)
         engines = _engines(plan, request)

@@ -193,6 +193,8 @@ class Store:
         except (ReadOnlyError, OutOfMemoryError, MasterDownError, ClusterDownError, AuthenticationError) as error:
             raise UnavailableError(f"storage refuses: {error}") from error
         except ResponseError as error:
+            if str(error).startswith("MISCONF"):  # its disk is full or broken: it answers reads alone
+                raise UnavailableError(f"storage refuses: {error}") from error
             raise InternalError(f"storage rejects a command: {error}") from error
         except (RedisError, OSError, TimeoutError) as error:
             raise UnavailableError(f"storage is not reachable: {error or type(error).__name__}") from error
