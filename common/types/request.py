@@ -53,7 +53,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
         check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
         check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
-        check(self.top_k >= -1, "top_k", "-1 or 0 (all tokens) or a positive number")
+        check(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (all tokens) or a positive number below 2**31")
         check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
         check(self.max_tokens >= 1, "max_tokens", "at least 1")
         check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")

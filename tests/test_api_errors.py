@@ -1,0 +1,63 @@
+"""Every field of every body, given what it cannot be: an error that names it, or an answer, and never a 5xx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from api_support import PARSERS
+from pydantic import BaseModel
+from router_support import MODEL, Cluster, cluster, say
+
+from services.router import schemas
+from services.router.api import schemas as api_schemas
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+WRONG: list[Any] = [
+    10**30, -(10**30), 2**31, 2**32, 2**63, 0, -1, 1e300, 1e-300, True, "", "x", [], [[]], [5], ["x"], [{}], {},
+    {"x": 1}, {"type": "x"}, [{"type": "x"}], {"type": "function"}, {"type": "json_schema"}, {"effort": 5},
+    {"format": {"type": "x"}}, {"thinking": "yes"}, {"include_usage": True}, {"5": 1e300}, {"x": 1.0},
+    [{"role": "user"}], [{"role": "x", "content": "x"}], [{"role": "user", "content": [{"type": "x"}]}],
+    [{"role": "user", "content": [{"type": "tool_result"}]}], [{"type": "function_call"}], [{"name": "f"}],
+    [{"type": "function", "function": {"name": ""}}], [{"name": "f", "input_schema": 5}],
+]  # fmt: skip
+BODIES: list[tuple[str, type[BaseModel], dict[str, Any]]] = [
+    ("/v1/chat/completions", schemas.ChatBody, {"messages": MESSAGES, "max_tokens": 2}),
+    ("/v1/completions", schemas.CompletionBody, {"prompt": "Hi", "max_tokens": 2}),
+    ("/tokenize", schemas.TokenizeBody, {"prompt": "Hi"}),
+    ("/tokenize", schemas.TokenizeBody, {"messages": MESSAGES}),
+    ("/detokenize", schemas.DetokenizeBody, {"tokens": [1]}),
+    ("/v1/responses", api_schemas.ResponsesBody, {"input": "Hi", "store": False, "max_output_tokens": 2}),
+    ("/v1/messages", api_schemas.MessagesBody, {"messages": MESSAGES, "max_tokens": 2}),
+    ("/v1/messages/count_tokens", api_schemas.CountBody, {"messages": MESSAGES}),
+]
+STORED = {"store", "background", "previous_response_id"}  # need a storage, which is not there
+
+
+@pytest.mark.parametrize(("path", "kind", "base"), BODIES, ids=lambda value: value if isinstance(value, str) else "")
+async def test_every_field_is_named_in_its_errors(
+    path: str, kind: type[BaseModel], base: dict[str, Any], tmp_path: Path
+) -> None:
+    async with cluster(tmp_path / "model", say("Hi"), **PARSERS) as made:
+        refused = 0
+        for name, info in kind.model_fields.items():
+            field = info.alias or name
+            for wrong in WRONG if field not in STORED else ():
+                refused += await _try(made, path, {"model": MODEL, **base}, field, wrong)
+        assert refused > 10 * len(kind.model_fields)
+
+
+async def _try(made: Cluster, path: str, base: dict[str, Any], field: str, wrong: Any) -> bool:
+    """Whether it was refused."""
+    answer = await made.post(path, **base | {field: wrong})
+    if answer.status_code == 200 or (field, answer.status_code) == ("timeout", 504):
+        return False
+    error = answer.json()["error"]
+    told = (path, field, wrong, answer.status_code, error)
+    assert answer.status_code in (400, 404), told
+    assert field in error["message"] or (field, answer.status_code) == ("model", 404), told
+    if not path.startswith("/v1/messages"):  # Anthropic's errors have no param
+        both = path == "/tokenize" and "either prompt or messages" in error["message"]
+        assert both or error["param"].partition("[")[0].partition(".")[0] == field, told
+    return True
