@@ -101,6 +101,13 @@ const char* const LAST =
     "data: {\"id\":\"chatcmpl-0123456789abcdef\",\"object\":\"chat.completion.chunk\",\"created\":1700000000,"
     "\"model\":\"bench\",\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"length\"}]}\n\ndata: [DONE]\n\n";
 
+// vllm-router's cache_aware asks every worker for the tokens of every request, as vLLM's render them.
+const std::string RENDERED = [] {
+  std::string ids;
+  for (int i = 0; i < 512; i++) ids += (i ? "," : "") + std::to_string(1000 + i);
+  return "{\"request_id\":\"chatcmpl-0\",\"token_ids\":[" + ids + "],\"features\":null,\"sampling_params\":{}}";
+}();
+
 class Worker {
  public:
   Worker(int port, int step_us) : listener_(socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0)), poll_(epoll_create1(0)) {
@@ -168,9 +175,13 @@ class Worker {
     if (peer.in.size() < end + 4 + length) return false;
     std::string body = peer.in.substr(end + 4, length);
     peer.in.erase(0, end + 4 + length);
-    if (head.rfind("post ", 0) == 0) {
-      size_t wanted = body.rfind("\"max_tokens\":");
-      int tokens = wanted == std::string::npos ? 16 : std::atoi(body.c_str() + wanted + 13);
+    if (head.rfind("post /v1/chat/completions/render ", 0) == 0) {
+      reply(fd, RENDERED);
+    } else if (head.rfind("post ", 0) == 0) {
+      size_t wanted = std::string::npos;
+      for (const char* name : {"\"max_tokens\":", "\"max_completion_tokens\":"})  // sglang-router says the latter
+        if (wanted == std::string::npos && (wanted = body.rfind(name)) != std::string::npos) wanted += std::strlen(name);
+      int tokens = wanted == std::string::npos ? 16 : std::atoi(body.c_str() + wanted);
       bool stream = body.find("\"stream\":true") != std::string::npos || body.find("\"stream\": true") != std::string::npos;
       answers_.push_back({fd, tokens, stream, now()});
     } else {
