@@ -14,7 +14,7 @@ from router_support import ENGINE_FAILED, MAX_MODEL_LEN, MODEL, Cluster, cluster
 
 from common.errors import OverloadedError, UnavailableError
 from common.types import Failure, WorkerState
-from services.router import server
+from services.router import protocol
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 TEXT: dict[str, Any] = {"model": MODEL, "prompt": "Hi"}
@@ -214,7 +214,7 @@ async def test_bodies_over_the_limit(tiny: Cluster) -> None:
 
 
 async def test_half_open_connections_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.3)
     monkeypatch.setattr("services.router.exchange.BODY_TIMEOUT_S", 0.3)
     async with cluster(tmp_path, say("Hello, world!")) as made:
 

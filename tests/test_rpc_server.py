@@ -23,6 +23,7 @@ from common.rpc import status
 from common.rpc.client import Backoff, call, open_channel, read_stream
 from common.rpc.context import call_context
 from common.rpc.server import RpcServer, ServerOptions, Service, Verdict, serve_http
+from common.telemetry.logs import bound_fields
 from nanodeploy.v1 import controller_pb2 as pb
 from nanodeploy.v1 import controller_pb2_grpc, decode_pb2, decode_pb2_grpc
 
@@ -46,7 +47,7 @@ class Servicer(controller_pb2_grpc.ControllerServiceServicer):
 
     async def Drain(self, request, context):
         self.calls += 1
-        self.context = dict(structlog.contextvars.get_contextvars())
+        self.context = dict(bound_fields())
         if self.failures_left:
             self.failures_left -= 1
             raise errors.UnavailableError("restarting")

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import structlog
-
-from common.telemetry import log_context, parse_traceparent
+from common.telemetry import TraceContext, log_context, parse_traceparent
+from common.telemetry.logs import bind_to_task, bound_fields
 
 REQUEST_ID_KEY = "x-request-id"
 TRACEPARENT_KEY = "traceparent"
@@ -34,6 +33,12 @@ def call_context(request_id: str = "", traceparent: str = "") -> Iterator[None]:
                 _traceparent.reset(token)
 
 
+def bind_call(request_id: str, trace: TraceContext) -> None:
+    """As `call_context`, until this task ends."""
+    bind_to_task(request_id=request_id, trace_id=trace.trace_id)
+    _traceparent.set(trace.traceparent)
+
+
 def incoming(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str, str]:
     """(request id, traceparent) of a call's metadata; what is malformed is empty."""
     found = {key: value for key, value in metadata if isinstance(value, str)}
@@ -43,6 +48,6 @@ def incoming(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str, str]:
 
 def outgoing_metadata() -> tuple[tuple[str, str], ...]:
     """Metadata that carries this task's request id and trace context to the next hop."""
-    request_id = structlog.contextvars.get_contextvars().get("request_id")
+    request_id = bound_fields().get("request_id")
     pairs = ((REQUEST_ID_KEY, request_id), (TRACEPARENT_KEY, _traceparent.get()))
     return tuple((key, value) for key, value in pairs if value)

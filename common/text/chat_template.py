@@ -116,6 +116,7 @@ class ChatTemplate:
             self._template = self._environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ConfigError(f"{name} is not a valid chat template: {error}", param="chat_template") from error
+        self._template.globals = dict(self._template.globals)  # copied for each render: a chain of maps is slow to copy
         quoted = set(re.findall(r"""role['"]?\]?\s*==\s*["'](\w+)["']""", source))
         self.extra_roles = tuple(sorted(quoted - set(ROLES)))
         self._knows_developer = "developer" in source

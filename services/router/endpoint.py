@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from pydantic import BaseModel
 
 from common.errors import CancelledByCallerError, InternalError, NanoDeployError
-from common.rpc.context import call_context
+from common.rpc.context import bind_call, call_context
 from common.telemetry import TraceContext, get_logger, parse_traceparent
 from common.telemetry.spans import begin_trace, record, tracing
 from services.router.admission.callers import Callers
@@ -59,8 +59,10 @@ class RawEndpoint:
         began_s = time.monotonic() if trace.sampled else 0.0
         exchange.request_id, exchange.traceparent = request_id, trace.traceparent
         exchange.headers = [(b"x-request-id", request_id.encode()), (b"traceparent", trace.traceparent.encode())]
-        with call_context(request_id, trace.traceparent):
-            status = await self._guarded(exchange, known=False)
+        bind_call(request_id, trace)  # every request has a task of its own
+        status = await self._guarded(exchange, known=False)
+        if (seen := scope.get("nanodeploy.seen")) is not None:
+            seen(exchange)
         self._metrics.http.labels(self._path, status).inc()
         if trace.sampled and tracing():
             self._record(

@@ -48,8 +48,9 @@ class Connection(Protocol):
         """Whether what was written waits for the client."""
         ...
 
-    def join_next(self) -> None:
-        """The next write leaves with the one after it."""
+    @property
+    def has_whole_body(self) -> bool:
+        """Nothing of the request is still to come."""
         ...
 
     def write_chunk(self, data: bytes) -> None:
@@ -74,7 +75,6 @@ class Exchange:
         self.request_id = self.traceparent = ""
         self.caller = ANYONE
         self.usage: Usage | None = None  # of an answer that tokens were made for
-        scope["nanodeploy.exchange"] = self
         self.shape: Callable[[NanoDeployError], bytes] = error_body
         self._failed: Callable[[NanoDeployError], bytes] | None = None
         self._done = DONE
@@ -111,6 +111,8 @@ class Exchange:
         declared = self.header(b"content-length")
         too_large = declared.isdigit() and int(declared) > limit
         keep = limit if not too_large else 0
+        if self._connection.has_whole_body:
+            return await self._read(keep, limit)
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 return await self._read(keep, limit)
@@ -157,7 +159,6 @@ class Exchange:
         sent = [_JSON, length, *self.headers, *headers]
         if not self._complete and self._scope["method"] == "POST":
             sent.append((b"connection", b"close"))  # the rest of the body is not wanted
-        self._connection.join_next()
         await self._send({"type": "http.response.start", "status": status, "headers": sent})
         await self._send({"type": "http.response.body", "body": payload})
 
@@ -190,7 +191,6 @@ class Exchange:
     async def begin(self) -> None:
         """The head of a stream of events."""
         self.streaming = True
-        self._connection.join_next()
         await self._send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self.headers]})
 
     def write(self, events: bytes) -> bool:

@@ -114,11 +114,8 @@ class WorkerLink:
         """Bind the generation to a slot. Raises what the worker said, or `UnavailableError` if it cannot be reached."""
         self._submitting += 1
         try:
-            try:
-                async with asyncio.timeout(self._connect_timeout_s):
-                    await self.attached.wait()
-            except TimeoutError:
-                raise UnavailableError(f"worker {self.ref.worker_id} cannot be reached") from None
+            if not self.attached.is_set():
+                await self._reached()
             self._check_there()
             if generation.done:
                 return
@@ -132,6 +129,13 @@ class WorkerLink:
             self._submitting -= 1
             if not self._submitting:
                 self._clear_stash()
+
+    async def _reached(self) -> None:
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await self.attached.wait()
+        except TimeoutError:
+            raise UnavailableError(f"worker {self.ref.worker_id} cannot be reached") from None
 
     def _check_there(self) -> None:
         if self.over:

@@ -9,12 +9,10 @@ import asyncio
 import contextlib
 import random
 import secrets
-import socket
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from common.config.schema import RouterConfig
 from common.errors import NanoDeployError, UnavailableError
@@ -33,6 +31,7 @@ from services.router.https import Renewal, check_files
 from services.router.link import DecodePeer
 from services.router.metrics import RouterMetrics
 from services.router.peer import GrpcDecodePeer
+from services.router.protocol import App, BoundedHttpProtocol
 from services.router.randomness import PooledRandom
 from services.router.relay import Relay
 from services.router.routing.board import Board, Members
@@ -40,120 +39,10 @@ from services.router.routing.feed import Feeds, KvPeer
 from services.router.routing.peer import GrpcKvPeer
 from services.router.workers import Shared, listen
 
-HEAD_TIMEOUT_S: Final = 20.0  # connection or first byte -> end of the request's headers
-MAX_HEAD_BYTES: Final = 64 * 1024
 KEEP_ALIVE_S: Final = 75
 KEYS_WAIT_S: Final = 2.0  # for the controller to tell of API keys, before the first request is heard
-_KEEPALIVE_PROBES: Final = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
 
 _log = get_logger(__name__)
-
-
-class _Transport:
-    """A connection's transport that can let an answer's head wait for what follows it: one write instead of two."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._joins = False
-        self._held = b""
-        self.is_closing = transport.is_closing
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def join_next(self) -> None:
-        """What is written next leaves together with the write after it."""
-        self._joins = True
-
-    def write(self, data: bytes) -> None:
-        if self._joins:
-            self._joins, self._held = False, data
-        elif self._held:
-            held, self._held = self._held, b""
-            self._transport.write(held + data)
-        else:
-            self._transport.write(data)
-
-    def close(self) -> None:
-        if self._held:
-            self.write(b"")
-        self._transport.close()
-
-
-class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's, with limits on a request's head, probes for dead peers, and `exchange.Connection`."""
-
-    lost = False
-    on_lost: Callable[[], None] | None = None
-    on_writable: Callable[[], None] | None = None
-    _head_timer: asyncio.TimerHandle | None = None
-    _head_bytes = 0
-    _in_head = True
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        made: Any = _Transport(transport)
-        super().connection_made(made)
-        self.join_next: Callable[[], None] = made.join_next
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in _KEEPALIVE_PROBES:
-                if hasattr(socket, name):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_late)
-
-    def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            self._head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The headers are too large.")
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_head = True
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_late)
-        scope: Any = self.scope
-        scope["nanodeploy.connection"] = self
-
-    def on_headers_complete(self) -> None:
-        self._in_head, self._head_bytes = False, 0
-        self._stop_timer()
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
-        self.lost = True
-        for told in (self.on_lost, self.on_writable):
-            if told is not None:
-                told()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.on_writable is not None:
-            self.on_writable()
-
-    @property
-    def full(self) -> bool:
-        return self.flow.write_paused
-
-    def write_chunk(self, data: bytes) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-
-    def abort(self) -> None:
-        self.transport.abort()
-
-    def _head_late(self) -> None:
-        self._head_timer = None
-        self.transport.close()
-
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
 
 
 class _Server(uvicorn.Server):
@@ -250,14 +139,14 @@ class Router:
         if board.by_prefix:
             self._feeds.start()
         app = make_app(self.gateway, self._rng, self._apis.routes())
-        served = AccessLog(app, self._clock) if self._config.access_log else app
+        direct = {path.encode(): self._seen(endpoint) for path, endpoint in app.raw.items()}
         self._apis.start({path: endpoint.of_router for path, endpoint in app.raw.items()})
         if not self._config.ssl_certfile:
             warn_if_exposed(self._config.host, "API")
         self._server = _Server(
             uvicorn.Config(
-                served,
-                http=BoundedHttpProtocol,
+                self._seen(app),
+                http=BoundedHttpProtocol.with_direct(direct),
                 ws="none",
                 lifespan="off",
                 access_log=False,
@@ -292,6 +181,9 @@ class Router:
         await self.gateway.limiter.stop()
         self.gateway.texts.close()
         _log.info("router stopped")
+
+    def _seen(self, app: App) -> App:
+        return AccessLog(app, self._clock) if self._config.access_log else app
 
     def _on_change(self, change: MembershipChange) -> None:
         """Load a new model's tokenizer before the first request needs it."""

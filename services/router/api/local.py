@@ -15,11 +15,9 @@ class _NoConnection:
     def __init__(self) -> None:
         self.lost = False
         self.full = False
+        self.has_whole_body = True
         self.on_lost: Callable[[], None] | None = None
         self.on_writable: Callable[[], None] | None = None
-
-    def join_next(self) -> None:
-        pass
 
     def write_chunk(self, data: bytes) -> None:
         pass

@@ -32,6 +32,11 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         status, request_id = CLIENT_GONE, b""
+        exchange: Exchange | None = None
+
+        def seen(of: Exchange) -> None:
+            nonlocal exchange
+            exchange = of
 
         async def sending(message: Any) -> None:
             nonlocal status, request_id
@@ -40,11 +45,12 @@ class AccessLog:
                 request_id = next((value for name, value in message["headers"] if name == b"x-request-id"), b"")
             await send(message)
 
+        scope["nanodeploy.seen"] = seen
         started_s = self._clock.now()
         try:
             await self._app(scope, receive, sending)
         finally:
-            exchange: Exchange | None = scope.get("nanodeploy.exchange")
+            del scope["nanodeploy.seen"]
             caller = exchange.caller if exchange is not None else scope.get("nanodeploy.caller", ANYONE)
             usage = exchange.usage if exchange is not None else None
             _log.info(

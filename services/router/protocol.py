@@ -1,0 +1,200 @@
+"""HTTP connections: uvicorn's protocol with limits, and a short way for the routes that answer by themselves.
+
+bytes -> httptools -> a direct route: `Cycle`, begun when what came with its head has been read
+                      any other: uvicorn's own cycle, through the application and its middleware
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+HEAD_TIMEOUT_S: Final = 20.0  # connection or first byte -> end of the request's headers
+MAX_HEAD_BYTES: Final = 64 * 1024
+_KEEPALIVE_PROBES: Final = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+
+App = Callable[[Any, Any, Any], Any]
+
+
+class Cycle(RequestResponseCycle):
+    """One request on a direct route. The answer's head leaves with what follows it: one write instead of two."""
+
+    head = b""
+
+    async def send(self, message: Any) -> None:
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        if not self.response_started:
+            self.response_started, self.waiting_for_100_continue = True, False
+            self.head = self._head(message["status"], [*self.default_headers, *message["headers"]])
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        if self.response_complete:
+            raise RuntimeError("the answer is complete")
+        if not self.chunked_encoding:
+            self.expected_content_length -= len(body)
+            if self.expected_content_length < 0 or (self.expected_content_length and not more):
+                raise RuntimeError("the answer is not as long as its head says")
+            self.put(body)
+        else:
+            chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            self.put(chunk if more else chunk + b"0\r\n\r\n")
+        if not more:
+            self.response_complete = True
+            self.message_event.set()
+            if not self.keep_alive:
+                self.transport.close()
+            self.on_response()
+
+    def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """Names are our own, in lower case; a value with a line break in it is refused."""
+        self.chunked_encoding = True
+        closes = False
+        for name, value in headers:
+            if name == b"content-length":
+                self.chunked_encoding, self.expected_content_length = False, int(value)
+            elif name == b"connection":
+                closes = value == b"close"
+        lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+        if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers):
+            raise RuntimeError("a header has a line break in it")
+        if closes:
+            self.keep_alive = False
+        elif not self.keep_alive:
+            lines += b"connection: close\r\n"
+        if self.chunked_encoding:
+            lines += b"transfer-encoding: chunked\r\n"
+        return b"%b%b\r\n" % (STATUS_LINE[status], lines)
+
+    def put(self, data: bytes) -> None:
+        if self.head:
+            data, self.head = self.head + data, b""
+        self.transport.write(data)
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's, with limits on a request's head, probes for dead peers, and `exchange.Connection`.
+
+    `direct`: applications by path, for POST.
+    """
+
+    direct: ClassVar[Mapping[bytes, App]] = {}
+    lost = False
+    on_lost: Callable[[], None] | None = None
+    on_writable: Callable[[], None] | None = None
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _in_head = True
+    _begun: tuple[Cycle, App] | None = None  # read, and not started yet
+
+    @classmethod
+    def with_direct(cls, direct: Mapping[bytes, App]) -> type[BoundedHttpProtocol]:
+        return type(cls.__name__, (cls,), {"direct": direct})
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEPALIVE_PROBES:
+                if hasattr(socket, name):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_late)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._begun is not None:
+            (cycle, app), self._begun = self._begun, None
+            self._start_asgi_task(cycle, app)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The headers are too large.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_late)
+        scope: Any = self.scope
+        scope["nanodeploy.connection"] = self
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._head_bytes = False, 0
+        self._stop_timer()
+        app = self.direct.get(self.url)
+        if app is None or self.parser.get_method() != b"POST" or self.parser.should_upgrade():
+            super().on_headers_complete()
+        elif self.cycle is not None and not self.cycle.response_complete:
+            super().on_headers_complete()  # pipelined: in line behind the one before
+        else:
+            self._begin_direct(app)
+
+    def _begin_direct(self, app: App) -> None:
+        version, scope = self.parser.get_http_version(), self.scope
+        scope["method"], scope["http_version"] = "POST", version
+        scope["path"], scope["raw_path"], scope["query_string"] = self.url.decode("ascii"), self.url, b""
+        self.cycle = cycle = Cycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        self._begun = cycle, app
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+        self.lost = True
+        if self.cycle is not None and self.cycle.response_complete:
+            self.cycle = None  # type: ignore[assignment]  # each refers to the other
+        for told in (self.on_lost, self.on_writable):
+            if told is not None:
+                told()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.on_writable is not None:
+            self.on_writable()
+
+    @property
+    def full(self) -> bool:
+        return self.flow.write_paused
+
+    @property
+    def has_whole_body(self) -> bool:
+        return not self.cycle.more_body
+
+    def write_chunk(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        chunk, cycle = b"%x\r\n%b\r\n" % (len(data), data), self.cycle
+        if isinstance(cycle, Cycle):
+            cycle.put(chunk)
+        else:
+            self.transport.write(chunk)
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
