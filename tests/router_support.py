@@ -125,7 +125,6 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
             path=str(folder),
         )
         self.refuse_streams = False
-        self.calls = 0  # of SubmitMany
         self._queues: dict[str, asyncio.Queue[pb.StepDeltas | None]] = {}
         self._server: grpc.aio.Server | None = None
 
@@ -170,14 +169,12 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
 
     # -- service --
 
-    async def SubmitMany(self, request: pb.SubmitManyRequest, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        self.calls += 1
-        for index, item in enumerate(request.items):
-            try:
-                result = pb.SubmitResult(index=index, slot=self._submit(request.router_id, item))
-            except NanoDeployError as error:
-                result = pb.SubmitResult(index=index, error=codec.error_to_proto(error))
-            yield pb.SubmitManyResponse(results=[result])
+    def _answer(self, router_id: str, number: int, item: pb.SubmitItem) -> pb.StepDeltas:
+        try:
+            result = pb.SubmitResult(index=number, slot=self._submit(router_id, item))
+        except NanoDeployError as error:
+            result = pb.SubmitResult(index=number, error=codec.error_to_proto(error))
+        return pb.StepDeltas(submitted=[result])
 
     def _submit(self, router_id: str, item: pb.SubmitItem) -> int:
         decoded = codec.request_from_proto(item.request, time.monotonic())
@@ -209,7 +206,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
                 for choice in range(entry.request.sampling.n):
                     self._replay(queue, slot, choice, 0)
         yield pb.StreamResponse(attached=pb.StreamAttached(epoch=self.epoch, unknown_slots=sorted(set(unknown))))
-        reader = asyncio.create_task(self._read(request_iterator))
+        reader = asyncio.create_task(self._read(request_iterator, attach.router_id, queue))
         try:
             while (deltas := await queue.get()) is not None:
                 yield pb.StreamResponse(deltas=deltas)
@@ -226,8 +223,14 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
         failures = [(slot, entry.failure)] if entry.failure else []
         queue.put_nowait(codec.deltas_to_proto(rows, failures))
 
-    async def _read(self, requests: AsyncIterator[pb.StreamRequest]) -> None:
+    async def _read(
+        self, requests: AsyncIterator[pb.StreamRequest], router_id: str, queue: asyncio.Queue[pb.StepDeltas | None]
+    ) -> None:
+        number = 0
         async for request in requests:
+            for item in request.submit.items:
+                queue.put_nowait(self._answer(router_id, number, item))
+                number += 1
             if request.WhichOneof("message") == "cancel":
                 for slot, choice in zip(request.cancel.slots, request.cancel.choices, strict=True):
                     self._cancel(slot, choice)

@@ -1,122 +1,177 @@
-"""Requests share calls: who goes at once, who waits for whom, and what each hears."""
+"""Requests share messages: who goes at once, who waits for whom, what each hears, and what a broken stream costs."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
-from common.errors import InvalidRequestError, NanoDeployError, UnavailableError
-from common.types import GenerationRequest, SamplingParams
+from common.errors import InvalidRequestError, UnavailableError
+from common.types import MonotonicClock
+from nanodeploy.v1 import decode_pb2 as pb
+from nanodeploy.v1 import types_pb2
 from services.router import submits
 from services.router.submits import Submission, Submits
 
-Answer = tuple[int, int | NanoDeployError]
-
 
 class Worker:
-    """Answers a call when `go` says so: slots are the request ids' numbers, and "bad" ones are refused."""
+    """What reaches it, by message. `answer` is told what to say to a request's name."""
 
-    def __init__(self) -> None:
-        self.calls: list[list[str]] = []
-        self.go = asyncio.Event()
-        self.slow: set[str] = set()
+    def __init__(self, joined: Submits) -> None:
+        self.joined = joined
+        self.messages: list[list[str]] = []
+        self.numbers: dict[str, int] = {}
 
-    async def send(self, submissions: list[Submission]) -> AsyncIterator[list[Answer]]:
-        ids = [s.request.request_id for s in submissions]
-        self.calls.append(ids)
-        await self.go.wait()
-        yield [(i, self._answer(name)) for i, name in enumerate(ids) if name not in self.slow]
-        if self.slow.intersection(ids):
-            await asyncio.sleep(0.2)
-            yield [(i, self._answer(name)) for i, name in enumerate(ids) if name in self.slow]
+    async def send(self, submissions: list[Submission]) -> None:
+        names = [s.item.request.request_id for s in submissions]
+        first = len(self.numbers)
+        self.numbers |= {name: first + i for i, name in enumerate(names)}
+        self.messages.append(names)
 
-    def _answer(self, name: str) -> int | NanoDeployError:
-        return InvalidRequestError(f"{name} is refused") if name.startswith("bad") else int(name)
+    def answer(self, name: str, said: int | InvalidRequestError) -> None:
+        self.joined.answered(self.numbers[name], said)
 
 
-def request(name: str, num_tokens: int = 1) -> GenerationRequest:
-    return GenerationRequest(
-        request_id=name, model="m", prompt_token_ids=(1,) * num_tokens, sampling=SamplingParams(max_tokens=1)
-    )
+@asynccontextmanager
+async def stream(joined: Submits) -> AsyncIterator[Worker]:
+    worker = Worker(joined)
+    task = asyncio.create_task(joined.write_to(worker.send))
+    try:
+        yield worker
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
-async def test_those_of_one_turn_share_a_call_and_each_gets_its_own_answer() -> None:
-    worker = Worker()
-    worker.go.set()
-    joined = Submits(worker.send)
-    results = await asyncio.gather(
-        *(joined.submit(request(name), None, 1.0) for name in ("1", "bad", "3")), return_exceptions=True
-    )
-    assert worker.calls == [["1", "bad", "3"]]
-    assert results[0] == 1
-    assert results[2] == 3
-    assert isinstance(results[1], InvalidRequestError)
+def ask(joined: Submits, *names: str, num_tokens: int = 1, timeout_s: float = 5.0) -> list[asyncio.Task[int]]:
+    made = (types_pb2.GenerationRequest(request_id=name, prompt_token_ids=[1] * num_tokens) for name in names)
+    return [asyncio.create_task(joined.submit(pb.SubmitItem(request=request), timeout_s)) for request in made]
 
 
-async def test_who_comes_while_a_call_is_out_waits_for_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def settle() -> None:
+    await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def joined() -> Submits:
+    return Submits(MonotonicClock())
+
+
+async def test_those_of_one_turn_share_a_message_and_each_gets_its_own_answer(joined: Submits) -> None:
+    async with stream(joined) as worker:
+        one, bad, three = ask(joined, "1", "bad", "3")
+        await settle()
+        assert worker.messages == [["1", "bad", "3"]]
+        worker.answer("3", 33)
+        assert await three == 33
+        worker.answer("bad", InvalidRequestError("bad is refused"))
+        worker.answer("1", 11)
+        with pytest.raises(InvalidRequestError, match="refused"):
+            await bad
+        assert await one == 11
+
+
+async def test_who_comes_while_a_message_is_out_waits_for_its_first_answer(
+    joined: Submits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(submits, "HOLD_S", 10.0)
-    worker = Worker()
-    joined = Submits(worker.send)
-    first = asyncio.create_task(joined.submit(request("1"), None, 1.0))
-    await asyncio.sleep(0.01)
-    others = [asyncio.create_task(joined.submit(request(name), None, 1.0)) for name in ("2", "3")]
-    await asyncio.sleep(0.01)
-    assert worker.calls == [["1"]]
-    worker.go.set()
-    async with asyncio.timeout(1):
-        assert await asyncio.gather(first, *others) == [1, 2, 3]
-    assert worker.calls == [["1"], ["2", "3"]]
+    async with stream(joined) as worker:
+        tasks = ask(joined, "1", "2")
+        await settle()
+        tasks += ask(joined, "3", "4")
+        await settle()
+        assert worker.messages == [["1", "2"]]
+        worker.answer("2", 2)
+        await settle()
+        assert worker.messages == [["1", "2"], ["3", "4"]]
+        for name in ("1", "3", "4"):
+            worker.answer(name, int(name))
+        assert await asyncio.gather(*tasks) == [1, 2, 3, 4]
 
 
-async def test_nobody_waits_longer_than_the_hold() -> None:
-    """The first call is never answered."""
-    worker = Worker()
-    joined = Submits(worker.send)
-    first = asyncio.create_task(joined.submit(request("1"), None, 1.0))
-    await asyncio.sleep(0.01)
-    second = asyncio.create_task(joined.submit(request("2"), None, 1.0))
-    await asyncio.sleep(20 * submits.HOLD_S)
-    assert worker.calls == [["1"], ["2"]]
-    await joined.close()
-    for task in (first, second):
+async def test_nobody_waits_longer_than_the_hold(joined: Submits) -> None:
+    async with stream(joined) as worker:
+        tasks = ask(joined, "1")
+        await settle()
+        tasks += ask(joined, "2")
+        await asyncio.sleep(20 * submits.HOLD_S)
+        assert worker.messages == [["1"], ["2"]]
+    joined.close()
+    for task in tasks:
         with pytest.raises(UnavailableError):
             await task
 
 
-async def test_a_slow_one_delays_nobody() -> None:
-    worker = Worker()
-    worker.go.set()
-    worker.slow = {"2"}
-    joined = Submits(worker.send)
-    slow = asyncio.create_task(joined.submit(request("2"), None, 1.0))
-    async with asyncio.timeout(0.1):
-        assert await joined.submit(request("1"), None, 1.0) == 1
-        assert await joined.submit(request("3"), None, 1.0) == 3
-    assert await slow == 2
-
-
-async def test_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_messages_are_bounded(joined: Submits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submits, "MOST_REQUESTS", 3)
     monkeypatch.setattr(submits, "MOST_TOKENS", 10)
-    worker = Worker()
-    worker.go.set()
-    joined = Submits(worker.send)
     sizes = {"1": 1, "2": 1, "3": 1, "4": 9, "5": 9, "6": 99}
-    await asyncio.gather(*(joined.submit(request(name, size), None, 1.0) for name, size in sizes.items()))
-    assert worker.calls == [["1", "2", "3"], ["4"], ["5"], ["6"]]
+    tasks = [task for name, size in sizes.items() for task in ask(joined, name, num_tokens=size)]
+    await settle()
+    async with stream(joined) as worker:
+        await asyncio.sleep(20 * submits.HOLD_S)
+        assert worker.messages == [["1", "2", "3"], ["4"], ["5"], ["6"]]
+        for name in sizes:
+            worker.answer(name, 1)
+        await asyncio.gather(*tasks)
 
 
-async def test_an_error_of_the_call_is_that_of_all_it_did_not_answer() -> None:
-    async def send(submissions: list[Submission]) -> AsyncIterator[list[Answer]]:
-        yield [(0, 7)]
-        raise UnavailableError("the worker is gone")
+async def test_what_a_broken_stream_left_unanswered_goes_first_on_the_next(joined: Submits) -> None:
+    async with stream(joined) as worker:
+        tasks = ask(joined, "1", "2", "3")
+        await settle()
+        worker.answer("2", 2)
+        await settle()
+        assert worker.messages == [["1", "2", "3"]]
+    tasks += ask(joined, "4")
+    tasks[0].cancel()  # whoever gave up is not sent again
+    await settle()
+    async with stream(joined) as worker:
+        await settle()
+        assert worker.messages == [["3", "4"]]
+        worker.answer("3", 3)
+        worker.answer("4", 4)
+        assert await asyncio.gather(*tasks[1:]) == [2, 3, 4]
 
-    joined = Submits(send)
-    first, second = await asyncio.gather(
-        *(joined.submit(request(name), None, 1.0) for name in ("1", "2")), return_exceptions=True
-    )
-    assert first == 7
-    assert isinstance(second, UnavailableError)
-    assert "gone" in str(second)
+
+async def test_an_answer_of_the_stream_before_is_nobodys(joined: Submits) -> None:
+    """Numbers begin again with each stream."""
+    async with stream(joined) as worker:
+        (task,) = ask(joined, "1")
+        await settle()
+    joined.answered(7, 70)
+    async with stream(joined) as worker:
+        await settle()
+        worker.answer("1", 11)
+        worker.answer("1", 99)
+        assert await task == 11
+
+
+async def test_one_that_is_not_answered_in_time_ends_alone(joined: Submits) -> None:
+    async with stream(joined) as worker:
+        (late,) = ask(joined, "1", timeout_s=0.05)
+        (other,) = ask(joined, "2", timeout_s=5.0)
+        await settle()
+        with pytest.raises(UnavailableError, match="did not answer"):
+            await asyncio.wait_for(late, 1)
+        worker.answer("2", 2)
+        assert await other == 2
+        (later,) = ask(joined, "3", timeout_s=0.05)  # the watch goes on
+        with pytest.raises(UnavailableError, match="did not answer"):
+            await asyncio.wait_for(later, 1)
+
+
+async def test_a_lost_worker_fails_all_at_once(joined: Submits) -> None:
+    async with stream(joined):
+        tasks = ask(joined, "1", "2")
+        await settle()
+        tasks += ask(joined, "3")
+        await settle()
+        joined.fail(UnavailableError("the worker is gone"))
+        for task in tasks:
+            with pytest.raises(UnavailableError, match="gone"):
+                await task

@@ -50,6 +50,49 @@ async def test_a_request_enters_by_submit_and_its_tokens_come_down_the_stream(
         assert worker.part.num_active() == 0
 
 
+async def test_requests_enter_by_the_stream_and_are_answered_on_it(decode: tuple[ScriptedWorker, Client]) -> None:
+    worker, client = decode
+    async with client.stream(epoch=worker.host.epoch) as stream:
+        good, other = (codec.request_to_proto(request(request_id=name), 0.0) for name in ("one", "three"))
+        unknown = codec.request_to_proto(request(request_id="two", model="another"), 0.0)
+        items = [decode_pb2.SubmitItem(request=one) for one in (good, unknown)]
+        await stream.write(submit=decode_pb2.StreamSubmit(items=items))
+        answers = await stream.submitted(2)
+        assert isinstance(answers[1], NotFoundError)
+        slot = answers[0]
+        assert (await worker.engine.got(Submit)).slot == slot
+        await stream.write(submit=decode_pb2.StreamSubmit(items=[decode_pb2.SubmitItem(request=other)]))
+        assert (await stream.submitted(1)).keys() == {2}, "numbers go on"
+        worker.engine.say(Deltas(1, rows=(token(int(str(slot)), 0),)))
+        assert [s for s, _ in (await stream.rows()).rows] == [slot]
+
+
+async def test_what_a_stream_submitted_and_did_not_live_to_hear_of_is_not_admitted(
+    decode: tuple[ScriptedWorker, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, client = decode
+    ready = asyncio.Event()
+
+    async def slow(self: sessions_module.PrefillSessions, prefill: WorkerRef) -> int:
+        await ready.wait()
+        return 0
+
+    monkeypatch.setattr(sessions_module.PrefillSessions, "ensure", slow)
+    item = decode_pb2.SubmitItem(request=codec.request_to_proto(request(request_id="one"), 0.0))
+    item.prefill.CopyFrom(codec.ref_to_proto(WorkerRef("p0", 1, "127.0.0.1:1")))
+    async with client.stream() as old:
+        await old.write(submit=decode_pb2.StreamSubmit(items=[item]))
+        async with client.stream() as new:
+            with pytest.raises(EOFError):
+                await old.read_on()
+            ready.set()
+            slot = await client.submit(request_id="two")
+            assert (await worker.engine.got(Submit)).request.request_id == "two"
+            worker.engine.say(Deltas(1, rows=(token(slot, 0),)))
+            deltas = (await new.read()).deltas
+            assert (list(deltas.slots), list(deltas.submitted)) == ([slot], [])
+
+
 async def test_a_reattached_stream_gets_what_it_lacks_and_names_what_is_unknown(
     decode: tuple[ScriptedWorker, Client],
 ) -> None:
@@ -110,7 +153,7 @@ async def test_cancels_reach_the_engine(decode: tuple[ScriptedWorker, Client]) -
         ([{}], "must be attach"),
         ([{"attach": decode_pb2.StreamAttach()}], "must be attach"),
         ([{"attach": decode_pb2.StreamAttach(router_id="r", slots=[1])}], "unequal lengths"),
-        ([{"attach": decode_pb2.StreamAttach(router_id="r")}] * 2, "only cancel and ack"),
+        ([{"attach": decode_pb2.StreamAttach(router_id="r")}] * 2, "only submit, cancel and ack"),
         (
             [
                 {"attach": decode_pb2.StreamAttach(router_id="r")},

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from worker_support import ScriptedWorker, request, scripted
 
+from common.errors import NanoDeployError
 from common.kvtransfer.orders import PlaceOrder
 from common.rpc import codec
 from common.rpc.client import call
@@ -71,6 +72,14 @@ class Stream:
     async def read_on(self) -> None:
         while True:
             await self.read()
+
+    async def submitted(self, count: int) -> dict[int, int | NanoDeployError]:
+        """Answers by number, until there are so many."""
+        found: dict[int, int | NanoDeployError] = {}
+        while len(found) < count:
+            for r in (await self.read()).deltas.submitted:
+                found[r.index] = r.slot if r.WhichOneof("outcome") == "slot" else codec.error_from_proto(r.error)
+        return found
 
     async def rows(self) -> codec.StepRows:
         return codec.deltas_from_proto((await self.read()).deltas)

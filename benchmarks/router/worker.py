@@ -52,27 +52,21 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer, controller_pb2_grpc.Controll
             await asyncio.sleep(1)
             yield codec.watch_event_to_proto(codec.Ping(1))
 
-    async def SubmitMany(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        running, results = self._running.setdefault(request.router_id, {}), []
-        for index, item in enumerate(request.items):
-            self._slots += 1
-            running[self._slots] = [0, item.request.sampling.max_tokens]
-            self._asked_s[self._slots] = time.perf_counter()
-            results.append(decode_pb2.SubmitResult(index=index, slot=self._slots))
-        self._wake.setdefault(request.router_id, asyncio.Event()).set()
-        yield decode_pb2.SubmitManyResponse(results=results)
-
     async def Stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
         router_id = (await anext(aiter(requests))).attach.router_id
         running = self._running.setdefault(router_id, {})
         wake = self._wake.setdefault(router_id, asyncio.Event())
         yield decode_pb2.StreamResponse(attached=decode_pb2.StreamAttached(epoch=self._info.ref.epoch))
-        reader = asyncio.create_task(self._read(requests, running))
+        results: list[Any] = []
+        reader = asyncio.create_task(self._read(requests, running, results, wake))
         try:
             while True:
                 due = time.perf_counter()
                 while running:
-                    yield decode_pb2.StreamResponse(deltas=self._step(running))
+                    deltas = self._step(running)
+                    deltas.submitted.extend(results)
+                    results.clear()
+                    yield decode_pb2.StreamResponse(deltas=deltas)
                     due = max(due + STEP_S, time.perf_counter() - MAX_LAG_S)  # timers are whole milliseconds
                     await asyncio.sleep(max(due - time.perf_counter(), 0))
                 wake.clear()
@@ -80,8 +74,18 @@ class Worker(decode_pb2_grpc.DecodeServiceServicer, controller_pb2_grpc.Controll
         finally:
             reader.cancel()
 
-    async def _read(self, requests: AsyncIterator[Any], running: dict[int, list[int]]) -> None:
+    async def _read(
+        self, requests: AsyncIterator[Any], running: dict[int, list[int]], results: list[Any], wake: asyncio.Event
+    ) -> None:
+        number = 0
         async for request in requests:
+            for item in request.submit.items:
+                self._slots += 1
+                running[self._slots] = [0, item.request.sampling.max_tokens]
+                self._asked_s[self._slots] = time.perf_counter()
+                results.append(decode_pb2.SubmitResult(index=number, slot=self._slots))
+                number += 1
+                wake.set()
             for slot in request.cancel.slots:
                 running.pop(slot, None)
 

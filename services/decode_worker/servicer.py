@@ -51,11 +51,11 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         self, request: pb.SubmitManyRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.SubmitManyResponse]:
         router_id = _router_of(request)
-        going = {asyncio.create_task(self._submit_item(router_id, i, item)) for i, item in enumerate(request.items)}
+        going = {asyncio.create_task(self._numbered(router_id, i, item)) for i, item in enumerate(request.items)}
         try:
             while going:
                 done, going = await asyncio.wait(going, return_when=asyncio.FIRST_COMPLETED)
-                yield pb.SubmitManyResponse(results=[task.result() for task in done])
+                yield pb.SubmitManyResponse(results=[_result(*task.result()) for task in done])
         finally:
             for task in going:
                 task.cancel()
@@ -69,7 +69,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
             return
         positions = zip(attach.slots, attach.choices, attach.next_positions, strict=True)
         link, generation, unknown = self._streams.attach(attach.router_id, positions)
-        reader = asyncio.create_task(self._read(request_iterator, link))
+        reader = asyncio.create_task(self._read(request_iterator, link, generation))
         try:
             yield _attached(self._host.epoch, unknown)
             async for deltas in self._rows(link, generation, reader):
@@ -116,15 +116,18 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
 
     # -- helpers --
 
-    async def _submit_item(self, router_id: str, index: int, item: pb.SubmitItem) -> pb.SubmitResult:
+    async def _numbered(self, router_id: str, number: int, item: pb.SubmitItem) -> tuple[int, int | Failure]:
+        return number, await self._submit_item(router_id, item)
+
+    async def _submit_item(self, router_id: str, item: pb.SubmitItem) -> int | Failure:
+        """The slot, or why not."""
         try:
-            entry = await self._submit(router_id, item.request, _prefill_of(item))
+            return (await self._submit(router_id, item.request, _prefill_of(item))).slot
         except NanoDeployError as error:
-            return pb.SubmitResult(index=index, error=codec.error_to_proto(error))
+            return Failure.of(error)
         except Exception:
             log.exception("request not admitted", request_id=item.request.request_id)
-            return pb.SubmitResult(index=index, error=codec.error_to_proto(InternalError("internal error")))
-        return pb.SubmitResult(index=index, slot=entry.slot)
+            return Failure.of(InternalError("internal error"))
 
     async def _submit(self, router_id: str, wire: types_pb2.GenerationRequest, prefill: WorkerRef | None) -> RequestLog:
         self._host.require_ready()
@@ -146,11 +149,23 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         )
         return entry
 
-    async def _read(self, requests: AsyncIterator[pb.StreamRequest], link: Link) -> None:
-        """Cancels and acknowledgements; its end is the end of the stream."""
+    async def _read(self, requests: AsyncIterator[pb.StreamRequest], link: Link, generation: int) -> None:
+        """Submits, cancels and acknowledgements; its end is the end of the stream."""
+        number = 0
+        going: set[asyncio.Task[None]] = set()
+
+        async def submit(item: pb.SubmitItem, number: int) -> None:
+            link.submitted(generation, number, await self._submit_item(link.router_id, item))
+
         try:
             async for request in requests:
                 match request.WhichOneof("message"):
+                    case "submit":
+                        for item in request.submit.items:
+                            task = asyncio.create_task(submit(item, number))
+                            going.add(task)
+                            task.add_done_callback(going.discard)
+                            number = (number + 1) % 2**32
                     case "cancel":
                         self._cancel(link, request.cancel)
                     case "ack":
@@ -158,8 +173,10 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
                         _check_columns("ack", ack)
                         self._streams.ack(link, zip(ack.slots, ack.choices, ack.next_positions, strict=True))
                     case _:
-                        raise InvalidRequestError("only cancel and ack may follow attach", param="message")
+                        raise InvalidRequestError("only submit, cancel and ack may follow attach", param="message")
         finally:
+            for task in going:
+                task.cancel()
             link.wake()
 
     def _cancel(self, link: Link, cancel: pb.StreamCancel) -> None:
@@ -205,8 +222,17 @@ def _log_end(entry: RequestLog) -> None:
     log.info("request ended", **trace_fields(entry.request_id, entry.traceparent), slot=entry.slot, **ended, **shown)
 
 
+def _result(number: int, outcome: int | Failure) -> pb.SubmitResult:
+    if isinstance(outcome, Failure):
+        return pb.SubmitResult(index=number, error=codec.failure_to_proto(outcome))
+    return pb.SubmitResult(index=number, slot=outcome)
+
+
 def _rows_to_proto(rows: Rows) -> pb.StepDeltas:
-    return codec.deltas_to_proto(rows.deltas, rows.failures, rows.stats, rows.prompt_logprobs)
+    out = codec.deltas_to_proto(rows.deltas, rows.failures, rows.stats, rows.prompt_logprobs)
+    if rows.submitted:
+        out.submitted.extend([_result(number, outcome) for number, outcome in rows.submitted])
+    return out
 
 
 def _router_of(request: pb.SubmitRequest | pb.SubmitManyRequest) -> str:

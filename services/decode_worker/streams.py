@@ -31,9 +31,10 @@ class Rows:
         self.failures: list[tuple[int, Failure]] = []
         self.stats: list[tuple[int, RequestStats]] = []
         self.prompt_logprobs: list[tuple[int, TokenLogprobs]] = []
+        self.submitted: list[tuple[int, int | Failure]] = []  # (number, slot or why not) of the stream's submits
 
     def __bool__(self) -> bool:
-        return bool(self.deltas or self.failures or self.stats or self.prompt_logprobs)
+        return bool(self.deltas or self.submitted or self.failures or self.stats or self.prompt_logprobs)
 
     def split(self, max_nbytes: int = MAX_MESSAGE_NBYTES) -> tuple[Rows, Rows]:
         """What fits into a message, and the rest: failures come last, and no row before its prompt's logprobs."""
@@ -76,6 +77,12 @@ class Link:
 
     def wake(self) -> None:
         self._wake.set()
+
+    def submitted(self, generation: int, number: int, outcome: int | Failure) -> None:
+        """An item of a stream's submits is answered; nobody hears of it if that stream has ended."""
+        if self.attached and generation == self.generation:
+            self._rows.submitted.append((number, outcome))
+            self.wake()
 
     async def take(self, generation: int) -> Rows | None:
         """Wait for rows (or a wake-up) and take a message full. None: the link belongs to another stream now."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -92,7 +91,8 @@ class WorkerLink:
         self._outbox = Outbox()
         self._open: dict[int, Generation] = {}
         self._submitting = 0
-        self._stash: deque[tuple[int, Row]] = deque(maxlen=_STASH_ROWS)
+        self._stash: dict[int, list[Row]] = {}  # rows by slot, of those whose Submit may not have been answered
+        self._stashed = 0  # rows
         self._closed_slots: dict[int, None] = {}
         self._stream: DecodeStream | None = None
         self._leaving = False  # the stream was closed here
@@ -161,8 +161,8 @@ class WorkerLink:
         for choice, over in enumerate(generation.ended):
             if over and choice not in ended_choices:
                 self.drop_choice(generation, choice)
-        for kept, row in [entry for entry in self._stash if entry[0] == slot]:
-            self._apply(kept, row)
+        for row in self._unstash(slot):
+            self._apply(slot, row)
 
     def _forget(self, generation: Generation) -> None:
         self._open.pop(generation.slot, None)
@@ -242,16 +242,23 @@ class WorkerLink:
         if slot in self._closed_slots:
             return
         if self._submitting:
-            self._stash.append((slot, row))
+            self._stash.setdefault(slot, []).append(row)
+            self._stashed += 1
+            if self._stashed > _STASH_ROWS:
+                self._unstash(next(iter(self._stash)))
         else:
             self._remember(slot)
             self._outbox.cancel(slot)
 
     def _clear_stash(self) -> None:
-        stash, self._stash = self._stash, deque(maxlen=_STASH_ROWS)
-        for slot, row in stash:
-            if slot not in self._open:
-                self._stray(slot, row)
+        stash, self._stash, self._stashed = self._stash, {}, 0
+        for slot, rows in stash.items():
+            self._stray(slot, rows[0])
+
+    def _unstash(self, slot: int) -> list[Row]:
+        rows = self._stash.pop(slot, [])
+        self._stashed -= len(rows)
+        return rows
 
     # -- the stream --
 

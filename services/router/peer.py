@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 
 from common.errors import NanoDeployError, UnavailableError
 from common.rpc import codec
-from common.rpc.client import open_channel, stream
+from common.rpc.client import open_channel
 from common.rpc.status import error_from_rpc
 from common.types import Clock, GenerationRequest, WorkerRef
 from nanodeploy.v1 import decode_pb2 as pb
@@ -27,9 +28,14 @@ def _broken(error: BaseException | None = None) -> NanoDeployError:
 
 
 class GrpcDecodeStream:
-    def __init__(self, stub: Any, router_id: str) -> None:
+    """One attempt at a stream. While it is attached, it carries `submits` as well."""
+
+    def __init__(self, stub: Any, router_id: str, submits: Submits) -> None:
         self._call: Any = stub.Stream()
         self._router_id = router_id
+        self._submits = submits
+        self._submitting: asyncio.Task[None] | None = None
+        self._writing = asyncio.Lock()  # grpc takes one message at a time
         self._closed = False
 
     async def attach(self, epoch: int, positions: Positions) -> tuple[int, Sequence[int]]:
@@ -40,14 +46,26 @@ class GrpcDecodeStream:
             choices=[choice for _, choice, _ in positions],
             next_positions=[position for _, _, position in positions],
         )
-        await self._write(pb.StreamRequest(attach=attach))
-        answer = await self._read()
-        if answer.WhichOneof("message") != "attached":
-            raise UnavailableError("the worker did not answer attach")
-        return answer.attached.epoch, list(answer.attached.unknown_slots)
+        found = 0
+        try:
+            await self._write(pb.StreamRequest(attach=attach))
+            answer = await self._read()
+            if answer.WhichOneof("message") != "attached":
+                raise UnavailableError("the worker did not answer attach")
+            found = answer.attached.epoch
+        finally:
+            if found != epoch:  # those who wait for an answer may have better luck elsewhere
+                self._submits.fail(UnavailableError("the worker is gone"))
+        if found == epoch:
+            self._submitting = asyncio.create_task(self._submit())
+        return found, list(answer.attached.unknown_slots)
 
     async def read(self) -> codec.StepRows:
-        return codec.deltas_from_proto((await self._read()).deltas)
+        deltas = (await self._read()).deltas
+        for result in deltas.submitted:
+            has_slot = result.WhichOneof("outcome") == "slot"
+            self._submits.answered(result.index, result.slot if has_slot else codec.error_from_proto(result.error))
+        return codec.deltas_from_proto(deltas)
 
     async def send(self, cancels: Cancels, acks: Positions) -> None:
         if cancels:
@@ -66,7 +84,17 @@ class GrpcDecodeStream:
 
     def close(self) -> None:
         self._closed = True
+        if self._submitting is not None:
+            self._submitting.cancel()
         self._call.cancel()
+
+    async def _submit(self) -> None:
+        with contextlib.suppress(NanoDeployError):  # the reader hears of it, too
+            await self._submits.write_to(self._send_submissions)
+
+    async def _send_submissions(self, submissions: list[Submission]) -> None:
+        items = [submission.item for submission in submissions]
+        await self._write(pb.StreamRequest(submit=pb.StreamSubmit(items=items)))
 
     async def _read(self) -> pb.StreamResponse:
         response = await self._guard(self._call.read)
@@ -75,7 +103,8 @@ class GrpcDecodeStream:
         return response
 
     async def _write(self, request: pb.StreamRequest) -> None:
-        await self._guard(self._call.write, request)
+        async with self._writing:
+            await self._guard(self._call.write, request)
 
     async def _guard(self, method: Callable[..., Any], *args: object) -> Any:
         """Grpc raises CancelledError when the call was closed here: that is not the cancelling of this task."""
@@ -101,31 +130,18 @@ class GrpcDecodePeer:
         self._clock = clock
         self._channel = open_channel(ref.address)
         self._stub = decode_pb2_grpc.DecodeServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._submits = Submits(self._send)
+        self._submits = Submits(clock)
 
     async def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float) -> int:
-        return await self._submits.submit(request, prefill, timeout_s)
-
-    async def _send(self, submissions: list[Submission]) -> AsyncIterator[list[tuple[int, int | NanoDeployError]]]:
-        now = self._clock.now()
-        items = [
-            pb.SubmitItem(
-                request=codec.request_to_proto(submission.request, now),
-                prefill=codec.ref_to_proto(submission.prefill) if submission.prefill else None,
-            )
-            for submission in submissions
-        ]
-        wire = pb.SubmitManyRequest(router_id=self._router_id, items=items)
-        timeout_s = max(submission.timeout_s for submission in submissions)
-        async for response in stream(self._stub.SubmitMany, wire, timeout_s=timeout_s):
-            yield [
-                (r.index, r.slot if r.WhichOneof("outcome") == "slot" else codec.error_from_proto(r.error))
-                for r in response.results
-            ]
+        item = pb.SubmitItem(
+            request=codec.request_to_proto(request, self._clock.now()),
+            prefill=codec.ref_to_proto(prefill) if prefill else None,
+        )
+        return await self._submits.submit(item, timeout_s)
 
     def open_stream(self) -> GrpcDecodeStream:
-        return GrpcDecodeStream(self._stub, self._router_id)
+        return GrpcDecodeStream(self._stub, self._router_id, self._submits)
 
     async def close(self) -> None:
-        await self._submits.close()
+        self._submits.close()
         await self._channel.close(None)

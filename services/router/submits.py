@@ -1,122 +1,156 @@
-"""Requests on their way to one worker, several in a call: a call costs more than what is in it.
+"""Requests on their way to one worker: several in a message, on the stream that brings their tokens.
 
-    submit -> waiting -> in a call -> its own slot or error
+    submit -> waiting -> sent -> its own slot or error
+                 ^        | the stream broke: sent again on the next one, which an unanswered request may run twice for
+                 `--------'                     a moment: the slot that nobody knows is cancelled at its first token
 
-Whoever comes while no call is out goes at once, with those of the same turn of the loop. The others wait for the
-answer to the call that is out, `HOLD_S` at most. A worker answers each request by itself as soon as it can, so
-a slow one delays nobody.
+Whoever comes while no message is out goes at once. The others wait for the first answer to the message that is out,
+`HOLD_S` at most: a message costs more than what is in it. A worker answers each request by itself as soon as it can,
+so a slow one delays nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Callable, Iterable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from common.errors import NanoDeployError, UnavailableError
-from common.types import GenerationRequest, WorkerRef
+from common.types import Clock
+from nanodeploy.v1 import decode_pb2 as pb
 
 HOLD_S: Final = 0.002
-MOST_REQUESTS: Final = 128  # in a call
+MOST_REQUESTS: Final = 128  # in a message
 MOST_TOKENS: Final = 1 << 20  # of their prompts: a message has 64 MiB at most
+_NUMBERS: Final = 2**32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Submission:
     """`answer` gets the slot, or the worker's error."""
 
-    request: GenerationRequest
-    prefill: WorkerRef | None
-    timeout_s: float
+    item: pb.SubmitItem
+    num_tokens: int
+    late_s: float  # when its time to be answered is over
     answer: asyncio.Future[int]
 
 
-Answers = AsyncIterable[Iterable[tuple[int, int | NanoDeployError]]]
-"""(index, slot or error) of each submission, some at a time."""
-
-
 class Submits:
-    """`send(submissions)`: one call. Its errors are those of all that it has not answered."""
+    """Of one worker process. `write_to` runs while there is a stream to it."""
 
-    def __init__(self, send: Callable[[list[Submission]], Answers]) -> None:
-        self._send = send
-        self._waiting: list[Submission] = []
-        self._timer: asyncio.Handle | None = None
-        self._unanswered = 0  # calls that nothing has come back from
-        self._calls: set[asyncio.Task[None]] = set()
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._waiting: deque[Submission] = deque()
+        self._sent: dict[int, Submission] = {}  # by number
+        self._number = 0
+        self._due = asyncio.Event()
+        self._hold: asyncio.TimerHandle | None = None  # while a message is out
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float) -> int:
+    async def submit(self, item: pb.SubmitItem, timeout_s: float) -> int:
+        """The slot. Raises what the worker said, or `UnavailableError` if it did not say anything in time."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[int] = loop.create_future()
-        self._waiting.append(Submission(request, prefill, timeout_s, answer))
-        if self._timer is None:
-            self._timer = loop.call_later(HOLD_S, self._go) if self._unanswered else loop.call_soon(self._go)
+        num_tokens = len(item.request.prompt_token_ids)
+        self._waiting.append(Submission(item, num_tokens, self._clock.now() + timeout_s, answer))
+        if self._hold is None:
+            self._due.set()
+        self._look_after(timeout_s)
         return await answer
 
-    async def close(self) -> None:
-        """What is under way fails with `UnavailableError`."""
+    async def write_to(self, send: Callable[[list[Submission]], Awaitable[None]]) -> None:
+        """Send what waits, and first what the stream before left unanswered. Raises what `send` raises."""
+        self._waiting.extendleft(reversed(self._sent.values()))
+        self._sent.clear()
+        self._number = 0
+        self._let_go()
+        while True:
+            if taken := self._take():
+                self._hold = asyncio.get_running_loop().call_later(HOLD_S, self._let_go)
+                await send(taken)
+            self._due.clear()
+            if self._hold is not None or not self._waiting:
+                await self._due.wait()
+
+    def answered(self, number: int, answer: int | NanoDeployError) -> None:
+        submission = self._sent.pop(number, None)
+        if submission is not None:
+            _settle(submission, answer)
+        if self._hold is not None:
+            self._let_go()
+
+    def fail(self, error: NanoDeployError) -> None:
+        """All that have no answer get this one."""
+        submissions = [*self._sent.values(), *self._waiting]
+        self._sent.clear()
+        self._waiting.clear()
+        for submission in submissions:
+            _settle(submission, error)
+
+    def close(self) -> None:
+        self.fail(UnavailableError("the connection is closed"))
+        self._let_go()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        for call in self._calls:
-            call.cancel()
-        await asyncio.gather(*self._calls, return_exceptions=True)
-        _fail(self._waiting, UnavailableError("the connection is closed"))
-        self._waiting.clear()
 
-    def _go(self) -> None:
-        self._timer = None
-        while self._waiting:
-            call = asyncio.create_task(self._call(self._take()))
-            self._calls.add(call)
-            call.add_done_callback(self._calls.discard)
+    def _let_go(self) -> None:
+        if self._hold is not None:
+            self._hold.cancel()
+            self._hold = None
+        if self._waiting:
+            self._due.set()
 
     def _take(self) -> list[Submission]:
-        """The first of those that wait, as many as go into a call; one in any case."""
-        count = tokens = 0
-        for submission in self._waiting[:MOST_REQUESTS]:
-            tokens += len(submission.request.prompt_token_ids)
-            if count and tokens > MOST_TOKENS:
+        """The first of those that wait, as many as go into a message; one in any case."""
+        taken: list[Submission] = []
+        tokens = 0
+        while self._waiting and len(taken) < MOST_REQUESTS:
+            submission = self._waiting[0]
+            tokens += submission.num_tokens
+            if taken and tokens > MOST_TOKENS:
                 break
-            count += 1
-        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+            self._waiting.popleft()
+            if not submission.answer.done():
+                self._sent[self._number] = submission
+                self._number = (self._number + 1) % _NUMBERS
+                taken.append(submission)
         return taken
 
-    async def _call(self, submissions: list[Submission]) -> None:
-        self._unanswered += 1
-        answered = False
-        error: NanoDeployError = UnavailableError("the worker did not answer this request")
-        try:
-            async for answers in self._send(submissions):
-                if not answered:
-                    answered = True
-                    self._on_answer()
-                for index, answer in answers:
-                    _settle(submissions[index].answer, answer)
-        except NanoDeployError as raised:
-            error = raised
-        finally:
-            if not answered:
-                self._on_answer()
-            _fail(submissions, error)
+    def _look(self) -> None:
+        """Whose time is over; looks again when the next one's may be."""
+        self._timer = None
+        now = self._clock.now()
+        self._sent = {number: s for number, s in self._sent.items() if not _late(s, now)}
+        self._waiting = deque(s for s in self._waiting if not _late(s, now))
+        left: Iterable[Submission] = (*self._sent.values(), *self._waiting)
+        next_s = min((s.late_s for s in left), default=None)
+        if next_s is not None:
+            self._look_after(next_s - now)
 
-    def _on_answer(self) -> None:
-        self._unanswered -= 1
-        if self._timer is not None and not self._unanswered:
+    def _look_after(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            if self._timer.when() <= loop.time() + seconds:
+                return
             self._timer.cancel()
-            self._go()
+        self._timer = loop.call_later(seconds, self._look)
 
 
-def _settle(future: asyncio.Future[int], answer: int | NanoDeployError) -> None:
+def _late(submission: Submission, now: float) -> bool:
+    if submission.late_s > now and not submission.answer.done():
+        return False
+    _settle(submission, UnavailableError("the worker did not answer this request"))
+    return True
+
+
+def _settle(submission: Submission, answer: int | NanoDeployError) -> None:
+    future = submission.answer
     if future.done():
         return
     if isinstance(answer, NanoDeployError):
         future.set_exception(answer)
     else:
         future.set_result(answer)
-
-
-def _fail(submissions: Iterable[Submission], error: NanoDeployError) -> None:
-    for submission in submissions:
-        _settle(submission.answer, error)

@@ -61,8 +61,5 @@ class AccessLog:
                 ms=round(1000 * (self._clock.now() - started_s), 2),
                 request_id=request_id.decode("latin-1"),
                 key_id=caller.key_id,
-                **({} if usage is None else dict(zip(_TOKENS, usage, strict=True))),
+                **({} if usage is None else usage._asdict()),
             )
-
-
-_TOKENS = ("prompt_tokens", "completion_tokens", "cached_tokens")
