@@ -30,7 +30,7 @@ from common.types.prefix import UNIT, LazyChain, extend_chain, hash_keys, keys_d
 from nanodeploy.v1 import worker_pb2_grpc
 from services.router.routing.board import Board
 from services.router.routing.feed import Feeds, Follower, GapError
-from services.router.routing.index import PrefixTable, Recall
+from services.router.routing.index import Popular, PrefixTable, Recall
 from services.router.routing.peer import GrpcKvPeer
 from services.worker.kv_feed import MAX_QUEUED, KvFeed
 from services.worker.servicer import WorkerServicer
@@ -360,6 +360,19 @@ def test_recall_forgets_in_time_and_is_bounded() -> None:
     for i in range(1000):
         recall.note(Recall.keys(ROOT, [i] * 256), 1, 50.0)
     assert len(recall._new) + len(recall._old) <= 200
+
+
+def test_what_many_begin_with_is_popular_for_a_while() -> None:
+    popular = Popular(100, 2.0, many=3)
+    shared = list(range(300))
+    found = [popular.note(Recall.keys(ROOT, [*shared, *range(1000 * i, 1000 * i + 300)]), 0.1 * i) for i in range(5)]
+    assert found == [0, 0, 0, 256, 256]
+    assert popular.note(Recall.keys(ROOT, [7] * 300), 1.0) == 0
+    assert popular.note(Recall.keys(ROOT, shared), 3.0) == 256  # the generation before counts
+    assert popular.note(Recall.keys(ROOT, shared), 5.5) == 0  # it had one
+    for i in range(1000):
+        popular.note(Recall.keys(ROOT, [i] * 256), 6.0)
+    assert len(popular._new) + len(popular._old) <= 200
 
 
 # -- over gRPC ---------------------------------------------------------------------------------------

@@ -123,6 +123,17 @@ def test_a_cached_prefix_is_worth_a_queue_of_its_length() -> None:
         assert pick(view, Features(1000, hits=[(900, 1)])) == expected
 
 
+def test_a_hot_prefix_is_computed_once_more_sooner() -> None:
+    for waiting, expected in ((0, "a"), (800, "a"), (1000, "b")):
+        view = view_of(worker("a", waiting_tokens=waiting), worker("b"))
+        assert pick(view, Features(1000, hits=[(900, 1)], hot=896)) == expected
+        assert pick(view, Features(1000, hits=[(900, 1)], hot=0)) == "a"
+    view = view_of(worker("d"), worker("p", Role.PREFILL, waiting_tokens=6000), worker("q", Role.PREFILL))
+    for hot, expected in ((0, "p"), (4096, "q")):
+        choice = choose(view, Features(5000, hits=[(4200, 2)], hot=hot, separate=True), random.Random(0))
+        assert name_of(choice.prefill) == expected
+
+
 def test_the_pair_is_chosen_together_and_left_out_where_it_is_slower() -> None:
     decode = msgspec.structs.replace(worker("d"), min_remote_tokens=32)
     view = view_of(decode, worker("p", Role.PREFILL), worker("q", Role.PREFILL, waiting_tokens=4000))
@@ -154,7 +165,7 @@ def test_the_best_of_all_pairs_is_found() -> None:
         ]
         view = view_of(*(msgspec.structs.replace(w, min_remote_tokens=rng.choice((0, 64))) for w in infos))
         hits = sorted(((rng.randrange(16, 3000), 1 << i) for i in rng.sample(range(8), 3)), reverse=True)
-        features = Features(3000, 50, hits)
+        features = Features(3000, 50, hits, hot=rng.choice((0, 1024, 2944)))
         limits_s = (view.limit_s(Role.DECODE), view.limit_s(Role.PREFILL))
 
         def total(
@@ -304,6 +315,18 @@ def test_a_prompt_on_its_way_draws_its_like() -> None:
     assert decode_of(second) == decode_of(first)
     assert second.choice.decode_hit == 31 * 128
     assert board.place(request(4000, cache_salt="other")).choice.decode_hit == 0
+
+
+def test_the_board_knows_a_hot_prefix() -> None:
+    """From the fifth like it on, so that a worker that has it is not waited for longer than computing it would take."""
+    board, _, clock = board_of(*(worker(f"w{i}") for i in range(3)))
+    tickets = []
+    for _ in range(8):
+        tickets.append(board.place(request(4000)))
+        clock.at += 0.01
+    assert [ticket.features.hot for ticket in tickets] == [0] * 4 + [31 * 128] * 4
+    clock.at += 10.0
+    assert board.place(request(4000)).features.hot == 0
 
 
 def test_speeds_are_learned_from_stats_where_workers_report_none() -> None:

@@ -32,6 +32,14 @@ def test_a_hot_prefix_is_no_death_spiral(policy: str, rate: float) -> None:
     assert outcome.hit_rate > 0.95 * outcome.best_hit_rate
 
 
+def test_a_hot_prefix_is_soon_where_it_is_wanted() -> None:
+    """From cold caches on: its first requests do not all wait for the one worker that has it."""
+    requests = Mixture(1500, rate=100.0, hot_share=0.8, hot_blocks=8).requests()
+    cost, turns = (simulate(Cluster(8), policy, requests) for policy in ("cost", "round_robin"))
+    assert cost.ttft_s[2] < 0.8 * turns.ttft_s[2]
+    assert cost.hit_rate > 0.98 * cost.best_hit_rate
+
+
 def test_a_hot_prefix_in_a_separated_cluster() -> None:
     outcome = simulate(Cluster(4, 4), "cost", HOT.requests())
     assert worst(outcome) <= 1.5

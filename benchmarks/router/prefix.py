@@ -1,6 +1,6 @@
 """Routing by prefix: one trace through our router, sglang-router and vllm-router, to workers that have caches.
 
-    python benchmarks/router/prefix.py [--seconds 14] [--rate 60] [--only NAME ...] [--others FOLDER]
+    python benchmarks/router/prefix.py [--seconds 12] [--rate 60] [--only NAME ...] [--others FOLDER]
 
 Eight workers in one process (`caching_workers.py`), the same for all but for the protocol: the real scheduler and a
 cache of bounded size each, steps that only take time. A token is a byte of the rendered chat (`trace.py`). Requests
@@ -72,7 +72,7 @@ CONTENDERS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=14.0, help="of each trace")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each trace")
     parser.add_argument("--rate", type=float, default=60.0, help="requests a second")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=[str(each) for each in CONTENDERS])

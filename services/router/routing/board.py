@@ -21,7 +21,7 @@ from common.rpc.membership import MembershipChange
 from common.types import Clock, GenerationRequest, RequestStats, Role, WorkerInfo, WorkerRef, WorkerState
 from common.types.prefix import LazyChain, root_hash
 from services.router.routing.explain import explain
-from services.router.routing.index import PrefixTable, Recall
+from services.router.routing.index import Popular, PrefixTable, Recall
 from services.router.routing.policies import choose
 from services.router.routing.view import DEFAULT_OUTPUT_TOKENS, Choice, Features, Seat, View, recent_means
 
@@ -32,6 +32,7 @@ SHARED_BY: Final = 16.0  # sequences that share a decode step, as a rule
 LEARN: Final = 0.1  # weight of one observation
 FLYING_S: Final = 2.0  # from placing a prompt to its blocks being told, at most
 REMEMBERED_S: Final = 60.0  # ... where nothing is told
+HOT: Final = 4  # requests within `FLYING_S` or twice that make their common prefix a hot one
 _RECALL_PIECES: Final = 65_536
 
 
@@ -138,6 +139,7 @@ class Board:
         self._output = float(DEFAULT_OUTPUT_TOKENS)
         self._flying = Recall(_RECALL_PIECES, FLYING_S)
         self._remembered = Recall(_RECALL_PIECES, REMEMBERED_S)
+        self._popular = Popular(_RECALL_PIECES, FLYING_S, HOT)
         self.table = PrefixTable(config.prefix_index_blocks)
         members.subscribe(self._on_change)
 
@@ -148,7 +150,7 @@ class Board:
         now = self._clock.now()
         view = self._view(request.model, now)
         known = self._prefixes(view, request, now)
-        features = self._features(request, hints, known.hits)
+        features = self._features(request, hints, known)
         try:
             choice = choose(view, features, self._rng, policy=self._config.policy, avoid=avoid)
         except UnavailableError:
@@ -159,18 +161,19 @@ class Board:
         self._remember(known.keys, choice, now)
         return ticket
 
-    def _features(self, request: GenerationRequest, hints: Hints, hits: list[tuple[int, int]]) -> Features:
+    def _features(self, request: GenerationRequest, hints: Hints, known: _Known) -> Features:
         self._turn += 1
         sampling = request.sampling
         return Features(
             len(request.prompt_token_ids),
             max(int(min(sampling.max_tokens, self._output)), 1) * sampling.n,
-            hits,
+            known.hits,
             _hash64(hints.session) if hints.session else 0,
             self._config.ttft_target_ms / 1e3,
             sampling.prompt_logprobs is None and not any(request.sent),
             self._turn,
             hints.separate or self._config.separation == "always",
+            known.hot,
         )
 
     def note_output(self, tokens: int) -> None:
@@ -201,7 +204,7 @@ class Board:
             recalled += self._remembered.reach(keys, len(ids), blind, now_s)
         if recalled:
             hits = sorted([*hits, *recalled], reverse=True)
-        return _Known(hits, keys)
+        return _Known(hits, keys, self._popular.note(keys, now_s))
 
     def _remember(self, keys: list[int], choice: Choice, now_s: float) -> None:
         if not keys:
@@ -309,6 +312,7 @@ def _hash64(text: str) -> int:
 class _Known:
     hits: list[tuple[int, int]]
     keys: list[int]
+    hot: int = 0
 
 
 _NOTHING_KNOWN: Final = _Known([], [])

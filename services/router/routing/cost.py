@@ -2,13 +2,15 @@
 
 With h tokens cached of a prompt of n, on a decode worker d alone
 
-    (queue(d) + WORK * ALONE * (n - h(d))) / prefill rate(d) * (1 + share of its batch in use, which is held up)
+    (queue(d) + ALONE * work(n - h(d))) / prefill rate(d) * (1 + share of its batch in use, which is held up)
     + DECODE * output tokens * step(d) * (1 + share)
 
 and with a prefill worker p, which computes from what either has on and sends what d lacks
 
-    (queue(p) + WORK * (n - max(h(p), h(d)))) / prefill rate(p)
+    (queue(p) + work(n - max(h(p), h(d)))) / prefill rate(p)
     + HANDOFF_S + (n - h(d)) / transfer rate(d) + the same decode
+
+work(m) is m tokens at `WORK` each, but those of a hot prefix at 1: to have it in one place more is no waste.
 
 The pair's cost is a sum of one part each but for the two hits: for every hit that decode workers have, the cheapest of
 them is enough, so D + P * (different hits) evaluations find the best of D * P pairs.
@@ -54,8 +56,13 @@ def local_terms(seat: Seat, features: Features, hit: int, limit_s: float, *, alo
         prefill_s := (features.prompt_tokens - hit) * slowed,
         0.0,
         decode_s(seat, features, hit, limit_s),
-        prefill_s * (WORK * alone - 1.0),
+        prefill_s * (alone - 1.0) + (WORK - 1.0) * alone * _cold(features, features.prompt_tokens - hit) * slowed,
     )
+
+
+def _cold(features: Features, missing: int) -> int:
+    """Of the tokens to compute, those that hardly anybody else will ask for."""
+    return min(missing, features.prompt_tokens - features.hot)
 
 
 def remote_terms(
@@ -66,10 +73,10 @@ def remote_terms(
     uneven_s = _uneven_s(prefill, limits_s[1])
     return Terms(
         prefill.queue_tokens / prefill.prefill_rate,
-        prefill_s := missing / prefill.prefill_rate,
+        missing / prefill.prefill_rate,
         HANDOFF_S + (features.prompt_tokens - decode_hit) / decode.transfer_rate,
         decode_s(decode, features, decode_hit, limits_s[0]) + uneven_s,
-        prefill_s * (WORK - 1.0),
+        (WORK - 1.0) * _cold(features, missing) / prefill.prefill_rate,
     )
 
 
@@ -82,6 +89,7 @@ def cheapest(view: View, decode: Sequence[Seat], prefill: Sequence[Seat], featur
     """The pair with the lowest total; `draw` in [0, 1) settles ties. All seats are of one model; `decode` has some."""
     limit_s = view.limit_s(Role.DECODE)
     hits, n = features.hits, features.prompt_tokens
+    cold, more = n - features.hot, WORK - 1.0
     best, ties = float("inf"), [Choice(decode[0], None, 0, 0)]
     by_hit: dict[int, tuple[float, list[Seat]]] = {}
     output = DECODE * features.output_tokens
@@ -104,14 +112,16 @@ def cheapest(view: View, decode: Sequence[Seat], prefill: Sequence[Seat], featur
         if seat.recent_s > limit_s:
             load_s += UNEVEN_S
         remote = bool(prefill) and not stays(seat, features, hit)
-        total = (waiting + (WORK * ALONE if remote else WORK) * (n - hit)) * slowed + load_s
+        missing = n - hit
+        work = missing + more * (missing if missing < cold else cold)
+        total = (waiting + (ALONE * work if remote else work)) * slowed + load_s
         offered = not (remote and features.separate)
         if offered and total < best:
             best, ties = total, [Choice(seat, None, hit, 0)]
         elif offered and total == best:
             ties.append(Choice(seat, None, hit, 0))
         if remote:
-            load_s += (n - hit) / seat.transfer_rate
+            load_s += missing / seat.transfer_rate
             found = by_hit.get(hit)
             if found is None or load_s < found[0]:
                 by_hit[hit] = (load_s, [seat])
@@ -132,6 +142,7 @@ def _with_prefill(
     draw: float,
 ) -> tuple[float, list[Choice]]:
     limit_s, hits = view.limit_s(Role.PREFILL), features.hits
+    cold, more = features.prompt_tokens - features.hot, WORK - 1.0
     tried = sorted(by_hit.items(), key=lambda entry: entry[1][0])[:MAX_HITS]
     for seat in prefill:
         own_hit = hit_of(hits, seat.bit) if hits else 0
@@ -139,7 +150,8 @@ def _with_prefill(
         uneven_s = _uneven_s(seat, limit_s)
         for hit, (load_s, seats) in tried:
             missing = features.prompt_tokens - (hit if hit > own_hit else own_hit)
-            total = (waiting + WORK * missing) / seat.prefill_rate + HANDOFF_S + load_s + uneven_s
+            work = missing + more * (missing if missing < cold else cold)
+            total = (waiting + work) / seat.prefill_rate + HANDOFF_S + load_s + uneven_s
             if total <= best:
                 choice = Choice(seats[int(draw * len(seats))], seat, hit, own_hit)
                 if total < best:

@@ -32,6 +32,7 @@ def explain(view: View, features: Features, choice: Choice, policy: str) -> dict
     return {
         "policy": policy,
         "prompt_tokens": features.prompt_tokens,
+        "hot_tokens": features.hot,
         "expected_output_tokens": features.output_tokens,
         "chosen": _pair(choice),
         "candidates": [_candidate(terms, pair, view) for terms, pair in found[:MAX_CANDIDATES]],

@@ -188,3 +188,30 @@ class Recall:
             if found and ended_at:
                 hits.append((ended_at, found))
         return hits[::-1]
+
+
+class Popular:
+    """How many requests of late began with the same pieces (`Recall.keys`), so as to know a hot prefix.
+
+    Two generations of at most `capacity` pieces, each of `life_s`; the older one is dropped then.
+    """
+
+    def __init__(self, capacity: int, life_s: float, many: int) -> None:
+        self._capacity = capacity
+        self._life_s = life_s
+        self._many = many
+        self._new: dict[int, int] = {}
+        self._old: dict[int, int] = {}
+        self._turns_s = 0.0
+
+    def note(self, keys: Sequence[int], now_s: float) -> int:
+        """A request with them is here. Returns how many tokens at its beginning `many` requests had before it."""
+        if now_s >= self._turns_s or len(self._new) + len(keys) > self._capacity:
+            self._old = self._new if now_s < self._turns_s + self._life_s else {}
+            self._new, self._turns_s = {}, now_s + self._life_s
+        new, old, hot = self._new, self._old.get, 0
+        for key in keys:
+            count = new.get(key, 0)
+            new[key] = count + 1
+            hot += count + old(key, 0) >= self._many
+        return hot * Recall.PIECE

@@ -155,7 +155,7 @@ class Features:
 
     `hits`: (tokens, mask of seats that hold the first so many), longest first; a seat counts where it is met first.
     `session`: a hash of the caller's key, 0 for none. `remote`: may another worker prefill it? `separate`: must it,
-    where there is one? `turn`: of round robin.
+    where there is one? `turn`: of round robin. `hot`: so many tokens at its beginning many others had of late.
     """
 
     prompt_tokens: int
@@ -166,6 +166,7 @@ class Features:
     remote: bool = True
     turn: int = 0
     separate: bool = False
+    hot: int = 0
 
 
 class Terms(NamedTuple):
