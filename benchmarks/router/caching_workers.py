@@ -181,28 +181,26 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             stats = [(row.seq_id, row.stats) for row in rows if row.stats is not None]
             self._steps.put_nowait(codec.deltas_to_proto(deltas, stats=stats))
 
-    async def SubmitMany(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        results = []
-        for index, item in enumerate(request.items):
-            asked = item.request
-            slot = self.worker.submit(asked.prompt_token_ids, asked.sampling.max_tokens)
-            results.append(decode_pb2.SubmitResult(index=index, slot=slot))
-        yield decode_pb2.SubmitManyResponse(results=results)
-
     async def Stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
         await anext(aiter(requests))
         yield decode_pb2.StreamResponse(attached=decode_pb2.StreamAttached(epoch=self.worker.info.ref.epoch))
-        reader = asyncio.create_task(_drain(requests))
+        reader = asyncio.create_task(self._read(requests))
         try:
             while True:
                 yield decode_pb2.StreamResponse(deltas=await self._steps.get())
         finally:
             reader.cancel()
 
-
-async def _drain(requests: AsyncIterator[Any]) -> None:
-    async for _ in requests:
-        pass
+    async def _read(self, requests: AsyncIterator[Any]) -> None:
+        number = 0
+        async for request in requests:
+            results = []
+            for item in request.submit.items:
+                slot = self.worker.submit(item.request.prompt_token_ids, item.request.sampling.max_tokens)
+                results.append(decode_pb2.SubmitResult(index=number, slot=slot))
+                number += 1
+            if results:
+                self._steps.put_nowait(decode_pb2.StepDeltas(submitted=results))
 
 
 class ControllerServicer(controller_pb2_grpc.ControllerServiceServicer):
