@@ -30,7 +30,7 @@ class TraceContext(NamedTuple):
 
 
 def new_trace(random: Random, *, sampled: bool = False) -> TraceContext:
-    return TraceContext(f"{random.randrange(1, 2**128):032x}", _span_id(random), sampled)
+    return TraceContext(f"{random.getrandbits(128) or 1:032x}", _span_id(random), sampled)
 
 
 def parse_traceparent(header: str) -> TraceContext | None:
@@ -45,4 +45,4 @@ def parse_traceparent(header: str) -> TraceContext | None:
 
 
 def _span_id(random: Random) -> str:
-    return f"{random.randrange(1, 2**64):016x}"
+    return f"{random.getrandbits(64) or 1:016x}"

@@ -49,6 +49,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.special_ids = frozenset(i for i, token in raw.get_added_tokens_decoder().items() if token.special)
         self.vocab_size = raw.get_vocab_size()
+        self.end_id = max(raw.get_vocab().values(), default=-1) + 1  # larger than every id; vocab_size may have gaps
         self._pieces = TokenPieces.of(raw)
         self._kept_pieces: dict[tuple[str, ...], TokenPieces] = {}  # by the special tokens that are text
         self._longest = max((len(token.encode()) for token in raw.get_vocab()), default=1)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
+from prometheus_client import Counter
 from pydantic import BaseModel
 
 from common.errors import CancelledByCallerError, InternalError, NanoDeployError
@@ -50,6 +51,7 @@ class RawEndpoint:
         self._metrics = metrics
         self._rng = rng
         self._callers = callers
+        self._counted: dict[int, Counter] = {}  # by status
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
@@ -63,7 +65,9 @@ class RawEndpoint:
         status = await self._guarded(exchange, known=False)
         if (seen := scope.get("nanodeploy.seen")) is not None:
             seen(exchange)
-        self._metrics.http.labels(self._path, status).inc()
+        if (counter := self._counted.get(status)) is None:
+            counter = self._counted[status] = self._metrics.http.labels(self._path, status)
+        counter.inc()
         if trace.sampled and tracing():
             self._record(
                 exchange, trace, above.span_id if above is not None else "", time.monotonic() - began_s, status

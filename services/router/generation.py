@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ABNORMAL = (FinishReason.CANCELLED, FinishReason.ERROR)
 MIN_REST_S: Final = 0.0005  # shorter rests are not worth a timer
 MAX_REST_S: Final = 0.01
+LATE_WEIGHT: Final = 4.0
+TIMER_S: Final = 0.001  # a timer may be so late of itself
 
 
 class Mailbox:
@@ -72,7 +74,10 @@ class Mailbox:
             self.fail(OverloadedError(f"the client fell more than {self._limit} tokens behind and was cut off"))
             self._on_overflow()
         elif len(deltas) == 1:
-            self._courier.call(self)
+            if self.held:
+                self._wake()  # the first of an answer waits for no round
+            else:
+                self._courier.call(self)
 
     def fail(self, error: BaseException) -> None:
         """End the request; what was delivered before is still given out. The first failure counts."""
@@ -96,12 +101,12 @@ class Mailbox:
         self.held = True
 
     def release(self) -> None:
+        """And hand over what came."""
         if self.held:
             self.held = False
-            self._courier.call(self)
+            self.hand_over()
 
     def hand_over(self) -> None:
-        """Called by the courier."""
         if self.held:
             self._wake()
             return
@@ -144,20 +149,23 @@ class Mailbox:
 class Courier:
     """Has mailboxes hand over what arrived in them, all of a loop tick together.
 
-    Nothing waits while there is time. When handing over (detokenize, write to the client) takes long, the next round
-    rests for as long as the last one took: a loop that is behind then takes in several steps per write, not one.
+    Nothing waits while there is time. When handing over (detokenize, write to the client) takes long, or the loop came
+    late to it, the next round rests in proportion: a loop that is behind takes in several steps per write, not one,
+    and the first tokens of others, which wait for no round, find it less busy.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._called: list[Mailbox] = []
-        self._rest_until_s = 0.0
+        self._due_s = self._rest_until_s = 0.0
 
     def call(self, mailbox: Mailbox) -> None:
         if not self._called:
-            rest_s = self._rest_until_s - self._clock.now()
+            now = self._due_s = self._clock.now()
+            rest_s = self._rest_until_s - now
             if rest_s > MIN_REST_S:
+                self._due_s += rest_s
                 self._loop.call_later(rest_s, self._round)
             else:
                 self._loop.call_soon(self._round)
@@ -169,7 +177,8 @@ class Courier:
         for mailbox in called:
             mailbox.hand_over()
         ended_s = self._clock.now()
-        self._rest_until_s = ended_s + min(ended_s - started_s, MAX_REST_S)
+        late_s = max(started_s - self._due_s - TIMER_S, 0.0)
+        self._rest_until_s = ended_s + min(ended_s - started_s + LATE_WEIGHT * late_s, MAX_REST_S)
 
 
 class Generation:

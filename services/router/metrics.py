@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
+from prometheus_client import Counter
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -74,9 +75,12 @@ class ModelMetrics:
         self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens per request.", label).labels(model)
         self.request_output = histogram("request_generation_tokens", "Output tokens per request.", label).labels(model)
         self._model = model
+        self._ended: dict[str, Counter] = {}
 
     def ended(self, finish: str) -> None:
-        self._success.labels(self._model, finish).inc()
+        if (counter := self._ended.get(finish)) is None:
+            counter = self._ended[finish] = self._success.labels(self._model, finish)
+        counter.inc()
 
     def failed(self, code: str) -> None:
         self._failures.labels(self._model, code).inc()

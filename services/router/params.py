@@ -52,7 +52,8 @@ async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: Mod
     ids = await _conversation_ids(body, use, model, text, texts, whole=body.truncate_prompt_tokens is None)
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    prompts = [_fit(ids, body, model, wanted, "messages", name)]
+    own = text.tokenizer.end_id <= model.vocab_size
+    prompts = [_fit(ids, body, model, wanted, "messages", name, own=own)]
     left = model.max_model_len - len(prompts[0])
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_params(
@@ -211,9 +212,19 @@ def too_long(model: ModelInfo, num_tokens: str, param: str) -> ContextLengthErro
 
 
 def _fit(
-    ids: list[int], body: SamplingFields, model: ModelInfo, max_tokens: int | None, param: str, max_name: str
+    ids: list[int],
+    body: SamplingFields,
+    model: ModelInfo,
+    max_tokens: int | None,
+    param: str,
+    max_name: str,
+    *,
+    own: bool = False,
 ) -> list[int]:
-    """The prompt, cut from the left if asked; checked against the model's length and vocabulary."""
+    """The prompt, cut from the left if asked; checked against the model's length and vocabulary.
+
+    `own`: the ids are a tokenizer's whose ids the model knows.
+    """
     limit = model.max_model_len
     keep = body.truncate_prompt_tokens
     if keep is not None:
@@ -233,7 +244,7 @@ def _fit(
             f"{len(ids)} in the prompt and {max_tokens} of {max_name}. Please shorten one of them.",
             param=max_name,
         )
-    if model.vocab_size and not 0 <= min(ids) <= max(ids) < model.vocab_size:
+    if not own and model.vocab_size and not 0 <= min(ids) <= max(ids) < model.vocab_size:
         wrong = next(i for i in ids if not 0 <= i < model.vocab_size)
         raise InvalidRequestError(
             f"{param} has token id {wrong}, the vocabulary ends at {model.vocab_size}", param=param

@@ -53,7 +53,7 @@ class Recent:
         self._entries: deque[Entry] = deque(maxlen=kept)
 
     def answered(self, exchange: Exchange, run: Run, model: str, started_s: float, seconds: float) -> None:
-        usage, stats = run.usage(), run.stats
+        usage, stats = exchange.usage or run.usage(), run.stats
         self._add(
             Entry(
                 number=self.count + 1,
