@@ -11,7 +11,7 @@ leave template, tokenizer and detokenizer to workers; ours does that work.
     half      requests due at half of ours' most, evenly: the time to the first token less what the worker took
 
 `--others`: a virtual environment with both routers (sglang-router 0.3.2, vllm-router 0.1.17); made if it is not there.
-Writes benchmarks/results/router_compare.json and .png.
+Writes benchmarks/results/router_compare.json and .png, if all three were run.
 """
 
 from __future__ import annotations
@@ -189,6 +189,8 @@ def show(results: dict[str, Any], about: dict[str, object]) -> None:
             f"{found['rss_mb']:.0f}",
         )
     Console(width=140).print(table)
+    if set(results) != set(NAMES):
+        return
     print(f"wrote {report.write_json('router_compare', {'environment': about, 'results': results})}")
     figures = {name: [f["most"]["requests_per_s"], f["most"]["tokens_per_s"]] for name, f in results.items()}
     path = report.write_bars("router_compare", "One process on one core", "per second", ["requests", "tokens"], figures)
