@@ -67,6 +67,17 @@ async def test_requests_enter_by_the_stream_and_are_answered_on_it(decode: tuple
         assert [s for s, _ in (await stream.rows()).rows] == [slot]
 
 
+async def test_several_requests_enter_by_one_call(decode: tuple[ScriptedWorker, Client]) -> None:
+    worker, client = decode
+    good = codec.request_to_proto(request(request_id="one"), 0.0)
+    unknown = codec.request_to_proto(request(request_id="two", model="another"), 0.0)
+    items = [decode_pb2.SubmitItem(request=one) for one in (unknown, good)]
+    wire = decode_pb2.SubmitManyRequest(router_id=ROUTER, items=items)
+    results = {r.index: r async for response in client.stub.SubmitMany(wire) for r in response.results}
+    assert isinstance(codec.error_from_proto(results[0].error), NotFoundError)
+    assert (await worker.engine.got(Submit)).slot == results[1].slot
+
+
 async def test_what_a_stream_submitted_and_did_not_live_to_hear_of_is_not_admitted(
     decode: tuple[ScriptedWorker, Client], monkeypatch: pytest.MonkeyPatch
 ) -> None:
