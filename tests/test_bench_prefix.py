@@ -8,6 +8,7 @@ import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from benchmarks.router import prefix
@@ -79,14 +80,15 @@ def test_the_best_possible() -> None:
 
 def test_figures_are_of_the_books() -> None:
     books = [
-        {"requests": 3, "prompt_tokens": 300, "cached_tokens": 100, "busy_s": 1.0, "lost_s": 0.0},
-        {"requests": 1, "prompt_tokens": 100, "cached_tokens": 100, "busy_s": 1.0, "lost_s": 0.25},
+        {"requests": 3, "prompt_tokens": 300, "cached_tokens": 100, "busy_s": 1.0, "waited_s": 0.6, "lost_s": 0.0},
+        {"requests": 1, "prompt_tokens": 100, "cached_tokens": 100, "busy_s": 1.0, "waited_s": 0.3, "lost_s": 0.25},
     ]
     answers = [prefix.Answer(0.1, 4), prefix.Answer(0.3, 4), prefix.Answer(0.2, 4), prefix.Answer(0.4, 4)]
     found = prefix.figures(books, answers, Best(400, 250))
     assert (found["hit_rate"], found["of_best"]) == (0.5, 0.8)
     assert (found["computed_spread"], found["request_spread"], found["busy_spread"]) == (2.0, 1.5, 1.0)
     assert (found["first_p50_ms"], found["workers_lost_s"], found["failed"]) == (pytest.approx(300), 0.25, 0)
+    assert (found["first_mean_ms"], found["first_mean_at_worker_ms"]) == (pytest.approx(250), pytest.approx(225))
     with pytest.raises(SystemExit, match="400 prompt tokens"):
         prefix.figures(books, answers, Best(401, 250))
     assert prefix.figures(books, [*answers, prefix.Answer(None, 0)], Best(401, 250))["failed"] == 1
@@ -123,13 +125,57 @@ async def test_the_client_and_http_workers(tmp_path: Path) -> None:
     requests = Mixture(30.0, 0.5, seed=2).requests()
     port = free_port()
     async with AsyncExitStack() as servers:
-        (worker,) = await serve_http(tmp_path, [port], servers)
+        (worker,) = await serve_http(tmp_path, [port], [], servers)
         answers = await prefix.play(port, requests)
     assert [answer.tokens for answer in answers] == [24] * len(requests)
     found = prefix.figures([worker.books], answers, Best.of(requests))
     assert found["failed"] == 0
     assert found["first_p50_ms"] > 20.0
     assert str(token_ids(requests[0].messages)).replace(" ", "").encode() in rendered(requests[0].body)
+
+
+async def test_events_as_vllm_publishes_them(tmp_path: Path) -> None:
+    """A subscriber that speaks ZMTP 3.1 gets all blocks, with their tokens, in messages of three parts."""
+    request, (port, events_port) = asked(0.0, "s" * 300, "a", max_tokens=BLOCK), (free_port(), free_port())
+    async with AsyncExitStack() as servers:
+        (worker,) = await serve_http(tmp_path, [port], [events_port], servers)
+        reader, writer = await asyncio.open_connection("127.0.0.1", events_port)
+        writer.write(b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32))
+        writer.write(b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x03SUB")
+        assert (await reader.readexactly(64))[:11] == b"\xff" + bytes(8) + b"\x7f\x03"
+        assert (await reader.readexactly(27)).endswith(b"PUB")
+        (answer,) = await prefix.play(port, [request])
+        stored: list[int] = []
+        parents: list[int | None] = []
+        ids = [*token_ids(request.messages), *([0] * BLOCK)]
+        expected = ids[: (len(ids) - 1) // BLOCK * BLOCK]
+        for number in range(len(expected)):
+            topic, seq, payload = [await frame(reader) for _ in range(3)]
+            assert (topic, seq) == ((True, b""), (True, number.to_bytes(8, "big")))
+            assert not payload[0]
+            for event in msgspec.msgpack.decode(payload[1])[1]:
+                assert (event["type"], event["block_size"]) == ("BlockStored", BLOCK)
+                assert event["parent_block_hash"] == (parents[-1] if parents else None)
+                parents += event["block_hashes"]
+                stored += event["token_ids"]
+            if len(stored) >= len(expected):
+                break
+        assert stored == expected
+        writer.close()
+        await writer.wait_closed()
+        assert worker.publisher is not None
+        for _ in range(1000):
+            if not worker.publisher.num_subscribers:
+                break
+            await asyncio.sleep(0.01)
+    assert answer.tokens == BLOCK
+
+
+async def frame(reader: asyncio.StreamReader) -> tuple[bool, bytes]:
+    """(more follow, body)"""
+    flags = (await asyncio.wait_for(reader.readexactly(1), 10))[0]
+    size = int.from_bytes(await reader.readexactly(8 if flags & 2 else 1), "big")
+    return bool(flags & 1), await reader.readexactly(size)
 
 
 def test_our_router_plays_a_trace(tmp_path: Path) -> None:

@@ -303,6 +303,20 @@ def test_a_pair_is_counted_on_both_and_given_back() -> None:
     ticket.end(3)
     for seat in (prefill, ticket.choice.decode):
         assert (seat.own_requests, seat.own_prefill_tokens, seat.own_tokens) == (0, 0, 0)
+        assert seat.own_prompt_tokens == 0
+
+
+def test_what_a_worker_reports_of_ones_own_is_not_counted_twice() -> None:
+    """It takes what waits for all to be computed, as it has not looked yet; this router knows how much is cached."""
+    board, members, clock = board_of(worker("a"))
+    tickets = [board.place(request(4000)) for _ in range(3)]
+    seat = tickets[0].choice.decode
+    assert (seat.own_prefill_tokens, seat.own_prompt_tokens) == (4000 + 2 * (4000 - 31 * 128), 12_000)
+    for reported, others in ((12_000, 0), (12_000, 0), (11_000, 0), (23_000, 3000)):
+        members.put(worker("a", waiting_tokens=reported))
+        clock.at += 1.0
+        board.place(request([1] * 40)).end(1)
+        assert seat.queue_tokens == pytest.approx(seat.own_prefill_tokens + others, abs=200)
 
 
 def test_a_prompt_on_its_way_draws_its_like() -> None:

@@ -78,6 +78,7 @@ class Ticket:
         seat.own_requests += 1
         seat.own_tokens += self._tokens
         computing.own_prefill_tokens += prompt
+        computing.own_prompt_tokens += features.prompt_tokens
         if computing is not seat:
             computing.own_requests += 1
             computing.own_tokens += prompt
@@ -95,6 +96,7 @@ class Ticket:
         self.has_begun = True
         computing, seat = self.choice.prefill or self.choice.decode, self.choice.decode
         computing.own_prefill_tokens -= self._uncached
+        computing.own_prompt_tokens -= self.features.prompt_tokens
         if computing is not seat:
             computing.own_requests -= 1
             computing.own_tokens -= self._uncached

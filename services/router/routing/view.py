@@ -48,6 +48,7 @@ class Seat:
         "other_requests",
         "other_tokens",
         "own_prefill_tokens",
+        "own_prompt_tokens",
         "own_requests",
         "own_tokens",
         "prefill_rate",
@@ -66,6 +67,7 @@ class Seat:
         self.has_states = False  # do its prefix hits end at cached states?
         self.own_requests = 0  # sent here and not over
         self.own_prefill_tokens = 0  # prompt tokens to compute here, of requests without a token yet
+        self.own_prompt_tokens = 0  # the same with what is cached, which workers count too until they begin
         self.own_tokens = 0  # tokens to compute and to make of `own_requests`
         self.recent_s = 0.0  # work sent here, decaying
         self.learned_prefill = 0.0
@@ -80,7 +82,7 @@ class Seat:
         load = worker.load
         self.worker = worker
         self.other_requests += NEW * (load.running + load.waiting - self.own_requests - self.other_requests)
-        self.other_tokens += NEW * (load.waiting_tokens - self.own_prefill_tokens - self.other_tokens)
+        self.other_tokens += NEW * (load.waiting_tokens - self.own_prompt_tokens - self.other_tokens)
         self.slots = worker.max_num_seqs or 64
         self.min_remote_tokens = worker.min_remote_tokens
         blocks = load.kv_blocks_available if load.kv_blocks_total else 1 << 40
