@@ -1,11 +1,11 @@
 """Decode workers with prefix caches for `prefix.py`, all in one process, which does not compute but waits.
 
-    python benchmarks/router/caching_workers.py grpc|http FOLDER PORT ...
+    python benchmarks/router/caching_workers.py grpc|http FOLDER PORT[:EVENTS_PORT] ...
 
 Each is the simulator's: the real scheduler, cache manager, load meter and KV feed, with steps that take the time that
 `PROFILE` says, here on the real clock. Over gRPC they are what our router expects, with KV events and loads, and the
-first is their controller; over HTTP they have OpenAI's streaming API. FOLDER has the tokenizer. A worker that ends
-(SIGTERM) writes a line of JSON: what its books say.
+first is their controller; over HTTP they have OpenAI's streaming API, and at the other port KV events as vLLM's. FOLDER
+has the tokenizer. When they end (SIGTERM) they write a line of JSON: what their books say.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import json
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -27,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.router.trace import ANSWER, BLOCK, token_ids  # noqa: E402
+from benchmarks.router.vllm_events import Publisher  # noqa: E402
 from common.engine.messages import EngineLoad, KvChanges  # noqa: E402
 from common.engine.scheduler import StepPlan  # noqa: E402
+from common.engine.sequence import Sequence as EngineSequence  # noqa: E402
 from common.kvtransfer.session import OrderSpec  # noqa: E402
 from common.rpc import codec  # noqa: E402
 from common.types import (  # noqa: E402
@@ -41,7 +44,7 @@ from common.types import (  # noqa: E402
     WorkerLoad,
     WorkerRef,
 )
-from common.types.prefix import extend_chain, root_hash  # noqa: E402
+from common.types.prefix import UNIT, extend_chain, root_hash  # noqa: E402
 from nanodeploy.v1 import controller_pb2, controller_pb2_grpc, decode_pb2, decode_pb2_grpc, worker_pb2_grpc  # noqa: E402
 from services.simulator.machine import MODEL, Machine, Profile  # noqa: E402
 from services.worker.servicer import WorkerServicer  # noqa: E402
@@ -78,8 +81,10 @@ class LiveWorker:
     def __init__(self, number: int, port: int, folder: Path, tell: Callable[[list[Row]], None]) -> None:
         self.machine = Machine(f"worker-{number}", Role.DECODE, number, PROFILE, MonotonicClock(), _no_order)
         self.load = WorkerLoad()
+        self.publisher: Publisher | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
+        self.waited_s = 0.0  # from each submit to its first token, all together
         self.lost_s = 0.0  # steps were so much later than could be made up for
         self._model = msgspec.structs.replace(MODEL, name="bench", path=str(folder), vocab_size=257)
         self._root = root_hash(MODEL.model_hash)
@@ -100,6 +105,7 @@ class LiveWorker:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "busy_s": round(self.machine.busy_s, 3),
+            "waited_s": round(self.waited_s, 3),
             "lost_s": round(self.lost_s, 3),
         }
 
@@ -107,7 +113,8 @@ class LiveWorker:
         self._seq_ids += 1
         chain = [self._root]
         extend_chain(chain, ids)
-        self.machine.submit(self._seq_ids, list(ids), chain, max_tokens, 0)
+        seq = self.machine.submit(self._seq_ids, list(ids), chain, max_tokens, 0)
+        self._name_blocks(seq)
         if not self.machine.is_stepping:
             self._begin(self._loop.time())
         return self._seq_ids
@@ -132,9 +139,12 @@ class LiveWorker:
                 hit = self.machine.hits.pop(seq.seq_id)
                 self.prompt_tokens += seq.num_prompt
                 self.cached_tokens += hit
+                self.waited_s += time.monotonic() - seq.times.submitted
                 stats = RequestStats(
                     prompt_tokens=seq.num_prompt, cached_tokens=hit, computed_tokens=seq.num_prompt - hit
                 )
+            if seq in over or not seq.num_computed % BLOCK:
+                self._name_blocks(seq)
             rows.append(Row(seq.seq_id, seq.num_output - 1, seq in over, stats))
         self._tell(rows)
         self._report()
@@ -148,6 +158,15 @@ class LiveWorker:
                 self.load = message.load
             elif isinstance(message, KvChanges):
                 self.machine.feed.take(message)
+                if self.publisher is not None:
+                    self.publisher.publish(message.changes)
+
+    def _name_blocks(self, seq: EngineSequence) -> None:
+        """The tokens of its blocks, which the events that are published have and ours do not."""
+        if self.publisher is not None:
+            ends = range(BLOCK, (len(seq.chain) - 1) * UNIT + 1, BLOCK)
+            tokens = {seq.chain[end // UNIT]: seq.token_ids[end - BLOCK : end] for end in ends}
+            self.publisher.block_tokens.update(tokens)
 
 
 def _no_order(machine: Machine, spec: OrderSpec) -> None:
@@ -312,23 +331,35 @@ def _prompt(asked: dict[str, Any]) -> list[int]:
     return token_ids([(message["role"], message["content"]) for message in asked["messages"]])
 
 
-async def serve_http(folder: Path, ports: Sequence[int], open_servers: AsyncExitStack) -> list[LiveWorker]:
+async def serve_http(
+    folder: Path, ports: Sequence[int], events_ports: Sequence[int], open_servers: AsyncExitStack
+) -> list[LiveWorker]:
     found = [HttpWorker(number, port, folder) for number, port in enumerate(ports, 1)]
     loop = asyncio.get_running_loop()
     for worker, port in zip(found, ports, strict=True):
         server = await loop.create_server(functools.partial(HttpConnection, worker), "127.0.0.1", port)
         open_servers.callback(server.close)
-    return [each.worker for each in found]
+    workers = [each.worker for each in found]
+    for worker, port in zip(workers, events_ports, strict=False):  # there may be none
+        worker.publisher = Publisher()
+        server = await asyncio.start_server(worker.publisher.attend, "127.0.0.1", port)
+        open_servers.callback(server.close)
+    return workers
 
 
-async def main(kind: str, folder: Path, ports: Sequence[int]) -> None:
+async def main(kind: str, folder: Path, addresses: Sequence[str]) -> None:
+    ports = [int(address.split(":")[0]) for address in addresses]
+    events_ports = [int(address.split(":")[1]) for address in addresses if ":" in address]
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     async with AsyncExitStack() as open_servers:
-        workers = await (serve_grpc if kind == "grpc" else serve_http)(folder, ports, open_servers)
+        if kind == "grpc":
+            workers = await serve_grpc(folder, ports, open_servers)
+        else:
+            workers = await serve_http(folder, ports, events_ports, open_servers)
         await stopped.wait()
         print(json.dumps([worker.books for worker in workers]), flush=True)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), [int(port) for port in sys.argv[3:]]))
+    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:]))

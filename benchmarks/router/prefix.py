@@ -66,6 +66,7 @@ CONTENDERS = (
     Contender("sglang-router", "cache_aware"),
     Contender("sglang-router", "power_of_two"),
     Contender("vllm-router", "cache_aware"),
+    Contender("vllm-router", "kv_aware"),
     Contender("vllm-router", "round_robin"),
 )
 
@@ -156,8 +157,14 @@ def started(contender: Contender, folder: Path, here: int, there: int, others: P
         router = [str(others / first), *rest, "--host", "127.0.0.1", "--port", str(port)]
         router += ["--policy", contender.policy, "--prometheus-port", str(metrics_port), "--worker-urls"]
         router += [f"http://127.0.0.1:{worker_port}" for worker_port in ports]
-    workers = [sys.executable, str(HERE / "caching_workers.py"), "grpc" if ours else "http", str(folder)]
-    workers += [str(worker_port) for worker_port in ports]
+    addresses = [str(worker_port) for worker_port in ports]
+    if contender.policy == "kv_aware":
+        router += ["--kv-event-block-size", str(BLOCK), "--kv-event-model", "bench"]
+        for i, worker_port in enumerate(ports):
+            events_port = free_port()
+            addresses[i] += f":{events_port}"
+            router += ["--kv-event-source", f"http://127.0.0.1:{worker_port}=tcp://127.0.0.1:{events_port}"]
+    workers = [sys.executable, str(HERE / "caching_workers.py"), "grpc" if ours else "http", str(folder), *addresses]
     with process(workers, here, folder / "workers.log"), process(router, there, log) as child:
         wait_ready(port, "/ready" if ours else "/health", child, log)
         time.sleep(1.0)
@@ -248,6 +255,8 @@ def figures(books: Sequence[dict[str, float]], answers: Sequence[Answer], best: 
         "busy_spread": spread([book["busy_s"] for book in books]),
         "first_p50_ms": quantile(first_ms, 0.5),
         "first_p99_ms": quantile(first_ms, 0.99),
+        "first_mean_ms": sum(first_ms) / max(len(first_ms), 1),
+        "first_mean_at_worker_ms": 1e3 * sum(book["waited_s"] for book in books) / max(len(first_ms), 1),
         "workers_lost_s": sum(book["lost_s"] for book in books),
         "failed": failed,
         "tokens": sum(answer.tokens for answer in answers),
