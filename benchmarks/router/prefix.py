@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import report  # noqa: E402
-from benchmarks.router.compare import install_others, wait_ready  # noqa: E402
+from benchmarks.router.compare import PACKAGES, install_others, wait_ready  # noqa: E402
 from benchmarks.router.pinned import cpu_of, free_port, process  # noqa: E402
 from benchmarks.router.trace import ANSWER, BLOCK, Best, Mixture, Request, write_tokenizer  # noqa: E402
 from services.cli.state import cache_root  # noqa: E402
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--others", type=Path, default=cache_root(os.environ) / "router-contenders")
     arguments = parser.parse_args()
     shared = {"workers": NUM_WORKERS, "block_tokens": BLOCK, "rate": arguments.rate, "seed": arguments.seed}
-    about = report.environment("grpcio", **shared)
+    about = report.environment("grpcio", others=PACKAGES, **shared)
     chosen = [each for each in CONTENDERS if not arguments.only or str(each) in arguments.only]
     if any(each.router != "nanodeploy" for each in chosen):
         install_others(arguments.others)
