@@ -40,7 +40,13 @@ class FakeStream:
         return epoch, ()
 
     async def read(self) -> StepRows:
-        await self._over.wait()
+        over = asyncio.ensure_future(self._over.wait())
+        rows = asyncio.ensure_future(self._peer.rows.get())
+        await asyncio.wait((over, rows), return_when=asyncio.FIRST_COMPLETED)
+        over.cancel()
+        if rows.done():
+            return rows.result()
+        rows.cancel()
         raise UnavailableError("closed")
 
     async def send(self, cancels: Cancels, acks: Positions) -> None:
@@ -58,6 +64,8 @@ class FakePeer:
         self.asked = asyncio.Event()
         self.answer = asyncio.Event()
         self.cancels: list[tuple[int, int | None]] = []
+        self.rows: asyncio.Queue[StepRows] = asyncio.Queue()
+        self.streams = 0
 
     async def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float) -> int:
         self.submitted.append(request)
@@ -66,13 +74,14 @@ class FakePeer:
         return SLOT
 
     def open_stream(self) -> DecodeStream:
+        self.streams += 1
         return FakeStream(self)
 
     async def close(self) -> None:
         return
 
 
-def make_link(peer: FakePeer) -> WorkerLink:
+def make_link(peer: FakePeer, connect_timeout_s: float = 1.0) -> WorkerLink:
     def lost(generation: Generation, why: NanoDeployError, gone: bool) -> None:
         raise AssertionError(f"lost: {why}")
 
@@ -81,7 +90,7 @@ def make_link(peer: FakePeer) -> WorkerLink:
         peer,
         clock=MonotonicClock(),
         rng=random.Random(1),
-        connect_timeout_s=1.0,
+        connect_timeout_s=connect_timeout_s,
         on_lost=lost,
         others_ready=lambda ref: False,
     )
@@ -137,6 +146,39 @@ async def test_a_request_cancelled_while_it_is_submitted_is_cancelled_at_the_wor
     await moving
     await link._outbox.drained(5)
     assert peer.cancels == [(SLOT, None)]
+    await link.close()
+
+
+async def test_a_worker_that_left_is_asked_for_the_answer_it_owes() -> None:
+    """A Submit is out when it leaves: its answer comes down the next stream, or that stream fails."""
+    peer = FakePeer()
+    link = make_link(peer)
+    generation = make_generation(make_mailbox(), n=1)
+    moving = asyncio.create_task(link.submit(generation, None))
+    await asyncio.wait_for(peer.asked.wait(), 5)
+    link.retire()
+    await asyncio.sleep(0.05)
+    assert (peer.streams, link.over) == (2, False)
+    peer.answer.set()
+    await asyncio.wait_for(moving, 5)
+    assert generation.link is link
+    generation.cancel()
+    await link.close()
+
+
+async def test_a_slot_that_no_answer_names_is_cancelled_however_busy_the_link() -> None:
+    """One whose answer was lost with its stream runs for nobody; others are being submitted all the time."""
+    peer = FakePeer()
+    link = make_link(peer, connect_timeout_s=0.1)
+    moving = [asyncio.create_task(link.submit(make_generation(make_mailbox(), n=1), None)) for _ in range(2)]
+    await asyncio.wait_for(peer.asked.wait(), 5)
+    for position in range(30):
+        peer.rows.put_nowait(StepRows(rows=[(99, row(0, position))], failures=[], stats=[], prompt_logprobs=[]))
+        await asyncio.sleep(0.01)
+    assert peer.cancels == [(99, None)]
+    assert not link._stash
+    for task in moving:
+        task.cancel()
     await link.close()
 
 

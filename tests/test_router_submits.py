@@ -108,8 +108,8 @@ async def test_nobody_waits_longer_than_the_hold(joined: Submits) -> None:
 
 async def test_messages_are_bounded(joined: Submits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submits, "MOST_REQUESTS", 3)
-    monkeypatch.setattr(submits, "MOST_TOKENS", 10)
-    sizes = {"1": 1, "2": 1, "3": 1, "4": 9, "5": 9, "6": 99}
+    monkeypatch.setattr(submits, "MOST_NBYTES", 100)
+    sizes = {"1": 1, "2": 1, "3": 1, "4": 80, "5": 80, "6": 999}
     tasks = [task for name, size in sizes.items() for task in ask(joined, name, num_tokens=size)]
     await settle()
     async with stream(joined) as worker:
@@ -118,6 +118,24 @@ async def test_messages_are_bounded(joined: Submits, monkeypatch: pytest.MonkeyP
         for name in sizes:
             worker.answer(name, 1)
         await asyncio.gather(*tasks)
+
+
+async def test_a_request_larger_than_a_message_ends_alone(joined: Submits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it sent, it would end the stream that all others are on, and again on the next."""
+    monkeypatch.setattr(submits, "MOST_NBYTES", 10_000)
+    monkeypatch.setattr(submits, "MOST_NBYTES_ALONE", 40_000)
+    sampling = types_pb2.SamplingParams(grammar=types_pb2.Grammar(source="x" * 30_000))
+    made = [types_pb2.GenerationRequest(request_id=name, sampling=sampling) for name in ("1", "2", "3")]
+    made[2].sent.append(types_pb2.ChoiceOutput(token_ids=range(10_000)))
+    tasks = [asyncio.create_task(joined.submit(pb.SubmitItem(request=request), 5.0)) for request in made]
+    async with stream(joined) as worker:
+        with pytest.raises(InvalidRequestError, match="allowed"):
+            await tasks[2]
+        await asyncio.sleep(20 * submits.HOLD_S)
+        assert worker.messages == [["1"], ["2"]], "what is large goes alone"
+        worker.answer("1", 1)
+        worker.answer("2", 2)
+        assert await asyncio.gather(*tasks[:2]) == [1, 2]
 
 
 async def test_what_a_broken_stream_left_unanswered_goes_first_on_the_next(joined: Submits) -> None:

@@ -91,7 +91,7 @@ class WorkerLink:
         self._outbox = Outbox()
         self._open: dict[int, Generation] = {}
         self._submitting = 0
-        self._stash: dict[int, list[Row]] = {}  # rows by slot, of those whose Submit may not have been answered
+        self._stash: dict[int, tuple[float, list[Row]]] = {}  # (since, rows) of slots whose Submit may be unanswered
         self._stashed = 0  # rows
         self._closed_slots: dict[int, None] = {}
         self._stream: DecodeStream | None = None
@@ -238,32 +238,39 @@ class WorkerLink:
             self._leave()
 
     def _stray(self, slot: int, row: Row) -> None:
-        """A slot that is not open: not answered yet, or just closed, or left over from a lost answer."""
+        """A slot that is not open: not answered yet, or just closed, or left over from a lost answer.
+
+        What no answer named while its Submit can have waited is nobody's, whatever else is being submitted.
+        """
         if slot in self._closed_slots:
             return
-        if self._submitting:
-            self._stash.setdefault(slot, []).append(row)
+        now = self._clock.now()
+        since_s, rows = self._stash.get(slot, (now, []))
+        if self._submitting and now - since_s <= 2 * self._connect_timeout_s:
+            rows.append(row)
+            self._stash[slot] = since_s, rows
             self._stashed += 1
             if self._stashed > _STASH_ROWS:
                 self._unstash(next(iter(self._stash)))
         else:
+            self._unstash(slot)
             self._remember(slot)
             self._outbox.cancel(slot)
 
     def _clear_stash(self) -> None:
         stash, self._stash, self._stashed = self._stash, {}, 0
-        for slot, rows in stash.items():
+        for slot, (_, rows) in stash.items():
             self._stray(slot, rows[0])
 
     def _unstash(self, slot: int) -> list[Row]:
-        rows = self._stash.pop(slot, [])
+        _, rows = self._stash.pop(slot, (0.0, []))
         self._stashed -= len(rows)
         return rows
 
     # -- the stream --
 
     async def _run(self) -> None:
-        while not self._closing and not self.restarted and (not self._retired or self._open):
+        while not self._closing and not self.restarted and (not self._retired or self.load):
             stream = self._stream = self._peer.open_stream()
             self._leaving = self._steady = False
             started_s = self._clock.now()
