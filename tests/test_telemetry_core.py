@@ -1,20 +1,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import io
 import json
 import logging
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from random import Random
 
 import pytest
 
 from common.config.schema import LogConfig
+from common.rpc.context import call_context
 from common.telemetry import Metrics, configure_logging, get_logger, log_context, new_trace, parse_traceparent
-from common.telemetry.logs import log_as_library
+from common.telemetry.logs import bound_fields, log_as_library
 
 
 @pytest.fixture
@@ -100,6 +102,25 @@ async def test_context_belongs_to_its_task() -> None:
     await asyncio.gather(*(one(f"r{i}") for i in range(8)))
     assert all(line["event"] == line["request_id"] for line in lines(out))
     assert len(lines(out)) == 8
+
+
+async def test_a_context_closed_by_another_task_takes_nothing_there() -> None:
+    """A stream that is given up is closed wherever its generator is found: gRPC does it in a task of its own."""
+    trace = new_trace(Random(1)).traceparent
+
+    async def stream() -> AsyncIterator[int]:
+        with call_context("r1", trace):
+            yield 1
+
+    given_up = stream()
+    await asyncio.create_task(anext(given_up), context=contextvars.copy_context())
+
+    async def other() -> None:
+        with log_context(request_id="other"):
+            await given_up.aclose()
+            assert bound_fields() == {"request_id": "other"}
+
+    await asyncio.create_task(other())
 
 
 def test_traceparent_round_trip_and_child() -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from common.telemetry import TraceContext, log_context, parse_traceparent
-from common.telemetry.logs import bind_to_task, bound_fields
+from common.telemetry.logs import bind_to_task, bound_fields, set_in_task
 
 REQUEST_ID_KEY = "x-request-id"
 TRACEPARENT_KEY = "traceparent"
@@ -24,13 +24,8 @@ def call_context(request_id: str = "", traceparent: str = "") -> Iterator[None]:
     fields = {"request_id": request_id} if request_id else {}
     if trace is not None:
         fields["trace_id"] = trace.trace_id
-        token = _traceparent.set(traceparent)
-    with log_context(**fields):
-        try:
-            yield
-        finally:
-            if trace is not None:
-                _traceparent.reset(token)
+    with log_context(**fields), set_in_task(_traceparent, _traceparent.get() if trace is None else traceparent):
+        yield
 
 
 def bind_call(request_id: str, trace: TraceContext) -> None:

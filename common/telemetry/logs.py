@@ -13,17 +13,19 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any, Final, TextIO
+from typing import Any, Final, TextIO, TypeVar
 
 import orjson
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
 from common.config.schema import LogConfig
+
+V = TypeVar("V")
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _SAID: Final = {"warn": "warning", "exception": "error"}  # methods whose level has another name
@@ -125,11 +127,19 @@ def get_logger(name: str) -> FilteringBoundLogger:
 @contextmanager
 def log_context(**fields: Any) -> Iterator[None]:
     """Bind fields (request_id, trace_id, worker_id ...) to every line logged inside, in this task."""
-    token = _bound.set({**_bound.get(), **fields})
+    with set_in_task(_bound, {**_bound.get(), **fields}):
+        yield
+
+
+@contextmanager
+def set_in_task(variable: ContextVar[V], value: V) -> Iterator[None]:
+    """A generator that is given up may be closed by another task, which has nothing to take back."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _bound.reset(token)
+        with suppress(ValueError):
+            variable.reset(token)
 
 
 def bind_to_task(**fields: Any) -> None:
