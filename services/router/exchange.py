@@ -26,7 +26,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _SAFE: Final = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 _MAX_QUERY: Final = 4096
 BODY_TIMEOUT_S: Final = 60.0  # for the whole body
-TAKE_TIMEOUT_S: Final = 60.0  # for one part of an answer that is sent in parts
+TAKE_TIMEOUT_S: Final = 60.0  # for a client to take what was sent, before more is
 _DRAIN_FACTOR: Final = 4  # an oversized body is read on up to this many times the limit, so that the answer arrives
 _JSON: Final = (b"content-type", b"application/json")
 _SSE: Final = [
@@ -159,39 +159,41 @@ class Exchange:
         sent = [_JSON, length, *self.headers, *headers]
         if not self._complete and self._scope["method"] == "POST":
             sent.append((b"connection", b"close"))  # the rest of the body is not wanted
-        await self._send({"type": "http.response.start", "status": status, "headers": sent})
-        await self._send({"type": "http.response.body", "body": payload})
+        await self._say({"type": "http.response.start", "status": status, "headers": sent})
+        await self._say({"type": "http.response.body", "body": payload})
 
     async def pour(self, kind: bytes, length: int, parts: AsyncIterable[bytes]) -> None:
-        """An answer of `length` bytes in parts, as fast as the client takes them.
-
-        Cut where a part lacks, or is not taken within `TAKE_TIMEOUT_S`.
-        """
+        """An answer of `length` bytes in parts, as fast as the client takes them. Cut where a part lacks."""
         self.ended = True
         sent = [(b"content-type", kind), (b"content-length", str(length).encode()), *self.headers]
-        await self._send({"type": "http.response.start", "status": 200, "headers": sent})
+        await self._say({"type": "http.response.start", "status": 200, "headers": sent})
         async for part in parts:
             length -= len(part)
-            if length < 0 or self._connection.lost or not await self._taken(part):
+            if length < 0 or self._connection.lost:
                 length = -1
                 break
+            await self._say({"type": "http.response.body", "body": part, "more_body": True})
         if length:
             self.abort()
             raise CancelledByCallerError("the answer could not be sent to its end")
-        await self._send({"type": "http.response.body", "body": b""})
+        await self._say({"type": "http.response.body", "body": b""})
 
-    async def _taken(self, part: bytes) -> bool:
+    async def _say(self, message: MutableMapping[str, Any]) -> None:
+        """Send when the client has taken what was sent; cut the connection if it does not within `TAKE_TIMEOUT_S`."""
+        if not self._connection.full:
+            await self._send(message)
+            return
         try:
             async with asyncio.timeout(TAKE_TIMEOUT_S):
-                await self._send({"type": "http.response.body", "body": part, "more_body": True})
+                await self._send(message)
         except TimeoutError:
-            return False
-        return True
+            self.abort()
+            raise CancelledByCallerError("the client does not read its answer") from None
 
     async def begin(self) -> None:
         """The head of a stream of events."""
         self.streaming = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self.headers]})
+        await self._say({"type": "http.response.start", "status": 200, "headers": [*_SSE, *self.headers]})
 
     def write(self, events: bytes) -> bool:
         """Some events of a stream that has begun. False if the client must catch up before more are written."""
@@ -207,7 +209,7 @@ class Exchange:
         if not self.streaming:
             await self.begin()
         self.ended = True
-        await self._send({"type": "http.response.body", "body": data + self._done})
+        await self._say({"type": "http.response.body", "body": data + self._done})
 
     async def fail(self, error: NanoDeployError) -> None:
         if self.ended:
@@ -220,3 +222,8 @@ class Exchange:
     def abort(self) -> None:
         """Drop the connection without waiting for a client that does not read."""
         self._connection.abort()
+
+    def abort_if_full(self) -> None:
+        """The same, where more could not be said before the client reads."""
+        if self._connection.full:
+            self.abort()

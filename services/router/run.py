@@ -191,6 +191,7 @@ class Run:
 
         def late() -> None:
             end(DeadlineExceededError(f"the request was not finished within {deadline_s - self._started_s:g} s"))
+            exchange.abort_if_full()  # what it has not taken keeps the mailbox, and so this request, waiting
 
         mailbox.consume = consume
         timer = asyncio.get_running_loop().call_later(max(deadline_s - self._clock.now(), 0), late)

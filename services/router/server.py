@@ -154,6 +154,7 @@ class Router:
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=1,
+                reset_contextvars=True,  # a pipelined request is started by the task of the one before
                 ssl_certfile=self._config.ssl_certfile or None,
                 ssl_keyfile=self._config.ssl_keyfile or None,
             )
