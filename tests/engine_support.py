@@ -115,6 +115,7 @@ class Answer:
     failure: Failure | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     prompt_logprobs: TokenLogprobs | None = None
+    vector: bytes = b""
 
     @property
     def ended(self) -> bool:
@@ -141,6 +142,7 @@ class Answers:
                 answer.logprobs.setdefault(delta.choice, []).extend(delta.logprobs.token_logprobs)
             if delta.finish is not None:
                 answer.finish[delta.choice] = delta.finish
+                answer.vector = delta.vector
         for failure in deltas.failures:
             answer = self.by_slot[failure.slot]
             assert not answer.ended

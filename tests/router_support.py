@@ -58,7 +58,7 @@ def tokenizer() -> Tokenizer:
 
 @dataclasses.dataclass
 class Script:
-    """What a request brings: `outputs[choice]`, `step_tokens` at a time, `delay_s` before each step."""
+    """What a request brings: `outputs[choice]`, `step_tokens` at a time, `delay_s` before each step; or a vector."""
 
     outputs: list[list[int]]
     delay_s: float = 0.0
@@ -69,6 +69,7 @@ class Script:
     fail_at: int = -1  # output position where `failure` comes instead of a token
     failure: Failure = ENGINE_FAILED
     stats: RequestStats = NO_STATS
+    vector: bytes = b""
 
 
 @dataclasses.dataclass
@@ -107,6 +108,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
         model: str = MODEL,
         max_model_len: int = MAX_MODEL_LEN,
         architecture: str = "llama",
+        embedding_size: int = 0,
     ) -> None:
         self.script = script
         self.entries: dict[int, Entry] = {}
@@ -123,6 +125,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
             vocab_size=text_support.byte_level().get_vocab_size(),
             dtype="float32",
             path=str(folder),
+            embedding_size=embedding_size,
         )
         self.refuse_streams = False
         self._queues: dict[str, asyncio.Queue[pb.StepDeltas | None]] = {}
@@ -262,6 +265,8 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
                 self._send(entry, codec.deltas_to_proto([], [(slot, plan.failure)]))
                 return
             rows = [r for c in range(len(plan.outputs)) if (r := self._row(entry, plan, c, position, sent[c]))]
+            if plan.vector:
+                rows = [ChoiceDelta(choice=0, position=0, token_ids=(), finish=plan.finish, vector=plan.vector)]
             entry.rows.extend(rows)
             prompt = [(slot, entry.prompt_logprobs)] if first and entry.prompt_logprobs else []
             stats = [(slot, entry.stats)] if first else []
@@ -369,12 +374,20 @@ async def cluster(
     max_model_len: int = MAX_MODEL_LEN,
     template: str | None = text_support.CHAT_TEMPLATE,
     architecture: str = "llama",
+    embedding_size: int = 0,
     generation: Mapping[str, object] = MappingProxyType({}),
     **config: Any,
 ) -> AsyncIterator[Cluster]:
     text_support.write_checkpoint(folder, chat_template=template, **generation)
     workers = [
-        ScriptedWorker(script, folder, worker_id=f"d{i}", max_model_len=max_model_len, architecture=architecture)
+        ScriptedWorker(
+            script,
+            folder,
+            worker_id=f"d{i}",
+            max_model_len=max_model_len,
+            architecture=architecture,
+            embedding_size=embedding_size,
+        )
         for i in range(num_workers)
     ]
     members = StaticMembers()

@@ -28,6 +28,7 @@ from common.types import (
     Grammar,
     GrammarKind,
     ModelInfo,
+    Pooling,
     RequestStats,
     Role,
     SamplingParams,
@@ -68,6 +69,7 @@ models = st.builds(
     dtype=text,
     path=text,
     served_names=st.lists(text, max_size=3).map(tuple),
+    embedding_size=u32,
 )
 block_states = st.builds(BlockStates, group=text, total=u32, free=u32, live=u32, cached=u32, leased=u32, in_flight=u32)
 loads = st.builds(
@@ -193,6 +195,7 @@ def requests(draw: st.DrawFn, now_s: float) -> GenerationRequest:
         priority=draw(st.integers(-(2**31), 2**31 - 1)),
         deadline_s=draw(st.one_of(st.just(0.0), st.integers(1, 2**31).map(lambda ms: now_s + ms / 1000))),
         traceparent=draw(traceparents),
+        pooling=draw(st.one_of(st.none(), st.builds(Pooling, u32))),
     )
 
 
@@ -244,11 +247,13 @@ def token_logprobs(draw: st.DrawFn, num_tokens: int) -> TokenLogprobs:
 @st.composite
 def choice_deltas(draw: st.DrawFn) -> ChoiceDelta:
     tokens = draw(token_tuples)
+    finish = draw(st.one_of(st.none(), st.sampled_from(FinishReason)))
     return ChoiceDelta(
         choice=draw(u32),
         position=draw(u32),
         token_ids=tokens,
-        finish=draw(st.one_of(st.none(), st.sampled_from(FinishReason))),
+        finish=finish,
+        vector=draw(st.integers(0, 8).map(lambda n: bytes(range(4 * n)))) if finish is FinishReason.STOP else b"",
         stop_token_id=draw(st.one_of(st.none(), token_id)),
         logprobs=draw(st.one_of(st.none(), token_logprobs(len(tokens)))),
     )

@@ -96,6 +96,7 @@ _CLUSTER = [
     "--log-level",
     "--served-model-name",
     "--tensor-parallel-size",
+    "--runner",
     *_ENGINE,
 ]
 FLAGS = {

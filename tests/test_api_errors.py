@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from api_support import PARSERS
 from pydantic import BaseModel
-from router_support import MODEL, Cluster, cluster, say
+from router_support import MODEL, Cluster, Script, cluster, say
 
+from common.types import FinishReason
 from services.router import schemas
 from services.router.api import schemas as api_schemas
 
@@ -31,6 +32,7 @@ BODIES: list[tuple[str, type[BaseModel], dict[str, Any]]] = [
     ("/v1/responses", api_schemas.ResponsesBody, {"input": "Hi", "store": False, "max_output_tokens": 2}),
     ("/v1/messages", api_schemas.MessagesBody, {"messages": MESSAGES, "max_tokens": 2}),
     ("/v1/messages/count_tokens", api_schemas.CountBody, {"messages": MESSAGES}),
+    ("/v1/embeddings", api_schemas.EmbeddingsBody, {"input": "Hi"}),
 ]
 STORED = {"store", "background", "previous_response_id"}  # need a storage, which is not there
 
@@ -39,7 +41,9 @@ STORED = {"store", "background", "previous_response_id"}  # need a storage, whic
 async def test_every_field_is_named_in_its_errors(
     path: str, kind: type[BaseModel], base: dict[str, Any], tmp_path: Path
 ) -> None:
-    async with cluster(tmp_path / "model", say("Hi"), **PARSERS) as made:
+    embeds: dict[str, Any] = {"embedding_size": 64} if "embeddings" in path else {}
+    script = say("Hi") if not embeds else lambda _: Script([[]], finish=FinishReason.STOP, vector=bytes(256))
+    async with cluster(tmp_path / "model", script, **PARSERS, **embeds) as made:
         refused = 0
         for name, info in kind.model_fields.items():
             field = info.alias or name

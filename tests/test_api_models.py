@@ -1,4 +1,4 @@
-"""Models and what they can do; embeddings, which no model here has; logprobs of prompts, as vLLM shows them."""
+"""Models and what they can do; embeddings, where a model has none; logprobs of prompts, as vLLM shows them."""
 
 from __future__ import annotations
 

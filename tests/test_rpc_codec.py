@@ -294,6 +294,14 @@ def test_bad_delta_columns():
     message = rows()
     message.logprobs[0].top_n = 2
     refused("deltas.logprobs.top_token_ids", codec.deltas_from_proto, message)
+    for row, values, field in ((2, bytes(8), "row"), (1, bytes(8), "row"), (0, b"", "values"), (0, bytes(6), "values")):
+        message = rows()
+        message.vectors.add(row=row, values=values)
+        refused(f"deltas.vectors.{field}", codec.deltas_from_proto, message)
+    message = rows()
+    for _ in range(2):
+        message.vectors.add(row=0, values=bytes(8))
+    refused("deltas.vectors.row", codec.deltas_from_proto, message)
 
 
 @quick

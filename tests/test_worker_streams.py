@@ -204,6 +204,23 @@ def test_a_finish_without_tokens_is_kept_until_it_was_received() -> None:
     assert (unknown, [d.finish for _, d in rows.deltas]) == ([], [FinishReason.CANCELLED])
 
 
+def test_a_vector_is_kept_until_its_position_was_acknowledged() -> None:
+    h = Harness()
+    link, generation, _ = h.streams.attach("r", [])
+    log = h.streams.open("r", "a", range(1))
+    end = ChoiceDelta(choice=0, position=0, token_ids=(), finish=FinishReason.STOP, vector=b"1234")
+    h.streams.deliver(Deltas(1, rows=(DeltaRow(log.slot, end),)))
+    h.streams.ack(link, [(log.slot, 0, 0)])
+    h.streams.detach(link, generation)
+    link, generation, unknown = h.streams.attach("r", [(log.slot, 0, 0)])
+    rows = asyncio.run(rows_of(link))
+    assert rows is not None
+    assert (unknown, rows.deltas) == ([], [(log.slot, end)])
+    h.streams.ack(link, [(log.slot, 0, 1)])
+    h.streams.detach(link, generation)
+    assert h.streams.attach("r", [(log.slot, 0, 0)])[2] == [log.slot], "it is dropped"
+
+
 def test_a_router_that_does_not_read_is_cut_off_and_finds_everything_in_the_log() -> None:
     h = Harness()
     link, generation, _ = h.streams.attach("r", [])

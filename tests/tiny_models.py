@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -41,6 +41,7 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     Qwen3NextConfig,
@@ -152,6 +153,38 @@ def make_qwen3(folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", **ov
     if "sliding_window" in overrides:
         overrides = {"use_sliding_window": True, "max_window_layers": 1} | overrides
     return _save(folder, seed, Qwen3ForCausalLM, Qwen3Config(**(_SIZES | overrides)), max_shard_size)
+
+
+def make_qwen3_embedding(
+    folder: Path, seed: int = 0, *, mode: str = "lasttoken", normalize: bool = True, **overrides: Any
+) -> Path:
+    """As Qwen3-Embedding is laid out: saved without a head, with the files of sentence-transformers, and a tokenizer
+    whose post-processor ends every text with PAD.
+    """
+    config = Qwen3Config(**{**_SIZES, "tie_word_embeddings": True, **overrides})
+    _save(folder, seed, Qwen3Model, config, "5GB")
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"architectures": ["Qwen3ForCausalLM"]}))
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalize else [])]
+    (folder / "modules.json").write_text(
+        json.dumps(
+            [
+                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for i, (path, kind) in enumerate(modules)
+            ]
+        )
+    )
+    modes = {f"pooling_mode_{name}": name == mode for name in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")}
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"word_embedding_dimension": config.hidden_size, **modes, "include_prompt": True})
+    )
+    tokenizer = Tokenizer.from_str(_tokenizer_json())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {PAD}", pair=f"$A $B {PAD}", special_tokens=[(PAD, tokenizer.token_to_id(PAD))]
+    )
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    return folder
 
 
 def make_qwen3_vl(folder: Path, seed: int = 0, **overrides: Any) -> Path:
@@ -368,6 +401,7 @@ MAKERS = {
     "kimi_k25": make_kimi_k25,
     "llama": make_llama,
     "qwen3": make_qwen3,
+    "qwen3_embedding": make_qwen3_embedding,
     "qwen3_moe": make_qwen3_moe,
     "qwen3_next": make_qwen3_next,
     "qwen3_5": make_qwen3_5,

@@ -48,6 +48,11 @@ class EngineConfig(_Section):
 
     model: str = Field("", description="folder of a Hugging Face checkpoint")
     served_model_name: str = Field("", description="name in the API; the folder's name when empty")
+    runner: Literal["auto", "generate", "pooling"] = Field(
+        "auto",
+        description="pooling serves the model for embeddings instead of text; auto: where the checkpoint is made for "
+        "them, by its modules.json",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto is cuda where an NVIDIA driver and a torch for it are found, else cpu"
     )

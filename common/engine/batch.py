@@ -35,7 +35,8 @@ class BatchRow(msgspec.Struct, frozen=True, gc=False):
 
     `samples`: draws from the last rows, one for each: from the last row alone, or also from those of drafts.
     `states`: by snapshot group of the model, the block with the sequence's state. `pending`: the last token is the
-    one that this draw of the step before gives; what `token_ids` has there is not looked at.
+    one that this draw of the step before gives; what `token_ids` has there is not looked at. `pools`: the hidden row of
+    the last token is wanted on the host, after the final norm.
     """
 
     token_ids: Sequence[int]
@@ -50,6 +51,7 @@ class BatchRow(msgspec.Struct, frozen=True, gc=False):
     rope_positions_3T: NDArray[np.int64] | None = None  # of the new tokens, where they are not their indices
     states: Mapping[str, int] = msgspec.field(default_factory=dict)
     pending: int = -1
+    pools: bool = False
 
 
 class RowMasks(NamedTuple):

@@ -155,6 +155,7 @@ def _build(
         eos_ids=frozenset(spec.eos_token_ids),
         max_waiting_seqs=engine.max_waiting_seqs,
         max_num_seqs=engine.max_num_seqs,
+        pooling=spec.pooling,
     )
     images = Media(spec.media, spec.hidden_size, media, clock)
     drafts: DraftModel | None = compute.draft_runner
@@ -178,6 +179,7 @@ def _build(
         device=str(mesh.device),
         lease_ttl_s=engine.lease_ttl_s,
         pid=os.getpid(),
+        embedding_size=spec.pooling.size if spec.pooling is not None else 0,
     )
     return BuiltEngine(built, ready, parts, transport, clock, fleet)
 

@@ -337,6 +337,8 @@ class Engine:
                 p.requests.fail(seq.slot, seq.constraint.failure())
             elif drawn.failure is not None:
                 p.requests.fail(seq.slot, InternalError(drawn.failure))
+            elif drawn.hidden_D is not None:
+                p.requests.pooled(seq, drawn.hidden_D)
             elif num_tokens:
                 logprobs = TokenLogprobs.join(drawn.logprobs[:num_tokens]) if drawn.logprobs else None
                 p.requests.tokens(seq, num_tokens, logprobs)

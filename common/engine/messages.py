@@ -136,6 +136,7 @@ class EngineReady(Message, frozen=True):
     device: str
     lease_ttl_s: float
     pid: int
+    embedding_size: int = 0  # elements of a vector; 0: the model generates
 
 
 class DeltaRow(msgspec.Struct, frozen=True, array_like=True):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from common.engine.media import Media, outside
 from common.engine.messages import prompt_logprobs_nbytes
 from common.errors import InvalidRequestError, OverloadedError, UnsupportedError
-from common.types import GenerationRequest
+from common.models.pooling import PoolingSpec
+from common.types import GenerationRequest, Pooling
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class ModelLimits:
     eos_ids: frozenset[int]
     max_waiting_seqs: int
     max_num_seqs: int
+    pooling: PoolingSpec | None = None  # vectors are made, and no text
     max_prompt_logprobs_nbytes: int = 56 << 20  # of one reply on the wire: gRPC's limit is 64 MiB
 
 
@@ -33,7 +35,12 @@ def check_request(request: GenerationRequest, limits: ModelLimits, media: Media,
         raise OverloadedError(f"{waiting} sequences wait already; the limit is {limits.max_waiting_seqs}")
     if not prompt:
         raise InvalidRequestError("the prompt has no tokens", param="prompt")
-    if len(prompt) >= limits.max_model_len:
+    if (limits.pooling is None) != (request.pooling is None):
+        made = "text and no embeddings" if limits.pooling is None else "embeddings and no text"
+        raise UnsupportedError(f"this model makes {made}", param="model")
+    if request.pooling is not None:
+        _check_pooling(request, request.pooling, limits)
+    elif len(prompt) >= limits.max_model_len:
         raise InvalidRequestError(
             f"the prompt has {len(prompt)} tokens; the model takes at most {limits.max_model_len - 1} "
             f"and one of output (max_model_len {limits.max_model_len})",
@@ -58,6 +65,22 @@ def check_request(request: GenerationRequest, limits: ModelLimits, media: Media,
             continue
         if choice >= params.n or len(sent) >= params.max_tokens or len(prompt) + len(sent) >= limits.max_model_len:
             raise InvalidRequestError(f"choice {choice} has nothing left to generate", param="sent")
+
+
+def _check_pooling(request: GenerationRequest, pooling: Pooling, limits: ModelLimits) -> None:
+    params = request.sampling
+    assert limits.pooling is not None
+    if len(request.prompt_token_ids) > limits.max_model_len:
+        raise InvalidRequestError(
+            f"the input has {len(request.prompt_token_ids)} tokens; the model takes at most {limits.max_model_len}",
+            param="input",
+        )
+    if pooling.dimensions > limits.pooling.size:
+        raise InvalidRequestError(
+            f"dimensions is {pooling.dimensions}; the model's vectors have {limits.pooling.size}", param="dimensions"
+        )
+    if params.n != 1 or params.grammar is not None or params.prompt_logprobs is not None or any(request.sent):
+        raise InvalidRequestError("an embedding has one choice, no grammar, no logprobs and no output", param="pooling")
 
 
 def _check_prompt_logprobs(prompt: tuple[int, ...], top_n: int, limits: ModelLimits) -> None:

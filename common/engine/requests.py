@@ -1,6 +1,6 @@
 """Requests in an engine: admission, tokens as they come, and the one end each request gets.
 
-    submit -> (delta rows) -> a finish on every choice
+    submit -> (delta rows) -> a finish on every choice, or the vector that was asked for
           `-> one failure: invalid, overloaded, out of time, or the step failed
 
 EOS, stop token ids, min_tokens and lengths are decided here; stop strings belong to whoever makes text.
@@ -15,17 +15,21 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from common.engine.constraint import Constraint
 from common.engine.media import Media, media_hashes
 from common.engine.messages import PromptLogprobsOf, Submit
 from common.engine.outbox import Outbox
+from common.engine.pooling import pooled_vector
 from common.engine.request_checks import ModelLimits, check_request
 from common.engine.scheduler import Scheduler
 from common.engine.sequence import Phase, Request, Sequence
 from common.engine.structured import GrammarPool
 from common.errors import (
     DeadlineExceededError,
+    InternalError,
     NanoDeployError,
     UnavailableError,
     UnsupportedError,
@@ -66,6 +70,11 @@ class Requests:
     @property
     def vocab_size(self) -> int:
         return self._limits.vocab_size
+
+    @property
+    def pools(self) -> bool:
+        """Do requests end with a vector?"""
+        return self._limits.pooling is not None
 
     def next_id(self) -> int:
         """A sequence id; orders draw from the same source."""
@@ -210,6 +219,18 @@ class Requests:
         else:
             self._end(seq, reason, token_ids, logprobs)
 
+    def pooled(self, seq: Sequence, hidden_D: NDArray[np.float32]) -> None:
+        """The whole prompt was computed: the request ends with its vector, made of the last token's row."""
+        pooling, spec = seq.pooling, self._limits.pooling
+        assert pooling is not None
+        assert spec is not None
+        vector_D = pooled_vector(hidden_D, pooling.dimensions, normalizes=spec.normalizes)
+        if vector_D is None:
+            self.fail(seq.slot, InternalError("the model's hidden states are not finite numbers"))
+            return
+        self._first_token(seq)
+        self._end(seq, FinishReason.STOP, (), vector=vector_D.astype("<f4").tobytes())
+
     def take_prompt_logprobs(self, seq: Sequence, parts: Iterable[TokenLogprobs]) -> None:
         """Collect prompt logprobs chunk by chunk; they are sent once, complete."""
         seq.prompt_logprobs.extend(parts)
@@ -270,6 +291,7 @@ class Requests:
         reason: FinishReason,
         token_ids: tuple[int, ...],
         logprobs: TokenLogprobs | None = None,
+        vector: bytes = b"",
     ) -> None:
         self._scheduler.finish(seq)
         self._outbox.delta(
@@ -281,6 +303,7 @@ class Requests:
                 finish=reason,
                 stop_token_id=token_ids[-1] if token_ids and token_ids[-1] in seq.stop_ids else None,
                 logprobs=logprobs,
+                vector=vector,
             ),
         )
         self._count(reason.value)
@@ -322,7 +345,7 @@ class Requests:
             priority=request.priority,
             arrival=message.slot,
             deadline=deadline,
-            remote_peer=message.prefill if leads else 0,
+            remote_peer=message.prefill if leads and request.pooling is None else 0,
             leads=leads,
             phase=Phase.HELD,
             num_sent=len(sent),
@@ -330,6 +353,7 @@ class Requests:
             cache_salt=request.cache_salt,
             traceparent=request.traceparent,
             media=media_hashes(request.embeddings),
+            pooling=request.pooling,
         )
         seq.times.submitted = self._clock.now()
         return seq

@@ -48,4 +48,5 @@ def _row(item: StepItem, cache: KVCacheManager, groups: Mapping[str, tuple[int, 
         rope_positions_3T=embeds.rope_positions(item.start, end + len(item.drafts)) if embeds else None,
         states=cache.snapshots.state_blocks(seq.seq_id),
         pending=seq.pending_sample if is_pending else -1,
+        pools=item.pools,
     )

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.attention.context import AttentionBackend, AttentionContext
@@ -44,6 +45,9 @@ class CausalModel(Protocol):
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Final norm and head: float32 [R, vocab]."""
 
+    def norm(self, hidden_RD: Tensor) -> Tensor:
+        """Final norm alone."""
+
 
 @dataclass
 class Pending:
@@ -56,15 +60,20 @@ class Pending:
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     result: SampleResult | None = None
     ran: Fetched | None = None  # where nothing is drawn: there when all is computed
+    pooled: Fetched | None = None  # float32 rows [R, D] of the batch's rows that pool, in order
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one row's samples gave, up to the first that failed. `failure`: why not even the first gave a token."""
+    """What one row's samples gave, up to the first that failed. `failure`: why not even the first gave a token.
+
+    `hidden_D`: float32, of a row that pools.
+    """
 
     token_ids: Sequence[int] = ()
     logprobs: Sequence[TokenLogprobs] = ()  # one for each token, or none at all
     failure: str | None = None
+    hidden_D: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,8 @@ class ModelRunner:
         rows = [sample for r in batch.rows for sample in r.samples]
         logits = self._model.logits(self._gather(batch, hidden_TD, len(rows))) if rows else None
         pending = Pending(batch, hidden_TD, logits, rows, self._prompt_logprobs(batch, hidden_TD))
+        pending.pooled = self._pool_rows(batch, hidden_TD)
+        assert not rows or pending.pooled is None, "an engine draws tokens or makes vectors"
         if not rows:
             pending.ran = Fetched.start([self.drawn_R[:1]])
         return pending
@@ -154,7 +165,7 @@ class ModelRunner:
         if result is None:
             if pending.ran is not None:
                 pending.ran.get()  # blocks that are given back now may be written by others than this stream
-            return StepResult([_NOTHING] * len(rows), pending.prompt_logprobs)
+            return StepResult(_pooled(pending), pending.prompt_logprobs)
         tokens, failures, logprobs = result.tokens, result.failures, result.logprobs
         drawn, first = [], 0
         for row in rows:
@@ -221,6 +232,13 @@ class ModelRunner:
             rows = hidden_TD.index_select(0, self._index([batch.last_rows[i] for i in writers]))
             self._pool.write_tail(self._index([batch.rows[i].tail_write for i in writers]), rows)
 
+    def _pool_rows(self, batch: Batch, hidden_TD: Tensor | None) -> Fetched | None:
+        last = [last for r, last in zip(batch.rows, batch.last_rows, strict=True) if r.pools]
+        if not last:
+            return None
+        assert hidden_TD is not None
+        return Fetched.start([self._model.norm(hidden_TD.index_select(0, self._index(last))).float()])
+
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return self.inputs.put({"index": np.array(numbers, np.int64)})["index"]
 
@@ -238,6 +256,15 @@ class ModelRunner:
                 logits = self._model.logits(hidden_TD[first + start : first + start + len(targets)])
                 out[i].append(prompt_logprobs(logits, targets, row.prompt_logprobs))
         return out
+
+
+def _pooled(pending: Pending) -> Sequence[Drawn]:
+    """Of a step that drew nothing."""
+    rows = pending.batch.rows
+    if pending.pooled is None:
+        return [_NOTHING] * len(rows)
+    hidden_R = iter(pending.pooled.get()[0].numpy())
+    return [Drawn(hidden_D=next(hidden_R)) if row.pools else _NOTHING for row in rows]
 
 
 def _stream_beside(device: torch.device) -> torch.cuda.Stream | None:

@@ -59,7 +59,12 @@ class StepItem:
 
     @property
     def draws(self) -> bool:
-        return self.reaches_end and self.seq.order is None
+        return self.reaches_end and self.seq.order is None and self.seq.pooling is None
+
+    @property
+    def pools(self) -> bool:
+        """Is its vector there when it is computed?"""
+        return self.reaches_end and self.seq.pooling is not None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Proof, before an engine says it is ready, that what it is for works.
 
 A short prompt is computed as an order for ourselves, published, read back through the transport into other
-blocks and verified; then a token is generated from a prompt. Both leave nothing behind.
+blocks and verified; then a token is generated from a prompt, or its vector is made. Both leave nothing behind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from common.kvcache.layout import Retention
 from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, PlaceOrder
 from common.kvtransfer.reads import Reads, Wanted
 from common.kvtransfer.transport import Endpoint, PeerDown, ReadStatus
-from common.types import GenerationRequest, SamplingParams
+from common.types import GenerationRequest, Pooling, SamplingParams
 
 TIMEOUT_S = 60.0
 OUTPUT_TOKENS = MIN_MODEL_LEN - 1
@@ -46,7 +46,10 @@ def self_test(
     prompt = tuple((i * 7) % min(64, parts.requests.vocab_size) for i in range(num_tokens))
     if reads is not None:
         _read_back(engine, parts, reads, endpoints, wakeup_fds, prompt)
-    _generate(engine, prompt)
+    if parts.requests.pools:
+        _embed(engine, prompt)
+    else:
+        _generate(engine, prompt)
     parts.cache.reset_prefix_cache()
     parts.cache.check_idle()
     parts.cache.snapshots.checkpoints_made = parts.cache.snapshots.checkpoints_skipped = 0
@@ -137,6 +140,26 @@ def _generate(engine: Engine, prompt: tuple[int, ...]) -> None:
             raise InternalError(f"self-test: no token: {failure.failure.message}")
     if tokens != OUTPUT_TOKENS:
         raise InternalError(f"self-test: {tokens} tokens were made instead of {OUTPUT_TOKENS}")
+
+
+def _embed(engine: Engine, prompt: tuple[int, ...]) -> None:
+    request = GenerationRequest(
+        request_id="self-test",
+        model="",
+        prompt_token_ids=prompt,
+        cache_salt="self-test",
+        sampling=SamplingParams(max_tokens=1, seed=0),
+        pooling=Pooling(),
+    )
+    engine.handle(Submit(_SLOT, request))
+    vectors = 0
+    for message in _run(engine, Deltas):
+        assert isinstance(message, Deltas)
+        vectors += sum(bool(r.delta.vector) for r in message.rows)
+        for failure in message.failures:
+            raise InternalError(f"self-test: no vector: {failure.failure.message}")
+    if vectors != 1:
+        raise InternalError(f"self-test: {vectors} vectors were made of one prompt")
 
 
 def _run(engine: Engine, kind: type[ReaderEvent | Deltas]) -> list[FromEngine]:

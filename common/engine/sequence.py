@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from common.engine.media import MediaEmbeds
 from common.engine.pace import Pace
-from common.types import GenerationRequest, RequestStats, SamplingParams, TokenLogprobs
+from common.types import GenerationRequest, Pooling, RequestStats, SamplingParams, TokenLogprobs
 from common.types.prefix import extend_chain, hash_at
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Sequence:
     remote_peer: int = 0
     leads: bool = True  # brings its request the prompt's KV and logprobs; the other choices wait for it
     order: OrderState | None = None
+    pooling: Pooling | None = None  # its vector is wanted, and no token
     phase: Phase = Phase.WAITING
     num_computed: int = 0
     steps_under_way: int = 0

@@ -6,7 +6,7 @@ No torch and no weights: `nanodeploy up` asks here before it starts anything, th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import psutil
@@ -18,6 +18,7 @@ from common.kvcache.layout import KVLayout
 from common.kvcache.scales import KVScales
 from common.models.kv import kv_layout, region_scales, size_num_blocks
 from common.models.kv_scales import FLOAT8, find_scales
+from common.models.pooling import find_pooling
 from common.models.spec import ModelSpec
 from common.types import Role
 
@@ -95,7 +96,7 @@ def size_engine(
     config = resolve_engine(config, role)
     if not config.sparse_attention:
         spec = spec.with_dense_attention()
-    spec = _with_drafts(config, spec)
+    spec = _with_drafts(config, _with_pooling(config, spec))
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     kv_dtype = {"auto": dtype, "fp8_e4m3": FLOAT8}.get(config.kv_dtype, config.kv_dtype)
     scales = _scales(config, spec) if kv_dtype == FLOAT8 else {}
@@ -140,6 +141,16 @@ def _scales(config: EngineConfig, spec: ModelSpec) -> dict[int, KVScales]:
     if config.load_format == "dummy" and not config.kv_scales:
         return {layer: KVScales(k=1.0, v=1.0) for r in spec.cache.regions if r.holds_kv for layer in r.layers}
     return find_scales(spec, config.kv_scales)
+
+
+def _with_pooling(config: EngineConfig, spec: ModelSpec) -> ModelSpec:
+    pooling = find_pooling(spec.folder, config.runner, spec.hidden_size)
+    if pooling is not None and config.speculative_config.method != "none":
+        raise ConfigError(
+            f"speculative_config: {spec.folder} is served for embeddings, which have no drafts",
+            param="speculative_config",
+        )
+    return replace(spec, pooling=pooling)
 
 
 def _with_drafts(config: EngineConfig, spec: ModelSpec) -> ModelSpec:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 INDEX_DTYPES = ("I64", "I32")
+BODY_PREFIX = "model."
+BARE_NAME = "embed_tokens.weight"
 
 _WIDTHS = {8: ("F64", "I64", "U64"), 4: ("F32", "I32", "U32"), 2: ("F16", "BF16", "I16", "U16")}
 _BYTES = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
@@ -66,9 +68,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_index(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of a checkpoint folder, by name.
 
+    A model that was saved without its head, as embedding models are, has names without `model.`; they get it.
     ConfigError: no safetensors, a shard that is missing, truncated or malformed, a tensor in two shards, or an
     index that disagrees with its shards.
     """
+    found = _read_files(folder)
+    if BARE_NAME not in found or any(name.startswith(BODY_PREFIX) for name in found):
+        return found
+    renamed = ((name if name.startswith("lm_head.") else BODY_PREFIX + name, info) for name, info in found.items())
+    return {name: replace(info, name=name, stored_as=info.name) for name, info in renamed}
+
+
+def _read_files(folder: Path) -> dict[str, TensorInfo]:
     if (folder / SINGLE_FILE).is_file():
         return _read_header(folder / SINGLE_FILE)
     if not (folder / INDEX_FILE).is_file():

@@ -60,9 +60,11 @@ class DecoderModel(Layer, ABC):
 
     def __init__(self, spec: ModelSpec, build: Build, max_positions: int) -> None:
         self.model = DecoderBody(spec, build, [self.make_layer(spec, build, i) for i in range(spec.num_layers)])
-        self.lm_head = Head(
-            build, spec.vocab_size, spec.hidden_size, self.model.embed_tokens if spec.tie_word_embeddings else None
-        )
+        self._pools = spec.pooling is not None  # then nobody asks for logits, and no head is read
+        is_tied = spec.tie_word_embeddings or self._pools
+        self.lm_head = Head(build, spec.vocab_size, spec.hidden_size, self.model.embed_tokens if is_tied else None)
+        if self._pools:
+            self.ignored = (*self.ignored, r"lm_head\..*")
         self._ropes = self.make_ropes(spec, build, max_positions)
         self._mtp_prefix = self.mtp_prefix or f"model.layers.{spec.num_layers}."
         self._mtp = self.make_mtp(spec, build) if spec.has_drafts else None
@@ -76,6 +78,8 @@ class DecoderModel(Layer, ABC):
 
     def slots(self, prefix: str = "") -> Iterator[Slot]:
         for slot in super().slots(prefix):
+            if self._pools and slot.name.startswith("lm_head."):
+                continue
             ours = next((p for p in self.prefixes if slot.name.startswith(p)), "")
             yield replace(slot, name=self.prefixes[ours] + slot.name[len(ours) :]) if ours else slot
 
@@ -132,7 +136,7 @@ class DecoderModel(Layer, ABC):
         return self.lm_head(self.model.norm(hidden_RD))
 
     def norm(self, hidden_RD: Tensor) -> Tensor:
-        """Rows of `forward` after the final norm, as `draft` takes them."""
+        """Rows of `forward` after the final norm, as `draft` takes them and as embeddings are made of them."""
         return self.model.norm(hidden_RD)
 
     def draft(self, rows_TD: Tensor, input_ids_T: Tensor, positions_T: Tensor, ctx: AttentionContext) -> Tensor:

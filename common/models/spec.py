@@ -24,6 +24,7 @@ from common.layers.rope_spec import RopeSpec
 from common.models.cache_spec import INDEXER_REGION, CacheSpec
 from common.models.checkpoint import DTYPE_NAMES, TensorInfo, content_hash, read_index, read_json
 from common.models.config_reader import ConfigReader
+from common.models.pooling import PoolingSpec
 from common.models.quant_config import read_quant
 from common.models.registry import spec_reader
 from common.models.rope_config import read_rope
@@ -39,7 +40,7 @@ class ModelSpec:
 
     `media`: None for a model that takes no images. `streams`: None for one residual stream. `zero_centred_norm`: see
     `common.layers.rms_norm`. `mtp_layers`: multi-token-prediction layers that the checkpoint holds; `has_drafts`: the
-    first of them is a part of the model.
+    first of them is a part of the model. `pooling`: how it makes vectors; None where it generates.
 
     `head_dim` is the width that rotates and that attention is scaled by; families with several widths say so in
     their own part.
@@ -77,6 +78,7 @@ class ModelSpec:
     zero_centred_norm: bool = False
     mtp_layers: int = 0
     has_drafts: bool = False
+    pooling: PoolingSpec | None = None
 
     @classmethod
     def from_folder(cls, path: str | Path, *, weights: bool = True) -> ModelSpec:

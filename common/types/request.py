@@ -91,12 +91,19 @@ class EmbeddingHandle(msgspec.Struct, frozen=True, kw_only=True):
     remaining_ms: int
 
 
+class Pooling(msgspec.Struct, frozen=True):
+    """The vector of a prompt is wanted instead of tokens. `dimensions`: its first elements; 0 for all of them."""
+
+    dimensions: int = 0
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request, complete: any decode worker can run or continue it from this alone.
 
     `sent[c]` holds the output tokens of choice c that the client has already (resume); missing is empty.
     `ended_choices` are complete already and not run again.
-    `deadline_s` is on the local monotonic clock, 0 for none.
+    `deadline_s` is on the local monotonic clock, 0 for none. With `pooling` no token is drawn: the request ends with
+    one row that carries the vector, and `sampling` says nothing.
     """
 
     request_id: str
@@ -111,6 +118,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     deadline_s: float = 0.0
     traceparent: str = ""
+    pooling: Pooling | None = None
 
 
 class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,7 +186,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class ChoiceDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens that one step added to one choice. `position` is the output index of the first."""
+    """Tokens that one step added to one choice. `position` is the output index of the first.
+
+    `vector`: what a request for one ends with, float32, little-endian; it takes an output position, as a token does.
+    """
 
     choice: int
     position: int
@@ -186,3 +197,4 @@ class ChoiceDelta(msgspec.Struct, frozen=True, kw_only=True):
     finish: FinishReason | None = None
     stop_token_id: int | None = None  # the stop token that ended it; it is the last of token_ids
     logprobs: TokenLogprobs | None = None
+    vector: bytes = b""

@@ -40,6 +40,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     path: str
     served_names: tuple[str, ...] = ()
+    embedding_size: int = 0  # elements of a vector; 0: the model generates text
 
 
 class BlockStates(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ def check_path(answer: Answer, num_prefill: int) -> str:
 
     A token that came although the KV was not handed over would hide a pair that never works.
     """
-    if num_prefill and not answer.transferred_tokens:
+    if num_prefill and not answer.transferred_tokens and not answer.embedding_size:
         raise UnavailableError(
             f"a token came, but no prefill worker took part: the decode worker prefilled by itself "
             f"({answer.fallback or 'the router chose no prefill worker'}); `nanodeploy doctor` says more"
@@ -32,12 +32,17 @@ def check_path(answer: Answer, num_prefill: int) -> str:
     return answer.path
 
 
-def print_banner(plan: ClusterPlan, chat: str, console: Console) -> None:
-    """The address, a line to copy, and what to type next (`chat`)."""
-    body = json.dumps({"model": plan.model, "messages": [{"role": "user", "content": "Why is the sky blue?"}]})
-    curl = f"curl {plan.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+def print_banner(plan: ClusterPlan, chat: str, console: Console, *, embeds: bool = False) -> None:
+    """The address, a line to copy, and what to type next (`chat`), unless the model makes vectors."""
+    question = "Why is the sky blue?"
+    path = "/v1/chat/completions"
+    asked: dict[str, object] = {"messages": [{"role": "user", "content": question}]}
+    if embeds:
+        path, asked, chat = "/v1/embeddings", {"input": question}, ""
+    body = json.dumps({"model": plan.model, **asked})
+    curl = f"curl {plan.url}{path} -H 'Content-Type: application/json' -d '{body}'"
     console.print(f"\n[bold green]Ready[/bold green]: {plan.url}/v1 (documented at {plan.url}/docs)", highlight=False)
-    console.out(f"Try:\n  {curl}\n  {chat}\n", highlight=False)
+    console.out("\n  ".join(["Try:", curl, *([chat] if chat else [])]) + "\n", highlight=False)
 
 
 async def print_workers(controller: str, console: Console) -> None:

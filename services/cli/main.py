@@ -74,6 +74,7 @@ def up(
     ready_timeout: opt.ReadyTimeout = 300.0,
     log_level: opt.LogLevel = "",
     served_model_name: opt.ServedModelName = None,
+    runner: opt.Runner = None,
     max_model_len: opt.MaxModelLen = None,
     max_num_seqs: opt.MaxNumSeqs = None,
     max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
@@ -113,6 +114,7 @@ def up(
         log_level=log_level,
         engine=opt.engine_fields(
             served_model_name=served_model_name,
+            runner=runner,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -155,6 +157,7 @@ def serve(
     ready_timeout: opt.ReadyTimeout = 300.0,
     log_level: opt.LogLevel = "",
     served_model_name: opt.ServedModelName = None,
+    runner: opt.Runner = None,
     max_model_len: opt.MaxModelLen = None,
     max_num_seqs: opt.MaxNumSeqs = None,
     max_num_batched_tokens: opt.MaxNumBatchedTokens = None,

@@ -71,6 +71,9 @@ ApiKey = Annotated[
 LogLevel = Annotated[str, _cluster("debug, info, warning or error.")]
 
 ServedModelName = Annotated[str | None, _engine("Name in the API; by default the folder's.")]
+Runner = Annotated[
+    str | None, _engine("pooling serves embeddings, generate text; auto: by the checkpoint's modules.json.")
+]
 MaxModelLen = Annotated[int | None, _engine("Prompt and output tokens of one sequence.")]
 MaxNumSeqs = Annotated[int | None, _engine("Sequences in a batch.")]
 MaxNumBatchedTokens = Annotated[int | None, _engine("Tokens computed in one step.")]

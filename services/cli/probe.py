@@ -1,4 +1,4 @@
-"""Readiness as a client sees it: ports that answer, `/ready`, and one real completion through the whole path."""
+"""Readiness as a client sees it: ports that answer, `/ready`, and one real answer through the whole path."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ async def wait_until_ready(spec: ServiceSpec, client: httpx.AsyncClient, waiting
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion and, from its waterfall, the way it took. `fallback`: why a prefill worker was given up."""
+    """A completion, or a vector of `embedding_size` elements, and, from its waterfall, the way it took.
+
+    `fallback`: why a prefill worker was given up.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -58,9 +61,12 @@ class Answer:
     transport: str
     transfer_gbps: float
     fallback: str
+    embedding_size: int = 0
 
     @property
     def path(self) -> str:
+        if self.embedding_size:
+            return f"a vector of {self.embedding_size} elements from {self.prompt_tokens} prompt tokens"
         text = f"{self.completion_tokens} tokens from {self.prompt_tokens} prompt tokens"
         if not self.transferred_tokens:
             return f"{text}, prefilled by the decode worker"
@@ -78,34 +84,39 @@ async def complete_once(
     timeout_s: float,
     headers: Mapping[str, str] = MappingProxyType({}),
 ) -> Answer:
-    """A greedy completion of a prompt of at least `num_tokens` tokens that no prefix cache has seen.
+    """A greedy completion of a prompt of at least `num_tokens` tokens that no prefix cache has seen, or its vector
+    where the model makes those.
 
     Raises `UnavailableError` with what the router answered.
     """
     prompt = f"{secrets.token_hex(4)} " + _WORDS * (num_tokens // len(_WORDS.split()) + 1)
     body = {"model": model, "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
     try:
-        response = await client.post(
-            f"{url}/v1/completions", json=body, headers={**_TIMINGS, **headers}, timeout=timeout_s
-        )
+        card = await client.get(f"{url}/v1/models/{model}", headers=dict(headers), timeout=timeout_s)
+        embeds = card.status_code == 200 and card.json().get("capabilities", {}).get("embeddings", False)
+        if embeds:
+            body = {"model": model, "input": prompt}
+        path = "/v1/embeddings" if embeds else "/v1/completions"
+        response = await client.post(f"{url}{path}", json=body, headers={**_TIMINGS, **headers}, timeout=timeout_s)
         if response.status_code != 200:
             raise UnavailableError(f"the test completion was answered {response.status_code}: {response.text[:500]}")
         answer = response.json()
         stats = answer["nanodeploy"]["requests"][0]
         result = Answer(
             prompt_tokens=answer["usage"]["prompt_tokens"],
-            completion_tokens=answer["usage"]["completion_tokens"],
+            completion_tokens=0 if embeds else answer["usage"]["completion_tokens"],
             prefill_worker=stats["prefill_worker"],
             transferred_tokens=stats["transferred_tokens"],
             transport=stats["transport"],
             transfer_gbps=stats["transfer_gbps"],
             fallback=stats["fallback"],
+            embedding_size=len(answer["data"][0]["embedding"]) if embeds else 0,
         )
     except httpx.HTTPError as error:
         raise UnavailableError(f"the test completion failed: {error!r}") from None
     except (KeyError, IndexError, ValueError) as error:
         raise UnavailableError(f"the test completion's answer lacks {error}: {response.text[:500]}") from None
-    if result.completion_tokens < 1:
+    if not embeds and result.completion_tokens < 1:
         raise UnavailableError("the test completion brought no token")
     return result
 

@@ -74,8 +74,10 @@ def run_up(request: ClusterRequest, options: UpOptions, detach: bool, console: C
             resolve_engine(engine, role)
         request = replace(request, model=resolve_model(request.model or base.decode.engine.model, console))
         spec = ModelSpec.from_folder(request.model, weights=False)  # an unknown family is said first
-        for engine, role in engines:
-            size_engine(engine, spec, role)
+        sizings = [size_engine(engine, spec, role) for engine, role in engines]
+        if request.num_prefill and any(sizing.spec.pooling is not None for sizing in sizings):
+            console.print("Texts are embedded where they are placed: no prefill workers are started.")
+            request = replace(request, num_prefill=0)
         if base.decode.engine.load_format != "dummy":
             spec = ModelSpec.from_folder(request.model)
             for engine, role in engines:  # again, with what the weight files hold
@@ -111,11 +113,16 @@ async def _run(folder: StateFolder, request: ClusterRequest, options: UpOptions,
             console.print(note, highlight=False, markup=False)
         console.print(f"Starting cluster [bold]{folder.name}[/bold] with {plan.model}", highlight=False)
 
+        embeds = False
+
         def path_taken(answer: Answer) -> str:
+            nonlocal embeds
+            embeds = answer.embedding_size > 0
             return check_path(answer, request.num_prefill)
 
         async def announce() -> None:
-            print_banner(plan, hint('chat "Why is the sky blue?"', folder.name, options.program), console)
+            chat = hint('chat "Why is the sky blue?"', folder.name, options.program)
+            print_banner(plan, chat, console, embeds=embeds)
             if not console.is_terminal:
                 await print_workers(plan.controller, console)
 

@@ -18,7 +18,7 @@ from common.types import ChoiceDelta, Clock, Failure, RequestStats, TokenLogprob
 from services.decode_worker.tokenlog import RequestLog
 
 GENERATE_PREFIX = "generate:"
-MAX_MESSAGE_ROWS = 4096  # keeps the rows of a message far below gRPC's limit
+MAX_MESSAGE_ROWS = 512  # keeps the rows of a message far below gRPC's limit, with a vector of 64 KiB in each too
 MAX_MESSAGE_NBYTES = 16 << 20  # of prompt logprobs in a message that holds more than one of them
 MAX_BACKLOG_ROWS = 65536  # a router that falls this far behind is cut off: it reattaches and reads from the log
 

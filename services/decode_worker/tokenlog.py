@@ -63,9 +63,13 @@ class RequestLog:
 
 
 def _reaches_past(delta: ChoiceDelta, next_position: int) -> bool:
-    """Does a row say more than the tokens below `next_position`? An end without a token does, right behind them."""
-    end = delta.position + len(delta.token_ids)
-    return end > next_position or (end == next_position and not delta.token_ids)
+    """Does a row say more than the tokens below `next_position`? An end without a token does, right behind them.
+
+    A vector takes a position.
+    """
+    count = len(delta.token_ids) + bool(delta.vector)
+    end = delta.position + count
+    return end > next_position or (end == next_position and not count)
 
 
 def _cut(delta: ChoiceDelta, start: int) -> ChoiceDelta:

@@ -23,6 +23,7 @@ from common.errors import (
     NotFoundError,
     OverloadedError,
     UnavailableError,
+    UnsupportedError,
 )
 from common.telemetry import get_logger
 from common.types import Clock, GenerationRequest, ModelInfo, Role, WorkerInfo
@@ -124,16 +125,16 @@ class Gateway:
 
     def capabilities(self, model: ModelInfo) -> dict[str, bool]:
         """What can be asked of a model; those of its text are known once its tokenizer has been read."""
-        text = self.texts.peek(model)
-        chat = text is not None and text.template is not None
+        text, embeds = self.texts.peek(model), model.embedding_size > 0
+        chat = text is not None and text.template is not None and not embeds
         return {
-            "completions": True,
+            "completions": not embeds,
             "chat": chat,
             "responses": chat,
             "messages": chat,
             "tool_calls": chat and text is not None and text.calls is not None,
             "reasoning": chat and text is not None and text.reasoning is not None,
-            "embeddings": False,
+            "embeddings": embeds,
         }
 
     async def body(self, exchange: Exchange, kind: type[B]) -> B:
@@ -156,14 +157,22 @@ class Gateway:
             started_s = self._clock.now()
             await self.serve(exchange, await self.body(exchange, kind), make_job, style, started_s)
 
-    async def serve(self, exchange: Exchange, body: S, make_job: MakeJob[S], style: Style, started_s: float) -> None:
-        """Answer a checked body in a style. Every generation of every API comes through here, `admitted`."""
+    async def serve(
+        self, exchange: Exchange, body: S, make_job: MakeJob[S], style: Style, started_s: float, *, pools: bool = False
+    ) -> None:
+        """Answer a checked body in a style. Every generation of every API comes through here, `admitted`.
+
+        `pools`: vectors are asked for, not text.
+        """
         if body.stream_options is not None and not body.stream:
             raise InvalidRequestError("stream_options is allowed with stream only", param="stream_options")
         check_sizes(body, self._config)
         limit_s = time_limit_s(body, exchange.header(TIMEOUT_HEADER), self._config.request_timeout_s)
         deadline_s = started_s + limit_s
         name, model = self.resolve(body.model)
+        if pools != (model.embedding_size > 0):
+            has = "generates text and has no embeddings" if pools else "has embeddings and generates no text"
+            raise UnsupportedError(f"The model `{name}` {has}.", param="model")
         metrics = self.metrics.of(model.name)
         metrics.running.inc()
         try:
@@ -241,6 +250,7 @@ class Gateway:
                 priority=priority,
                 deadline_s=deadline_s,
                 traceparent=exchange.traceparent,
+                pooling=job.pooling,
             )
             for index, ids in enumerate(job.prompts)
         ]

@@ -279,7 +279,9 @@ class Generation:
         return msgspec.structs.replace(self.request, sent=sent, ended_choices=ended)
 
     def positions(self) -> list[tuple[int, int, int]]:
-        """(slot, choice, next position) of each choice."""
+        """(slot, choice, next position) of each choice. A vector takes one."""
+        if self.request.pooling is not None:
+            return [(self.slot, 0, int(self.ended[0]))]
         return [(self.slot, choice, len(ids)) for choice, ids in enumerate(self.sent)]
 
     def open_positions(self) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from common.errors import InvalidRequestError, UnsupportedError
 from common.text.parsers import ParserPlan
-from common.types import Grammar, ModelInfo, SamplingParams
+from common.types import Grammar, ModelInfo, Pooling, SamplingParams
 from services.router.errors import ContextLengthError
 from services.router.grammars import behind_reasoning, grammar_of
 from services.router.models import ModelText, ModelTexts
@@ -35,6 +35,7 @@ class Job:
     prompt_texts: tuple[str, ...] = ()  # as given, for echo; empty: decode the ids
     prompt_logprobs: int | None = None  # alternatives of each prompt token that the answer shows
     parsing: ParserPlan | None = None  # of the answers; None: they are content as they are
+    pooling: Pooling | None = None  # the prompts' vectors are wanted, and no text
 
 
 async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: ModelTexts, rng: random.Random) -> Job:
@@ -172,22 +173,37 @@ async def completion_job(
     return Job(prompts, sampling, echo=echo, echo_only=echo_only, prompt_texts=prompt_texts, prompt_logprobs=shown)
 
 
+async def embedding_job(
+    body: CompletionBody, model: ModelInfo, text: ModelText, texts: ModelTexts, pooling: Pooling
+) -> Job:
+    """`body.prompt` is the request's `input`. Nothing is sampled."""
+    given = await _completion_prompts(body, model, text, texts, "input")
+    prompts = [_fit(ids, body, model, None, "input", "input", room=0) for ids in given]
+    if len(prompts) > MAX_SEQUENCES:
+        raise InvalidRequestError(f"input must have at most {MAX_SEQUENCES} entries", param="input")
+    if pooling.dimensions > model.embedding_size:
+        raise InvalidRequestError(
+            f"dimensions must be at most {model.embedding_size}, got {pooling.dimensions}", param="dimensions"
+        )
+    return Job(prompts, SamplingParams(max_tokens=1, seed=0), pooling=pooling)
+
+
 async def _completion_prompts(
-    body: CompletionBody, model: ModelInfo, text: ModelText, texts: ModelTexts
+    body: CompletionBody, model: ModelInfo, text: ModelText, texts: ModelTexts, param: str = "prompt"
 ) -> list[list[int]]:
     """A string, strings, token ids or lists of token ids, each as a list of ids."""
     prompt = body.prompt
     if isinstance(prompt, str):
         prompt = [prompt]
     if not prompt:
-        raise InvalidRequestError("prompt must not be empty", param="prompt")
+        raise InvalidRequestError(f"{param} must not be empty", param=param)
     strings = [p for p in prompt if isinstance(p, str)]
     if strings:
         whole = body.truncate_prompt_tokens is None
         special = body.add_special_tokens
 
         def work() -> list[list[int]]:
-            return [_encode(s, model, text, "prompt", add_special_tokens=special, whole=whole) for s in strings]
+            return [_encode(s, model, text, param, add_special_tokens=special, whole=whole) for s in strings]
 
         return await texts.run(work, sum(len(s) for s in strings))
     lists = [p for p in prompt if isinstance(p, list)]
@@ -220,10 +236,11 @@ def _fit(
     max_name: str,
     *,
     own: bool = False,
+    room: int = 1,
 ) -> list[int]:
     """The prompt, cut from the left if asked; checked against the model's length and vocabulary.
 
-    `own`: the ids are a tokenizer's whose ids the model knows.
+    `own`: the ids are a tokenizer's whose ids the model knows. `room`: output tokens that must fit behind it.
     """
     limit = model.max_model_len
     keep = body.truncate_prompt_tokens
@@ -233,10 +250,10 @@ def _fit(
                 f"truncate_prompt_tokens must be -1 or between 1 and {limit}, got {keep}",
                 param="truncate_prompt_tokens",
             )
-        ids = ids[-(max(limit - max(max_tokens or 1, 1), 1) if keep == -1 else keep) :]
+        ids = ids[-(max(limit - max(max_tokens or room, room), 1) if keep == -1 else keep) :]
     if not ids:
         raise InvalidRequestError(f"{param} has no tokens", param=param)
-    if len(ids) >= limit:
+    if len(ids) + room > limit:
         raise too_long(model, str(len(ids)), param)
     if max_tokens is not None and len(ids) + max_tokens > limit:
         raise ContextLengthError(

@@ -316,6 +316,7 @@ class Ended(NamedTuple):
     reasoning: str = ""
     calls: Sequence[Call] = ()
     prompt_logprobs: list[dict[str, Any] | None] | None = None
+    vector: bytes = b""
 
 
 def chat_message(choice: Ended) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Starter(Protocol):
 class ChoiceState:
     """One choice of one prompt. `number` is its index in the answer."""
 
-    __slots__ = ("calls", "echoed", "last_s", "logprobs", "number", "pieces", "prompt", "reasoning", "text")
+    __slots__ = ("calls", "echoed", "last_s", "logprobs", "number", "pieces", "prompt", "reasoning", "text", "vector")
 
     def __init__(self, number: int, prompt: int, text: ChoiceText) -> None:
         self.number = number
@@ -53,6 +53,7 @@ class ChoiceState:
         self.logprobs: Any = None
         self.echoed = False
         self.last_s = 0.0
+        self.vector = b""
 
 
 class Run:
@@ -237,6 +238,7 @@ class Run:
     def _push(self, generation: Generation, choice: ChoiceState, delta: ChoiceDelta) -> Piece:
         piece = choice.text.push(delta)
         if piece.ends:
+            choice.vector = delta.vector
             self._left -= 1
             generation.close_choice(delta.choice)
         return piece
@@ -367,6 +369,7 @@ def _ended(choice: ChoiceState, prompt_logprobs: list[dict[str, Any] | None] | N
         "".join(choice.reasoning),
         choice.calls,
         prompt_logprobs,
+        choice.vector,
     )
 
 

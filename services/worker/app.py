@@ -128,6 +128,7 @@ class WorkerApp:
                 vocab_size=ready.vocab_size,
                 dtype=ready.dtype,
                 path=str(Path(engine.model).resolve()),
+                embedding_size=ready.embedding_size,
             ),
             http_address=f"{self.config.advertise_host or self.config.host}:{self._http_port}",
             host=self._hostname,

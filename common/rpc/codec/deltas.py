@@ -52,6 +52,7 @@ def deltas_to_proto(
         out.stop_token_ids.extend([0 if d.stop_token_id is None else d.stop_token_id + 1 for _, d in rows])
         out.token_ids.extend(list(chain.from_iterable(d.token_ids for _, d in rows)))
         out.logprobs.extend([_logprobs_to_proto(i, d.logprobs) for i, (_, d) in enumerate(rows) if d.logprobs])
+        out.vectors.extend([pb.VectorRow(row=i, values=d.vector) for i, (_, d) in enumerate(rows) if d.vector])
     if failures:
         out.errors.extend([pb.ErrorRow(slot=slot, error=failure_to_proto(f)) for slot, f in failures])
     if stats:
@@ -87,6 +88,7 @@ def iter_deltas(deltas: pb.StepDeltas) -> Iterator[tuple[int, ChoiceDelta]]:
     if (ends[-1] if ends else 0) != len(tokens):
         raise checks.fail("deltas.token_ids", f"has {len(tokens)} entries, num_tokens add up to {sum(counts)}")
     logprobs = _logprobs_by_row(deltas, counts) if deltas.logprobs else {}
+    vectors = _vectors_by_row(deltas, finishes) if deltas.vectors else {}
     if counts.count(1) == len(counts) and not (logprobs or any(deltas.finish_reasons) or any(deltas.stop_token_ids)):
         columns = zip(slots, deltas.choices, deltas.positions, zip(tokens, strict=True), strict=True)
         return (  # most steps: a token each
@@ -103,6 +105,7 @@ def iter_deltas(deltas: pb.StepDeltas) -> Iterator[tuple[int, ChoiceDelta]]:
                 finish=finish,
                 stop_token_id=stop - 1 if stop else None,
                 logprobs=logprobs.get(row),
+                vector=vectors.get(row, b""),
             ),
         )
         for row, (slot, choice, position, count, end, finish, stop) in enumerate(
@@ -140,6 +143,18 @@ def _logprobs_by_row(deltas: pb.StepDeltas, counts: list[int]) -> dict[int, Toke
             have = len(entry.token_logprobs)
             raise checks.fail("deltas.logprobs.token_logprobs", f"has {have} entries for {counts[entry.row]} tokens")
         found[entry.row] = _token_logprobs(entry, "deltas.logprobs")
+    return found
+
+
+def _vectors_by_row(deltas: pb.StepDeltas, finishes: Sequence[FinishReason | None]) -> dict[int, bytes]:
+    found: dict[int, bytes] = {}
+    for entry in deltas.vectors:
+        row, nbytes = entry.row, len(entry.values)
+        if row >= len(finishes) or row in found or finishes[row] is not FinishReason.STOP:
+            raise checks.fail("deltas.vectors.row", f"{row} is named twice or does not end by stop")
+        if not nbytes or nbytes % 4:
+            raise checks.fail("deltas.vectors.values", f"has {nbytes} bytes, which is no whole number of float32")
+        found[row] = entry.values
     return found
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from common.rpc.codec import checks
-from common.types import EmbeddingHandle, GenerationRequest, Grammar, GrammarKind, RequestStats, SamplingParams
+from common.types import EmbeddingHandle, GenerationRequest, Grammar, GrammarKind, Pooling, RequestStats, SamplingParams
 from nanodeploy.v1 import types_pb2 as pb
 
 _SEED_MASK = 2**64 - 1
@@ -181,6 +181,7 @@ def request_to_proto(request: GenerationRequest, now_s: float) -> pb.GenerationR
         remaining_ms=remaining,
         traceparent=request.traceparent,
         ended_choices=request.ended_choices,
+        pooling=pb.Pooling(dimensions=request.pooling.dimensions) if request.pooling is not None else None,
     )
 
 
@@ -204,6 +205,7 @@ def request_from_proto(request: pb.GenerationRequest, now_s: float) -> Generatio
         deadline_s=now_s + request.remaining_ms / 1000 if request.remaining_ms else 0.0,
         traceparent=checks.traceparent(request.traceparent),
         ended_choices=_ended_from_proto(request, sampling.n),
+        pooling=Pooling(request.pooling.dimensions) if request.HasField("pooling") else None,
     )
 
 

@@ -51,6 +51,7 @@ def model_to_proto(model: ModelInfo) -> pb.ModelInfo:
         vocab_size=model.vocab_size,
         dtype=model.dtype,
         path=model.path,
+        embedding_size=model.embedding_size,
     )
 
 
@@ -67,6 +68,7 @@ def model_from_proto(model: pb.ModelInfo, field: str = "model") -> ModelInfo:
         vocab_size=model.vocab_size,
         dtype=model.dtype,
         path=model.path,
+        embedding_size=model.embedding_size,
     )
 
 

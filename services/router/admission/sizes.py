@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final
 
 from common.config.schema import RouterConfig
@@ -18,18 +19,20 @@ def check_sizes(body: SamplingFields, config: RouterConfig) -> None:
     if body.n is not None and body.n > config.max_n:
         raise InvalidRequestError(f"n must be at most {config.max_n}, got {body.n}", param="n")
     if isinstance(body, CompletionBody):
-        prompt = body.prompt
-        many = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-        if many > config.max_prompts:
-            raise InvalidRequestError(
-                f"prompt has {many} entries, at most {config.max_prompts} are allowed", param="prompt"
-            )
+        check_prompts(body.prompt, config.max_prompts, "prompt")
     elif isinstance(body, ChatBody) and body.messages:
         images = sum(map(_num_images, body.messages))
         if images > config.max_images:
             raise InvalidRequestError(
                 f"messages hold {images} images, at most {config.max_images} are allowed", param="messages"
             )
+
+
+def check_prompts(prompts: str | Sequence[object], most: int, param: str) -> None:
+    """Texts or lists of token ids, or one of them."""
+    many = len(prompts) if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) else 1
+    if many > most:
+        raise InvalidRequestError(f"{param} has {many} entries, at most {most} are allowed", param=param)
 
 
 def _num_images(message: Any) -> int:

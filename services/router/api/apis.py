@@ -30,7 +30,7 @@ class Apis:
         self._runner: BatchRunner | None = None
         self.responses = Responses(gateway, self.objects, ttl_s=config.response_ttl_s, clock=clock)
         self.messages = Messages(gateway, clock)
-        self.embeddings = Embeddings(gateway)
+        self.embeddings = Embeddings(gateway, clock, config.max_prompts)
         self.files = Files(self.objects, ttl_s=config.file_ttl_s, max_bytes=config.max_file_bytes)
         self.batches = Batches(gateway, self.files, self.objects, self._wake)
 

@@ -80,9 +80,8 @@ def _line(number: int, raw: bytes, endpoint: str, seen: set[str]) -> Line | Faul
 def request_body(line: Line, endpoint: str) -> bytes:
     """As it is sent: behind everything interactive, and stored nowhere else."""
     body = orjson.loads(line.raw)["body"]
-    if endpoint != "/v1/embeddings":
-        given = body.get("priority", 0)
-        body = body | {"priority": max(given, 0) + BATCH_PRIORITY if isinstance(given, int) else given}
+    given = body.get("priority", 0)
+    body = body | {"priority": max(given, 0) + BATCH_PRIORITY if isinstance(given, int) else given}
     if endpoint == "/v1/responses":
         body = body | {"store": body.get("store", False)}
     return orjson.dumps(body)

@@ -127,11 +127,15 @@ class CountBody(Prompt):
 
 class EmbeddingsBody(Body):
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
-    dimensions: int | None = Field(None, ge=1)
-    encoding_format: Literal["float", "base64"] | None = None
-    user: str | None = Field(None, description="accepted, not used")
-    truncate_prompt_tokens: int | None = None
+    input: str | list[str] | list[int] | list[list[int]] = Field(description="texts or lists of token ids, or one")
+    dimensions: int | None = Field(None, ge=1, description="first elements of the vectors; by default all")
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: float32, little-endian")
+    user: str | None = Field(None, description="requests of one user may go to one worker: see router.policy")
+    truncate_prompt_tokens: int | None = Field(None, description="keep the last so many tokens; -1 what fits")
+    add_special_tokens: bool = Field(True, description="to texts, as the checkpoint's tokenizer adds them")
+    cache_salt: str | None = None
+    priority: Priority = 0
+    timeout: float | None = Field(None, description="seconds the answer may take; also the header x-request-timeout")
 
 
 class ExpiresAfter(Body):

@@ -111,7 +111,8 @@ class Ticket:
         self._over = True
         self.choice.decode.own_requests -= 1
         self.choice.decode.own_tokens -= self._tokens
-        self._board.note_output(output_tokens)
+        if output_tokens:  # what brought none says nothing of how long outputs are
+            self._board.note_output(output_tokens)
 
 
 def _learn(seat: Seat, computing: Seat, stats: RequestStats) -> None:
@@ -172,7 +173,7 @@ class Board:
             known.hits,
             _hash64(hints.session) if hints.session else 0,
             self._config.ttft_target_ms / 1e3,
-            sampling.prompt_logprobs is None and not any(request.sent),
+            sampling.prompt_logprobs is None and request.pooling is None and not any(request.sent),
             self._turn,
             hints.separate or self._config.separation == "always",
             known.hot,
