@@ -225,5 +225,11 @@ def test_layouts_that_would_make_other_vectors_are_refused(folder: Path, tmp_pat
     newer = {"pooling_mode": "lasttoken", "embedding_dimension": 48}
     (made / "1_Pooling" / "config.json").write_text(json.dumps(newer))
     refused(modules, "hidden size is 64")
+    (made / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "lasttoken"}))
+    (made / "modules.json").write_text(json.dumps(modules))
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"is_causal": False}))
+    with pytest.raises(ConfigError, match="is_causal is False"):
+        Solo(made)
     with pytest.raises(ConfigError, match="speculative_config"):
         Solo(folder, speculative_config={"method": "ngram"})

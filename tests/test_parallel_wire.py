@@ -72,10 +72,11 @@ def test_numbers_are_forgotten_together() -> None:
 
 
 def test_every_field_of_a_row_is_thought_of() -> None:
-    """What ranks read lies in the batch's arrays, or `rank_wire` sends it. A new field: say which it is."""
+    """What ranks read lies in the batch's arrays, or `rank_wire` sends it, or they do not. A new field: say which."""
     in_arrays = {"tables", "media", "rope_positions_3T", "states", "pending"}
     sent = {"token_ids", "start", "samples", "tail_read", "tail_write", "prompt_logprobs", "prompt_targets"}
-    assert set(BatchRow.__struct_fields__) == in_arrays | sent
+    first_rank_alone = {"pools"}  # brings rows to the host
+    assert set(BatchRow.__struct_fields__) == in_arrays | sent | first_rank_alone
     known = {"seed", "choice", "output_index", "params", "prompt_ids", "output_ids", "stop_ids"}
     assert set(SampleRow.__struct_fields__) == known
     assert replace(batch_of(row(1)), rows=()).rows == ()

@@ -39,8 +39,11 @@ def find_pooling(folder: Path, runner: str, hidden_size: int) -> PoolingSpec | N
     if runner == "generate":
         return None
     path = folder / MODULES_FILE
+    if not path.is_file() and runner == "auto":
+        return None
+    _check_causal(folder / "config.json")
     if not path.is_file():
-        return PoolingSpec(hidden_size, normalizes=True) if runner == "pooling" else None
+        return PoolingSpec(hidden_size, normalizes=True)
     normalizes = pools = False
     for kind, module_path in _modules(path):
         if kind == "Pooling":
@@ -53,6 +56,14 @@ def find_pooling(folder: Path, runner: str, hidden_size: int) -> PoolingSpec | N
     if not pools:
         raise ConfigError(f"{path} has no module Pooling: which row is the vector is not known")
     return PoolingSpec(hidden_size, normalizes)
+
+
+def _check_causal(path: Path) -> None:
+    """Some embedding models are decoders whose tokens see those behind them, too."""
+    config = ConfigReader(path, read_json(path))
+    for field, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
+        if config.values.get(field) not in (None, causal):
+            raise config.error(field, f"is {config.values[field]}: attention to later tokens is not supported")
 
 
 def _modules(path: Path) -> list[tuple[str, str]]:
