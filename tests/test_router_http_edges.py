@@ -296,6 +296,16 @@ async def test_the_end_of_a_stream_waits_for_a_deaf_client_but_not_for_ever(
             await asyncio.wait_for(_read_all(raw), 10)
 
 
+async def test_an_answer_that_nobody_reads_does_not_keep_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "_PROBES", (("TCP_USER_TIMEOUT", 500),))
+    async with cluster(tmp_path, much) as made, deaf(made, {}):
+        server = made.router._server
+        assert server is not None
+        await until(lambda: bool(made.worker.entries) and not server.server_state.connections)
+
+
 async def _read_all(raw: socket.socket) -> None:
     while await asyncio.get_running_loop().sock_recv(raw, 1 << 20):
         pass
