@@ -163,6 +163,26 @@ async def test_another_protocol_is_declined_by_not_speaking_it(tmp_path: Path, c
         assert (await client.rest()).startswith(b"HTTP/1.1 400")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_garbage_behind_a_request_is_no_part_of_its_answer(tmp_path: Path, stream: bool) -> None:
+    """Neither within the stream nor in the place of an answer that is still being made."""
+    async with cluster(tmp_path, say("Hello, world! " * 9, delay_s=0.02)) as made:
+        async with connect(made) as client:
+            client.writer.write(post(BODY | {"stream": stream}))
+            await until(lambda: bool(made.worker.entries) and bool(made.worker.entries[1].rows))
+            client.writer.write(b"no http at all\r\n\r\n")
+            assert b"HTTP/1.1 400" not in await client.rest()
+            await until(lambda: bool(made.worker.entries[1].cancelled_at))
+        async with connect(made) as client:
+            client.writer.write(post(BODY | {"stream": stream}) + b"no http at all\r\n\r\n")
+            assert await client.rest() == b""
+        async with connect(made) as client:
+            client.writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\n")
+            await asyncio.sleep(0.05)
+            client.writer.write(b"hello?")
+            assert (await client.rest()).startswith(b"HTTP/1.1 400"), "its own body is another matter"
+
+
 async def test_a_client_of_http_1_0_gets_no_chunks(tmp_path: Path) -> None:
     async with cluster(tmp_path, say("hello")) as made, connect(made) as client:
         client.writer.write(post(BODY | {"stream": True}, version=b"1.0"))

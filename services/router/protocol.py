@@ -120,16 +120,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._bare_bytes += len(data)
+        wrong = ""
         try:
             self._read(data)
         except httptools.HttpParserError:
-            self.logger.warning("Invalid HTTP request received.")
-            self.send_400_response("Invalid HTTP request received.")
+            wrong = "Invalid HTTP request received."
         if self._begun is not None:
             (cycle, app), self._begun = self._begun, None
             self._start_asgi_task(cycle, app)
-        if self._bare_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The headers are too large.")
+        if not wrong and self._bare_bytes > MAX_HEAD_BYTES:
+            wrong = "The headers are too large."
+        if wrong and not self.transport.is_closing():
+            self.logger.warning(wrong)
+            self.send_400_response(wrong)
 
     def _read(self, data: bytes) -> None:
         while data:
@@ -138,6 +141,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 return
             except httptools.HttpParserUpgrade as asked:
                 data = self._head_without_upgrade() + data[asked.args[0] :]
+
+    def send_400_response(self, msg: str) -> None:
+        """Not while a request that was read well is being answered: it would be taken for a part of that answer."""
+        running = self._running
+        if running is None or running.response_complete or (running.more_body and not running.response_started):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def _head_without_upgrade(self) -> bytes:
         """Of the request that was read last, for a new parser."""
