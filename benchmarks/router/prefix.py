@@ -233,6 +233,7 @@ async def play(port: int, requests: Sequence[Request]) -> list[Answer]:
     answers = await asyncio.gather(*map(one, requests, bodies))
     for client in idle:
         client.transport.close()
+    await asyncio.sleep(0)  # a loop that ends at once would leave their sockets open
     return answers
 
 
