@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +12,14 @@ from common.errors import NanoDeployError, UnavailableError
 from common.rpc import codec
 from common.rpc.client import open_channel
 from common.rpc.status import error_from_rpc
+from common.telemetry import get_logger
 from common.types import Clock, GenerationRequest, WorkerRef
 from nanodeploy.v1 import decode_pb2 as pb
 from nanodeploy.v1 import decode_pb2_grpc
 from services.router.outbox import Cancels, Positions
 from services.router.submits import Submission, Submits
+
+_log = get_logger(__name__)
 
 
 def _broken(error: BaseException | None = None) -> NanoDeployError:
@@ -89,8 +91,13 @@ class GrpcDecodeStream:
         self._call.cancel()
 
     async def _submit(self) -> None:
-        with contextlib.suppress(NanoDeployError):  # the reader hears of it, too
+        try:
             await self._submits.write_to(self._send_submissions)
+        except NanoDeployError:
+            return  # the reader hears of it, too
+        except Exception:  # noqa: BLE001 - the edge of a task
+            _log.exception("submits stopped")
+            self.close()
 
     async def _send_submissions(self, submissions: list[Submission]) -> None:
         items = [submission.item for submission in submissions]
