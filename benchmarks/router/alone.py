@@ -41,65 +41,13 @@ sys.path.insert(0, str(ROOT))
 
 
 from benchmarks import report  # noqa: E402
-from benchmarks.router.load import drink, load, pause, write_tokenizer  # noqa: E402
+from benchmarks.router.direct import direct  # noqa: E402
+from benchmarks.router.load import drink, load, write_tokenizer  # noqa: E402
 from benchmarks.router.pinned import cpu_of, free_port, process  # noqa: E402
-from common.errors import UnavailableError  # noqa: E402
-from common.types import (  # noqa: E402
-    GenerationRequest,
-    MonotonicClock,
-    SamplingParams,
-    WorkerRef,
-)
-from services.router.peer import GrpcDecodePeer  # noqa: E402
 
 PARTS = ("latency", "requests", "tokens")
 RESULTS = ROOT / "benchmarks" / "results"
 PACED_S = 0.1
-
-
-# -- the worker asked directly ----------------------------------------------------------------------
-
-
-async def direct(port: int, epoch: int, concurrency: int, seconds: float, every_s: float = 0.0) -> dict[str, float]:
-    """The same worker without the router: Submit -> first row, over gRPC."""
-    clock = MonotonicClock()
-    peer = GrpcDecodePeer(WorkerRef("bench-0", epoch, f"127.0.0.1:{port}"), "direct", clock)
-    stream = peer.open_stream()
-    await stream.attach(epoch, [])
-    arrived: dict[int, asyncio.Future[None]] = {}
-
-    def waiter(slot: int) -> asyncio.Future[None]:
-        return arrived.setdefault(slot, asyncio.get_running_loop().create_future())
-
-    async def read() -> None:
-        while True:
-            for slot, _ in (await stream.read()).rows:
-                waiter(slot).set_result(None)
-
-    reader = asyncio.create_task(read())
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    request = GenerationRequest(
-        request_id="d" * 32,
-        model="bench",
-        prompt_token_ids=tuple(range(100)),
-        sampling=SamplingParams(max_tokens=1, seed=1),
-    )
-
-    async def one(number: int) -> None:
-        while time.perf_counter() < end:
-            await pause(number, concurrency, every_s)
-            sent = time.perf_counter()
-            await waiter(await peer.submit(request, None, 5))
-            times.append(1000 * (time.perf_counter() - sent))
-
-    await asyncio.gather(*(one(number) for number in range(concurrency)))
-    reader.cancel()
-    stream.close()
-    with contextlib.suppress(asyncio.CancelledError, UnavailableError):
-        await reader
-    await peer.close()
-    return {"p50_ms": statistics.median(times), "p99_ms": sorted(times)[int(0.99 * len(times))]}
 
 
 # -- the run -------------------------------------------------------------------------------------------
@@ -148,7 +96,7 @@ async def measure(router_port: int, worker_port: int, pid: int, seconds: float, 
 async def measure_latency(router_port: int, worker_port: int, seconds: float) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, concurrency, every_s in (("1", 1, 0.0), ("16", 16, 0.0), ("16_paced", 16, PACED_S)):
-        base = await direct(worker_port, 0, concurrency, seconds, every_s)
+        base = await direct(worker_port, concurrency, seconds, every_s)
         whole = await load(router_port, concurrency, seconds, 1, stream=False, every_s=every_s)
         stream = await load(router_port, concurrency, seconds, 1, stream=True, every_s=every_s)
         results[f"latency_{name}"] = {

@@ -8,7 +8,8 @@ about 512 tokens, all different, 14 tokens out, streamed, SmolLM2's tokenizer an
 leave template, tokenizer and detokenizer to workers; ours does that work.
 
     most      256 connections that ask again at once: requests/s and streamed tokens/s of the router's CPU second
-    half      requests due at half of ours' most, evenly: the time to the first token less what the worker took
+    half      requests due at half of ours' most, evenly: the time to the first token, and what the router adds to it:
+              less that of the same requests sent to the worker directly, over HTTP or gRPC, from the router's core
 
 `--others`: a virtual environment with both routers (sglang-router 0.3.2, vllm-router 0.1.17); made if it is not there.
 Writes benchmarks/results/router_compare.json and .png, if all three were run.
@@ -72,8 +73,12 @@ def main() -> None:
         write_bodies(bodies, Tokenizer.load(model))
         os.sched_setaffinity(0, {cores[0]})
         for contender in arguments.only:
-            with started(contender, folder, model, mock, cores[0], cores[-1], arguments.others) as (port, pid):
-                results[contender] = measure(mock, port, pid, bodies, arguments.seconds, arguments.rate)
+            with started(contender, folder, model, mock, cores[0], cores[-1], arguments.others) as (port, worker, pid):
+                found = results[contender] = measure(mock, port, pid, bodies, arguments.seconds, arguments.rate)
+                if contender == "nanodeploy":
+                    found["direct"] = direct(worker, cores[-1], arguments.seconds / 2, arguments.rate)
+                else:
+                    found["direct"] = direct_http(mock, worker, bodies, arguments.seconds / 2, arguments.rate)
             results[contender]["worker"] = of_worker(folder / "worker.log")
     show(results, about)
 
@@ -103,8 +108,8 @@ def write_bodies(path: Path, tokenizer: Tokenizer) -> None:
 @contextlib.contextmanager
 def started(
     name: str, folder: Path, model: Path, mock: Path, here: int, there: int, others: Path
-) -> Iterator[tuple[int, int]]:
-    """(port, process id) of a router that answers, with a worker behind it."""
+) -> Iterator[tuple[int, int, int]]:
+    """(port, worker's port, process id) of a router that answers, with a worker behind it."""
     worker_port, port, metrics_port = free_port(), free_port(), free_port()
     log = folder / "router.log"
     if name == "nanodeploy":
@@ -126,7 +131,7 @@ def started(
     with process(worker, here, folder / "worker.log"), process(router, there, log) as child:
         wait_ready(port, "/ready" if name == "nanodeploy" else "/health", child, log)
         time.sleep(1.0)
-        yield port, child.pid
+        yield port, worker_port, child.pid
 
 
 def wait_ready(port: int, path: str, child: subprocess.Popen[bytes], log: Path) -> None:
@@ -167,6 +172,19 @@ def load(mock: Path, port: int, bodies: Path, seconds: float, rate: float) -> di
     return found
 
 
+def direct(port: int, core: int, seconds: float, rate: float) -> dict[str, float]:
+    numbers = (port, rate, seconds, PROMPT_TOKENS, TOKENS_OUT)
+    command = ["taskset", "-c", str(core), sys.executable, str(HERE / "direct.py"), *map(str, numbers)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def direct_http(mock: Path, port: int, bodies: Path, seconds: float, rate: float) -> dict[str, float]:
+    got = load(mock, port, bodies, seconds, rate)
+    return {"p50_ms": got["first_p50_ms"], "p99_ms": got["first_p99_ms"]}
+
+
 def of_worker(log: Path) -> dict[str, Any]:
     """How long the worker let requests wait for their first token, by its own clock."""
     last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
@@ -177,8 +195,9 @@ def of_worker(log: Path) -> dict[str, Any]:
 def show(results: dict[str, Any], about: dict[str, object]) -> None:
     table = Table("router", "requests/s", "tokens/s", "busy", "first token p50 / p99 at half", "added p50 / p99", "MB")
     for name, found in results.items():
-        most, half, wait = found["most"], found["half"], found["worker"].get("first_token_p50_ms", 0.0)
-        found["added_p50_ms"], found["added_p99_ms"] = half["first_p50_ms"] - wait, half["first_p99_ms"] - wait
+        most, half, bare = found["most"], found["half"], found["direct"]
+        for part in ("p50_ms", "p99_ms"):
+            found[f"added_{part}"] = half[f"first_{part}"] - bare[part]
         table.add_row(
             name,
             f"{most['requests_per_s']:.0f}",

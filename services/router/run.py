@@ -301,6 +301,8 @@ class Run:
         chunks = self._style.chunks(self.head, b"null" if include_usage else None)
         exchange.speak(chunks.failed, chunks.done)
         mailbox = Mailbox(relay.courier, limit_tokens * self._left, exchange.abort)
+        waits = self._style.finished is not None
+        ending = b""  # the last events, which leave with what ends the stream
 
         def send(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
             if continuous_usage:
@@ -309,12 +311,15 @@ class Run:
                 events = b"".join([self._events(chunks, choice, piece) for choice, piece in batch])
             else:
                 events = self._stream_events(chunks, deltas)
-            if events and not exchange.write(events):
+            if not self._left and not waits:
+                nonlocal ending
+                ending = events
+            elif events and not exchange.write(events):
                 mailbox.hold()
 
         await self._follow(mailbox, relay, exchange, deadline_s, send, stream=True)
         last = chunks.last(self.usage() if include_usage else None, self._timings(timings))
-        await exchange.end(await self._finished(last))
+        await exchange.end(ending + await self._finished(last))
 
     def _stream_events(self, chunks: Stream, deltas: list[tuple[Generation, ChoiceDelta]]) -> bytes:
         """All of a batch's events, which leave in one write. Most deltas are a token of plain text."""
