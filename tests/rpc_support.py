@@ -126,7 +126,7 @@ def samplings(draw: st.DrawFn) -> SamplingParams:
     return SamplingParams(
         temperature=draw(between(0, 100)),
         top_p=draw(between(0, 1, exclude_min=True)),
-        top_k=draw(u32),
+        top_k=draw(st.integers(0, 2**31 - 1)),
         min_p=draw(between(0, 1)),
         max_tokens=max_tokens,
         min_tokens=draw(st.integers(0, max_tokens)),

@@ -26,7 +26,7 @@ class Worker:
         self.numbers: dict[str, int] = {}
 
     async def send(self, submissions: list[Submission]) -> None:
-        names = [s.item.request.request_id for s in submissions]
+        names = [pb.SubmitItem.FromString(s.item).request.request_id for s in submissions]
         first = len(self.numbers)
         self.numbers |= {name: first + i for i, name in enumerate(names)}
         self.messages.append(names)
@@ -49,7 +49,11 @@ async def stream(joined: Submits) -> AsyncIterator[Worker]:
 
 def ask(joined: Submits, *names: str, num_tokens: int = 1, timeout_s: float = 5.0) -> list[asyncio.Task[int]]:
     made = (types_pb2.GenerationRequest(request_id=name, prompt_token_ids=[1] * num_tokens) for name in names)
-    return [asyncio.create_task(joined.submit(pb.SubmitItem(request=request), timeout_s)) for request in made]
+    return [asyncio.create_task(joined.submit(item(request), timeout_s)) for request in made]
+
+
+def item(request: types_pb2.GenerationRequest) -> bytes:
+    return pb.SubmitItem(request=request).SerializeToString()
 
 
 async def settle() -> None:
@@ -127,7 +131,7 @@ async def test_a_request_larger_than_a_message_ends_alone(joined: Submits, monke
     sampling = types_pb2.SamplingParams(grammar=types_pb2.Grammar(source="x" * 30_000))
     made = [types_pb2.GenerationRequest(request_id=name, sampling=sampling) for name in ("1", "2", "3")]
     made[2].sent.append(types_pb2.ChoiceOutput(token_ids=range(10_000)))
-    tasks = [asyncio.create_task(joined.submit(pb.SubmitItem(request=request), 5.0)) for request in made]
+    tasks = [asyncio.create_task(joined.submit(item(request), 5.0)) for request in made]
     async with stream(joined) as worker:
         with pytest.raises(InvalidRequestError, match="allowed"):
             await tasks[2]

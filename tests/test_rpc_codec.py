@@ -57,6 +57,29 @@ def test_request_round_trip(request):
 
 
 @quick
+@given(st.lists(st.tuples(s.requests(NOW), st.none() | s.refs), max_size=4))
+def test_submits_are_what_protobuf_would_write(submits):
+    made = [codec.submit_item(request, prefill, NOW) for request, prefill in submits]
+    whole = decode_pb2.StreamRequest.FromString(codec.submit_message(made))
+    wanted = [
+        decode_pb2.SubmitItem(
+            request=codec.request_to_proto(request, NOW), prefill=codec.ref_to_proto(prefill) if prefill else None
+        )
+        for request, prefill in submits
+    ]
+    assert list(whole.submit.items) == wanted
+    assert whole.WhichOneof("message") == "submit"
+
+
+def test_a_large_submit_is_framed_right():
+    request = GenerationRequest(
+        request_id="r", model="m", prompt_token_ids=tuple(range(200_000)), sampling=SamplingParams(seed=1)
+    )
+    whole = decode_pb2.StreamRequest.FromString(codec.submit_message([codec.submit_item(request, None, NOW)] * 2))
+    assert [len(item.request.prompt_token_ids) for item in whole.submit.items] == [200_000] * 2
+
+
+@quick
 @given(s.stats, s.failures)
 def test_stats_and_failure_round_trip(stats, failure):
     assert codec.stats_from_proto(through_bytes(codec.stats_to_proto(stats))) == stats

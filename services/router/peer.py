@@ -15,7 +15,6 @@ from common.rpc.status import error_from_rpc
 from common.telemetry import get_logger
 from common.types import Clock, GenerationRequest, WorkerRef
 from nanodeploy.v1 import decode_pb2 as pb
-from nanodeploy.v1 import decode_pb2_grpc
 from services.router.outbox import Cancels, Positions
 from services.router.submits import Submission, Submits
 
@@ -29,11 +28,15 @@ def _broken(error: BaseException | None = None) -> NanoDeployError:
     return UnavailableError(f"the stream ended: {error}" if error else "the stream ended")
 
 
+def _serialized(message: pb.StreamRequest | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
 class GrpcDecodeStream:
     """One attempt at a stream. While it is attached, it carries `submits` as well."""
 
-    def __init__(self, stub: Any, router_id: str, submits: Submits) -> None:
-        self._call: Any = stub.Stream()
+    def __init__(self, start: Callable[[], Any], router_id: str, submits: Submits) -> None:
+        self._call = start()
         self._router_id = router_id
         self._submits = submits
         self._submitting: asyncio.Task[None] | None = None
@@ -100,8 +103,7 @@ class GrpcDecodeStream:
             self.close()
 
     async def _send_submissions(self, submissions: list[Submission]) -> None:
-        items = [submission.item for submission in submissions]
-        await self._write(pb.StreamRequest(submit=pb.StreamSubmit(items=items)))
+        await self._write(codec.submit_message([submission.item for submission in submissions]))
 
     async def _read(self) -> pb.StreamResponse:
         response = await self._guard(self._call.read)
@@ -109,7 +111,7 @@ class GrpcDecodeStream:
             raise _broken()
         return response
 
-    async def _write(self, request: pb.StreamRequest) -> None:
+    async def _write(self, request: pb.StreamRequest | bytes) -> None:
         async with self._writing:
             await self._guard(self._call.write, request)
 
@@ -136,18 +138,18 @@ class GrpcDecodePeer:
         self._router_id = f"{router_id}-{ref.epoch:016x}"
         self._clock = clock
         self._channel = open_channel(ref.address)
-        self._stub = decode_pb2_grpc.DecodeServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._open = self._channel.stream_stream(
+            "/nanodeploy.v1.DecodeService/Stream",
+            request_serializer=_serialized,
+            response_deserializer=pb.StreamResponse.FromString,
+        )
         self._submits = Submits(clock)
 
     async def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float) -> int:
-        item = pb.SubmitItem(
-            request=codec.request_to_proto(request, self._clock.now()),
-            prefill=codec.ref_to_proto(prefill) if prefill else None,
-        )
-        return await self._submits.submit(item, timeout_s)
+        return await self._submits.submit(codec.submit_item(request, prefill, self._clock.now()), timeout_s)
 
     def open_stream(self) -> GrpcDecodeStream:
-        return GrpcDecodeStream(self._stub, self._router_id, self._submits)
+        return GrpcDecodeStream(self._open, self._router_id, self._submits)
 
     async def close(self) -> None:
         self._submits.close()

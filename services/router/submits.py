@@ -19,23 +19,19 @@ from typing import Final
 
 from common.errors import InvalidRequestError, NanoDeployError, UnavailableError
 from common.types import Clock
-from nanodeploy.v1 import decode_pb2 as pb
 
 HOLD_S: Final = 0.002
 MOST_REQUESTS: Final = 128  # in a message
 MOST_NBYTES: Final = 16 << 20  # of several requests
 MOST_NBYTES_ALONE: Final = 60 << 20  # a message has 64 MiB at most: a larger one ends the stream for everybody
-_TOKEN_NBYTES: Final = 5  # at most
-_REST_NBYTES: Final = 4096  # names, numbers and trace of a request, at most
 _NUMBERS: Final = 2**32
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """`answer` gets the slot, or the worker's error."""
+    """`item` is a serialised `SubmitItem`; `answer` gets the slot, or the worker's error."""
 
-    item: pb.SubmitItem
-    nbytes: int  # at most
+    item: bytes
     late_s: float  # when its time to be answered is over
     answer: asyncio.Future[int]
 
@@ -52,19 +48,18 @@ class Submits:
         self._hold: asyncio.TimerHandle | None = None  # while a message is out
         self._timer: asyncio.TimerHandle | None = None
 
-    async def submit(self, item: pb.SubmitItem, timeout_s: float) -> int:
+    async def submit(self, item: bytes, timeout_s: float) -> int:
         """The slot. Raises what the worker said, or `UnavailableError` if it did not say anything in time.
 
         `InvalidRequestError` if the request is too large for a message.
         """
-        nbytes = _nbytes(item)
-        if nbytes > MOST_NBYTES_ALONE:
+        if len(item) > MOST_NBYTES_ALONE:
             raise InvalidRequestError(
-                f"the request takes {nbytes >> 20} MiB on its way to a worker, {MOST_NBYTES_ALONE >> 20} are allowed"
+                f"the request takes {len(item) >> 20} MiB on its way to a worker, {MOST_NBYTES_ALONE >> 20} are allowed"
             )
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[int] = loop.create_future()
-        self._waiting.append(Submission(item, nbytes, self._clock.now() + timeout_s, answer))
+        self._waiting.append(Submission(item, self._clock.now() + timeout_s, answer))
         if self._hold is None:
             self._due.set()
         self._look_after(timeout_s)
@@ -119,7 +114,7 @@ class Submits:
         nbytes = 0
         while self._waiting and len(taken) < MOST_REQUESTS:
             submission = self._waiting[0]
-            nbytes += submission.nbytes
+            nbytes += len(submission.item)
             if taken and nbytes > MOST_NBYTES:
                 break
             self._waiting.popleft()
@@ -147,14 +142,6 @@ class Submits:
                 return
             self._timer.cancel()
         self._timer = loop.call_later(seconds, self._look)
-
-
-def _nbytes(item: pb.SubmitItem) -> int:
-    """Of the message, or what it has at most if that is not much: to count all ids takes as long as to write them."""
-    request = item.request
-    num_tokens = len(request.prompt_token_ids) + sum(len(output.token_ids) for output in request.sent)
-    nbytes = _TOKEN_NBYTES * num_tokens + request.sampling.ByteSize() + 4 * len(request.cache_salt) + _REST_NBYTES
-    return nbytes if nbytes <= MOST_NBYTES else item.ByteSize()
 
 
 def _late(submission: Submission, now: float) -> bool:

@@ -37,6 +37,7 @@ from common.rpc.codec.request import (
     stats_from_proto,
     stats_to_proto,
 )
+from common.rpc.codec.submits import submit_item, submit_message
 from common.rpc.codec.watch import (
     PING_INTERVAL_S,
     Change,
@@ -117,6 +118,8 @@ __all__ = [
     "state_to_proto",
     "stats_from_proto",
     "stats_to_proto",
+    "submit_item",
+    "submit_message",
     "watch_event_from_proto",
     "watch_event_to_proto",
     "welcome_from_proto",
