@@ -35,7 +35,7 @@ setup: $(STAMPS)/env $(STAMPS)/stubs $(STAMPS)/native ## Make .venv, install, ge
 up: setup ## Start a cluster with the demo model on this machine; Ctrl-C stops it
 	@exec $(BIN)/nanodeploy up $(UP_FLAGS)
 
-test: setup ## Run the test suite (under 10 minutes on two cores)
+test: setup ## Run the test suite (about ten minutes on two cores)
 	@$(PY) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not exact and not soak and not gpu" $(PYTEST_FLAGS)
 
 test-exact: setup ## Run the full identity matrix, by hand
