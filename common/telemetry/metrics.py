@@ -57,6 +57,11 @@ class _EngineValues(Collector):
             yield counter
 
 
+def buckets_of(name: str) -> Sequence[float]:
+    """Upper bounds by the unit at a name's end."""
+    return next((bounds for unit, bounds in _BUCKETS.items() if name.endswith(unit)), LATENCY_BUCKETS_S)
+
+
 class Metrics:
     """The metrics of one process. Asking again for a name returns the same metric."""
 
@@ -87,8 +92,7 @@ class Metrics:
         """Buckets follow the unit at the name's end (`_seconds`, `_tokens` ...) unless given."""
         made = self._made.get(name)
         if made is None:
-            bounds = buckets or next((b for unit, b in _BUCKETS.items() if name.endswith(unit)), LATENCY_BUCKETS_S)
-            made = Histogram(PREFIX + name, help, labels, registry=self.registry, buckets=bounds)
+            made = Histogram(PREFIX + name, help, labels, registry=self.registry, buckets=buckets or buckets_of(name))
             self._made[name] = made
         assert isinstance(made, Histogram), f"{name} is no histogram"
         return made

@@ -68,6 +68,7 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._connection: Connection = scope["nanodeploy.connection"]
+        self._headers: dict[bytes, bytes] | None = None  # by name
         self._complete = False  # the body was read to its end
         self.streaming = False
         self.ended = False
@@ -101,8 +102,10 @@ class Exchange:
         return dict(parse_qsl(self._scope["query_string"].decode("latin-1")[:_MAX_QUERY]))
 
     def header(self, name: bytes) -> str:
-        """Empty if it was not sent."""
-        return next((value.decode("latin-1") for key, value in self._scope["headers"] if key == name), "")
+        """Empty if it was not sent; the first if it was sent more than once."""
+        if self._headers is None:
+            self._headers = dict(reversed(self._scope["headers"]))
+        return self._headers.get(name, b"").decode("latin-1")
 
     # -- in --
 

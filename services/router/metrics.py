@@ -11,11 +11,11 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from common.telemetry import Metrics
-from common.telemetry.metrics import LATENCY_BUCKETS_S, PREFIX
+from common.telemetry.metrics import PREFIX, buckets_of
 
 
 class Samples:
-    """One series of a histogram that is observed per token: two additions, no lock, one thread."""
+    """One series of a histogram that is observed per token or request: two additions, no lock, one thread."""
 
     __slots__ = ("_bounds", "counts", "total")
 
@@ -32,22 +32,24 @@ class Samples:
         """(bound, how many are not above it), as Prometheus counts."""
         out: list[tuple[str, float]] = []
         below = 0
-        for bound, count in zip([*map(str, self._bounds), "+Inf"], self.counts, strict=True):
+        for bound, count in zip([*map(str, map(float, self._bounds)), "+Inf"], self.counts, strict=True):
             below += count
             out.append((bound, below))
         return out
 
 
 class SampledHistogram(Collector):
-    """A histogram in seconds, one series per model."""
+    """A histogram with one series per model. Its buckets follow the unit at the name's end."""
 
-    def __init__(self, name: str, help: str) -> None:
+    def __init__(self, metrics: Metrics, name: str, help: str) -> None:
         self._name = PREFIX + name
         self._help = help
+        self._bounds = buckets_of(name)
         self._series: dict[str, Samples] = {}
+        metrics.registry.register(self)
 
-    def labels(self, model: str) -> Samples:
-        return self._series.setdefault(model, Samples(LATENCY_BUCKETS_S))
+    def of(self, model: str) -> Samples:
+        return self._series.setdefault(model, Samples(self._bounds))
 
     def collect(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(self._name, self._help, labels=["model_name"])
@@ -56,10 +58,22 @@ class SampledHistogram(Collector):
         yield family
 
 
+class Histograms:
+    """Those with a series per model."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.first_token = SampledHistogram(metrics, "time_to_first_token_seconds", "Request -> first token.")
+        self.inter_token = SampledHistogram(metrics, "inter_token_latency_seconds", "Between tokens.")
+        self.e2e = SampledHistogram(metrics, "e2e_request_latency_seconds", "Request -> last token.")
+        self.tokenize = SampledHistogram(metrics, "request_tokenize_seconds", "Template and tokenizer.")
+        self.request_prompt = SampledHistogram(metrics, "request_prompt_tokens", "Prompt tokens per request.")
+        self.request_output = SampledHistogram(metrics, "request_generation_tokens", "Output tokens per request.")
+
+
 class ModelMetrics:
     """The series of one model, looked up once."""
 
-    def __init__(self, metrics: Metrics, inter_token: SampledHistogram, model: str) -> None:
+    def __init__(self, metrics: Metrics, histograms: Histograms, model: str) -> None:
         counter, label = metrics.counter, ["model_name"]
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens received.", label).labels(model)
         self.cached_tokens = counter("cached_tokens", "Prompt tokens found in a cache.", label).labels(model)
@@ -67,13 +81,12 @@ class ModelMetrics:
         self._success = counter("request_success", "Choices that ended.", [*label, "finished_reason"])
         self._failures = counter("request_failures", "Requests that failed.", [*label, "code"])
         self.running = metrics.gauge("num_requests_running", "Requests in the router.", label).labels(model)
-        histogram = metrics.histogram
-        self.first_token = histogram("time_to_first_token_seconds", "Request -> first token.", label).labels(model)
-        self.inter_token = inter_token.labels(model)
-        self.e2e = histogram("e2e_request_latency_seconds", "Request -> last token.", label).labels(model)
-        self.tokenize = histogram("request_tokenize_seconds", "Template and tokenizer.", label).labels(model)
-        self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens per request.", label).labels(model)
-        self.request_output = histogram("request_generation_tokens", "Output tokens per request.", label).labels(model)
+        self.first_token = histograms.first_token.of(model)
+        self.inter_token = histograms.inter_token.of(model)
+        self.e2e = histograms.e2e.of(model)
+        self.tokenize = histograms.tokenize.of(model)
+        self.request_prompt = histograms.request_prompt.of(model)
+        self.request_output = histograms.request_output.of(model)
         self._model = model
         self._ended: dict[str, Counter] = {}
 
@@ -90,8 +103,7 @@ class RouterMetrics:
     def __init__(self, metrics: Metrics) -> None:
         self.base = metrics
         self._models: dict[str, ModelMetrics] = {}
-        self._inter_token = SampledHistogram("inter_token_latency_seconds", "Between tokens.")
-        metrics.registry.register(self._inter_token)
+        self._histograms = Histograms(metrics)
         self.http = metrics.counter("http_requests", "HTTP requests by path and status.", ["path", "status"])
         self.workers = metrics.gauge("router_workers", "Members by role and state.", ["role", "state"])
         self.attached = metrics.gauge("router_attached_streams", "Decode workers with a working stream.")
@@ -103,5 +115,5 @@ class RouterMetrics:
     def of(self, model: str) -> ModelMetrics:
         found = self._models.get(model)
         if found is None:
-            found = self._models[model] = ModelMetrics(self.base, self._inter_token, model)
+            found = self._models[model] = ModelMetrics(self.base, self._histograms, model)
         return found
