@@ -19,7 +19,7 @@ from common.kvcache.layout import Retention
 from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, PlaceOrder
 from common.kvtransfer.reads import Reads, Wanted
 from common.kvtransfer.transport import Endpoint, PeerDown, ReadStatus
-from common.types import GenerationRequest, Pooling, SamplingParams
+from common.types import ChoiceDelta, GenerationRequest, Pooling, SamplingParams
 
 TIMEOUT_S = 60.0
 OUTPUT_TOKENS = MIN_MODEL_LEN - 1
@@ -131,13 +131,7 @@ def _generate(engine: Engine, prompt: tuple[int, ...]) -> None:
         cache_salt="self-test",
         sampling=SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True, seed=0),
     )
-    engine.handle(Submit(_SLOT, request))
-    tokens = 0
-    for message in _run(engine, Deltas):
-        assert isinstance(message, Deltas)
-        tokens += sum(len(r.delta.token_ids) for r in message.rows)
-        for failure in message.failures:
-            raise InternalError(f"self-test: no token: {failure.failure.message}")
+    tokens = sum(len(delta.token_ids) for delta in _answer(engine, request, "token"))
     if tokens != OUTPUT_TOKENS:
         raise InternalError(f"self-test: {tokens} tokens were made instead of {OUTPUT_TOKENS}")
 
@@ -151,15 +145,21 @@ def _embed(engine: Engine, prompt: tuple[int, ...]) -> None:
         sampling=SamplingParams(max_tokens=1, seed=0),
         pooling=Pooling(),
     )
-    engine.handle(Submit(_SLOT, request))
-    vectors = 0
-    for message in _run(engine, Deltas):
-        assert isinstance(message, Deltas)
-        vectors += sum(bool(r.delta.vector) for r in message.rows)
-        for failure in message.failures:
-            raise InternalError(f"self-test: no vector: {failure.failure.message}")
+    vectors = sum(bool(delta.vector) for delta in _answer(engine, request, "vector"))
     if vectors != 1:
         raise InternalError(f"self-test: {vectors} vectors were made of one prompt")
+
+
+def _answer(engine: Engine, request: GenerationRequest, wanted: str) -> list[ChoiceDelta]:
+    """All that the request brings. Raises `InternalError` if it fails."""
+    engine.handle(Submit(_SLOT, request))
+    found: list[ChoiceDelta] = []
+    for message in _run(engine, Deltas):
+        assert isinstance(message, Deltas)
+        found += [row.delta for row in message.rows]
+        for failure in message.failures:
+            raise InternalError(f"self-test: no {wanted}: {failure.failure.message}")
+    return found
 
 
 def _run(engine: Engine, kind: type[ReaderEvent | Deltas]) -> list[FromEngine]:
