@@ -115,16 +115,20 @@ def test_an_engine_and_a_worker_that_die_are_not_seen(cluster: RunningCluster, f
         answers.append(httpx.post(f"{cluster.url}/v1/embeddings", json={"input": texts}, timeout=120))
 
     for name, end in (("decode-0", "engine"), ("decode-1", "worker")):
-        thread = threading.Thread(target=ask)
-        thread.start()
+        threads = [threading.Thread(target=ask) for _ in range(4)]  # long enough to be seen
+        for thread in threads:
+            thread.start()
         eventually(lambda: runs(cluster), 20, "it runs")
         if end == "engine":
             os.kill(cluster.engine_pid(name), signal.SIGKILL)
         else:
             cluster.kill(name)
-        thread.join(120)
-        answer = answers.pop()
-        assert answer.status_code == 200, answer.text
-        found = [one["embedding"] for one in answer.json()["data"]]
-        assert all(close(one, vector(folder, text)) for one, text in zip(found, texts, strict=True))
+        for thread in threads:
+            thread.join(120)
+        assert [answer.status_code for answer in answers] == 4 * [200], [answer.text for answer in answers]
+        wanted = [vector(folder, text) for text in texts]
+        for answer in answers:
+            found = [one["embedding"] for one in answer.json()["data"]]
+            assert all(close(one, right) for one, right in zip(found, wanted, strict=True))
+        answers.clear()
         eventually(lambda: len(cluster.workers()) == 2 and cluster.is_idle(), 60, "it is back")
