@@ -16,7 +16,7 @@ import pytest
 from common.config.schema import LogConfig
 from common.rpc.context import call_context
 from common.telemetry import Metrics, configure_logging, get_logger, log_context, new_trace, parse_traceparent
-from common.telemetry.logs import bound_fields, log_as_library
+from common.telemetry.logs import LINES_KEPT, LINES_WAIT_S, bound_fields, log_as_library
 
 
 @pytest.fixture
@@ -100,8 +100,44 @@ async def test_context_belongs_to_its_task() -> None:
             get_logger("a").info(name)
 
     await asyncio.gather(*(one(f"r{i}") for i in range(8)))
+    await asyncio.sleep(2 * LINES_WAIT_S)
     assert all(line["event"] == line["request_id"] for line in lines(out))
     assert len(lines(out)) == 8
+
+
+@pytest.mark.usefixtures("restored_logging")
+async def test_lines_on_a_loop_leave_together_but_warnings_at_once_and_in_order() -> None:
+    out = io.StringIO()
+    configure_logging(LogConfig(), "x", out)
+    log = get_logger("a")
+    log.info("one")
+    log.info("two")
+    assert not out.getvalue()
+    log.warning("three")
+    assert [line["event"] for line in lines(out)] == ["one", "two", "three"]
+    log.info("four")
+    logging.getLogger("b").info("five")
+    assert [line["event"] for line in lines(out)][3:] == ["four", "five"]
+    for i in range(LINES_KEPT):
+        log.info(str(i))
+    assert len(lines(out)) == 5 + LINES_KEPT
+    log.info("last")
+    await asyncio.sleep(3 * LINES_WAIT_S)
+    assert lines(out)[-1]["event"] == "last"
+
+
+def test_what_was_kept_is_written_when_the_process_ends() -> None:
+    code = (
+        "import asyncio\n"
+        "from common.config.schema import LogConfig\n"
+        "from common.telemetry import configure_logging, get_logger\n"
+        "configure_logging(LogConfig(), 'x')\n"
+        "async def main():\n"
+        "    get_logger('a').info('kept')\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr)["event"] == "kept"
 
 
 async def test_a_context_closed_by_another_task_takes_nothing_there() -> None:

@@ -4,16 +4,20 @@ Before anything is configured (`from nanodeploy import LLM` in somebody's progra
 library's loggers, which show warnings and worse on stderr; nothing is ever printed to stdout.
 `configure_logging` is called once by a `__main__`; from then on structlog and the standard library (uvicorn,
 grpc, warnings) leave in the same form on stderr: our own JSON lines go there directly, a quarter of the cost of a
-`LogRecord`, all others through one handler. What a task knows about its request is bound to a
-context variable with `log_context` and appears on every line logged inside, in that task alone.
+`LogRecord`, all others through one handler. On an event loop, lines that are no warnings leave together, within
+`LINES_WAIT_S`: a router says one for each request, and a write costs more than a line. What a task knows about its
+request is bound to a context variable with `log_context` and appears on every line logged inside, in that task alone.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -26,6 +30,9 @@ from structlog.typing import EventDict, FilteringBoundLogger, Processor
 from common.config.schema import LogConfig
 
 V = TypeVar("V")
+
+LINES_WAIT_S = 0.05
+LINES_KEPT = 64
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _SAID: Final = {"warn": "warning", "exception": "error"}  # methods whose level has another name
@@ -42,25 +49,66 @@ def _add_bound(_logger: Any, _method: str, event: EventDict) -> EventDict:
     return {**bound, **event} if bound else event
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Of a process. `keep` holds lines back for a moment; what is emitted or flushed later comes behind them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._kept: list[str] = []
+        self._oldest_s = 0.0
+        atexit.register(self.flush)
+
+    def keep(self, line: str, *, urgent: bool) -> None:
+        with self.lock or nullcontext():
+            self._kept.append(line)
+            loop = None if urgent else _running_loop()
+            if loop is None or len(self._kept) >= LINES_KEPT:
+                self.flush()
+            elif len(self._kept) == 1:
+                self._oldest_s = time.monotonic()
+                loop.call_later(LINES_WAIT_S, self.flush)
+            elif time.monotonic() > self._oldest_s + LINES_WAIT_S:
+                self.flush()  # the loop is busy, or it was another that has closed
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write_kept()
+        super().emit(record)
+
+    def flush(self) -> None:
+        with self.lock or nullcontext():
+            self._write_kept()
+            super().flush()
+
+    def _write_kept(self) -> None:
+        if self._kept:
+            kept, self._kept = self._kept, []
+            self.stream.write("\n".join([*kept, ""]))
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 class _Lines:
-    """Where finished lines of one logger go. All of a process share the handler's lock."""
+    """Where finished lines of one logger go."""
 
     __slots__ = ("_handler", "name")
 
-    def __init__(self, name: str, handler: logging.StreamHandler[TextIO]) -> None:
+    def __init__(self, name: str, handler: _Handler) -> None:
         self.name = name
         self._handler = handler
 
-    def msg(self, line: str) -> None:
-        handler = self._handler
-        handler.acquire()
-        try:
-            handler.stream.write(line + "\n")
-            handler.flush()
-        finally:
-            handler.release()
+    def info(self, line: str) -> None:
+        self._handler.keep(line, urgent=False)
 
-    debug = info = warning = error = critical = exception = msg
+    def warning(self, line: str) -> None:
+        self._handler.keep(line, urgent=True)
+
+    debug = info
+    msg = error = critical = exception = warning
 
 
 def log_as_library() -> None:
@@ -100,7 +148,7 @@ def configure_logging(config: LogConfig, service: str, stream: TextIO | None = N
         plain = structlog.dev.plain_traceback  # the usual one shows variables: prompts and keys
         rendered = [structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=plain)]
     final: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered]
-    handler = logging.StreamHandler(out)
+    handler = _Handler(out)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=final))
 
     level = _LEVELS[config.level]
