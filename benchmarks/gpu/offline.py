@@ -44,7 +44,7 @@ class Sizes:
     long_prefill: tuple[int, int] = (8, 4096)
     long: tuple[int, int, int] = (16, 16384, 65)  # sequences, context, out: steps at long context
     contexts: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
-    contexts_batch: int = 4
+    contexts_batch: int = 16
     max_num_seqs: int = 512
     max_num_batched_tokens: int = 16384
 

@@ -33,7 +33,7 @@ from common.attention.context import DTYPES, AttentionContext, GroupTables, Host
 from common.attention.flashinfer_modules import Launch, Module
 from common.attention.flashinfer_parts import Few, One, Paged, Part, lay_out
 from common.attention.flashinfer_plan import Cut, Heads, Ints, Pages
-from common.attention.flashinfer_xqa import Xqa, XqaSpace
+from common.attention.flashinfer_xqa import Xqa, XqaSpace, can_run_on
 from common.attention.reference import RecordableBackend
 from common.attention.staging import Staging
 from common.kernels import gpu
@@ -98,7 +98,8 @@ class FlashInferBackend(RecordableBackend):
     def __init__(self, own_kernel: bool = True, xqa: bool = True) -> None:
         """`own_kernel`: for few new tokens. `xqa`: for one, in few sequences. Without them `fa2` does that work."""
         self._own_kernel = own_kernel and not gpu.unavailable()
-        self.takes_xqa = xqa and _is_hopper()
+        device = torch.cuda.current_device()
+        self.takes_xqa = xqa and _is_hopper() and can_run_on(device)
         self._shapes: dict[_Key, _Shape] = {}
         self._recorded: dict[tuple[_Key, int, int], Paged] = {}
         self._spaces: dict[tuple[int, ...], Workspace] = {}
@@ -106,7 +107,6 @@ class FlashInferBackend(RecordableBackend):
         self._memory: dict[object, Tensor] = {}
         self._staging = Staging()
         self._latest: AttentionContext | None = None
-        device = torch.cuda.current_device()
         self._num_slots = 2 * torch.cuda.get_device_properties(device).multi_processor_count
         self._hopper = _is_hopper()
 

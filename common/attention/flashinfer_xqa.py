@@ -15,10 +15,21 @@ import torch
 
 from common.attention.flashinfer_modules import SHORT, find, function
 
+_gpu_of_process: list[int] = []
+
 BLOCKS_PER_PROCESSOR = 2  # that the kernel has room for at once
 MOST_PARTS = 16
 _MOST_ROUNDS = 2  # of thread blocks, where keys are shared; scratch memory is as large
 _JOINING = 0.05  # of a round: what it costs that parts are put together
+
+
+def can_run_on(gpu: int) -> bool:
+    """Its launcher asks for shared memory once in a process, for the GPU that is current then: on another its kernels
+    are refused ("invalid argument"). So they belong to the first GPU that a process asks for.
+    """
+    if not _gpu_of_process:
+        _gpu_of_process.append(gpu)
+    return gpu == _gpu_of_process[0]
 
 
 def num_parts(num: int, num_processors: int) -> int:

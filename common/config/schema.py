@@ -78,7 +78,9 @@ class EngineConfig(_Section):
     max_model_len: int = Field(0, ge=0, description="tokens; 0 takes the checkpoint's")
     max_num_seqs: int = Field(0, ge=0, description="sequences in a batch; 0 is 64 on the CPU and 512 on a GPU")
     max_num_batched_tokens: int = Field(
-        0, ge=0, description="tokens computed in one step; 0 is 2048, and 8192 for a decode worker on a GPU"
+        0,
+        ge=0,
+        description="tokens computed in one step; 0 is 2048 on the CPU, 8192 on a GPU, 4096 in prefill workers there",
     )
     max_waiting_seqs: int = Field(1024, ge=1, description="sequences queued before requests are refused")
     block_size: int = Field(

@@ -41,7 +41,7 @@ class DeviceDefaults:
 # share a step all wait for its end, and what is computed is sent only then.
 DEFAULTS = {
     "cpu": DeviceDefaults(block_size=16, max_num_seqs=64, max_num_batched_tokens=2048, prefill_tokens=2048),
-    "cuda": DeviceDefaults(block_size=64, max_num_seqs=512, max_num_batched_tokens=8192, prefill_tokens=2048),
+    "cuda": DeviceDefaults(block_size=64, max_num_seqs=512, max_num_batched_tokens=8192, prefill_tokens=4096),
 }
 LEASED_TAILS = 8  # tail rows of published prompts outlive their sequences on a prefill worker
 MIN_MODEL_LEN = 3  # a prompt token and two of output, which the self-test takes
