@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from common.errors import NanoDeployError, OverloadedError, UnavailableError
-from common.rpc.codec import StepRows
+from common.rpc.codec import StepRows, deltas_from_proto, deltas_to_proto
 from common.types import (
     ChoiceDelta,
     FinishReason,
@@ -23,7 +23,7 @@ from common.types import (
     WorkerRef,
     new_epoch,
 )
-from services.router.generation import Courier, Generation, Mailbox
+from services.router.generation import Batch, Courier, Generation, Mailbox, Singles
 from services.router.link import DecodeStream, WorkerLink
 from services.router.outbox import Cancels, Positions
 from services.router.routing.board import NO_HINTS
@@ -107,6 +107,11 @@ def make_generation(mailbox: Mailbox, n: int) -> Generation:
     return Generation(request, mailbox, 0, NO_HINTS)
 
 
+def deltas_of(batch: Batch) -> list[ChoiceDelta]:
+    """Each row by itself."""
+    return [d for _, found in batch for d in (found.deltas() if isinstance(found, Singles) else (found,))]
+
+
 def make_mailbox(limit: int = 1000) -> Mailbox:
     return Mailbox(Courier(MonotonicClock()), limit, lambda: None)
 
@@ -173,7 +178,7 @@ async def test_a_slot_that_no_answer_names_is_cancelled_however_busy_the_link() 
     moving = [asyncio.create_task(link.submit(make_generation(make_mailbox(), n=1), None)) for _ in range(2)]
     await asyncio.wait_for(peer.asked.wait(), 5)
     for position in range(30):
-        peer.rows.put_nowait(StepRows(rows=[(99, row(0, position))], failures=[], stats=[], prompt_logprobs=[]))
+        peer.rows.put_nowait(deltas_from_proto(deltas_to_proto([(99, row(0, position))])))
         await asyncio.sleep(0.01)
     assert peer.cancels == [(99, None)]
     assert not link._stash
@@ -190,8 +195,8 @@ async def test_what_arrives_in_a_tick_is_handed_over_together() -> None:
     generation = make_generation(mailbox, n=1)
     batches: list[int] = []
 
-    def consume(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
-        batches.append(len(deltas))
+    def consume(deltas: Batch) -> None:
+        batches.append(len(deltas_of(deltas)))
         if sum(batches) == 5:
             mailbox.finish()
 
@@ -212,7 +217,7 @@ async def test_a_held_mailbox_keeps_order_and_is_bounded() -> None:
     mailbox = Mailbox(Courier(MonotonicClock()), 8, lambda: overflows.append(True))
     generation = make_generation(mailbox, n=1)
     taken: list[int] = []
-    mailbox.consume = lambda deltas: taken.extend(delta.position for _, delta in deltas)
+    mailbox.consume = lambda deltas: taken.extend(delta.position for delta in deltas_of(deltas))
     mailbox.hold()
     for position in range(6):
         generation.accept(row(0, position))
@@ -236,7 +241,7 @@ async def test_a_burst_is_no_slow_client() -> None:
     mailbox = make_mailbox(limit=8)
     generation = make_generation(mailbox, n=1)
     taken: list[int] = []
-    mailbox.consume = lambda deltas: taken.extend(delta.position for _, delta in deltas)
+    mailbox.consume = lambda deltas: taken.extend(delta.position for delta in deltas_of(deltas))
     for position in range(50):
         generation.accept(row(0, position))
     await asyncio.sleep(0)
@@ -247,7 +252,7 @@ async def test_a_failure_comes_after_what_was_delivered() -> None:
     mailbox = make_mailbox()
     generation = make_generation(mailbox, n=1)
     taken: list[int] = []
-    mailbox.consume = lambda deltas: taken.extend(delta.position for _, delta in deltas)
+    mailbox.consume = lambda deltas: taken.extend(delta.position for delta in deltas_of(deltas))
     mailbox.hold()
     generation.accept(row(0, 0))
     mailbox.fail(UnavailableError("first"))
@@ -268,7 +273,7 @@ async def test_a_closed_mailbox_needs_no_garbage_collector() -> None:
     async def request() -> weakref.ref[Any]:
         mailbox = make_mailbox()
 
-        def consume(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+        def consume(deltas: Batch) -> None:
             mailbox.finish()
 
         mailbox.consume = consume
@@ -293,7 +298,7 @@ async def test_an_error_of_the_consumer_ends_its_request_alone() -> None:
     courier = Courier(MonotonicClock())
     broken, sound = (Mailbox(courier, 100, lambda: None) for _ in range(2))
 
-    def fail(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+    def fail(deltas: Batch) -> None:
         raise ZeroDivisionError("in the consumer")
 
     broken.consume = fail

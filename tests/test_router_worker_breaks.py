@@ -16,7 +16,7 @@ from common.engine.messages import Cancel, DeltaRow, Deltas, Submit
 from common.errors import NanoDeployError, UnavailableError
 from common.types import ChoiceDelta, FinishReason, GenerationRequest, MonotonicClock, SamplingParams
 from services.decode_worker.part import DecodePart
-from services.router.generation import Courier, Generation, Mailbox
+from services.router.generation import Batch, Courier, Generation, Mailbox
 from services.router.link import WorkerLink
 from services.router.peer import GrpcDecodePeer
 from services.router.routing.board import NO_HINTS
@@ -115,10 +115,10 @@ async def test_a_stream_that_breaks_at_any_moment(seed: int) -> None:
             taken: list[int] = []
             mailbox = Mailbox(courier, 1 << 20, lambda: None)
 
-            def consume(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+            def consume(deltas: Batch) -> None:
                 for _, delta in deltas:
                     taken.extend(delta.token_ids)
-                    if delta.finish is not None:
+                    if isinstance(delta, ChoiceDelta) and delta.finish is not None:
                         mailbox.finish()
 
             mailbox.consume = consume

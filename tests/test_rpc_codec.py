@@ -95,8 +95,14 @@ def test_stats_and_failure_round_trip(stats, failure):
 )
 def test_deltas_round_trip(rows, failures, stats, prompt_logprobs):
     message = through_bytes(codec.deltas_to_proto(rows, failures, stats, prompt_logprobs))
-    assert codec.deltas_from_proto(message) == (rows, failures, stats, prompt_logprobs)
-    assert list(codec.iter_deltas(message)) == rows
+    found = codec.deltas_from_proto(message)
+    assert (list(found.rows), *found[1:]) == (rows, failures, stats, prompt_logprobs)
+    plain = (
+        row[0] if len(row) == 1 and not (d.finish or d.logprobs or d.vector or d.stop_token_id is not None) else -1
+        for d in (delta for _, delta in rows)
+        for row in (d.token_ids,)
+    )
+    assert list(found.rows.singles) == list(plain)
 
 
 @quick

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import orjson
 import pytest
 import text_support
 from hypothesis import given, settings
@@ -57,6 +58,27 @@ def test_streamed_pieces_are_the_whole(family: Callable[[], RawTokenizer], skip:
         assert text == keep_well_formed(tokenizer, [i for i in ids if not (skip and i in tokenizer.special_ids)])
     else:
         assert text == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_written_texts_are_what_each_token_gives(family: Callable[[], RawTokenizer], data: st.DataObject) -> None:
+    raw = family()
+    tokenizer = Tokenizer(raw)
+    random_ids = data.draw(st.lists(st.integers(0, raw.get_vocab_size() + 3), max_size=30))
+    ids = [*random_ids, *tokenizer.encode(data.draw(st.sampled_from(TEXTS))), *random_ids[::-1]]
+    at_start = data.draw(st.booleans())
+    one, other = (tokenizer.detokenizer(skip_special_tokens=True, at_start=at_start) for _ in range(2))
+    while ids:
+        count = data.draw(st.integers(1, 8))
+        now, ids = ids[:count], ids[count:]
+        if data.draw(st.booleans()):
+            assert one.push(now) == other.push(now)
+        else:
+            texts = [text for token in now if (text := other.push((token,)))]
+            assert one.written(now) == [orjson.dumps(text) for text in texts]
+    assert one.finish() == other.finish()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -41,7 +41,7 @@ async def test_a_request_enters_by_submit_and_its_tokens_come_down_the_stream(
         stats = RequestStats(prompt_tokens=3, computed_tokens=3)
         worker.engine.say(Deltas(1, rows=(token(slot, 0),), stats=(StatsOf(slot, stats),)))
         rows = await stream.rows()
-        assert (rows.rows, rows.stats) == ([(slot, token(slot, 0).delta)], [(slot, stats)])
+        assert (list(rows.rows), rows.stats) == ([(slot, token(slot, 0).delta)], [(slot, stats)])
         worker.engine.say(Deltas(2, rows=(token(slot, 0, choice=1), token(slot, 1, finish=FinishReason.STOP))))
         assert [d.choice for _, d in (await stream.rows()).rows] == [1, 0]
         assert worker.part.num_active() == 1

@@ -15,6 +15,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Protocol
 
+import orjson
 from tokenizers import Tokenizer as RawTokenizer
 
 from common.text.pieces import TokenPieces
@@ -27,6 +28,12 @@ class Detokenizer(Protocol):
     def push(self, token_ids: Sequence[int]) -> str: ...
 
     def finish(self) -> str: ...
+
+
+class WritingDetokenizer(Detokenizer, Protocol):
+    def written(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What `push` gives for each token by itself, as JSON strings. Nothing for one without text."""
+        ...
 
 
 class ByteDetokenizer:
@@ -48,6 +55,19 @@ class ByteDetokenizer:
         text, used = codecs.utf_8_decode(data, self._errors, False)
         self._pending = data[used:]
         return self._strip(text) if self._strip_left else text
+
+    def written(self, token_ids: Sequence[int]) -> list[bytes]:
+        table = self._pieces.written
+        if not self._pending and not self._strip_left:
+            found = [table[token] for token in token_ids]
+            if b"" not in found:
+                return found
+        found = []
+        for token in token_ids:
+            text = b"" if self._pending or self._strip_left else table[token]
+            if text or (text := _as_json(self.push((token,)))):
+                found.append(text)
+        return found
 
     def finish(self) -> str:
         text, _ = codecs.utf_8_decode(self._pending, self._errors, True)
@@ -82,6 +102,9 @@ class WindowDetokenizer:
         self._ids.extend(self._shown(token_ids))
         return self._take(final=False)
 
+    def written(self, token_ids: Sequence[int]) -> list[bytes]:
+        return [text for token in token_ids if (text := _as_json(self.push((token,))))]
+
     def finish(self) -> str:
         return self._take(final=True)
 
@@ -98,3 +121,7 @@ class WindowDetokenizer:
             self._ids = self._ids[self._read - _WINDOW :]
         self._read = len(self._ids)
         return after[len(before) :]
+
+
+def _as_json(text: str) -> bytes:
+    return orjson.dumps(text) if text else b""

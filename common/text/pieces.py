@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from tokenizers import Tokenizer as RawTokenizer
 
 BYTEWISE = "nanodeploy.bytewise"
@@ -121,6 +122,7 @@ class TokenPieces(dict[int, bytes]):
         self.errors = "replace" if rules.byte_level else BYTEWISE
         self.strip_content = rules.strip_content
         self.strip_count = rules.strip_count
+        self.written = WrittenPieces(self)
 
     @classmethod
     def of(cls, raw: RawTokenizer, *, skipped: frozenset[int] = frozenset()) -> TokenPieces | None:
@@ -136,3 +138,19 @@ class TokenPieces(dict[int, bytes]):
         piece = b"" if token is None else self._rules.to_bytes(token)
         self[token_id] = piece
         return piece
+
+
+class WrittenPieces(dict[int, bytes]):
+    """Token id -> its text as a JSON string, filled on first use. Empty where it is no text by itself, or none."""
+
+    def __init__(self, pieces: TokenPieces) -> None:
+        super().__init__()
+        self._pieces = pieces
+
+    def __missing__(self, token_id: int) -> bytes:
+        try:
+            text = self._pieces[token_id].decode()
+        except UnicodeDecodeError:
+            text = ""
+        written = self[token_id] = orjson.dumps(text) if text else b""
+        return written

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from common.errors import ConfigError, InvalidRequestError
 from common.text.chat_template import ChatTemplate
-from common.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from common.text.detokenizer import ByteDetokenizer, WindowDetokenizer, WritingDetokenizer
 from common.text.fast_encoder import Encode, fast_encode
 from common.text.pieces import TokenPieces
 
@@ -120,7 +120,7 @@ class Tokenizer:
         at_start: bool = False,
         context: Sequence[int] = (),
         keep: tuple[str, ...] = (),
-    ) -> Detokenizer:
+    ) -> WritingDetokenizer:
         """A stream of text. `at_start` False: it continues `context`, the end of the prompt.
 
         `keep`: special tokens that are not skipped.

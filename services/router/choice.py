@@ -88,6 +88,11 @@ class ChoiceText:
         self.num_tokens += len(token_ids)
         return self._detokenizer.push(token_ids)
 
+    def write_plain(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The same for deltas of a token each: a JSON string for each that has a text."""
+        self.num_tokens += len(token_ids)
+        return self._detokenizer.written(token_ids)
+
     def push(self, delta: ChoiceDelta) -> Piece:
         ids, logprobs = delta.token_ids, delta.logprobs
         offsets: list[int] = []

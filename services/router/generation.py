@@ -10,7 +10,7 @@ choice ended, when it failed, or when it was cancelled; nothing is delivered aft
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -22,11 +22,32 @@ if TYPE_CHECKING:
     from services.router.link import WorkerLink
     from services.router.routing.board import Hints, Ticket
 
+ACK_TOKENS: Final = 256  # taken over, and the worker not told yet
 ABNORMAL = (FinishReason.CANCELLED, FinishReason.ERROR)
 MIN_REST_S: Final = 0.0005  # shorter rests are not worth a timer
 MAX_REST_S: Final = 0.01
 LATE_WEIGHT: Final = 4.0
 TIMER_S: Final = 0.001  # a timer may be so late of itself
+
+
+class Singles:
+    """Rows in a row of one choice, each a token and nothing else: most of an answer. `position` is the first's."""
+
+    __slots__ = ("choice", "generation", "position", "token_ids")
+
+    def __init__(self, generation: Generation, choice: int, position: int, token_id: int) -> None:
+        self.generation = generation
+        self.choice = choice
+        self.position = position
+        self.token_ids = [token_id]
+
+    def deltas(self) -> Iterator[ChoiceDelta]:
+        """Each row by itself."""
+        for position, token_id in enumerate(self.token_ids, self.position):
+            yield ChoiceDelta(choice=self.choice, position=position, token_ids=(token_id,))
+
+
+Batch = list[tuple["Generation", "ChoiceDelta | Singles"]]
 
 
 class Mailbox:
@@ -46,6 +67,7 @@ class Mailbox:
         "_on_overflow",
         "_over",
         "_pending",
+        "_singles",
         "_waiter",
         "consume",
         "held",
@@ -55,20 +77,35 @@ class Mailbox:
         self._courier = courier
         self._limit = limit_tokens
         self._on_overflow = on_overflow
-        self._deltas: list[tuple[Generation, ChoiceDelta]] = []
+        self._deltas: Batch = []
+        self._singles: Singles | None = None  # the last of the deltas, while more may join it
         self._failure: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._over = False
         self._pending = 0  # tokens
-        self.consume: Callable[[list[tuple[Generation, ChoiceDelta]]], None] | None = None
+        self.consume: Callable[[Batch], None] | None = None
         self.held = False
 
     def deliver(self, generation: Generation, delta: ChoiceDelta) -> None:
+        self._singles = None
+        self._put(generation, delta, len(delta.token_ids))
+
+    def deliver_single(self, generation: Generation, choice: int, position: int, token_id: int) -> None:
+        """The same for a row that is a token and nothing else."""
+        singles = self._singles
+        if singles is None or self.held or singles.generation is not generation or singles.choice != choice:
+            self._singles = singles = Singles(generation, choice, position, token_id)
+            self._put(generation, singles, 1)
+        else:
+            singles.token_ids.append(token_id)
+            self._pending += 1
+
+    def _put(self, generation: Generation, delta: ChoiceDelta | Singles, num_tokens: int) -> None:
         deltas = self._deltas
         if self._failure is not None or self._over:
             return
         deltas.append((generation, delta))
-        self._pending += len(delta.token_ids)
+        self._pending += num_tokens
         if self.held and self._pending > self._limit:  # not held: a burst, gone in the next round
             deltas.clear()
             self.fail(OverloadedError(f"the client fell more than {self._limit} tokens behind and was cut off"))
@@ -82,12 +119,12 @@ class Mailbox:
     def fail(self, error: BaseException) -> None:
         """End the request; what was delivered before is still given out. The first failure counts."""
         if self._failure is None and not self._over:
-            self._failure = error
+            self._failure, self._singles = error, None
             self._courier.call(self)
 
     def finish(self) -> None:
         """The consumer has all it wants."""
-        self._over = True
+        self._over, self._singles = True, None
         self._deltas.clear()
         self._wake()
 
@@ -114,11 +151,11 @@ class Mailbox:
             self._wake()
             return
         if self._deltas and self.consume is not None:
-            deltas, self._deltas, self._pending = self._deltas, [], 0
+            deltas, self._deltas, self._pending, self._singles = self._deltas, [], 0, None
             try:
                 self.consume(deltas)
             except Exception as error:  # noqa: BLE001 - the edge of a callback: it fails this request
-                self._failure, self._over = error, True
+                self._failure, self._over, self._singles = error, True, None
         if self._over or (self._failure is not None and not self._deltas):
             self._wake()
 
@@ -254,8 +291,23 @@ class Generation:
             self.ticket.began(self.stats)
         if delta.finish is not None:
             self._end(choice)
-        if token_ids or delta.finish is not None:
+        more = delta.finish or delta.logprobs or delta.stop_token_id is not None
+        if len(token_ids) == 1 and not more:
+            self._mailbox.deliver_single(self, choice, delta.position, token_ids[0])
+        elif token_ids or delta.finish is not None:
             self._mailbox.deliver(self, delta)
+        return True
+
+    def accept_single(self, choice: int, position: int, token_id: int) -> bool:
+        """`accept` of the next row as it mostly is, a token and nothing else. False: it needs a closer look."""
+        if choice >= len(self.sent):
+            return False
+        sent = self.sent[choice]
+        if len(sent) != position or self.ended[choice] or not 0 < self.unacked < ACK_TOKENS:
+            return False
+        sent.append(token_id)
+        self.unacked += 1
+        self._mailbox.deliver_single(self, choice, position, token_id)
         return True
 
     def fail(self, error: NanoDeployError) -> None:

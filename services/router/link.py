@@ -194,12 +194,14 @@ class WorkerLink:
             self._apply(slot, stats)
         for slot, prompt in step.prompt_logprobs:
             self._apply(slot, prompt)
-        for slot, delta in step.rows:
-            generation = self._open.get(slot)
+        rows, opened = step.rows, self._open
+        columns = zip(rows.slots, rows.choices, rows.positions, rows.singles, strict=True)
+        for row, (slot, choice, position, token_id) in enumerate(columns):
+            generation = opened.get(slot)
             if generation is None:
-                self._stray(slot, delta)
-            else:
-                self._take(generation, delta)
+                self._stray(slot, rows.delta(row))
+            elif token_id < 0 or not generation.accept_single(choice, position, token_id):
+                self._take(generation, rows.delta(row))
         for slot, failure in step.failures:
             self._apply(slot, failure)
 

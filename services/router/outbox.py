@@ -12,9 +12,8 @@ import contextlib
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from services.router.generation import Generation
+from services.router.generation import ACK_TOKENS, Generation
 
-ACK_TOKENS: Final = 256
 ACK_PERIOD_S: Final = 1.0
 ACK_GATHER_S: Final = 0.02
 
@@ -52,6 +51,7 @@ class Outbox:
 
     def forget(self, generation: Generation) -> None:
         """It is no longer this worker's: nothing more is acknowledged."""
+        generation.unacked = 0
         self._unacked.discard(generation)
 
     def signal(self) -> None:

@@ -192,10 +192,15 @@ class Chunks(ABC):
         self._plain_tail = self._plain_end + self._tail
 
     def text(self, index: int, text: str) -> bytes:
+        return self.texts(index, (dumps(text),))
+
+    def texts(self, index: int, texts: Sequence[bytes]) -> bytes:
+        """An event each for JSON strings."""
         start = self._starts.get(index)
         if start is None:
             start = self._starts[index] = b"%b%d%b" % (self._start, index, self._opening)
-        return b"%b%b%b" % (start, dumps(text), self._plain_tail)
+        tail = self._plain_tail
+        return b"%b%b%b" % (start, (tail + start).join(texts), tail) if texts else b""
 
     def first(self, index: int) -> bytes:
         """What precedes a choice's first text."""

@@ -16,7 +16,7 @@ from common.types import ChoiceDelta, Clock, GenerationRequest, RequestStats
 from services.router import replies
 from services.router.choice import ChoiceText, Piece
 from services.router.exchange import Exchange
-from services.router.generation import Courier, Generation, Mailbox
+from services.router.generation import Batch, Courier, Generation, Mailbox, Singles
 from services.router.metrics import ModelMetrics
 from services.router.params import Job
 from services.router.replies import Call, CompletionLogprobs, Ended, Head, Usage, add_part
@@ -171,13 +171,13 @@ class Run:
         relay: Starter,
         exchange: Exchange,
         deadline_s: float,
-        emit: Callable[[list[tuple[Generation, ChoiceDelta]]], None],
+        emit: Callable[[Batch], None],
         *,
         stream: bool,
     ) -> None:
         """Start the generations and emit what they bring, batch by batch, until all choices have ended."""
 
-        def consume(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+        def consume(deltas: Batch) -> None:
             emit(deltas)
             if not self._left:
                 mailbox.finish()
@@ -212,14 +212,15 @@ class Run:
             for generation in self._generations:
                 relay.finish(generation)
 
-    def _take(self, deltas: list[tuple[Generation, ChoiceDelta]]) -> list[tuple[ChoiceState, Piece]]:
+    def _take(self, deltas: Batch) -> list[tuple[ChoiceState, Piece]]:
         now = self._arrived()
         batch: list[tuple[ChoiceState, Piece]] = []
-        for generation, delta in deltas:
-            choice = self._choices[generation.index][delta.choice]
-            if choice.text.finish is None:
-                self._timed(choice, delta, now)
-                batch.append((choice, self._push(generation, choice, delta)))
+        for generation, found in deltas:
+            choice = self._choices[generation.index][found.choice]
+            for delta in found.deltas() if isinstance(found, Singles) else (found,):
+                if choice.text.finish is None:
+                    self._timed(choice, len(delta.token_ids), now)
+                    batch.append((choice, self._push(generation, choice, delta)))
         return batch
 
     def _arrived(self) -> float:
@@ -230,9 +231,10 @@ class Run:
             self._metrics.first_token.observe(now - self._started_s)
         return now
 
-    def _timed(self, choice: ChoiceState, delta: ChoiceDelta, now: float) -> None:
-        if choice.last_s and delta.token_ids:
-            self._metrics.inter_token.observe((now - choice.last_s) / len(delta.token_ids))
+    def _timed(self, choice: ChoiceState, num_tokens: int, now: float, rows: int = 1) -> None:
+        """`rows` came at once, with these tokens in all."""
+        if choice.last_s and num_tokens:
+            self._metrics.inter_token.observe((now - choice.last_s) / num_tokens, rows)
         choice.last_s = now
 
     def _push(self, generation: Generation, choice: ChoiceState, delta: ChoiceDelta) -> Piece:
@@ -246,7 +248,7 @@ class Run:
     # -- answers --
 
     async def answer_whole(self, relay: Starter, exchange: Exchange, deadline_s: float, *, timings: bool) -> None:
-        def keep(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+        def keep(deltas: Batch) -> None:
             for choice, piece in self._take(deltas):
                 if not choice.echoed:
                     text, choice.logprobs = self._echo(choice)
@@ -304,7 +306,7 @@ class Run:
         waits = self._style.finished is not None
         ending = b""  # the last events, which leave with what ends the stream
 
-        def send(deltas: list[tuple[Generation, ChoiceDelta]]) -> None:
+        def send(deltas: Batch) -> None:
             if continuous_usage:
                 batch = self._take(deltas)
                 chunks.say_usage(replies.dumps(self.usage().as_dict()))
@@ -321,8 +323,8 @@ class Run:
         last = chunks.last(self.usage() if include_usage else None, self._timings(timings))
         await exchange.end(ending + await self._finished(last))
 
-    def _stream_events(self, chunks: Stream, deltas: list[tuple[Generation, ChoiceDelta]]) -> bytes:
-        """All of a batch's events, which leave in one write. Most deltas are a token of plain text."""
+    def _stream_events(self, chunks: Stream, deltas: Batch) -> bytes:
+        """All of a batch's events, which leave in one write. Most deltas are tokens of plain text."""
         now = self._arrived()
         events: list[bytes] = []
         for generation, delta in deltas:
@@ -330,12 +332,25 @@ class Run:
             text = choice.text
             if text.finish is not None:
                 continue
-            self._timed(choice, delta, now)
-            if text.plain and choice.echoed and delta.finish is None:
-                if shown := text.push_plain(delta.token_ids):
-                    events.append(chunks.text(choice.number, shown))
+            if isinstance(delta, ChoiceDelta):
+                self._timed(choice, len(delta.token_ids), now)
+                if text.plain and choice.echoed and delta.finish is None:
+                    if shown := text.push_plain(delta.token_ids):
+                        events.append(chunks.text(choice.number, shown))
+                else:
+                    events.append(self._events(chunks, choice, self._push(generation, choice, delta)))
+            elif text.plain and (choice.echoed or not self._job.echo):
+                if not choice.echoed:
+                    choice.echoed = True
+                    events.append(chunks.first(choice.number))
+                count = len(delta.token_ids)
+                self._timed(choice, count, now, count)
+                events.append(chunks.texts(choice.number, text.write_plain(delta.token_ids)))
             else:
-                events.append(self._events(chunks, choice, self._push(generation, choice, delta)))
+                for single in delta.deltas():
+                    if text.finish is None:
+                        self._timed(choice, 1, now)
+                        events.append(self._events(chunks, choice, self._push(generation, choice, single)))
         return events[0] if len(events) == 1 else b"".join(events)
 
     def _events(self, chunks: Stream, choice: ChoiceState, piece: Piece) -> bytes:

@@ -4,7 +4,7 @@ Decoders raise `InvalidRequestError` whose `param` names the field at fault; enc
 `TypeError` (protobuf's own) for values that our own code must not have sent.
 """
 
-from common.rpc.codec.deltas import StepRows, deltas_from_proto, deltas_to_proto, iter_deltas
+from common.rpc.codec.deltas import StepRows, deltas_from_proto, deltas_to_proto
 from common.rpc.codec.errors import error_from_proto, error_to_proto, failure_from_proto, failure_to_proto
 from common.rpc.codec.kv_events import KvBatch, KvStep, kv_batch_from_proto, kv_batch_to_proto
 from common.rpc.codec.layout import (
@@ -94,7 +94,6 @@ __all__ = [
     "failure_to_proto",
     "hello_from_proto",
     "hello_to_proto",
-    "iter_deltas",
     "kv_batch_from_proto",
     "kv_batch_to_proto",
     "layout_from_proto",

@@ -27,10 +27,92 @@ _FINISH_TO_WIRE: dict[FinishReason | None, types_pb2.FinishReason] = {
 _FINISH_FROM_WIRE: dict[int, FinishReason | None] = {number: reason for reason, number in _FINISH_TO_WIRE.items()}
 
 
+class Rows:
+    """The rows of a step in the columns they came in, checked. Iterating gives (slot, ChoiceDelta).
+
+    `singles`: a row's token where the row is that and nothing else, -1 where it has more to say. Most rows are one
+    token, and who takes them from the columns makes no object of each.
+    """
+
+    __slots__ = (
+        "_ends",
+        "_finishes",
+        "_logprobs",
+        "_stops",
+        "_tokens",
+        "_vectors",
+        "choices",
+        "positions",
+        "singles",
+        "slots",
+    )
+
+    def __init__(self, deltas: pb.StepDeltas) -> None:
+        self.slots, self.choices, self.positions = deltas.slots[:], deltas.choices[:], deltas.positions[:]
+        counts, finishes, stops = deltas.num_tokens[:], deltas.finish_reasons[:], deltas.stop_token_ids[:]
+        tokens = deltas.token_ids[:]
+        checks.equal_lengths(
+            "deltas",
+            slots=self.slots,
+            choices=self.choices,
+            positions=self.positions,
+            num_tokens=counts,
+            finish_reasons=finishes,
+            stop_token_ids=stops,
+        )
+        if counts.count(1) == len(counts):
+            self._ends: Sequence[int] = range(1, len(counts) + 1)
+        else:
+            self._ends = list(accumulate(counts))
+        if (self._ends[-1] if counts else 0) != len(tokens):
+            raise checks.fail("deltas.token_ids", f"has {len(tokens)} entries, num_tokens add up to {sum(counts)}")
+        self._finishes, self._stops, self._tokens = finishes, stops, tokens
+        for number in set(finishes):
+            checks.enum_value(_FINISH_FROM_WIRE, number, "deltas.finish_reasons")
+        self._logprobs = _logprobs_by_row(deltas, counts) if deltas.logprobs else {}
+        self._vectors = _vectors_by_row(deltas, finishes) if deltas.vectors else {}
+        self.singles = self._find_singles(counts)
+
+    def _find_singles(self, counts: Sequence[int]) -> Sequence[int]:
+        if isinstance(self._ends, range):
+            singles = self._tokens[:]
+        else:
+            singles = [
+                self._tokens[end - 1] if count == 1 else -1 for count, end in zip(counts, self._ends, strict=True)
+            ]
+        for column in (self._finishes, self._stops):
+            if any(column):
+                for row, value in enumerate(column):
+                    if value:
+                        singles[row] = -1
+        for rows in (self._logprobs, self._vectors):
+            for row in rows:
+                singles[row] = -1
+        return singles
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __iter__(self) -> Iterator[tuple[int, ChoiceDelta]]:
+        return ((slot, self.delta(row)) for row, slot in enumerate(self.slots))
+
+    def delta(self, row: int) -> ChoiceDelta:
+        stop = self._stops[row]
+        return ChoiceDelta(
+            choice=self.choices[row],
+            position=self.positions[row],
+            token_ids=tuple(self._tokens[self._ends[row - 1] if row else 0 : self._ends[row]]),
+            finish=_FINISH_FROM_WIRE[self._finishes[row]],
+            stop_token_id=stop - 1 if stop else None,
+            logprobs=self._logprobs.get(row),
+            vector=self._vectors.get(row, b""),
+        )
+
+
 class StepRows(NamedTuple):
     """One decoded StepDeltas; the first member of each pair is the slot."""
 
-    rows: list[tuple[int, ChoiceDelta]]
+    rows: Rows
     failures: list[tuple[int, Failure]]
     stats: list[tuple[int, RequestStats]]
     prompt_logprobs: list[tuple[int, TokenLogprobs]]
@@ -64,53 +146,10 @@ def deltas_to_proto(
 
 def deltas_from_proto(deltas: pb.StepDeltas) -> StepRows:
     return StepRows(
-        list(iter_deltas(deltas)),
+        Rows(deltas),
         [(row.slot, failure_from_proto(row.error)) for row in deltas.errors],
         [(row.slot, stats_from_proto(row.stats)) for row in deltas.stats],
         [(row.slot, _prompt_logprobs_from_proto(row)) for row in deltas.prompt_logprobs],
-    )
-
-
-def iter_deltas(deltas: pb.StepDeltas) -> Iterator[tuple[int, ChoiceDelta]]:
-    """Rows in order. Everything is checked before the first row is given out."""
-    slots, counts, tokens = list(deltas.slots), list(deltas.num_tokens), tuple(deltas.token_ids)
-    finishes = [checks.enum_value(_FINISH_FROM_WIRE, f, "deltas.finish_reasons") for f in deltas.finish_reasons]
-    checks.equal_lengths(
-        "deltas",
-        slots=slots,
-        choices=deltas.choices,
-        positions=deltas.positions,
-        num_tokens=counts,
-        finish_reasons=finishes,
-        stop_token_ids=deltas.stop_token_ids,
-    )
-    ends = list(accumulate(counts))
-    if (ends[-1] if ends else 0) != len(tokens):
-        raise checks.fail("deltas.token_ids", f"has {len(tokens)} entries, num_tokens add up to {sum(counts)}")
-    logprobs = _logprobs_by_row(deltas, counts) if deltas.logprobs else {}
-    vectors = _vectors_by_row(deltas, finishes) if deltas.vectors else {}
-    if counts.count(1) == len(counts) and not (logprobs or any(deltas.finish_reasons) or any(deltas.stop_token_ids)):
-        columns = zip(slots, deltas.choices, deltas.positions, zip(tokens, strict=True), strict=True)
-        return (  # most steps: a token each
-            (slot, ChoiceDelta(choice=choice, position=position, token_ids=ids))
-            for slot, choice, position, ids in columns
-        )
-    return (
-        (
-            slot,
-            ChoiceDelta(
-                choice=choice,
-                position=position,
-                token_ids=tokens[end - count : end],
-                finish=finish,
-                stop_token_id=stop - 1 if stop else None,
-                logprobs=logprobs.get(row),
-                vector=vectors.get(row, b""),
-            ),
-        )
-        for row, (slot, choice, position, count, end, finish, stop) in enumerate(
-            zip(slots, deltas.choices, deltas.positions, counts, ends, finishes, deltas.stop_token_ids, strict=True)
-        )
     )
 
 
@@ -134,7 +173,7 @@ def _prompt_logprobs_to_proto(slot: int, logprobs: TokenLogprobs) -> pb.PromptLo
     )
 
 
-def _logprobs_by_row(deltas: pb.StepDeltas, counts: list[int]) -> dict[int, TokenLogprobs]:
+def _logprobs_by_row(deltas: pb.StepDeltas, counts: Sequence[int]) -> dict[int, TokenLogprobs]:
     found: dict[int, TokenLogprobs] = {}
     for entry in deltas.logprobs:
         if entry.row >= len(counts) or entry.row in found:
@@ -146,11 +185,11 @@ def _logprobs_by_row(deltas: pb.StepDeltas, counts: list[int]) -> dict[int, Toke
     return found
 
 
-def _vectors_by_row(deltas: pb.StepDeltas, finishes: Sequence[FinishReason | None]) -> dict[int, bytes]:
+def _vectors_by_row(deltas: pb.StepDeltas, finishes: Sequence[int]) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     for entry in deltas.vectors:
         row, nbytes = entry.row, len(entry.values)
-        if row >= len(finishes) or row in found or finishes[row] is not FinishReason.STOP:
+        if row >= len(finishes) or row in found or finishes[row] != types_pb2.FINISH_REASON_STOP:
             raise checks.fail("deltas.vectors.row", f"{row} is named twice or does not end by stop")
         if not nbytes or nbytes % 4:
             raise checks.fail("deltas.vectors.values", f"has {nbytes} bytes, which is no whole number of float32")

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+import orjson
+
 from common.errors import NanoDeployError
 from common.text.parsers import CallDelta
 from services.router.replies import Ended, Head, Usage, dumps
@@ -64,6 +66,9 @@ class BlockEvents(ABC):
 
     def text(self, index: int, text: str) -> bytes:
         return self._add("text", text)
+
+    def texts(self, index: int, texts: Sequence[bytes]) -> bytes:
+        return b"".join([self.text(index, orjson.loads(text)) for text in texts])
 
     def reasoning(self, index: int, text: str) -> bytes:
         return self._add("reasoning", text)
