@@ -121,11 +121,14 @@ class Session:
         """`common.models.decoder.DecoderModel`, of an engine in this process."""
         return self.llm._built.parts.runner._model  # type: ignore[attr-defined]
 
-    def steps(self, batch: int, context: int, num_tokens: int, prompts: Prompts | None = None) -> dict[str, float]:
-        """Milliseconds of a step in which `batch` sequences decode, at `context` tokens and those they gain."""
-        self.run(prompts or self.prompts(batch, context), [TRIM] * batch)
-        filling = -(-batch * context // self.sizes.max_num_batched_tokens)
-        _, ends = self.run(prompts or self.prompts(batch, context), [num_tokens] * batch)
+    def steps(self, batch: int, context: int, num_tokens: int, cached: Prompts | None = None) -> dict[str, float]:
+        """Milliseconds of a step in which `batch` sequences decode, at `context` tokens and those they gain.
+
+        `cached`: prompts that the prefix cache holds, so that none but their ends are computed.
+        """
+        self.run(cached or self.prompts(batch, context), [TRIM] * batch)
+        filling = 1 if cached else -(-batch * context // self.sizes.max_num_batched_tokens)
+        _, ends = self.run(cached or self.prompts(batch, context), [num_tokens] * batch)
         steady = ends[filling + 4 : num_tokens - 4]
         gaps = sorted(b - a for a, b in itertools.pairwise(steady))
         return {

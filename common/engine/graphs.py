@@ -14,6 +14,7 @@ import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -136,7 +137,7 @@ class StepGraphs(ABC):
         torch.cuda.synchronize()
         self._backend.plan(self._with_host(ctx, arrays))
         fresh = replace(ctx, scratch={})
-        with torch.cuda.graph(graph, pool=self.memory_pool):
+        with torch.cuda.graph(graph, pool=self.memory_pool, stream=_stream(self._drawn_R.device)):
             hidden_TD = self._compute(tensors, fresh)
         return _Recorded(graph, memory, ctx, hidden_TD, arrays)
 
@@ -242,6 +243,14 @@ def known_or_drawn(input_ids_T: Tensor, pending_T: Tensor, drawn_R: Tensor) -> T
     """`input_ids_T`, but where `pending_T` names a draw, its token; a draw that failed gives token 0."""
     drawn_T = drawn_R.index_select(0, pending_T.clamp(min=0)).clamp_(min=0)
     return torch.where(pending_T < 0, input_ids_T, drawn_T)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are recorded: one for a GPU, since memory is shared within a stream. torch has one for a process,
+    of the GPU that it records on first.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _int32(array: NDArray[np.generic]) -> NDArray[np.int32]:
