@@ -139,7 +139,7 @@ def rows(results: Results, targets: Mapping[str, Any]) -> list[Row]:
     for stage, label in (("deterministic", "deterministic"), ("tp1", "TP 1"), ("tp2", "TP 2")):
         found += _steps(results, stage, f"qwen3-8b, {label}", {}, copy, by_copy, None, None)
     found += _deterministic(results)
-    found += _start(results, targets) + _http(results, targets, by_copy) + _kv(results, targets)
+    found += _start(results, targets) + _http(results, targets, by_copy, by_product) + _kv(results, targets)
     return found + list(_apart(results, targets)) + _transfer(results)
 
 
@@ -155,12 +155,12 @@ def _offline(
     theirs, wanted = targets["offline"][model], targets["wanted"]
     by_copy, by_product = (1.0, 1.0) if theirs.get("here") else (by_copy, by_product)
     found = []
-    for part, what in (("nano", "nano"), ("batch", "512 x (1024 in, 256 out)")):
+    for part, what, answer in (("nano", "nano", 1.0), ("batch", "512 x (1024 in, 256 out)", 4.0)):
         figures = good(results, model, part)
         if figures:
-            found.append(
-                Row(model, what, "tok/s", figures["tokens_per_s"], theirs[part], by_copy, wanted=wanted["of_vllm"])
-            )
+            rate = theirs[part]
+            scale = _mixed(by_copy, by_product, rate * answer / theirs["prefill"])
+            found.append(Row(model, what, "tok/s", figures["tokens_per_s"], rate, scale, wanted=wanted["of_vllm"]))
     aim = wanted["step_of_limit"] if model == "qwen3-8b" else None
     found += _steps(results, model, model, theirs["step_ms"], copy, by_copy, wanted["of_vllm"], aim)
     for name, figures in good(results, model, "prefill").items():
@@ -171,6 +171,11 @@ def _offline(
         aim = wanted["prefill_of_limit"] if model == "qwen3-8b" else None
         found.append(Row(model, what, "tok/s", rate, vllm, by_product, limit, wanted=1.0, wanted_of_limit=aim))
     return found
+
+
+def _mixed(by_copy: float, by_product: float, share: float) -> float:
+    """What a rate is multiplied by on another machine, where `share` of the time goes to prompts."""
+    return 1.0 / ((1.0 - share) / by_copy + share / by_product)
 
 
 def _steps(
@@ -222,17 +227,18 @@ def _start(results: Results, targets: Mapping[str, Any]) -> list[Row]:
     return found + ([Row("start", "qwen3-8b, `nanodeploy up`", "s", ready, lower=True)] if ready else [])
 
 
-def _http(results: Results, targets: Mapping[str, Any], by_copy: float) -> list[Row]:
-    found = []
+def _http(results: Results, targets: Mapping[str, Any], by_copy: float, by_product: float) -> list[Row]:
+    """Prompts have 1024 tokens, answers 128; first tokens wait for prompts, the others for steps."""
+    found, prefill = [], targets["offline"]["qwen3-8b"]["prefill"]
     for clients, theirs in targets["http"].items():
         ours = good(results, "http", clients)
         if ours:
             group, wanted = f"HTTP, {clients} at once", targets["wanted"]["of_vllm"]
-            found.append(
-                Row(group, "output", "tok/s", ours["tokens_per_s"], theirs["tokens_per_s"], by_copy, wanted=wanted)
-            )
-            for name, aim in (("ttft_p50_ms", 1.0), ("tpot_p50_ms", None)):
-                found.append(Row(group, name[:8], "ms", ours[name], theirs[name], by_copy, lower=True, wanted=aim))
+            rate = theirs["tokens_per_s"]
+            scale = _mixed(by_copy, by_product, 8.0 * rate / prefill)
+            found.append(Row(group, "output", "tok/s", ours["tokens_per_s"], rate, scale, wanted=wanted))
+            for name, by, aim in (("ttft_p50_ms", by_product, 1.0), ("tpot_p50_ms", by_copy, None)):
+                found.append(Row(group, name[:8], "ms", ours[name], theirs[name], by, lower=True, wanted=aim))
     return found
 
 
