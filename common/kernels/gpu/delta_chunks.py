@@ -138,7 +138,7 @@ def _inverse(system, SIZE: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_gates"])
 def _solve(
     b_ptr,
     a_ptr,
@@ -203,7 +203,7 @@ def _solve(
     tl.store(gates_ptr + 2 * num_gates + place, beta, mask=has)
 
 
-@triton.jit(do_not_specialize=["few"])
+@triton.jit(do_not_specialize=["few", "num_gates"])
 def _scan(
     mixed_ptr,
     inverse_ptr,

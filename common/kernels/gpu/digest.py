@@ -24,7 +24,7 @@ def _mix64(z):
     return z ^ (z >> 31)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _digest(
     anchor_ptr,  # int64
     segments_ptr,  # int64 [N, 4]: words from the anchor to row 0's first token, its position, tokens, which sum

@@ -25,7 +25,7 @@ class _Tile(NamedTuple):
     stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear(
     x_ptr,
     weight_ptr,
@@ -113,7 +113,7 @@ def _tile(rows: int, columns: int, dtype: torch.dtype) -> _Tile:
     return _Tile(64, 128, 64, 4, 4) if rows <= 1024 else _Tile(128, 128, 64, 8, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear_heads(
     x_ptr,
     weight_ptr,

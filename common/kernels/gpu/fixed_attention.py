@@ -105,7 +105,7 @@ def _join(top, total, more_top, more_total):
     return new_top, tl.fma(total, a, more_total * b), a, b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "table_stride", "num_splits"])
 def _attend(
     q_ptr,
     k_ptr,
@@ -201,7 +201,7 @@ def _attend(
         tl.store(target, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_splits"])
 def _join_lanes(
     starts_ptr,
     lens_ptr,

@@ -27,7 +27,7 @@ _SEGMENT = 1 << 13  # scores that a program compares, and, of what was taken of 
 _KEYS = 128  # that a program scores at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_tokens"])
 def _score(
     q_ptr,
     q_token_stride,
@@ -191,7 +191,7 @@ def _last_taken(number, top_k):
     return low.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "table_stride"])
 def _take(
     scores_ptr,
     numbers_ptr,
@@ -309,7 +309,7 @@ def top_k(scores_TL: Tensor, places: Places, number: int, *, with_slots: bool = 
         numbers, origins, length, stride, is_first = out_numbers, positions, segments * number, segments * number, False
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _rows_of(
     slots_ptr, out_ptr, num_slots, rows_per_block, rows_per_token, BLOCK_SIZE: tl.constexpr, AT_ONCE: tl.constexpr
 ):

@@ -137,7 +137,7 @@ def _join(
     tl.store(out_row + d, whole.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "table_stride"])
 def _attend(
     q_ptr,
     k_ptr,

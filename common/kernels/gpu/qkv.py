@@ -30,7 +30,7 @@ def _normed_and_turned(
     cos_ptr,
     sin_ptr,
     token,
-    table_stride,
+    cos_stride,
     has_head,
     eps,
     NORM: tl.constexpr,
@@ -64,7 +64,7 @@ def _normed_and_turned(
         low = (low * scale * low_weight).to(dtype).to(tl.float32)
         high = (high * scale * high_weight).to(dtype).to(tl.float32)
         tail = tail * scale * tail_weight
-    cos, sin = cos_ptr + token * table_stride + i, sin_ptr + token * table_stride + i
+    cos, sin = cos_ptr + token * cos_stride + i, sin_ptr + token * cos_stride + i
     low_cos = tl.load(cos, mask=in_half, other=0.0).to(tl.float32)
     low_sin = tl.load(sin, mask=in_half, other=0.0).to(tl.float32)
     high_cos = tl.load(cos + HALF, mask=in_half, other=0.0).to(tl.float32)
@@ -102,7 +102,7 @@ def _norm_turn_store(
     k_head_stride,
     v_token_stride,
     v_head_stride,
-    table_stride,
+    cos_stride,
     block_stride,
     part_stride,
     unit_stride,
@@ -136,7 +136,7 @@ def _norm_turn_store(
         has_head = head < HEADS
         x_row = q_ptr + token * q_token_stride + head * q_head_stride
         low, high, tail = _normed_and_turned(
-            x_row, q_weight_ptr, cos_ptr, sin_ptr, token, table_stride, has_head, eps,
+            x_row, q_weight_ptr, cos_ptr, sin_ptr, token, cos_stride, has_head, eps,
             NORM, WIDTH, HALF, HALF_BLOCK, TAIL_BLOCK, PDL,
         )  # fmt: skip
         out_row = out_ptr + (token * HEADS + head) * WIDTH
@@ -149,7 +149,7 @@ def _norm_turn_store(
         has_head = head < UNITS
         x_row = k_ptr + token * k_token_stride + head * k_head_stride
         low, high, tail = _normed_and_turned(
-            x_row, k_weight_ptr, cos_ptr, sin_ptr, token, table_stride, has_head, eps,
+            x_row, k_weight_ptr, cos_ptr, sin_ptr, token, cos_stride, has_head, eps,
             NORM, WIDTH, HALF, HALF_BLOCK, TAIL_BLOCK, PDL,
         )  # fmt: skip
         slot = tl.load(slots_ptr + token)

@@ -271,7 +271,7 @@ def store_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gather(
     cache_ptr,
     scales_ptr,
@@ -342,7 +342,7 @@ def gather_rows(
     return out_PW
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _keys(
     kv_ptr,
     kv_row_stride,

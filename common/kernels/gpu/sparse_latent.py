@@ -82,7 +82,7 @@ def whose(token, sequence_ptr, starts_ptr, lens_ptr, PER_SEQUENCE: tl.constexpr)
     return sequence, tl.load(lens_ptr + sequence) - behind
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend(
     q_ptr,
     q_token_stride,

@@ -103,7 +103,7 @@ def _tally(x, draw, best, low, high, least, tallies, tile, SHIFT: tl.constexpr):
         tl.store(tallies + 2 * _WAYS + way, tl.zeros_like(way).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _narrow(
     logits_ptr,
     draws_ptr,
