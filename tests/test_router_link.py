@@ -23,7 +23,7 @@ from common.types import (
     WorkerRef,
     new_epoch,
 )
-from services.router.generation import Batch, Courier, Generation, Mailbox, Singles
+from services.router.generation import LOAD_MEMORY_S, Batch, Courier, Generation, Mailbox, Singles
 from services.router.link import DecodeStream, WorkerLink
 from services.router.outbox import Cancels, Positions
 from services.router.routing.board import NO_HINTS
@@ -210,6 +210,28 @@ async def test_what_arrives_in_a_tick_is_handed_over_together() -> None:
     generation.accept(row(0, 5))
     await asyncio.wait_for(mailbox.ended(), 5)
     assert batches == [3, 2]
+
+
+@pytest.mark.parametrize("load", [0.0, 1.0])
+async def test_a_core_with_little_time_left_takes_several_steps_per_write(load: float) -> None:
+    clock = MonotonicClock()
+    courier = Courier(clock, lambda: load * clock.now())
+    mailbox = Mailbox(courier, 1000, lambda: None)
+    generation = make_generation(mailbox, n=1)
+    batches: list[int] = []
+    mailbox.consume = lambda deltas: batches.append(len(deltas_of(deltas)))
+    generation.accept(row(0, 0))
+    await asyncio.sleep(2 * LOAD_MEMORY_S)
+    generation.accept(row(0, 1))
+    await asyncio.sleep(0.05)
+    assert batches == [1, 1], "there was time"
+    generation.accept(row(0, 2))  # what the loop did in the pauses is known now
+    for position in range(3, 6):
+        await asyncio.sleep(0)
+        generation.accept(row(0, position))
+    await asyncio.sleep(0.05)
+    assert courier.is_behind == bool(load)
+    assert batches == ([1, 1, 1, 3] if load else [1] * 6)
 
 
 async def test_a_held_mailbox_keeps_order_and_is_bounded() -> None:

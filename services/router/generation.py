@@ -10,6 +10,7 @@ choice ended, when it failed, or when it was cancelled; nothing is delivered aft
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -27,6 +28,11 @@ ABNORMAL = (FinishReason.CANCELLED, FinishReason.ERROR)
 MIN_REST_S: Final = 0.0005  # shorter rests are not worth a timer
 MAX_REST_S: Final = 0.01
 LATE_WEIGHT: Final = 4.0
+EASY_LOAD: Final = 0.5  # of a core: rounds need no rest for it
+FULL_LOAD: Final = 0.8  # ... and the longest
+BEHIND_LOAD: Final = 0.95
+LOAD_WINDOW_S: Final = 0.02
+LOAD_MEMORY_S: Final = 0.1
 TIMER_S: Final = 0.001  # a timer may be so late of itself
 
 
@@ -186,24 +192,43 @@ class Mailbox:
             self._waiter.set_result(None)
 
 
+class Load:
+    """Which share of a core the loop's thread used lately. `cpu_s`: the seconds of it so far."""
+
+    def __init__(self, clock: Clock, cpu_s: Callable[[], float]) -> None:
+        self._clock, self._cpu_s = clock, cpu_s
+        self._since_s, self._used_s = clock.now(), cpu_s()
+        self.share = 0.0
+
+    def measure(self) -> None:
+        now = self._clock.now()
+        elapsed_s = now - self._since_s
+        if elapsed_s >= LOAD_WINDOW_S:
+            used_s = self._cpu_s()
+            share = (used_s - self._used_s) / elapsed_s
+            self.share += min(elapsed_s / LOAD_MEMORY_S, 1.0) * (share - self.share)
+            self._since_s, self._used_s = now, used_s
+
+
 class Courier:
     """Has mailboxes hand over what arrived in them, all of a loop tick together.
 
-    Nothing waits while there is time. When handing over (detokenize, write to the client) takes long, or the loop came
-    late to it, the next round rests in proportion: a loop that is behind takes in several steps per write, not one,
-    and the first tokens of others, which wait for no round, find it less busy.
+    Nothing waits while there is time. When the core has little left, when handing over (detokenize, write) takes long,
+    or when the loop came late to it, the next round rests in proportion: a busy loop takes in several steps per write,
+    not one, and the first tokens of others, which wait for no round, find it less busy.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, cpu_s: Callable[[], float] = time.thread_time) -> None:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
+        self._load = Load(clock, cpu_s)
         self._called: list[Mailbox] = []
-        self._due_s = self._rest_s = self._rest_until_s = 0.0
+        self._due_s = self._late_s = self._rest_until_s = 0.0
 
     @property
     def is_behind(self) -> bool:
-        """Writes are so far apart that a first token had better share one."""
-        return self._rest_s >= MAX_REST_S
+        """There is so little time that a first token had better share a write."""
+        return self._late_s >= MAX_REST_S or self._load.share >= BEHIND_LOAD
 
     def call(self, mailbox: Mailbox) -> None:
         if not self._called:
@@ -222,9 +247,10 @@ class Courier:
         for mailbox in called:
             mailbox.hand_over()
         ended_s = self._clock.now()
-        late_s = max(started_s - self._due_s - TIMER_S, 0.0)
-        self._rest_s = min(ended_s - started_s + LATE_WEIGHT * late_s, MAX_REST_S)
-        self._rest_until_s = ended_s + self._rest_s
+        self._load.measure()
+        self._late_s = ended_s - started_s + LATE_WEIGHT * max(started_s - self._due_s - TIMER_S, 0.0)
+        busy_s = MAX_REST_S * (self._load.share - EASY_LOAD) / (FULL_LOAD - EASY_LOAD)
+        self._rest_until_s = ended_s + min(max(self._late_s, busy_s), MAX_REST_S)
 
 
 class Generation:
