@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from common.types import GrammarKind as GrammarKind
     from common.types import SamplingParams as SamplingParams
     from nanodeploy.llm import LLM as LLM
-    from nanodeploy.llm import MediaPrompt as MediaPrompt
-    from nanodeploy.llm import MediaRows as MediaRows
-    from nanodeploy.llm import RequestOutput as RequestOutput
+    from nanodeploy.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
+    from nanodeploy.outputs import MediaPrompt as MediaPrompt
+    from nanodeploy.outputs import MediaRows as MediaRows
+    from nanodeploy.outputs import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "EmbeddingRequestOutput",
     "Grammar",
     "GrammarKind",
     "MediaPrompt",
@@ -30,12 +32,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "EmbeddingRequestOutput": "nanodeploy.outputs",
     "Grammar": "common.types",
     "GrammarKind": "common.types",
     "LLM": "nanodeploy.llm",
-    "MediaPrompt": "nanodeploy.llm",
-    "MediaRows": "nanodeploy.llm",
-    "RequestOutput": "nanodeploy.llm",
+    "MediaPrompt": "nanodeploy.outputs",
+    "MediaRows": "nanodeploy.outputs",
+    "RequestOutput": "nanodeploy.outputs",
     "SamplingParams": "common.types",
 }
 

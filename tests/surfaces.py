@@ -5,6 +5,7 @@ from __future__ import annotations
 EXPORTS = {
     "nanodeploy": [
         "LLM",
+        "EmbeddingRequestOutput",
         "Grammar",
         "GrammarKind",
         "MediaPrompt",

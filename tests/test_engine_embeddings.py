@@ -15,8 +15,9 @@ from engine_support import Answer, Pair, Solo, greedy, prompts
 from numpy.typing import NDArray
 
 from common.engine.messages import Drain
-from common.errors import ConfigError
+from common.errors import ConfigError, InvalidRequestError
 from common.types import FinishReason, Pooling, SamplingParams
+from nanodeploy import LLM
 
 NOTHING_DRAWN = SamplingParams(max_tokens=1, seed=0)
 
@@ -233,3 +234,33 @@ def test_layouts_that_would_make_other_vectors_are_refused(folder: Path, tmp_pat
         Solo(made)
     with pytest.raises(ConfigError, match="speculative_config"):
         Solo(folder, speculative_config={"method": "ngram"})
+
+
+def test_offline_embed_gives_vectors_in_the_order_of_prompts(folder: Path) -> None:
+    asked = prompts(7, (40, 3, 90))
+    told: list[tuple[int, int]] = []
+    with LLM(folder, dtype="float32", max_model_len=128) as llm:
+        outputs = llm.embed([list(p) for p in asked], progress=lambda done, total: told.append((done, total)))
+        short = llm.embed(list(asked[0]), dimensions=8)
+        some = llm.embed([list(asked[1]), [5] * 129], keep_errors=True)
+        with pytest.raises(InvalidRequestError, match="129 tokens; the model takes at most 128"):
+            llm.embed([[5] * 129])
+        with pytest.raises(InvalidRequestError, match="embeddings and no text"):
+            llm.generate([list(asked[0])])
+    for prompt, output in zip(asked, outputs, strict=True):
+        assert output.prompt_token_ids == list(prompt)
+        assert np.abs(np.array(output.outputs.embedding) - reference_vector(folder, prompt)).max() < TOLERANCE
+        assert output.stats.prompt_tokens == len(prompt)
+    assert told[-1] == (3, 3)
+    assert np.abs(np.array(short[0].outputs.embedding) - cut(reference_vector(folder, asked[0]), 8)).max() < TOLERANCE
+    assert some[0].error is None
+    assert "129 tokens" in str(some[1].error)
+
+
+def test_a_model_for_text_embeds_with_the_pooling_runner_only(tmp_path: Path) -> None:
+    folder = tiny_models.make_llama(tmp_path / "llama", seed=1)
+    with LLM(folder, dtype="float32") as llm, pytest.raises(InvalidRequestError, match="text and no embeddings"):
+        llm.embed([[1, 2, 3]])
+    with LLM(folder, dtype="float32", runner="pooling") as llm:
+        (output,) = llm.embed([[1, 2, 3]])
+    assert np.linalg.norm(output.outputs.embedding) > 0

@@ -435,4 +435,4 @@ def test_offline(each: Path) -> None:
     with LLM(each, dtype="float32", kv_cache_memory_bytes=8 << 20) as llm:
         outputs = llm.generate(given, greedy(COUNT))
         assert [o.outputs[0].token_ids for o in outputs] == [oracle_tokens(each, p, COUNT) for p in prompts]
-        assert not llm._media._rows
+        assert not llm._local.media._rows
