@@ -59,7 +59,7 @@ class ByteDetokenizer:
     def written(self, token_ids: Sequence[int]) -> list[bytes]:
         table = self._pieces.written
         if not self._pending and not self._strip_left:
-            found = [table[token] for token in token_ids]
+            found = list(map(table.__getitem__, token_ids))
             if b"" not in found:
                 return found
         found = []

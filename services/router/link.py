@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -93,7 +94,7 @@ class WorkerLink:
         self._submitting = 0
         self._stash: dict[int, tuple[float, list[Row]]] = {}  # (since, rows) of slots whose Submit may be unanswered
         self._stashed = 0  # rows
-        self._closed_slots: dict[int, None] = {}
+        self._closed_slots: OrderedDict[int, None] = OrderedDict()
         self._stream: DecodeStream | None = None
         self._leaving = False  # the stream was closed here
         self._steady = False  # the stream brought something
@@ -161,8 +162,9 @@ class WorkerLink:
         for choice, over in enumerate(generation.ended):
             if over and choice not in ended_choices:
                 self.drop_choice(generation, choice)
-        for row in self._unstash(slot):
-            self._apply(slot, row)
+        if slot in self._stash:
+            for row in self._unstash(slot):
+                self._apply(slot, row)
 
     def _forget(self, generation: Generation) -> None:
         self._open.pop(generation.slot, None)
@@ -173,7 +175,7 @@ class WorkerLink:
     def _remember(self, slot: int) -> None:
         self._closed_slots[slot] = None
         if len(self._closed_slots) > _REMEMBERED_SLOTS:
-            del self._closed_slots[next(iter(self._closed_slots))]
+            self._closed_slots.popitem(last=False)
 
     def _lose(self, generation: Generation, error: NanoDeployError, *, worker_gone: bool = False) -> None:
         self._forget(generation)

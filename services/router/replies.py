@@ -210,8 +210,8 @@ class Chunks(ABC):
         return self._chunk(index, self._body(text) | {"logprobs": logprobs, "finish_reason": None})
 
     def finish(self, index: int, finish: str, stop_reason: str | int | None) -> bytes:
-        ended = {"logprobs": None, "finish_reason": finish, "stop_reason": stop_reason}
-        return self._chunk(index, self._body("") | ended)
+        parts = self._start, index, dumps(self._body(""))[1:-1], dumps(finish), dumps(stop_reason), self._tail
+        return b'%b%d,%b,"logprobs":null,"finish_reason":%b,"stop_reason":%b}]%b' % parts
 
     def last(self, usage: Usage | None, timings: dict[str, Any] | None) -> bytes:
         """The chunk without choices that carries usage and timings, if either was asked for."""

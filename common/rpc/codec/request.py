@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import msgspec
+
 from common.rpc.codec import checks
 from common.types import EmbeddingHandle, GenerationRequest, Grammar, GrammarKind, Pooling, RequestStats, SamplingParams
 from nanodeploy.v1 import types_pb2 as pb
@@ -232,4 +234,4 @@ def stats_to_proto(stats: RequestStats) -> pb.RequestStats:
 
 
 def stats_from_proto(stats: pb.RequestStats) -> RequestStats:
-    return RequestStats(**{name: getattr(stats, name) for name in _STATS_FIELDS})
+    return msgspec.convert(stats, RequestStats, from_attributes=True)
