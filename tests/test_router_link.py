@@ -23,10 +23,12 @@ from common.types import (
     WorkerRef,
     new_epoch,
 )
+from services.router.contract import DecodeStream
 from services.router.generation import LOAD_MEMORY_S, Batch, Courier, Generation, Mailbox, Singles
-from services.router.link import DecodeStream, WorkerLink
+from services.router.link import WorkerLink
 from services.router.outbox import Cancels, Positions
 from services.router.routing.board import NO_HINTS
+from services.router.submits import Answer
 
 SLOT = 7
 
@@ -63,22 +65,27 @@ class FakePeer:
         self.submitted: list[GenerationRequest] = []
         self.asked = asyncio.Event()
         self.answer = asyncio.Event()
+        self.answering: list[asyncio.Task[None]] = []
         self.cancels: list[tuple[int, int | None]] = []
         self.rows: asyncio.Queue[StepRows] = asyncio.Queue()
         self.streams = 0
 
-    async def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float) -> int:
+    def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float, answer: Answer) -> None:
         self.submitted.append(request)
         self.asked.set()
+        self.answering.append(asyncio.create_task(self._answer(answer)))
+
+    async def _answer(self, answer: Answer) -> None:
         await self.answer.wait()
-        return SLOT
+        answer(SLOT)
 
     def open_stream(self) -> DecodeStream:
         self.streams += 1
         return FakeStream(self)
 
     async def close(self) -> None:
-        return
+        for task in self.answering:
+            task.cancel()
 
 
 def make_link(peer: FakePeer, connect_timeout_s: float = 1.0) -> WorkerLink:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from typing import Any
 
 import pytest
@@ -77,6 +78,15 @@ def test_a_large_submit_is_framed_right():
     )
     whole = decode_pb2.StreamRequest.FromString(codec.submit_message([codec.submit_item(request, None, NOW)] * 2))
     assert [len(item.request.prompt_token_ids) for item in whole.submit.items] == [200_000] * 2
+
+
+@pytest.mark.parametrize("beyond", [(), (2**18,), (2**32 - 1,)])
+def test_prompts_are_packed_right_at_every_length_of_a_varint(beyond):
+    edges = [2**bits + off for bits in (7, 14, 17) for off in (-1, 0, 1)]
+    ids = (0, 1, *edges, 2**18 - 1, *random.Random(repr(beyond)).choices(range(2**18), k=1000), *beyond)
+    request = GenerationRequest(request_id="r", model="m", prompt_token_ids=ids, sampling=SamplingParams(seed=1))
+    item = decode_pb2.SubmitItem.FromString(codec.submit_item(request, None, NOW))
+    assert tuple(item.request.prompt_token_ids) == ids
 
 
 @quick

@@ -39,6 +39,8 @@ def test_chatml() -> None:
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1"),
         ("{{ tools is none }}{{ bos_token }}", "True<s>"),
         ("{{ messages[0]['content'].strip()[::-1] }}", "iH"),
+        ("{% set d = {'items': 1, 'a': 2} %}{{ d['items'] }}{{ d.a }}{{ d.items() | list | length }}{{ d.b }}", "122"),
+        ("{{ messages[0][['role']] }}{{ messages[0]['update'] is defined }}", "False"),
     ],
 )
 def test_what_templates_rely_on(source: str, expected: str) -> None:

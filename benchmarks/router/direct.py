@@ -59,7 +59,9 @@ async def direct(
         while time.perf_counter() < end:
             await pause(number, concurrency, every_s)
             sent = time.perf_counter()
-            await waiter(await peer.submit(request, None, 5))
+            slot: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            peer.submit(request, None, 5, slot.set_result)
+            await waiter(await slot)
             times.append(1000 * (time.perf_counter() - sent))
 
     await asyncio.gather(*(one(number) for number in range(concurrency)))

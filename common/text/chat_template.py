@@ -26,6 +26,7 @@ from common.text.messages import ROLES, check_ends, normalize_messages
 
 MAX_RENDER_S = 5.0
 MAX_RENDER_CHARS = 64 * 2**20
+_DICT_NAMES = frozenset(dir(dict))
 _MARK = "\ue000continue\ue001"  # private-use characters: no real content ends like this
 
 
@@ -49,7 +50,10 @@ class _RenderLimitError(Exception):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox with a deadline, one per thread: a render stays on its thread."""
+    """The sandbox with a deadline, one per thread: a render stays on its thread.
+
+    What is looked up most, a message's parts by name, is answered here as the sandbox would in the end.
+    """
 
     intercepted_binops = frozenset(["*", "**"])
 
@@ -67,10 +71,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         self.check_time()
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_NAMES:
+            return obj[attribute]
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         self.check_time()
+        if type(obj) is dict and type(argument) is str and argument in obj:
+            return obj[argument]
         return super().getitem(obj, argument)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -43,7 +43,8 @@ def normalize_messages(messages: Sequence[Any], *, extra_roles: Sequence[str] = 
     """Messages for a template: `role`, `content` (a string) and what else was given. Raises `InvalidRequestError`."""
     if not messages:
         raise InvalidRequestError("messages must not be empty", param="messages")
-    return [_message(message, f"messages[{i}]", (*ROLES, *extra_roles)) for i, message in enumerate(messages)]
+    roles = (*ROLES, *extra_roles) if extra_roles else ROLES
+    return [_message(message, i, roles) for i, message in enumerate(messages)]
 
 
 def check_ends(*, add_generation_prompt: bool, continue_final_message: bool) -> None:
@@ -57,7 +58,12 @@ def _bad(where: str, rule: str) -> InvalidRequestError:
     return InvalidRequestError(f"{where} {rule}", param=where)
 
 
-def _message(message: Any, where: str, roles: Sequence[str]) -> Message:
+def _message(message: Any, index: int, roles: Sequence[str]) -> Message:
+    if type(message) is dict and len(message) == 2:  # most are plain
+        role, content = message.get("role"), message.get("content")
+        if role in roles and type(content) is str and content.isascii():
+            return {"role": role, "content": content}
+    where = f"messages[{index}]"
     if not isinstance(message, Mapping):
         raise _bad(where, "must be an object with role and content")
     role = message.get("role")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import random
 import time
@@ -35,11 +36,11 @@ from services.router.admission.sizes import TIMEOUT_HEADER, check_sizes, time_li
 from services.router.console.recent import Recent
 from services.router.errors import validation_error
 from services.router.exchange import Exchange
-from services.router.metrics import RouterMetrics
+from services.router.metrics import ModelMetrics, RouterMetrics
 from services.router.models import ModelText, ModelTexts
 from services.router.params import Job, chat_ids, chat_job, completion_job, conversation_ids
 from services.router.relay import Relay
-from services.router.replies import Head
+from services.router.replies import Head, Usage
 from services.router.routing.board import Hints, Members, serves
 from services.router.run import Run
 from services.router.schemas import ChatBody, CompletionBody, DetokenizeBody, SamplingFields, TokenizeBody
@@ -59,9 +60,10 @@ COMPLETION: Final = CompletionStyle()
 _log = get_logger(__name__)
 
 
-def fingerprint(model: ModelInfo) -> str:
+@functools.lru_cache(maxsize=256)
+def fingerprint(model_hash: bytes, dtype: str) -> str:
     """Changes when weights or their dtype do."""
-    return "fp_" + hashlib.blake2b(model.model_hash + model.dtype.encode(), digest_size=5).hexdigest()
+    return "fp_" + hashlib.blake2b(model_hash + dtype.encode(), digest_size=5).hexdigest()
 
 
 class Gateway:
@@ -153,9 +155,12 @@ class Gateway:
         await self._generate(exchange, CompletionBody, completion_job, COMPLETION)
 
     async def _generate(self, exchange: Exchange, kind: type[S], make_job: MakeJob[S], style: Style) -> None:
-        with self.admitted():
+        self._enter()
+        try:
             started_s = self._clock.now()
             await self.serve(exchange, await self.body(exchange, kind), make_job, style, started_s)
+        finally:
+            self._leave()
 
     async def serve(
         self, exchange: Exchange, body: S, make_job: MakeJob[S], style: Style, started_s: float, *, pools: bool = False
@@ -177,23 +182,29 @@ class Gateway:
         metrics.running.inc()
         try:
             place = self._place(exchange, model.name, body.priority, deadline_s)
-            text = await self.texts.get(model)
+            text = self.texts.peek(model) or await self.texts.get(model)
             job = await make_job(body, model, text, self.texts, self._rng)
             metrics.tokenize.observe(self._clock.now() - started_s)
             run = self._make_run(exchange, body, name, model, text, job, style, started_s, deadline_s)
             taken = await self._charge(exchange, job)
             try:
-                async with place.of(job):
+                if not place.enter(job):
+                    await place.wait()
+                try:
                     await self._answer(exchange, body, run, deadline_s)
+                finally:
+                    place.leave()
             finally:
-                self.limiter.settle(exchange.caller, taken, sum(run.usage()[:2]) if run.first_token_s else 0)
-            self._account(exchange, run, model.name, started_s)
+                usage = run.usage()
+                spent = usage.prompt_tokens + usage.completion_tokens if run.first_token_s else 0
+                self.limiter.settle(exchange.caller, taken, spent)
+            self._account(exchange, run, usage, metrics, model.name, started_s)
         except NanoDeployError as error:
             metrics.failed(error.code)
             self.recent.failed(exchange, model.name, error.code, self._clock.now() - started_s)
             raise
         finally:
-            metrics.running.dec()
+            metrics.running.inc(-1)
 
     def _place(self, exchange: Exchange, model: str, priority: int, deadline_s: float) -> Place:
         """What has no prospect is said before the prompt is tokenised."""
@@ -213,18 +224,24 @@ class Gateway:
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
         if self.draining:
             raise UnavailableError("the router is stopping")
         if self.in_flight >= self._config.max_concurrent_requests:
             raise OverloadedError(f"{self.in_flight} requests are in flight, which is this router's limit")
         self.in_flight += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            if not self.in_flight:
-                self._idle.set()
+
+    def _leave(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._idle.set()
 
     def _make_run(
         self,
@@ -254,7 +271,7 @@ class Gateway:
             )
             for index, ids in enumerate(job.prompts)
         ]
-        head = Head(f"{style.prefix}{number:032x}", int(time.time()), name, fingerprint(model))
+        head = Head(f"{style.prefix}{number:032x}", int(time.time()), name, fingerprint(model.model_hash, model.dtype))
         metrics = self.metrics.of(model.name)
         session = exchange.header(SESSION_HEADER) or body.prompt_cache_key or body.user or ""
         return Run(
@@ -289,9 +306,10 @@ class Gateway:
             timings=timings,
         )
 
-    def _account(self, exchange: Exchange, run: Run, model: str, started_s: float) -> None:
+    def _account(
+        self, exchange: Exchange, run: Run, usage: Usage, metrics: ModelMetrics, model: str, started_s: float
+    ) -> None:
         """Count an answered request and log where its time went."""
-        metrics, usage = self.metrics.of(model), run.usage()
         seconds = self._clock.now() - started_s
         metrics.prompt_tokens.inc(usage.prompt_tokens)
         metrics.cached_tokens.inc(usage.cached_tokens)

@@ -14,15 +14,16 @@ import contextlib
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from common.errors import DeadlineExceededError, InternalError, NanoDeployError, UnavailableError
 from common.rpc.client import Backoff
 from common.rpc.codec import StepRows
 from common.telemetry import get_logger
-from common.types import ChoiceDelta, Clock, Failure, GenerationRequest, RequestStats, TokenLogprobs, WorkerRef
+from common.types import ChoiceDelta, Clock, Failure, RequestStats, TokenLogprobs, WorkerRef
+from services.router.contract import DecodePeer, DecodeStream
 from services.router.generation import ABNORMAL, Generation
-from services.router.outbox import Cancels, Outbox, Positions
+from services.router.outbox import Outbox
 
 PATIENT_ATTEMPTS: Final = 3  # failed reattachments before requests are moved, if another worker could take them
 PATIENCE_S: Final = 5.0  # ... and if none could
@@ -36,32 +37,6 @@ _CLOSE_S: Final = 0.5
 _log = get_logger(__name__)
 
 Row = ChoiceDelta | Failure | RequestStats | TokenLogprobs
-
-
-class DecodeStream(Protocol):
-    """One attempt at a stream. Every method raises an error of the tree when it is broken or was closed."""
-
-    async def attach(self, epoch: int, positions: Positions) -> tuple[int, Sequence[int]]:
-        """The worker's epoch and the slots it does not know."""
-        ...
-
-    async def read(self) -> StepRows: ...
-
-    async def send(self, cancels: Cancels, acks: Positions) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class DecodePeer(Protocol):
-    """A decode worker as the network offers it."""
-
-    async def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float) -> int:
-        """The slot."""
-        ...
-
-    def open_stream(self) -> DecodeStream: ...
-
-    async def close(self) -> None: ...
 
 
 class WorkerLink:
@@ -111,25 +86,56 @@ class WorkerLink:
         """Requests this router has on the worker."""
         return len(self._open) + self._submitting
 
+    @property
+    def is_open(self) -> bool:
+        """Can `begin` be called now?"""
+        return self.attached.is_set() and not self.over
+
+    def begin(
+        self, generation: Generation, prefill: WorkerRef | None, then: Callable[[NanoDeployError | None], None]
+    ) -> None:
+        """Ask the worker; its answer binds the generation to a slot. `then` gets None when it has, else why not.
+
+        Raises `InvalidRequestError` for what cannot be sent at all.
+        """
+        request = generation.to_resume()
+
+        def answered(answer: int | NanoDeployError) -> None:
+            error = self._answered(generation, answer, request.ended_choices)
+            self._submitted()
+            then(error)
+
+        self._submitting += 1
+        try:
+            self._peer.submit(request, prefill, self._connect_timeout_s, answered)
+        except BaseException:
+            self._submitted()
+            raise
+
     async def submit(self, generation: Generation, prefill: WorkerRef | None) -> None:
-        """Bind the generation to a slot. Raises what the worker said, or `UnavailableError` if it cannot be reached."""
+        """`begin`, once there is a stream. Raises what the worker said, `UnavailableError` if it is out of reach."""
+        bound: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def then(error: NanoDeployError | None) -> None:
+            if bound.done():
+                return  # nobody waits any longer
+            if error is None:
+                bound.set_result(None)
+            else:
+                bound.set_exception(error)
+
         self._submitting += 1
         try:
             if not self.attached.is_set():
                 await self._reached()
-            self._check_there()
+            if self.over:
+                raise self._gone()
             if generation.done:
                 return
-            request = generation.to_resume()
-            slot = await self._peer.submit(request, prefill, self._connect_timeout_s)
-            self._check_there()  # if not, another process answered, and drops what nobody attaches to
-            self._bind(generation, slot, request.ended_choices)
-        except DeadlineExceededError as error:
-            raise UnavailableError(f"worker {self.ref.worker_id} did not answer: {error.message}") from error
+            self.begin(generation, prefill, then)
         finally:
-            self._submitting -= 1
-            if not self._submitting:
-                self._clear_stash()
+            self._submitted()
+        await bound
 
     async def _reached(self) -> None:
         try:
@@ -138,9 +144,25 @@ class WorkerLink:
         except TimeoutError:
             raise UnavailableError(f"worker {self.ref.worker_id} cannot be reached") from None
 
-    def _check_there(self) -> None:
-        if self.over:
-            raise UnavailableError(f"worker {self.ref.worker_id} is gone")
+    def _answered(
+        self, generation: Generation, answer: int | NanoDeployError, ended_choices: Sequence[int]
+    ) -> NanoDeployError | None:
+        if isinstance(answer, int):
+            if self.over:
+                return self._gone()  # another process answered, and drops what nobody attaches to
+            self._bind(generation, answer, ended_choices)
+            return None
+        if isinstance(answer, DeadlineExceededError):
+            return UnavailableError(f"worker {self.ref.worker_id} did not answer: {answer.message}")
+        return answer
+
+    def _submitted(self) -> None:
+        self._submitting -= 1
+        if not self._submitting:
+            self._clear_stash()
+
+    def _gone(self) -> UnavailableError:
+        return UnavailableError(f"worker {self.ref.worker_id} is gone")
 
     def drop(self, generation: Generation) -> None:
         """The router wants no more of it."""

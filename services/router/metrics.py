@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from prometheus_client import Counter
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from common.telemetry import Metrics
 from common.telemetry.metrics import PREFIX, buckets_of
+
+Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
 
 
 class Samples:
@@ -58,6 +59,52 @@ class SampledHistogram(Collector):
         yield family
 
 
+class Tally:
+    """One series of what is counted per request: an addition, no lock, one thread."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def inc(self, amount: float = 1.0) -> None:
+        self.value += amount
+
+
+class Tallied(Collector):
+    """A counter or a gauge with labels. `name` has no prefix and no `_total`: both are added."""
+
+    def __init__(self, metrics: Metrics, family: Family, name: str, help: str, labels: Sequence[str]) -> None:
+        self._family = family
+        self._name = PREFIX + name
+        self._help = help
+        self._labels = labels
+        self._series: dict[tuple[str, ...], Tally] = {}
+        metrics.registry.register(self)
+
+    def of(self, *labels: str) -> Tally:
+        return self._series.setdefault(labels, Tally())
+
+    def collect(self) -> Iterator[Metric]:
+        family = self._family(self._name, self._help, labels=self._labels)
+        for labels, tally in self._series.items():
+            family.add_metric(labels, tally.value)
+        yield family
+
+
+class Counts:
+    """Those of requests."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        counter, gauge, model = CounterMetricFamily, GaugeMetricFamily, ["model_name"]
+        self.prompt_tokens = Tallied(metrics, counter, "prompt_tokens", "Prompt tokens received.", model)
+        self.cached_tokens = Tallied(metrics, counter, "cached_tokens", "Prompt tokens found in a cache.", model)
+        self.generation_tokens = Tallied(metrics, counter, "generation_tokens", "Tokens sent to clients.", model)
+        self.success = Tallied(metrics, counter, "request_success", "Choices that ended.", [*model, "finished_reason"])
+        self.failures = Tallied(metrics, counter, "request_failures", "Requests that failed.", [*model, "code"])
+        self.running = Tallied(metrics, gauge, "num_requests_running", "Requests in the router.", model)
+
+
 class Histograms:
     """Those with a series per model."""
 
@@ -73,14 +120,13 @@ class Histograms:
 class ModelMetrics:
     """The series of one model, looked up once."""
 
-    def __init__(self, metrics: Metrics, histograms: Histograms, model: str) -> None:
-        counter, label = metrics.counter, ["model_name"]
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens received.", label).labels(model)
-        self.cached_tokens = counter("cached_tokens", "Prompt tokens found in a cache.", label).labels(model)
-        self.generation_tokens = counter("generation_tokens", "Tokens sent to clients.", label).labels(model)
-        self._success = counter("request_success", "Choices that ended.", [*label, "finished_reason"])
-        self._failures = counter("request_failures", "Requests that failed.", [*label, "code"])
-        self.running = metrics.gauge("num_requests_running", "Requests in the router.", label).labels(model)
+    def __init__(self, counts: Counts, histograms: Histograms, model: str) -> None:
+        self.prompt_tokens = counts.prompt_tokens.of(model)
+        self.cached_tokens = counts.cached_tokens.of(model)
+        self.generation_tokens = counts.generation_tokens.of(model)
+        self.running = counts.running.of(model)
+        self._success = counts.success
+        self._failures = counts.failures
         self.first_token = histograms.first_token.of(model)
         self.inter_token = histograms.inter_token.of(model)
         self.e2e = histograms.e2e.of(model)
@@ -88,21 +134,19 @@ class ModelMetrics:
         self.request_prompt = histograms.request_prompt.of(model)
         self.request_output = histograms.request_output.of(model)
         self._model = model
-        self._ended: dict[str, Counter] = {}
 
     def ended(self, finish: str) -> None:
-        if (counter := self._ended.get(finish)) is None:
-            counter = self._ended[finish] = self._success.labels(self._model, finish)
-        counter.inc()
+        self._success.of(self._model, finish).inc()
 
     def failed(self, code: str) -> None:
-        self._failures.labels(self._model, code).inc()
+        self._failures.of(self._model, code).inc()
 
 
 class RouterMetrics:
     def __init__(self, metrics: Metrics) -> None:
         self.base = metrics
         self._models: dict[str, ModelMetrics] = {}
+        self._counts = Counts(metrics)
         self._histograms = Histograms(metrics)
         self.http = metrics.counter("http_requests", "HTTP requests by path and status.", ["path", "status"])
         self.workers = metrics.gauge("router_workers", "Members by role and state.", ["role", "state"])
@@ -115,5 +159,5 @@ class RouterMetrics:
     def of(self, model: str) -> ModelMetrics:
         found = self._models.get(model)
         if found is None:
-            found = self._models[model] = ModelMetrics(self.base, self._histograms, model)
+            found = self._models[model] = ModelMetrics(self._counts, self._histograms, model)
         return found

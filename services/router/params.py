@@ -7,8 +7,9 @@ Rules that need the model are here: its length, its vocabulary, its checkpoint's
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from common.errors import InvalidRequestError, UnsupportedError
 from common.text.parsers import ParserPlan
@@ -22,10 +23,12 @@ from services.router.tools import ToolUse, call_format, parser_plan, reasoning_s
 COMPLETION_MAX_TOKENS: Final = 16
 MAX_STOP_CHARS: Final = 2048  # of all stop strings: their automaton is built per request
 MAX_SEQUENCES: Final = 1024  # prompts x n of one request
+_CHOSEN: Final = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+)
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """One HTTP request, checked: `prompts` x `sampling.n` choices."""
 
     prompts: list[list[int]]
@@ -284,8 +287,10 @@ def sampling_params(
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if sum(map(len, stop)) > MAX_STOP_CHARS:
         raise InvalidRequestError(f"stop must be at most {MAX_STOP_CHARS} characters in all", param="stop")
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    chosen = {**text.defaults, **{name: v for name in names if (v := getattr(body, name)) is not None}}
+    chosen = dict(text.defaults)
+    for name in _CHOSEN & body.model_fields_set:
+        if (value := getattr(body, name)) is not None:
+            chosen[name] = value
     try:
         return SamplingParams(
             **chosen,
@@ -297,7 +302,7 @@ def sampling_params(
             include_stop_str_in_output=body.include_stop_str_in_output,
             ignore_eos=body.ignore_eos,
             seed=rng.getrandbits(64) if body.seed is None else body.seed,
-            logit_bias=_logit_bias(body.logit_bias or {}),
+            logit_bias=_logit_bias(body.logit_bias) if body.logit_bias else (),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             skip_special_tokens=body.skip_special_tokens,
@@ -317,6 +322,8 @@ def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
 
 
 def _check_ids(sampling: SamplingParams, model: ModelInfo) -> None:
+    if not sampling.stop_token_ids and not sampling.logit_bias:
+        return
     named = (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", [token for token, _ in sampling.logit_bias]))
     for name, ids in named:
         for token in ids:

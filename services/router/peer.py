@@ -16,7 +16,7 @@ from common.telemetry import get_logger
 from common.types import Clock, GenerationRequest, WorkerRef
 from nanodeploy.v1 import decode_pb2 as pb
 from services.router.outbox import Cancels, Positions
-from services.router.submits import Submission, Submits
+from services.router.submits import Answer, Submission, Submits
 
 _log = get_logger(__name__)
 
@@ -145,8 +145,8 @@ class GrpcDecodePeer:
         )
         self._submits = Submits(clock)
 
-    async def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float) -> int:
-        return await self._submits.submit(codec.submit_item(request, prefill, self._clock.now()), timeout_s)
+    def submit(self, request: GenerationRequest, prefill: WorkerRef | None, timeout_s: float, answer: Answer) -> None:
+        self._submits.submit(codec.submit_item(request, prefill, self._clock.now()), timeout_s, answer)
 
     def open_stream(self) -> GrpcDecodeStream:
         return GrpcDecodeStream(self._open, self._router_id, self._submits)

@@ -26,9 +26,9 @@ from services.router.admission.limiter import Ledger
 from services.router.api.apis import Apis
 from services.router.app import make_app
 from services.router.console.access import AccessLog
+from services.router.contract import DecodePeer
 from services.router.gateway import Gateway
 from services.router.https import Renewal, check_files
-from services.router.link import DecodePeer
 from services.router.metrics import RouterMetrics
 from services.router.peer import GrpcDecodePeer
 from services.router.protocol import App, BoundedHttpProtocol

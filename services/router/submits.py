@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple
 
 from common.errors import InvalidRequestError, NanoDeployError, UnavailableError
 from common.types import Clock
@@ -27,13 +26,16 @@ MOST_NBYTES_ALONE: Final = 60 << 20  # a message has 64 MiB at most: a larger on
 _NUMBERS: Final = 2**32
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """`item` is a serialised `SubmitItem`; `answer` gets the slot, or the worker's error."""
+Answer = Callable[[int | NanoDeployError], None]
+"""Gets the slot, or the worker's error, once. Called from the stream's reader: it must neither wait nor raise."""
+
+
+class Submission(NamedTuple):
+    """`item` is a serialised `SubmitItem`."""
 
     item: bytes
     late_s: float  # when its time to be answered is over
-    answer: asyncio.Future[int]
+    answer: Answer
 
 
 class Submits:
@@ -48,22 +50,19 @@ class Submits:
         self._hold: asyncio.TimerHandle | None = None  # while a message is out
         self._timer: asyncio.TimerHandle | None = None
 
-    async def submit(self, item: bytes, timeout_s: float) -> int:
-        """The slot. Raises what the worker said, or `UnavailableError` if it did not say anything in time.
+    def submit(self, item: bytes, timeout_s: float, answer: Answer) -> None:
+        """`answer` gets an `UnavailableError` if the worker does not say anything in time.
 
-        `InvalidRequestError` if the request is too large for a message.
+        Raises `InvalidRequestError` if the request is too large for a message.
         """
         if len(item) > MOST_NBYTES_ALONE:
             raise InvalidRequestError(
                 f"the request takes {len(item) >> 20} MiB on its way to a worker, {MOST_NBYTES_ALONE >> 20} are allowed"
             )
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[int] = loop.create_future()
         self._waiting.append(Submission(item, self._clock.now() + timeout_s, answer))
         if self._hold is None:
             self._due.set()
         self._look_after(timeout_s)
-        return await answer
 
     async def write_to(self, send: Callable[[list[Submission]], Awaitable[None]]) -> None:
         """Send what waits, and first what the stream before left unanswered. Raises what `send` raises."""
@@ -82,7 +81,7 @@ class Submits:
     def answered(self, number: int, answer: int | NanoDeployError) -> None:
         submission = self._sent.pop(number, None)
         if submission is not None:
-            _settle(submission, answer)
+            submission.answer(answer)
         if self._hold is not None:
             self._let_go()
 
@@ -92,7 +91,7 @@ class Submits:
         self._sent.clear()
         self._waiting.clear()
         for submission in submissions:
-            _settle(submission, error)
+            submission.answer(error)
 
     def close(self) -> None:
         self.fail(UnavailableError("the connection is closed"))
@@ -118,20 +117,21 @@ class Submits:
             if taken and nbytes > MOST_NBYTES:
                 break
             self._waiting.popleft()
-            if not submission.answer.done():
-                self._sent[self._number] = submission
-                self._number = (self._number + 1) % _NUMBERS
-                taken.append(submission)
+            self._sent[self._number] = submission
+            self._number = (self._number + 1) % _NUMBERS
+            taken.append(submission)
         return taken
 
     def _look(self) -> None:
         """Whose time is over; looks again when the next one's may be."""
         self._timer = None
         now = self._clock.now()
-        self._sent = {number: s for number, s in self._sent.items() if not _late(s, now)}
-        self._waiting = deque(s for s in self._waiting if not _late(s, now))
-        left: Iterable[Submission] = (*self._sent.values(), *self._waiting)
-        next_s = min((s.late_s for s in left), default=None)
+        late = [s for s in (*self._sent.values(), *self._waiting) if s.late_s <= now]
+        self._sent = {number: s for number, s in self._sent.items() if s.late_s > now}
+        self._waiting = deque(s for s in self._waiting if s.late_s > now)
+        for submission in late:
+            submission.answer(UnavailableError("the worker did not answer this request"))
+        next_s = min((s.late_s for s in (*self._sent.values(), *self._waiting)), default=None)
         if next_s is not None:
             self._look_after(next_s - now)
 
@@ -142,20 +142,3 @@ class Submits:
                 return
             self._timer.cancel()
         self._timer = loop.call_later(seconds, self._look)
-
-
-def _late(submission: Submission, now: float) -> bool:
-    if submission.late_s > now and not submission.answer.done():
-        return False
-    _settle(submission, UnavailableError("the worker did not answer this request"))
-    return True
-
-
-def _settle(submission: Submission, answer: int | NanoDeployError) -> None:
-    future = submission.answer
-    if future.done():
-        return
-    if isinstance(answer, NanoDeployError):
-        future.set_exception(answer)
-    else:
-        future.set_result(answer)

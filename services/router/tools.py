@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -35,8 +34,7 @@ _NAME: Final = re.compile(r"[\w.:/-]{1,256}")
 _PROMPT_END_TOKENS: Final = 16  # enough for a mark that is spelled out
 
 
-@dataclass(frozen=True)
-class ToolUse:
+class ToolUse(msgspec.Struct, frozen=True):
     """`shown`: what the template gets. `callable_tools`: what may be called; empty if nothing may be."""
 
     shown: list[dict[str, Any]] | None

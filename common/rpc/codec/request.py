@@ -166,15 +166,15 @@ def embeddings_from_proto(
     return decoded
 
 
-def request_to_proto(request: GenerationRequest, now_s: float) -> pb.GenerationRequest:
-    """A deadline that has passed travels as 1 ms, never as 0 (no limit)."""
+def request_to_proto(request: GenerationRequest, now_s: float, *, prompt: bool = True) -> pb.GenerationRequest:
+    """A deadline that has passed travels as 1 ms, never as 0 (no limit). `prompt` False: its ids are left out."""
     remaining = remaining_ms(request.deadline_s - now_s) or 1 if request.deadline_s else 0
     return pb.GenerationRequest(
         request_id=request.request_id,
         model=request.model,
         adapter_id=request.adapter_id,
         cache_salt=request.cache_salt,
-        prompt_token_ids=request.prompt_token_ids,
+        prompt_token_ids=request.prompt_token_ids if prompt else (),
         sampling=sampling_to_proto(request.sampling),
         num_choices=request.sampling.n,
         sent=[pb.ChoiceOutput(choice=c, token_ids=ids) for c, ids in enumerate(request.sent) if ids],

@@ -99,7 +99,11 @@ def _unlimited(running: int) -> int:
 
 
 class Place:
-    """A request's place in a gate, to be had with `async with place.of(job)`."""
+    """A request's place in a gate.
+
+    enter -> False: wait -> leave
+          `-> True --------^
+    """
 
     __slots__ = ("_clock", "_deadline_s", "_entered_s", "_exchange", "_flow", "_gate", "_job", "_priority", "_seqs")
 
@@ -114,21 +118,18 @@ class Place:
         self._clock = clock
         self._entered_s = 0.0
 
-    def of(self, job: Job) -> Place:
+    def enter(self, job: Job) -> bool:
+        """False if there is a queue: then it is had by `wait`."""
         self._job = job
         self._seqs = len(job.prompts) * job.sampling.n
-        return self
-
-    async def __aenter__(self) -> None:
-        """Waits if there is a queue. Raises what the gate says, `CancelledByCallerError` when the client leaves."""
-        if not self._gate.try_enter(self._seqs):
-            await self._wait()
         self._entered_s = self._clock.now()
+        return self._gate.try_enter(self._seqs)
 
-    async def __aexit__(self, *exception: object) -> None:
+    def leave(self) -> None:
         self._gate.leave(self._seqs, self._clock.now() - self._entered_s)
 
-    async def _wait(self) -> None:
+    async def wait(self) -> None:
+        """Raises what the gate says, `CancelledByCallerError` when the client leaves."""
         gate, seqs = self._gate, self._seqs
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -157,3 +158,4 @@ class Place:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 gate.leave(seqs)
             raise
+        self._entered_s = self._clock.now()

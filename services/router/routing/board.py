@@ -12,8 +12,9 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
+
+import msgspec
 
 from common.config.schema import RouterConfig
 from common.errors import NotFoundError, UnavailableError
@@ -49,8 +50,7 @@ def serves(worker: WorkerInfo, model: str) -> bool:
     return worker.model.name == model or model in worker.model.served_names
 
 
-@dataclass(frozen=True, slots=True)
-class Hints:
+class Hints(msgspec.Struct, frozen=True):
     """What a caller says besides the request. `session`: requests with the same one belong together."""
 
     session: str = ""
@@ -195,7 +195,7 @@ class Board:
         ids = request.prompt_token_ids
         model_hash = view.decode[0].worker.model.model_hash
         root = _root(model_hash, request.adapter_id, request.cache_salt)
-        media = tuple((e.position, e.media_hash) for e in request.embeddings)
+        media = tuple([(e.position, e.media_hash) for e in request.embeddings])
         hits: list[tuple[int, int]] = []
         if len(self.table):
             chain = LazyChain(root, ids, media)
@@ -311,8 +311,7 @@ def _hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
+class _Known(NamedTuple):
     hits: list[tuple[int, int]]
     keys: list[int]
     hot: int = 0

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from common.types import Role, WorkerInfo
 
 DEFAULT_OUTPUT_TOKENS = 128
@@ -151,8 +153,7 @@ class View:
 SPREAD = 1.2  # of the mean: most that a seat may have had of late
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
+class Features(msgspec.Struct, frozen=True):
     """What the choice may depend on besides the workers.
 
     `hits`: (tokens, mask of seats that hold the first so many), longest first; a seat counts where it is met first.
