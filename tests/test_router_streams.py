@@ -71,6 +71,24 @@ async def test_random_tokens_stream_as_they_answer(tmp_path: Path) -> None:
                 )
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_tokens_taken_together_are_an_event_each(tmp_path: Path, path: str) -> None:
+    """Rows of a token each, as fast as they come; parts of characters are no event."""
+    rng = random.Random(11)
+    outputs = [[rng.randrange(467) for _ in range(200)] for _ in range(3)]
+    ask = CHAT if path.endswith("chat/completions") else {"model": MODEL, "prompt": "x"}
+    async with cluster(tmp_path, lambda request: Script(outputs)) as made:
+        said = events((await made.post(path, **ask, n=3, max_tokens=200, stream=True)).text)
+    for index, ids in enumerate(outputs):
+        detokenizer = tokenizer().detokenizer()
+        pieces = [detokenizer.push((token,)) for token in ids]
+        pieces[-1] += detokenizer.finish()
+        choices = [c for event in said for c in event["choices"] if c["index"] == index]
+        texts = [c["text"] if "text" in c else c["delta"].get("content", "") for c in choices]
+        assert [text for text in texts if text] == [piece for piece in pieces if piece]
+        assert [c["finish_reason"] for c in choices if c["finish_reason"]] == ["length"]
+
+
 async def test_a_stop_string_split_over_tokens_never_leaks(tmp_path: Path) -> None:
     text = "The lazy dog###END and more of it"
     ids = tokenizer().encode(text)
