@@ -97,7 +97,9 @@ class Rows:
         return ((slot, self.delta(row)) for row, slot in enumerate(self.slots))
 
     def delta(self, row: int) -> ChoiceDelta:
-        stop = self._stops[row]
+        token_id, stop = self.singles[row], self._stops[row]
+        if token_id >= 0:
+            return ChoiceDelta(choice=self.choices[row], position=self.positions[row], token_ids=(token_id,))
         return ChoiceDelta(
             choice=self.choices[row],
             position=self.positions[row],
