@@ -40,6 +40,9 @@ def test_chatml() -> None:
         ("{{ tools is none }}{{ bos_token }}", "True<s>"),
         ("{{ messages[0]['content'].strip()[::-1] }}", "iH"),
         ("{% set d = {'items': 1, 'a': 2} %}{{ d['items'] }}{{ d.a }}{{ d.items() | list | length }}{{ d.b }}", "122"),
+        ("{% for i in 'ab' %}{{ loop.index }}{{ loop.index0 }}{{ loop.first }},{% endfor %}", "10True,21False,"),
+        ("{% for i in 'ab' %}{{ loop.revindex }}{{ loop.revindex0 }}{{ loop.last }},{% endfor %}", "21False,10True,"),
+        ("{% for i in 'ab' %}{{ loop.length }}{{ loop.previtem }}{{ loop.cycle(1, 2) }},{% endfor %}", "21,2a2,"),
         ("{{ messages[0][['role']] }}{{ messages[0]['update'] is defined }}", "False"),
     ],
 )

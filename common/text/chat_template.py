@@ -20,6 +20,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
+from jinja2.runtime import LoopContext
 
 from common.errors import ConfigError, InvalidRequestError, UnsupportedError
 from common.text.messages import ROLES, check_ends, normalize_messages
@@ -27,6 +28,7 @@ from common.text.messages import ROLES, check_ends, normalize_messages
 MAX_RENDER_S = 5.0
 MAX_RENDER_CHARS = 64 * 2**20
 _DICT_NAMES = frozenset(dir(dict))
+_LOOP_NAMES = frozenset({"index", "index0", "revindex", "revindex0", "first", "last", "length"})
 _MARK = "\ue000continue\ue001"  # private-use characters: no real content ends like this
 
 
@@ -52,7 +54,7 @@ class _RenderLimitError(Exception):
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox with a deadline, one per thread: a render stays on its thread.
 
-    What is looked up most, a message's parts by name, is answered here as the sandbox would in the end.
+    What is looked up most, a message's parts and where a loop is, is answered here as the sandbox would in the end.
     """
 
     intercepted_binops = frozenset(["*", "**"])
@@ -73,6 +75,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.check_time()
         if type(obj) is dict and attribute in obj and attribute not in _DICT_NAMES:
             return obj[attribute]
+        if type(obj) is LoopContext and attribute in _LOOP_NAMES:
+            return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -198,7 +202,7 @@ class ChatTemplate:
         parts: list[str] = []
         size = 0
         try:
-            for part in self._template.generate(names):
+            for part in self._template.root_render_func(self._template.new_context(names)):
                 parts.append(part)
                 size += len(part)
                 if size > max_chars:
