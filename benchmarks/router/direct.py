@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.router.load import pause  # noqa: E402
-from common.errors import UnavailableError  # noqa: E402
+from common.errors import NanoDeployError, UnavailableError  # noqa: E402
 from common.types import GenerationRequest, MonotonicClock, SamplingParams, WorkerRef  # noqa: E402
 from services.router.peer import GrpcDecodePeer, GrpcDecodeStream  # noqa: E402
 
@@ -59,9 +59,12 @@ async def direct(
         while time.perf_counter() < end:
             await pause(number, concurrency, every_s)
             sent = time.perf_counter()
-            slot: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            peer.submit(request, None, 5, slot.set_result)
-            await waiter(await slot)
+            answer: asyncio.Future[int | NanoDeployError] = asyncio.get_running_loop().create_future()
+            peer.submit(request, None, 5, answer.set_result)
+            slot = await answer
+            if isinstance(slot, NanoDeployError):
+                raise slot
+            await waiter(slot)
             times.append(1000 * (time.perf_counter() - sent))
 
     await asyncio.gather(*(one(number) for number in range(concurrency)))
