@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 from common.errors import InvalidRequestError, NanoDeployError, UnavailableError
 from common.types import Clock
 
-HOLD_S: Final = 0.002
+HOLD_S: Final = 0.001
 MOST_REQUESTS: Final = 128  # in a message
 MOST_NBYTES: Final = 16 << 20  # of several requests
 MOST_NBYTES_ALONE: Final = 60 << 20  # a message has 64 MiB at most: a larger one ends the stream for everybody
