@@ -188,7 +188,7 @@ async def test_a_slot_that_no_answer_names_is_cancelled_however_busy_the_link() 
         peer.rows.put_nowait(deltas_from_proto(deltas_to_proto([(99, row(0, position))])))
         await asyncio.sleep(0.01)
     assert peer.cancels == [(99, None)]
-    assert not link._stash
+    assert not link._stash.num_rows
     for task in moving:
         task.cancel()
     await link.close()

@@ -20,23 +20,21 @@ from common.errors import DeadlineExceededError, InternalError, NanoDeployError,
 from common.rpc.client import Backoff
 from common.rpc.codec import StepRows
 from common.telemetry import get_logger
-from common.types import ChoiceDelta, Clock, Failure, RequestStats, TokenLogprobs, WorkerRef
+from common.types import ChoiceDelta, Clock, RequestStats, TokenLogprobs, WorkerRef
 from services.router.contract import DecodePeer, DecodeStream
 from services.router.generation import ABNORMAL, Generation
 from services.router.outbox import Outbox
+from services.router.stash import Row, Stash
 
 PATIENT_ATTEMPTS: Final = 3  # failed reattachments before requests are moved, if another worker could take them
 PATIENCE_S: Final = 5.0  # ... and if none could
 STEADY_S: Final = 1.0  # a stream that held this long, or brought something, was no failure
-_STASH_ROWS: Final = 16384
 _REMEMBERED_SLOTS: Final = 4096
 _MAX_GAPS: Final = 3
 _QUIET_ATTEMPTS: Final = 60  # an unreachable worker is mentioned about once a minute
 _CLOSE_S: Final = 0.5
 
 _log = get_logger(__name__)
-
-Row = ChoiceDelta | Failure | RequestStats | TokenLogprobs
 
 
 class WorkerLink:
@@ -67,8 +65,7 @@ class WorkerLink:
         self._outbox = Outbox()
         self._open: dict[int, Generation] = {}
         self._submitting = 0
-        self._stash: dict[int, tuple[float, list[Row]]] = {}  # (since, rows) of slots whose Submit may be unanswered
-        self._stashed = 0  # rows
+        self._stash = Stash()
         self._closed_slots: OrderedDict[int, None] = OrderedDict()
         self._stream: DecodeStream | None = None
         self._leaving = False  # the stream was closed here
@@ -159,7 +156,8 @@ class WorkerLink:
     def _submitted(self) -> None:
         self._submitting -= 1
         if not self._submitting:
-            self._clear_stash()
+            for slot, row in self._stash.clear():
+                self._stray(slot, row)
 
     def _gone(self) -> UnavailableError:
         return UnavailableError(f"worker {self.ref.worker_id} is gone")
@@ -185,7 +183,7 @@ class WorkerLink:
             if over and choice not in ended_choices:
                 self.drop_choice(generation, choice)
         if slot in self._stash:
-            for row in self._unstash(slot):
+            for row in self._stash.take(slot):
                 self._apply(slot, row)
 
     def _forget(self, generation: Generation) -> None:
@@ -271,27 +269,12 @@ class WorkerLink:
         if slot in self._closed_slots:
             return
         now = self._clock.now()
-        since_s, rows = self._stash.get(slot, (now, []))
-        if self._submitting and now - since_s <= 2 * self._connect_timeout_s:
-            rows.append(row)
-            self._stash[slot] = since_s, rows
-            self._stashed += 1
-            if self._stashed > _STASH_ROWS:
-                self._unstash(next(iter(self._stash)))
+        if self._submitting and now - self._stash.since(slot, now) <= 2 * self._connect_timeout_s:
+            self._stash.keep(slot, row, now)
         else:
-            self._unstash(slot)
+            self._stash.take(slot)
             self._remember(slot)
             self._outbox.cancel(slot)
-
-    def _clear_stash(self) -> None:
-        stash, self._stash, self._stashed = self._stash, {}, 0
-        for slot, (_, rows) in stash.items():
-            self._stray(slot, rows[0])
-
-    def _unstash(self, slot: int) -> list[Row]:
-        _, rows = self._stash.pop(slot, (0.0, []))
-        self._stashed -= len(rows)
-        return rows
 
     # -- the stream --
 
