@@ -1,98 +1,46 @@
-"""Tools and reasoning through the gateway: what clients get, whole and streamed, and what workers are asked."""
+"""Tools and reasoning through the gateway: what clients get, whole and streamed."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import parser_support
 import pytest
-import router_support
 import text_support
 from parser_support import Answer
-from router_support import MODEL, Cluster, Script, events, say, tokenizer, until
+from router_support import MODEL, Cluster, Script, events, tokenizer, until
 from tokenizers import Tokenizer as RawTokenizer
-
-from common.text import Tokenizer
-from common.text.parsers import CallDelta, ParserPlan
-from common.text.parsers.out import Parsed
-from common.types import ChoiceDelta, GenerationRequest, GrammarKind, SamplingParams
-from services.router.choice import ChoiceText
-
-TOOLS = parser_support.tools()
-ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Weather in Paris?"}]}
-WITH_TOOLS: dict[str, Any] = ASK | {"tools": TOOLS}
-PARIS = '{"city": "Paris"}'
-CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
-TIME = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
-TEXT = f"<think>\nIt wants 你好.\n</think>\n\nOne moment 🙂.\n{CALL}\n{TIME}"
-TEMPLATE = (
-    "{% if tools %}<tools>{{ tools | tojson }}</tools> Answer by <tool_call>.\n{% endif %}{% for m in messages %}"
-    "<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+from tools_support import (
+    ASK,
+    CALL,
+    PARIS,
+    TEMPLATE,
+    TEXT,
+    TIME,
+    TOOLS,
+    WITH_TOOLS,
+    asks,
+    both,
+    cluster,
+    streamed,
+    whole,
+    without_ids,
 )
 
-
-cluster = partial(router_support.cluster, max_model_len=4096)
-
-
-def asks(folder: Path, text: str, **kwargs: Any) -> Any:
-    return cluster(folder / "model", say(text, **kwargs), template=TEMPLATE)
+from common.text import Tokenizer
+from common.text.parsers import ParserPlan
+from common.types import ChoiceDelta, GenerationRequest, SamplingParams
+from services.router.choice import ChoiceText
 
 
 @pytest.fixture
 async def caller(tmp_path: Path) -> AsyncIterator[Cluster]:
     async with asks(tmp_path, TEXT) as made:
         yield made
-
-
-def streamed(body: str, index: int = 0) -> tuple[Answer, str]:
-    """The answer that a stream's deltas add up to, and why it ended."""
-    answer, finish = Answer(), ""
-    for event in events(body):
-        for choice in event["choices"]:
-            if choice["index"] != index:
-                continue
-            delta = choice["delta"]
-            assert delta.get("reasoning") == delta.get("reasoning_content")
-            parts = [
-                CallDelta(c["index"], c.get("id", ""), c["function"].get("name", ""), c["function"]["arguments"])
-                for c in delta.get("tool_calls", ())
-            ]
-            answer.add(Parsed(delta.get("content") or "", delta.get("reasoning") or "", parts))
-            assert not finish
-            finish = choice["finish_reason"] or ""
-    return answer, finish
-
-
-def whole(body: dict[str, Any], index: int = 0) -> tuple[Answer, str]:
-    choice = body["choices"][index]
-    message = choice["message"]
-    assert message.get("reasoning") == message.get("reasoning_content")
-    calls = [[c["id"], c["function"]["name"], c["function"]["arguments"]] for c in message.get("tool_calls", ())]
-    return Answer(message["content"] or "", message.get("reasoning") or "", calls), choice["finish_reason"]
-
-
-def without_ids(answer: Answer) -> Answer:
-    return Answer(answer.content, answer.reasoning, [["", *call[1:]] for call in answer.calls])
-
-
-async def both(made: Cluster, **body: Any) -> tuple[Answer, str]:
-    """The answer without its ids, which is the same in both forms."""
-    one = await made.post("/v1/chat/completions", **body)
-    assert one.status_code == 200, one.text
-    two = await made.post("/v1/chat/completions", **body, stream=True)
-    (answer, finish), (streamed_answer, streamed_finish) = whole(one.json()), streamed(two.text)
-    assert without_ids(streamed_answer) == without_ids(answer)
-    assert streamed_finish == finish
-    return without_ids(answer), finish
 
 
 def reasoned(ids: Sequence[int]) -> int:
@@ -338,142 +286,3 @@ def test_what_follows_reasoning_costs_no_parsing() -> None:
         for position, token in enumerate(ids):
             text.push(ChoiceDelta(choice=0, position=position, token_ids=(token,)))
         assert text.plain == ends_plain
-
-
-# -- what workers are asked ------------------------------------------------------------------------------
-
-
-def tags(part: Any) -> list[dict[str, Any]]:
-    """The tags of a structural tag that have a schema."""
-    if isinstance(part, list):
-        return [tag for one in part for tag in tags(one)]
-    if not isinstance(part, dict):
-        return []
-    if part.get("type") == "tag" and part["content"]["type"] == "json_schema":
-        return [part]
-    return [tag for one in part.values() for tag in tags(one)]
-
-
-async def asked(made: Cluster, **body: Any) -> dict[str, Any] | None:
-    answer = await made.post("/v1/chat/completions", **body)
-    assert answer.status_code == 200, answer.text
-    grammar = made.worker.requests[-1].sampling.grammar
-    if grammar is None:
-        return None
-    assert (grammar.kind, grammar.param) == (GrammarKind.STRUCTURAL_TAG, "tools")
-    found: dict[str, Any] = json.loads(grammar.source)
-    return found
-
-
-async def test_calls_that_are_demanded_have_a_grammar(caller: Cluster) -> None:
-    assert await asked(caller, **WITH_TOOLS) is None
-    assert await asked(caller, **WITH_TOOLS, tool_choice="auto") is None
-    wanted = tags(await asked(caller, **WITH_TOOLS, tool_choice="required"))
-    assert [tag["begin"] for tag in wanted[: len(TOOLS)]] == [
-        f'<tool_call>\n{{"name": "{tool["function"]["name"]}", "arguments": ' for tool in TOOLS
-    ]
-    schema = wanted[0]["content"]["json_schema"]
-    assert TOOLS[0]["function"]["parameters"].items() <= schema.items()
-    named = {"type": "function", "function": {"name": "get_time"}}
-    wanted = tags(await asked(caller, **WITH_TOOLS, tool_choice=named))
-    assert {tag["begin"] for tag in wanted} == {'<tool_call>\n{"name": "get_time", "arguments": '}
-    allowed = {"mode": "required", "tools": [named]}
-    await asked(caller, **WITH_TOOLS, tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
-    prompt = tokenizer().decode(caller.worker.requests[-1].prompt_token_ids)
-    assert "get_time" in prompt
-    assert "get_weather" not in prompt
-
-
-async def test_finish_of_demanded_calls(caller: Cluster) -> None:
-    _, finish = await both(caller, **WITH_TOOLS, tool_choice="required")
-    assert finish == "tool_calls"
-    named = {"type": "function", "function": {"name": "get_weather"}}
-    answer, finish = await both(caller, **WITH_TOOLS, tool_choice=named)
-    assert (len(answer.calls), finish) == (1, "stop")
-
-
-async def test_strict_functions_have_a_grammar(caller: Cluster) -> None:
-    one = {"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}
-    part = await asked(caller, **ASK, tools=[one, TOOLS[1]])
-    assert "triggered_tags" in json.dumps(part)
-    schemas = [tag["content"]["json_schema"] for tag in tags(part)[:2]]
-    assert schemas == [one["function"]["parameters"], {"type": "object"}]
-    assert await asked(caller, **ASK, tools=[one], tool_choice="none") is None
-
-
-async def test_a_formed_answer_with_tools(caller: Cluster) -> None:
-    schema = {"type": "object", "properties": {"sum": {"type": "integer"}}}
-    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": True}}
-    answer = await caller.post("/v1/chat/completions", **WITH_TOOLS, response_format=form)
-    assert answer.status_code == 200, answer.text
-    grammar = caller.worker.requests[-1].sampling.grammar
-    assert grammar is not None
-    assert (grammar.kind, grammar.param) == (GrammarKind.STRUCTURAL_TAG, "response_format")
-    assert json.dumps(schema) in grammar.source
-    assert "get_weather" in grammar.source
-    refused = await caller.post("/v1/chat/completions", **WITH_TOOLS, response_format=form, tool_choice="required")
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
-
-
-async def test_demanded_calls_of_a_model_that_knows_none(tmp_path: Path) -> None:
-    text = '[{"name": "get_time", "parameters": {}}, {"name": "get_weather", "parameters": {"city": "Paris"}}]'
-    async with cluster(tmp_path, say(text)) as made:
-        answer, finish = await both(made, **WITH_TOOLS, tool_choice="required")
-        assert ([call[1:] for call in answer.calls], finish) == (
-            [["get_time", "{}"], ["get_weather", PARIS]],
-            "tool_calls",
-        )
-        assert tags(await asked(made, **WITH_TOOLS, tool_choice="required"))
-
-
-async def test_parsers_are_settings(tmp_path: Path) -> None:
-    settings = {"tool_call_parser": "hermes", "reasoning_parser": "none"}
-    async with cluster(tmp_path, say(TEXT), **settings) as made:
-        answer, _ = await both(made, **WITH_TOOLS)
-    assert (answer.reasoning, len(answer.calls)) == ("", 2)
-    assert answer.content.startswith("<think>")
-
-
-# -- bodies ----------------------------------------------------------------------------------------------
-
-
-def function(**fields: Any) -> dict[str, Any]:
-    return {"tools": [{"type": "function", "function": fields}]}
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tools": [{"type": "function"}]}, "tools[0].function"),
-        (function(), "tools[0].function.name"),
-        (function(name="no spaces"), "tools[0].function.name"),
-        (function(name="f", parameters=[]), "tools[0].function.parameters"),
-        (function(name="f", strict="yes"), "tools[0].function.strict"),
-        ({"tools": TOOLS[1:2] * 1025}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
-    ],
-)
-async def test_bad_tools_are_named(caller: Cluster, body: dict[str, Any], param: str) -> None:
-    answer = await caller.post("/v1/chat/completions", **ASK, **body)
-    assert answer.status_code == 400
-    error = answer.json()["error"]
-    assert (error["type"], error["param"]) == ("invalid_request_error", param)
-    assert param in error["message"]
-
-
-async def test_a_conversation_with_calls_and_results(caller: Cluster) -> None:
-    async with caller.openai() as client:
-        first: Any = await client.chat.completions.create(**WITH_TOOLS)
-        messages = [
-            *ASK["messages"],
-            first.choices[0].message,
-            {"role": "tool", "tool_call_id": first.choices[0].message.tool_calls[0].id, "content": "18 °C"},
-            {"role": "tool", "tool_call_id": first.choices[0].message.tool_calls[1].id, "content": []},
-        ]
-        await client.chat.completions.create(**WITH_TOOLS | {"messages": messages})
-    prompt = tokenizer().decode(caller.worker.requests[-1].prompt_token_ids, skip_special_tokens=False)
-    assert '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>' in prompt
-    assert "<think>It wants 你好.</think>One moment 🙂." in prompt
-    assert "<|im_start|>tool\n18 °C<|im_end|>\n<|im_start|>tool\n<|im_end|>" in prompt
