@@ -126,6 +126,29 @@ async def test_lines_on_a_loop_leave_together_but_warnings_at_once_and_in_order(
     assert lines(out)[-1]["event"] == "last"
 
 
+@pytest.mark.usefixtures("restored_logging")
+async def test_a_log_that_nobody_reads_any_more_ends_nothing() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    failed: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: failed.append(what))
+    configure_logging(LogConfig(), "x", Gone())
+    log = get_logger("a")
+    log.info("kept")
+    logging.getLogger("b").warning("of a library")
+    for _ in range(LINES_KEPT + 1):
+        log.info("kept")
+    log.warning("at once")
+    log.info("by the timer")
+    await asyncio.sleep(2 * LINES_WAIT_S)
+    assert not failed
+
+
 def test_what_was_kept_is_written_when_the_process_ends() -> None:
     code = (
         "import asyncio\n"

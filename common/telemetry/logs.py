@@ -37,6 +37,7 @@ LINES_KEPT = 64
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _SAID: Final = {"warn": "warning", "exception": "error"}  # methods whose level has another name
 _bound: ContextVar[Mapping[str, Any]] = ContextVar("log_fields", default=MappingProxyType({}))
+_UNWRITABLE = (OSError, ValueError)  # ValueError: the stream is closed
 _NOISY = ("uvicorn.access", "httpx", "httpcore", "asyncio", "hpack")
 
 
@@ -50,7 +51,10 @@ def _add_bound(_logger: Any, _method: str, event: EventDict) -> EventDict:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Of a process. `keep` holds lines back for a moment; what is emitted or flushed later comes behind them."""
+    """Of a process. `keep` holds lines back for a moment; what is emitted or flushed later comes behind them.
+
+    A stream that is gone, or a full disk, loses lines and ends nothing: whoever says something goes on.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -75,14 +79,15 @@ class _Handler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
     def flush(self) -> None:
-        with self.lock or nullcontext():
+        with self.lock or nullcontext(), suppress(*_UNWRITABLE):
             self._write_kept()
             super().flush()
 
     def _write_kept(self) -> None:
         if self._kept:
             kept, self._kept = self._kept, []
-            self.stream.write("\n".join([*kept, ""]))
+            with suppress(*_UNWRITABLE):
+                self.stream.write("\n".join([*kept, ""]))
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
