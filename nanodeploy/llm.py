@@ -1,8 +1,10 @@
 """Offline generation: the engine in this process, no services.
 
-llm = LLM("path/to/model", dtype="float32")
-for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
-print(out.outputs[0].text)
+    llm = LLM("path/to/model", dtype="float32")
+    for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
+        print(out.outputs[0].text)
+
+An `LLM` is one engine, and each call runs its prompts to the end.
 """
 
 from __future__ import annotations

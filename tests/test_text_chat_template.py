@@ -136,6 +136,8 @@ def test_a_refusal_of_the_template_is_a_bad_request() -> None:
         "{{ messages.append(1) }}",
         "{{ raise_exception.__globals__['json'] }}",
         "{{ strftime_now.__globals__ }}{{ cycler.__init__.__globals__.os }}",
+        "{{ messages[0].__class__ }}{{ messages[0]['__class__'] }}{{ {'__class__': 1}.__class__ }}",
+        "{% for m in messages %}{{ loop.__init__ }}{{ loop._iterator }}{{ loop['__class__'] }}{% endfor %}",
     ],
 )
 def test_the_sandbox_holds(source: str) -> None:

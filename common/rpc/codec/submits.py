@@ -27,7 +27,7 @@ _REQUEST: Final = bytes([pb.SubmitItem.REQUEST_FIELD_NUMBER << 3 | _BYTES])
 _ITEM: Final = bytes([pb.StreamSubmit.ITEMS_FIELD_NUMBER << 3 | _BYTES])
 _SUBMIT: Final = bytes([pb.StreamRequest.SUBMIT_FIELD_NUMBER << 3 | _BYTES])
 _PROMPT: Final = bytes([types_pb2.GenerationRequest.PROMPT_TOKEN_IDS_FIELD_NUMBER << 3 | _BYTES])
-_TABLE_IDS: Final = 1 << 18  # 1 MiB; no vocabulary is larger
+_TABLE_IDS: Final = 1 << 18  # 1 MiB; few vocabularies have ids beyond it
 
 
 def _padded(ids: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
