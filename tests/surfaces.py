@@ -30,6 +30,7 @@ EXPORTS = {
         "Metrics",
         "TraceContext",
         "configure_logging",
+        "flush_logs",
         "get_logger",
         "log_context",
         "new_trace",

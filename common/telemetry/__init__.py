@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.telemetry.logs import configure_logging, get_logger, log_context
+from common.telemetry.logs import configure_logging, flush_logs, get_logger, log_context
 from common.telemetry.metrics import Metrics
 from common.telemetry.trace import TraceContext, new_trace, parse_traceparent
 
@@ -10,6 +10,7 @@ __all__ = [
     "Metrics",
     "TraceContext",
     "configure_logging",
+    "flush_logs",
     "get_logger",
     "log_context",
     "new_trace",

@@ -171,6 +171,12 @@ def configure_logging(config: LogConfig, service: str, stream: TextIO | None = N
     )
 
 
+def flush_logs() -> None:
+    """Before something is written to stderr past them."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+
+
 def get_logger(name: str) -> FilteringBoundLogger:
     """A logger that takes an event and fields: `log.info("worker added", worker_id=..., role=...)`."""
     logger: FilteringBoundLogger = structlog.get_logger(name)

@@ -14,7 +14,7 @@ from common.config import ControllerConfig
 from common.config.load import load
 from common.errors import ConfigError
 from common.rpc.tls import configure_tls
-from common.telemetry import configure_logging
+from common.telemetry import configure_logging, flush_logs
 from services.controller.app import Controller
 
 
@@ -39,6 +39,7 @@ def main() -> int:
         configure_tls(config.tls)
         uvloop.run(serve(config.controller))
     except ConfigError as error:
+        flush_logs()
         print(f"controller: {error.message}", file=sys.stderr)
         return 2
     return 0

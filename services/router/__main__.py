@@ -17,7 +17,7 @@ from common.config.schema import RouterConfig
 from common.errors import ConfigError
 from common.rpc.membership import Membership
 from common.rpc.tls import configure_tls
-from common.telemetry import configure_logging
+from common.telemetry import configure_logging, flush_logs
 from common.telemetry.spans import close_tracing, configure_tracing
 from services.router.server import Router
 from services.router.workers import Shared, Supervisor, stop_with_parent
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 runner.run(serve(config.router))
     except ConfigError as error:
+        flush_logs()
         print(f"router: {error.message}", file=sys.stderr)
         return 2
     finally:

@@ -13,7 +13,7 @@ from common.config.load import load
 from common.engine.sizing import resolve_engine
 from common.errors import ConfigError, NanoDeployError
 from common.rpc.tls import configure_tls
-from common.telemetry import configure_logging
+from common.telemetry import configure_logging, flush_logs
 from common.telemetry.spans import close_tracing, configure_tracing
 from common.types import Role
 from services.worker.app import RolePart, WorkerApp
@@ -42,6 +42,7 @@ def run_worker(
 
         uvloop.run(serve())
     except NanoDeployError as error:
+        flush_logs()
         print(f"error: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     finally:
