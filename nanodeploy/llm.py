@@ -90,7 +90,7 @@ class LLM:
         per_prompt = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(many):
             raise ValueError(f"{len(many)} prompts and {len(per_prompt)} sampling params")
-        return GenerateRun(self._local, keep_errors).all(zip(many, per_prompt, strict=True), len(many), progress)
+        return GenerateRun(self._local, keep_errors).all(list(zip(many, per_prompt, strict=True)), progress)
 
     def embed(
         self,
@@ -105,9 +105,8 @@ class LLM:
         For a checkpoint that makes embeddings, or any with `runner="pooling"`. `progress`, `keep_errors` and Ctrl-C as
         `generate` has them.
         """
-        many = _many(prompts)
         asked = Pooling(dimensions)
-        return EmbedRun(self._local, keep_errors).all(((p, asked) for p in many), len(many), progress)
+        return EmbedRun(self._local, keep_errors).all([(prompt, asked) for prompt in _many(prompts)], progress)
 
     def chat(
         self,

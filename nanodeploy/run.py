@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -68,7 +68,7 @@ class _Run(ABC, Generic[Asked, Output]):
         self._by_slot: dict[int, Output] = {}
         self._handles: list[EmbeddingHandle] = []
 
-    def all(self, prompts: Iterable[tuple[Prompt, Asked]], total: int, progress: Progress | None) -> list[Output]:
+    def all(self, prompts: Sequence[tuple[Prompt, Asked]], progress: Progress | None) -> list[Output]:
         """Run to the end; what still runs when that fails is cancelled."""
         if self._guard.ended is not None:
             raise self._guard.ended
@@ -83,7 +83,7 @@ class _Run(ABC, Generic[Asked, Output]):
                         if isinstance(message, Deltas):
                             self._take(message)
                     if progress is not None:
-                        progress(total - len(self._by_slot), total)
+                        progress(len(prompts) - len(self._by_slot), len(prompts))
                     look()
         finally:
             self._end()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tools_support import (
     WITH_TOOLS,
     asks,
     both,
+    caller,
     cluster,
     streamed,
     whole,
@@ -36,11 +37,7 @@ from common.text.parsers import ParserPlan
 from common.types import ChoiceDelta, GenerationRequest, SamplingParams
 from services.router.choice import ChoiceText
 
-
-@pytest.fixture
-async def caller(tmp_path: Path) -> AsyncIterator[Cluster]:
-    async with asks(tmp_path, TEXT) as made:
-        yield made
+__all__ = ["caller"]
 
 
 def reasoned(ids: Sequence[int]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,14 @@ from tools_support import (
     TEXT,
     TOOLS,
     WITH_TOOLS,
-    asks,
     both,
+    caller,
     cluster,
 )
 
 from common.types import GrammarKind
 
-
-@pytest.fixture
-async def caller(tmp_path: Path) -> AsyncIterator[Cluster]:
-    async with asks(tmp_path, TEXT) as made:
-        yield made
+__all__ = ["caller"]
 
 
 def tags(part: Any) -> list[dict[str, Any]]:

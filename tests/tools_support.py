@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import parser_support
+import pytest
 import router_support
 from parser_support import Answer
 from router_support import MODEL, Cluster, events, say
@@ -35,6 +37,12 @@ cluster = partial(router_support.cluster, max_model_len=4096)
 
 def asks(folder: Path, text: str, **kwargs: Any) -> Any:
     return cluster(folder / "model", say(text, **kwargs), template=TEMPLATE)
+
+
+@pytest.fixture
+async def caller(tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with asks(tmp_path, TEXT) as made:
+        yield made
 
 
 def streamed(body: str, index: int = 0) -> tuple[Answer, str]:

@@ -322,8 +322,8 @@ class Load {
   }
 
  private:
-  // Until something arrives or the time is over, to the microsecond: a loop that spins instead slows down the other
-  // thread of its core, which may be the router's.
+  // Until something arrives or the time is over, to the microsecond: a loop that spins instead takes its core from the
+  // worker beside it.
   void rest(double seconds) const {
     long ns = std::max(0L, static_cast<long>(1e9 * seconds));
     timespec time{ns / 1000000000, ns % 1000000000};
