@@ -73,6 +73,7 @@ class Mailbox:
         "_on_overflow",
         "_over",
         "_pending",
+        "_singles",
         "_waiter",
         "consume",
         "held",
@@ -83,6 +84,7 @@ class Mailbox:
         self._limit = limit_tokens
         self._on_overflow = on_overflow
         self._deltas: Batch = []
+        self._singles: Singles | None = None  # the last of the deltas, while more may join it
         self._failure: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._over = False
@@ -91,17 +93,18 @@ class Mailbox:
         self.held = False
 
     def deliver(self, generation: Generation, delta: ChoiceDelta) -> None:
+        self._singles = None
         self._put(generation, delta, len(delta.token_ids))
 
     def deliver_single(self, generation: Generation, choice: int, position: int, token_id: int) -> None:
         """The same for a row that is a token and nothing else."""
-        joins = self._deltas and self._failure is None and not self.held
-        last = self._deltas[-1][1] if joins else None
-        if isinstance(last, Singles) and last.generation is generation and last.choice == choice:
-            last.token_ids.append(token_id)
-            self._pending += 1
+        singles = self._singles
+        if singles is None or self.held or singles.generation is not generation or singles.choice != choice:
+            self._singles = singles = Singles(generation, choice, position, token_id)
+            self._put(generation, singles, 1)
         else:
-            self._put(generation, Singles(generation, choice, position, token_id), 1)
+            singles.token_ids.append(token_id)
+            self._pending += 1
 
     def _put(self, generation: Generation, delta: ChoiceDelta | Singles, num_tokens: int) -> None:
         deltas = self._deltas
@@ -122,12 +125,12 @@ class Mailbox:
     def fail(self, error: BaseException) -> None:
         """End the request; what was delivered before is still given out. The first failure counts."""
         if self._failure is None and not self._over:
-            self._failure = error
+            self._failure, self._singles = error, None
             self._courier.call(self)
 
     def finish(self) -> None:
         """The consumer has all it wants."""
-        self._over = True
+        self._over, self._singles = True, None
         self._deltas.clear()
         self._wake()
 
@@ -154,11 +157,11 @@ class Mailbox:
             self._wake()
             return
         if self._deltas and self.consume is not None:
-            deltas, self._deltas, self._pending = self._deltas, [], 0
+            deltas, self._deltas, self._pending, self._singles = self._deltas, [], 0, None
             try:
                 self.consume(deltas)
             except Exception as error:  # noqa: BLE001 - the edge of a callback: it fails this request
-                self._failure, self._over = error, True
+                self._failure, self._over, self._singles = error, True, None
         if self._over or (self._failure is not None and not self._deltas):
             self._wake()
 
