@@ -128,6 +128,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
             embedding_size=embedding_size,
         )
         self.refuse_streams = False
+        self.mute = False  # streams are taken and nothing is said on them
         self._queues: dict[str, asyncio.Queue[pb.StepDeltas | None]] = {}
         self._server: grpc.aio.Server | None = None
 
@@ -196,6 +197,8 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
         attach = (await anext(aiter(request_iterator))).attach
         if self.refuse_streams:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no streams now")
+        if self.mute:
+            await asyncio.Event().wait()
         if (older := self._queues.get(attach.router_id)) is not None:
             older.put_nowait(None)
         queue = self._queues[attach.router_id] = asyncio.Queue()

@@ -184,6 +184,71 @@ async def test_a_removed_and_dead_worker_is_left_at_once(tmp_path: Path) -> None
         assert (await asyncio.wait_for(task, 5))[0] == LONG
 
 
+@pytest.mark.parametrize("removed", [False, True])
+async def test_a_worker_that_takes_streams_and_says_nothing_is_left_soon(tmp_path: Path, *, removed: bool) -> None:
+    """Its process hangs, or its host went away: an attempt to reattach has no end of its own."""
+    async with cluster(tmp_path, say(LONG, delay_s=0.01), num_workers=2) as made:
+        task = asyncio.create_task(streamed(made))
+        worker = await working(made)
+        worker.mute = True
+        worker.break_streams()
+        if removed:
+            made.members.remove(worker.worker_id)
+        assert (await asyncio.wait_for(task, 4))[0] == LONG
+        assert (await made.post("/v1/chat/completions", **CHAT, max_tokens=1)).status_code == 200
+
+
+async def test_a_worker_without_a_stream_gets_requests_only_if_there_is_no_other(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say("x")) as made:
+        late = ScriptedWorker(say("x"), tmp_path, worker_id="d1")
+        made.workers.append(late)
+        late.mute = True
+        await late.start()
+        made.members.put(late.info())
+        for _ in range(4):
+            assert (await asyncio.wait_for(made.post("/v1/chat/completions", **CHAT), 2)).status_code == 200
+        assert len(made.worker.entries) == 4
+
+
+async def test_a_request_on_its_way_to_a_worker_that_is_lost_goes_elsewhere(tmp_path: Path) -> None:
+    """It waits for the first stream to its only worker, which breaks; another came meanwhile."""
+    async with cluster(tmp_path, say("x")) as made:
+        await made.worker.kill()
+        made.members.remove("d0")
+        only, other = (ScriptedWorker(say("x"), tmp_path, worker_id=name) for name in ("d1", "d2"))
+        made.workers += [only, other]
+        only.mute = True
+        await only.start()
+        made.members.put(only.info())
+        task = asyncio.create_task(made.post("/v1/chat/completions", **CHAT))
+        await asyncio.sleep(0.2)
+        await other.start()
+        made.members.put(other.info())
+        await until(lambda: other.attached == 1)
+        made.members.remove("d1")
+        assert (await asyncio.wait_for(task, 4)).status_code == 200
+        assert len(other.entries) == 1
+
+
+async def test_workers_that_die_at_any_moment(tmp_path: Path) -> None:
+    """Killed and removed, in either order, amid requests that have just begun, run, or are about to end."""
+    rng = random.Random(3)
+    async with cluster(tmp_path, say(LONG, delay_s=0.004), num_workers=3) as made:
+        for _ in range(25):
+            tasks = [asyncio.create_task(streamed(made)) for _ in range(rng.randint(1, 5))]
+            await asyncio.sleep(rng.choice([0, 0.01, 0.03, 0.2]) * rng.random())
+            worker = rng.choice(made.workers)
+            kill = asyncio.create_task(worker.kill())
+            await asyncio.sleep(rng.choice([0, 0.01, 0.1]) * rng.random())
+            made.members.remove(worker.worker_id)
+            await kill
+            for text, _ in await asyncio.wait_for(asyncio.gather(*tasks), 4):
+                assert text == LONG
+            await worker.restart()
+            made.members.put(worker.info())
+            await asyncio.sleep(rng.choice([0, 0.05]))
+
+
 async def test_unreachable_workers_are_passed_over(tmp_path: Path) -> None:
     async with cluster(tmp_path, say("x"), num_workers=2, connect_timeout_s=0.5) as made:
         await made.workers[0].kill()

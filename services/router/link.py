@@ -4,7 +4,8 @@
 
 While BROKEN, its requests wait: reattaching brings them back with nothing lost. They are moved to other workers
 at once when the worker was restarted, after one failed attempt when it is no longer a member, and otherwise after
-a few. Rows for a slot whose Submit has not been answered yet are kept until it is.
+a few; after `HASTE_S` in any case, if they can go on elsewhere: a worker may take a connection and say nothing.
+Rows for a slot whose Submit has not been answered yet are kept until it is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from services.router.outbox import Outbox
 from services.router.stash import Row, Stash
 
 PATIENT_ATTEMPTS: Final = 3  # failed reattachments before requests are moved, if another worker could take them
-PATIENCE_S: Final = 5.0  # ... and if none could
+HASTE_S: Final = 1.0  # for them in all, and for each: a worker that is well answers in milliseconds
+PATIENCE_S: Final = 5.0  # if none could
 STEADY_S: Final = 1.0  # a stream that held this long, or brought something, was no failure
 _REMEMBERED_SLOTS: Final = 4096
 _MAX_GAPS: Final = 3
@@ -52,8 +54,7 @@ class WorkerLink:
         others_ready: Callable[[WorkerRef], bool],
     ) -> None:
         self.ref = ref
-        self.broken = False
-        self.attached = asyncio.Event()
+        self.attached = False  # there is a working stream
         self.restarted = False  # another process answers at its address: this one will not come back
         self.over = False  # it ended by itself: restarted, or no longer a member and without requests
         self._peer = peer
@@ -65,9 +66,11 @@ class WorkerLink:
         self._outbox = Outbox()
         self._open: dict[int, Generation] = {}
         self._submitting = 0
+        self._reaching: set[asyncio.Future[None]] = set()  # requests that wait for a stream
         self._stash = Stash()
         self._closed_slots: OrderedDict[int, None] = OrderedDict()
         self._stream: DecodeStream | None = None
+        self._broken = False
         self._leaving = False  # the stream was closed here
         self._steady = False  # the stream brought something
         self._retired = False  # no longer a member
@@ -82,11 +85,6 @@ class WorkerLink:
     def load(self) -> int:
         """Requests this router has on the worker."""
         return len(self._open) + self._submitting
-
-    @property
-    def is_open(self) -> bool:
-        """Can `begin` be called now?"""
-        return self.attached.is_set() and not self.over
 
     def begin(
         self, generation: Generation, prefill: WorkerRef | None, then: Callable[[NanoDeployError | None], None]
@@ -123,7 +121,7 @@ class WorkerLink:
 
         self._submitting += 1
         try:
-            if not self.attached.is_set():
+            if not self.attached:
                 await self._reached()
             if self.over:
                 raise self._gone()
@@ -135,11 +133,22 @@ class WorkerLink:
         await bound
 
     async def _reached(self) -> None:
+        reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reaching.add(reached)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                await self.attached.wait()
+                await reached
         except TimeoutError:
             raise UnavailableError(f"worker {self.ref.worker_id} cannot be reached") from None
+        finally:
+            self._reaching.discard(reached)
+
+    def _tell_reaching(self, error: NanoDeployError | None = None) -> None:
+        for reached in [reached for reached in self._reaching if not reached.done()]:
+            if error is None:
+                reached.set_result(None)
+            else:
+                reached.set_exception(error)
 
     def _answered(
         self, generation: Generation, answer: int | NanoDeployError, ended_choices: Sequence[int]
@@ -204,6 +213,7 @@ class WorkerLink:
 
     def _lose_all(self, error: NanoDeployError) -> None:
         """Move all requests; should the worker come back, it hears that they are not wanted."""
+        self._tell_reaching(error)
         for generation in list(self._open.values()):
             self._outbox.cancel(generation.slot)
             self._lose(generation, error, worker_gone=True)
@@ -292,19 +302,18 @@ class WorkerLink:
                 _log.exception("stream failed", worker_id=self.ref.worker_id)
                 self._broke(InternalError(f"the router failed on the stream: {type(error).__name__}"), started_s)
             finally:
-                self.attached.clear()
+                self.attached = False
                 self._stream = None
                 stream.close()
             if self._failures > 1 and not self._closing:  # the first attempt after a break is made at once
                 await asyncio.sleep(self._backoff.next_s())
         self.over = True
-        self.attached.set()  # whoever waits for it hears that it is over
         self._lose_all(UnavailableError(f"worker {self.ref.worker_id} left the cluster"))
 
     async def _attach(self, stream: DecodeStream) -> None:
         positions = [position for generation in self._open.values() for position in generation.open_positions()]
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
+            async with asyncio.timeout(self._attach_limit_s()):
                 epoch, unknown = await stream.attach(self.ref.epoch, positions)
         except TimeoutError:
             raise UnavailableError(f"worker {self.ref.worker_id} did not answer the stream") from None
@@ -314,10 +323,14 @@ class WorkerLink:
         for slot in unknown:
             if (generation := self._open.get(slot)) is not None:
                 self._lose(generation, UnavailableError(f"worker {self.ref.worker_id} lost the request"))
-        self.broken = False
-        self.attached.set()
+        self._broken, self.attached = False, True
+        self._tell_reaching()
         self._outbox.signal()
         _log.info("stream attached", worker_id=self.ref.worker_id, resumed=len(positions), unknown=len(unknown))
+
+    def _attach_limit_s(self) -> float:
+        limit_s = self._connect_timeout_s
+        return min(limit_s, HASTE_S) if self._broken and (self._retired or self._others_ready(self.ref)) else limit_s
 
     async def _pump(self, stream: DecodeStream) -> None:
         """Read until the stream breaks; the writer ends with it."""
@@ -335,15 +348,17 @@ class WorkerLink:
     def _broke(self, error: NanoDeployError, started_s: float) -> None:
         """Count the failure; move the requests once patience is over."""
         now = self._clock.now()
-        if self._steady or (self.attached.is_set() and now - started_s >= STEADY_S):
+        if self._steady or (self.attached and now - started_s >= STEADY_S):
             self._failures = 0
             self._backoff.reset()
         self._failures += 1
         if self._failures == 1:
             self._broken_at = now
-        self.broken = True
-        patience = 2 if self._retired else PATIENT_ATTEMPTS if self._others_ready(self.ref) else 2**31
-        moved = self.restarted or self._failures >= patience or now - self._broken_at >= PATIENCE_S
+        self._broken = True
+        others = self._others_ready(self.ref)
+        patience = 2 if self._retired else PATIENT_ATTEMPTS if others else 2**31
+        patience_s = HASTE_S if self._retired or others else PATIENCE_S
+        moved = self.restarted or self._failures >= patience or now - self._broken_at >= patience_s
         if self._failures <= PATIENT_ATTEMPTS or self._open or not self._failures % _QUIET_ATTEMPTS:
             _log.warning(
                 "stream broke",
@@ -372,7 +387,7 @@ class WorkerLink:
 
     async def close(self) -> None:
         """Tell the worker what nobody wants any more, if it listens, and end the stream."""
-        if self.attached.is_set() and not self.over:
+        if self.attached:
             await self._outbox.drained(_CLOSE_S)
         self._closing = True
         self._leave()

@@ -93,7 +93,7 @@ class Relay:
             ticket = self._choose(generation, set())
             decode, prefill = ticket.choice.decode.worker.ref, ticket.choice.prefill
             link = self._link(decode)
-            if not link.is_open:
+            if not link.attached:
                 return False
             link.begin(generation, prefill.worker.ref if prefill else None, partial(self._answered, generation, decode))
         except Exception:  # noqa: BLE001 - it comes again in `_place`, whose task is where it ends
@@ -153,12 +153,12 @@ class Relay:
                 return
 
     def _choose(self, generation: Generation, tried: set[WorkerRef]) -> Ticket:
-        """Workers with a working stream first; one whose stream is being taken up again if there is no other."""
+        """Workers with a working stream first; one whose stream is being taken up if there is no other."""
         _end_ticket(generation)
         request, hints = generation.to_resume(), generation.hints
-        broken = {ref for ref, link in self._links.items() if link.broken}
+        unattached = {ref for ref, link in self._links.items() if not link.attached}
         try:
-            ticket = self.board.place(request, hints, tried | broken)
+            ticket = self.board.place(request, hints, tried | unattached)
         except UnavailableError:
             gone = {ref for ref, link in self._links.items() if link.restarted}
             ticket = self.board.place(request, hints, tried | gone)
@@ -207,12 +207,12 @@ class Relay:
     @property
     def attached(self) -> int:
         """Decode workers with a working stream."""
-        return sum(link.attached.is_set() for link in self._links.values())
+        return sum(link.attached for link in self._links.values())
 
     def ready(self, worker: WorkerInfo) -> bool:
         """Whether requests can be sent to it now."""
         link = self._links.get(worker.ref)
-        return worker.state is WorkerState.READY and link is not None and link.attached.is_set()
+        return worker.state is WorkerState.READY and link is not None and link.attached
 
     def _others_ready(self, ref: WorkerRef) -> bool:
         mine = self._members.workers.get(ref.worker_id)
