@@ -272,6 +272,30 @@ def test_a_first_token_waits_for_no_step(llama: Path) -> None:
     pair.check_idle()
 
 
+def test_a_first_token_leaves_before_the_next_step_is_launched(llama: Path) -> None:
+    pair = Pair(llama, **OVERLAP)
+    engine, runner = pair.decode.engine, pair.decode.parts.runner
+    happened: list[str] = []
+    forward = runner.forward
+
+    def launch(batch: Batch) -> Pending:
+        happened.append("step")
+        return forward(batch)
+
+    def send() -> None:
+        happened.append("token")
+        for message in engine.drain():
+            pair.on_decode(message)
+        assert len(answer.tokens[0]) == 1
+
+    runner.forward, engine.on_first_token = launch, send  # type: ignore[method-assign]
+    answer = pair.submit(prompts(24, [30])[0], greedy(6))
+    pair.run()
+    assert happened[:2] == ["token", "step"]
+    assert happened.count("token") == 1
+    pair.check_idle()
+
+
 def test_what_arrives_is_launched_while_a_step_is_awaited(llama: Path) -> None:
     """With nothing behind the step the device would stand still until it is collected."""
     solo = Solo(llama, **OVERLAP)

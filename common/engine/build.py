@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from common.config import WorkerConfig
-from common.engine.compute import Progress, digest_launcher, make_compute
+from common.engine.compute import Compute, Progress, digest_launcher, make_compute
 from common.engine.counters import EngineCounters
 from common.engine.demand import Demand
 from common.engine.drafting import Drafting, DraftModel
@@ -67,9 +67,13 @@ class BuiltEngine:
     engine: Engine
     ready: EngineReady
     parts: EngineParts
-    transport: Transport
+    compute: Compute
     clock: Clock
     fleet: Fleet | None = None
+
+    @property
+    def transport(self) -> Transport:
+        return self.compute.transport
 
     @property
     def wakeup_fds(self) -> tuple[int, ...]:
@@ -89,6 +93,7 @@ class BuiltEngine:
         self.parts.masks.close()
         if self.parts.grammars is not None:
             self.parts.grammars.shutdown()
+        self.compute.forget_steps()
         if self.fleet is not None:
             self.fleet.close()
         self.transport.close()
@@ -181,7 +186,7 @@ def _build(
         pid=os.getpid(),
         embedding_size=spec.pooling.size if spec.pooling is not None else 0,
     )
-    return BuiltEngine(built, ready, parts, transport, clock, fleet)
+    return BuiltEngine(built, ready, parts, compute, clock, fleet)
 
 
 def assemble(

@@ -61,6 +61,12 @@ class Compute:
     def layout(self) -> KVLayout:
         return self.sizing.layout
 
+    def forget_steps(self) -> None:
+        """Before collectives are closed: NCCL waits for recorded steps that refer to it."""
+        self.runner.graphs = None
+        if self.draft_runner is not None:
+            self.draft_runner.graphs = None
+
 
 def make_transport(config: WorkerConfig, clock: Clock, device: torch.device) -> Transport:
     """The first configured transport, of memory of `device`. ConfigError names one that does not exist."""

@@ -65,6 +65,9 @@ class Engine:
         self._num_planned = 0  # of the sequences ever queued, those that a plan could have taken
         self.while_waiting: Callable[[], None] | None = None
         """Called again and again while the device computes what is to be collected next; may handle messages."""
+        self.on_first_token: Callable[[], None] = lambda: None
+        """Called when the first token of a hand-off is there to be drained: the launch of the next step takes longer
+        than the rest of its way."""
         self.steps = 0
 
     # -- messages --
@@ -173,6 +176,7 @@ class Engine:
                 self._step_failed(plan, error)
         for drawn in self._firsts.ended():
             self._bring(*drawn)
+            self.on_first_token()
 
     def _await_firsts(self) -> None:
         """There is nothing else to do: wait for the draws under way, as for a step."""

@@ -129,17 +129,20 @@ def serve(built: BuiltEngine, channel: EngineChannel, messages: list[ToEngine]) 
             elif not stopping:
                 engine.handle(message)
 
+    def send() -> None:
+        if sent := engine.drain():
+            channel.send(sent)
+
     def listen() -> None:
         """While the device computes: messages are handled and answered, and read ones leave at once."""
         arrived = [] if channel.congested or channel.closed else channel.wait(0.0)
         handle(arrived)
         built.check()
-        if sent := engine.drain():
-            channel.send(sent)
+        send()
         if not arrived:
             time.sleep(LISTEN_S)
 
-    engine.while_waiting = listen
+    engine.while_waiting, engine.on_first_token = listen, send
     while not channel.closed:
         handle(messages)
         if stopping:

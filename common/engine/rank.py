@@ -187,6 +187,7 @@ def _serve(
     mesh = join(meeting, setup.rank, size, device, engine.hang_timeout_s)
     stack.callback(mesh.close)
     compute = make_compute(config, role, mesh, clock, transport=transport)
+    stack.callback(compute.forget_steps)
     stack.callback(compute.transport.close)
     layout, bases = compute.layout, compute.bases
     drafts = DraftFollower(compute.draft_runner) if compute.draft_runner is not None else None

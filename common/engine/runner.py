@@ -216,6 +216,8 @@ class ModelRunner:
             assert hidden_TD is not None
             return hidden_TD.index_select(0, self._index(computed))
         tail_RD = self._pool.read_tail(self._index(tails))
+        if len(tails) == num_samples:
+            return tail_RD
         out = tail_RD.new_empty(num_samples, tail_RD.shape[1])
         is_tail = [r.tail_read >= 0 for r, _ in sampled for _ in r.samples]
         out.index_copy_(0, self._index([i for i, tail in enumerate(is_tail) if tail]), tail_RD)

@@ -16,9 +16,13 @@ from torch._C._distributed_c10d import Store
 
 from common.errors import ConfigError
 from common.parallel.store import put
+from common.telemetry import get_logger
+
+log = get_logger(__name__)
 
 _ID_NBYTES = 128
 _CALL_S = 2.0  # longest wait of `abort` for a call that is being made
+_ABORT_S = 5.0
 _SUM = 0
 _TYPES = {
     torch.uint8: 1,
@@ -87,13 +91,20 @@ class NcclCollectives:
         return out
 
     def abort(self) -> None:
-        """From another thread too: not amid a call, unless that waits itself, for room in the queue of a stuck GPU."""
+        """From another thread too: not amid a call, unless that waits itself, for room in the queue of a stuck GPU.
+
+        NCCL waits until the last recorded step that refers to it is gone. Nobody else does for longer than a moment.
+        """
         made = self._calling.acquire(timeout=_CALL_S)
         comm, self._comm = self._comm, ctypes.c_void_p()
         if made:
             self._calling.release()
         if comm:
-            self._lib.ncclCommAbort(comm)
+            ending = threading.Thread(target=self._lib.ncclCommAbort, args=(comm,), name="nccl-abort", daemon=True)
+            ending.start()
+            ending.join(_ABORT_S)
+            if ending.is_alive():
+                log.error("NCCL does not end: does a recorded step still refer to it?", device=str(self._device))
 
     def close(self) -> None:
         """Once all that was queued has ended; without waiting for other ranks to close theirs."""

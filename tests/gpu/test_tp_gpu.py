@@ -7,6 +7,7 @@ much.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import time
 from collections.abc import Sequence
@@ -132,7 +133,8 @@ SUMS = ((1, 4096), (3, 4096), (64, 4096), (512, 4096), (5, 72), (1024, 4096))
 
 
 def sum_on_rank(path: str, rank: int, one_shot: bool) -> None:
-    """Sums and gathers of one rank, eager and recorded; raises if one is wrong."""
+    """Sums and gathers of one rank, eager and recorded; raises if one is wrong, says where it stands if it hangs."""
+    faulthandler.dump_traceback_later(40, exit=True)
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     meeting = Rendezvous(file_store(path, 2), rank, 2)
@@ -157,7 +159,9 @@ def sum_on_rank(path: str, rank: int, one_shot: bool) -> None:
                 assert torch.equal(twice, (want.float() * 2).to(dtype)), (dtype, shape)
                 assert torch.equal(both, torch.stack(parts)), (dtype, shape)
     meeting.least([0])
-    collectives.close()
+    began = time.monotonic()
+    collectives.close()  # with a graph alive that refers to it
+    assert time.monotonic() - began < 10
 
 
 def whole_numbers(call: int, rank: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -179,5 +179,6 @@ def delta_net(
 
 def _num_warps(key: int, value: int) -> int:
     """128 numbers of a state in the registers of a thread, of which it may have all: held to 128 it spills, and a
-    decode step takes 1.7 to 1.9 times as long (H100, batch 8 to 256)."""
+    decode step takes 1.7 to 1.9 times as long (H100, batch 8 to 256).
+    """
     return min(16, max(1, triton.next_power_of_2(key) * triton.next_power_of_2(value) // 4096))
