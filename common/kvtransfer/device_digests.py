@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.kernels import gpu
 from common.kernels.native import DigestGeometry
+from common.kvtransfer.checks import Checks, CheckTable
 from common.kvtransfer.transport import DigestCheck
 from common.kvtransfer.ucx import UcxTransport
 
@@ -68,10 +69,16 @@ class DeviceDigests:
 
     @torch.inference_mode()
     def prepare(self, checks: Sequence[DigestCheck]) -> PreparedChecks:
+        columns, places_N = Checks.of(checks)
+        expected_N = np.empty(len(places_N), np.uint64)
+        expected_N[places_N] = np.concatenate([np.empty(0, np.uint64), *(t.expected_C for t in columns.tables)])
+        tables, first = [], 0
         with _on(self._stream):
-            tables = [self._table(shape, checks, found) for shape, found in _by_shape(checks).items()]
-            expected = np.array([c.expected for c in checks], np.uint64).view(np.int64)
-            return PreparedChecks(tables, _to_device(expected, self._device))
+            for table in columns.tables:
+                after = first + len(table.expected_C)
+                tables.append(self._table(table, places_N[first:after]))
+                first = after
+            return PreparedChecks(tables, _to_device(expected_N.view(np.int64), self._device))
 
     @torch.inference_mode()
     def compare(self, prepared: PreparedChecks) -> DigestBatch:
@@ -84,15 +91,13 @@ class DeviceDigests:
             gpu.digest.add_digests(sums, self._anchor, table_N4, geometry, max_tokens, aligned)
         return sums
 
-    def _table(
-        self, shape: tuple[int, ...], checks: Sequence[DigestCheck], numbers: Sequence[int]
-    ) -> tuple[DigestGeometry, Tensor, int, bool]:
-        rows = [(*segment, i) for i in numbers for segment in checks[i].segments]
-        table_N4 = np.array(rows, np.int64)
+    def _table(self, checks: CheckTable, places_C: NDArray[np.int64]) -> tuple[DigestGeometry, Tensor, int, bool]:
+        table_N4 = checks.segments_N4.copy()
+        table_N4[:, 3] = places_C[table_N4[:, 3]]
         places = table_N4[:, 0] - self._anchor.data_ptr()
         assert not (places % _WORD).any(), "digests count whole words"
         table_N4[:, 0] = places // _WORD
-        *geometry, max_tokens = shape  # what is compiled depends on these alone
+        *geometry, max_tokens = checks.shape  # what is compiled depends on these alone
         aligned = not (places % (2 * _WORD)).any()
         table = _to_device(table_N4, self._device)
         return DigestGeometry(*geometry), table, max_tokens or int(table_N4[:, 2].max()), aligned
@@ -111,15 +116,6 @@ def _fetch(result: Tensor) -> DigestBatch:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return DigestBatch(pinned, event)
-
-
-def _by_shape(checks: Sequence[DigestCheck]) -> dict[tuple[int, ...], list[int]]:
-    """Numbers of the checks of each geometry and most tokens: those are one launch."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    for i, c in enumerate(checks):
-        strides = (c.layer_stride, c.part_stride, c.token_stride)
-        found.setdefault((c.num_layers, c.num_parts, *strides, c.token_nbytes, c.max_tokens), []).append(i)
-    return found
 
 
 def _to_device(x: NDArray[np.int64], device: torch.device) -> Tensor:

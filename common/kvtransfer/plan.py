@@ -19,9 +19,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import msgspec
+import numpy as np
 
 from common.errors import KVTransferError
 from common.kvcache.layout import GroupSpec, KVLayout, RegionPlace, RegionSpec, Retention, Sharding, compare
+from common.kvtransfer.checks import Checks, CheckTable, Shape
 from common.kvtransfer.orders import OrderExtent
 from common.kvtransfer.transport import DigestCheck, ReadPiece
 from common.types.prefix import UNIT
@@ -35,7 +37,7 @@ class ExtentPlan(msgspec.Struct, frozen=True):
     """
 
     pieces: tuple[ReadPiece, ...]
-    checks: tuple[DigestCheck, ...]
+    checks: Sequence[DigestCheck]
     block_ids: tuple[int, ...]
     first_position: int
 
@@ -153,7 +155,8 @@ def block_checks(
         address = start + place.offset + first_token * place.token_stride
         for unit in range(place.local_units):
             segments = ((address + unit * place.unit_stride, position, num_tokens),)
-            checks.append(_check(place, num_layers, num_parts, segments, 0))
+            shape = _shape(place, num_layers, num_parts)
+            checks.append(DigestCheck(segments, *shape[:6], 0, shape[6]))
     return checks
 
 
@@ -210,17 +213,17 @@ def plan_extent(
     if end > num_tokens:
         raise KVTransferError(f"extent ends at {end}, the order at {num_tokens}", param="num_tokens")
     pieces = _Pieces(extent.group)
-    checks: list[DigestCheck] = []
     blocks: dict[int, None] = {}
     first_position = end
+    read: list[tuple[int, list[_Run]]] = []
     for index, runs in _runs(pair, extent, table, num_tokens):
+        read.append((index, runs))
         first_position = min(first_position, runs[0].position)
         for run in runs:
             blocks[run.reader_block] = None
             _add_run(pieces, pair, run, base, num_tokens)
-        digests = extent.digests[index * pair.num_digests : (index + 1) * pair.num_digests]
-        checks.extend(_block_checks(pair, runs, base, digests))
-    return ExtentPlan(tuple(pieces.done()), tuple(checks), tuple(blocks), first_position)
+    checks = Checks(_check_tables(pair, read, base, extent.digests)) if read else ()
+    return ExtentPlan(tuple(pieces.done()), checks, tuple(blocks), first_position)
 
 
 def _runs(
@@ -292,36 +295,37 @@ def _steps(region: _Shared, nbytes: int) -> tuple[int, tuple[tuple[int, int], ..
     return nbytes, tuple((sum(s for s, _ in at), sum(d for _, d in at)) for at in itertools.product(*loops))
 
 
-def _block_checks(pair: _GroupPair, runs: Sequence[_Run], base: int, digests: Sequence[int]) -> Iterator[DigestCheck]:
-    for region in pair.shared:
-        place = region.reader
-        for i in range(region.num_units):
-            in_block = place.offset + (region.first_unit + i - place.first_unit) * place.unit_stride
-            segments = tuple(
-                (
-                    base + r.reader_block * pair.reader_nbytes + in_block + r.reader_token * place.token_stride,
-                    r.position,
-                    r.num_tokens,
-                )
-                for r in runs
-            )
-            yield _check(place, region.num_layers, region.num_parts, segments, digests[region.digest_index + i])
-
-
-def _check(
-    place: RegionPlace, layers: int, parts: int, segments: tuple[tuple[int, int, int], ...], expected: int
-) -> DigestCheck:
-    return DigestCheck(
-        segments=segments,
-        num_layers=layers,
-        num_parts=parts,
-        layer_stride=place.layer_stride,
-        part_stride=place.part_stride,
-        token_stride=place.token_stride,
-        token_nbytes=place.token_stride,
-        expected=expected,
-        max_tokens=place.unit_stride // place.token_stride,
+def _check_tables(
+    pair: _GroupPair, read: Sequence[tuple[int, Sequence[_Run]]], base: int, digests: Sequence[int]
+) -> list[CheckTable]:
+    """`read`: of each source block its index in the extent, and its runs. A check for each unit of each of them."""
+    runs_R5 = np.array(
+        [
+            (number, run.reader_block, run.reader_token, run.position, run.num_tokens)
+            for number, (_, runs) in enumerate(read)
+            for run in runs
+        ],
+        np.int64,
     )
+    expected_BD = np.array(digests, np.uint64).reshape(-1, pair.num_digests)[[index for index, _ in read]]
+    tables = []
+    for region in pair.shared:
+        place, units_U = region.reader, np.arange(region.num_units)
+        start_U = base + place.offset + (region.first_unit - place.first_unit + units_U) * place.unit_stride
+        segments_RU4 = np.empty((len(runs_R5), region.num_units, 4), np.int64)
+        at_R = runs_R5[:, 1] * pair.reader_nbytes + runs_R5[:, 2] * place.token_stride
+        segments_RU4[:, :, 0] = at_R[:, None] + start_U
+        segments_RU4[:, :, 1:3] = runs_R5[:, None, 3:]
+        segments_RU4[:, :, 3] = runs_R5[:, :1] * region.num_units + units_U
+        expected_BU = expected_BD[:, region.digest_index : region.digest_index + region.num_units]
+        shape = _shape(place, region.num_layers, region.num_parts)
+        tables.append(CheckTable(shape, segments_RU4.reshape(-1, 4), expected_BU.reshape(-1)))
+    return tables
+
+
+def _shape(place: RegionPlace, layers: int, parts: int) -> Shape:
+    most_tokens, row = place.unit_stride // place.token_stride, place.token_stride
+    return layers, parts, place.layer_stride, place.part_stride, row, row, most_tokens
 
 
 class _Pieces:
