@@ -86,8 +86,8 @@ def test_pieces_of_all_sizes_land_where_they_should(owner: FakeGpu, reader: Fake
 
 
 def test_reads_take_turns(driver: Path, owner: FakeGpu) -> None:
-    """A small read passes large ones that came before it."""
-    reader = FakeGpu(driver, GROUPS, 100, environ={"FAKE_CUDA_COPY_US": "2000"})
+    """A small read passes large ones that came before it: these take a second, and to ask for all a moment of it."""
+    reader = FakeGpu(driver, GROUPS, 100, environ={"FAKE_CUDA_COPY_US": "10000"})
     connect(reader, owner)
     for i in range(30):
         reader.read(i, "full", [("full", 0, 0, 40 * MIB)])
