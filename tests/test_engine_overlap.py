@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_support import PEER, READER, Pair, Solo, greedy, hybrid, llama, prompts, windowed
+from engine_support import PEER, READER, Answer, Pair, Solo, greedy, hybrid, llama, prompts, windowed
 
 from common.engine.batch import Batch
 from common.engine.messages import PeerEvent, ReaderEvent
 from common.engine.runner import Pending
+from common.kvcache.layout import FULL_GROUP
+from common.kvtransfer.memory import Fault
 from common.kvtransfer.orders import DropOrder, OrderFailed, PlaceOrder
 from common.types import FinishReason, SamplingParams
 
@@ -269,6 +271,101 @@ def test_a_first_token_waits_for_no_step(llama: Path) -> None:
     engine.while_waiting = None
     pair.run()
     assert answer.tokens == whole.tokens
+    pair.check_idle()
+
+
+def early(pair: Pair, prompt: tuple[int, ...]) -> Answer:
+    """A hand-off whose hidden row is there, whose token is drawn, and whose KV is on its way."""
+    pair.network.held = True
+    answer = pair.submit(prompt, greedy(8))
+    scheduler = pair.decode.parts.scheduler
+    for _ in range(20):
+        pair.step()
+        if pair.network.num_waiting == 2:
+            break
+    pair.network.step(1)
+    drawn: list[Batch] = []
+    runner = pair.decode.parts.runner
+    draw = runner.draw_beside  # type: ignore[attr-defined]
+    runner.draw_beside = lambda batch, masks: (drawn.append(batch), draw(batch, masks))[1]  # type: ignore[attr-defined]
+    for _ in range(3):
+        pair.step()
+    assert len(drawn) == 1
+    (seq,) = scheduler.remote.values()
+    assert seq.first_under_way
+    assert not answer.tokens, "its KV is not verified"
+    assert not pair.decode.engine.has_work, "nothing is to be computed or brought"
+    return answer
+
+
+@pytest.mark.parametrize("end", ["done", "owner killed", "session lost", "cancelled", "bytes changed"])
+def test_a_first_token_is_drawn_while_the_rest_is_on_its_way(end: str, llama: Path) -> None:
+    """And forgotten if the hand-off fails: then it is drawn again from what is computed here."""
+    (prompt,) = prompts(25, [70])
+    solo = Solo(llama)
+    whole = solo.submit(prompt, greedy(8))
+    solo.run()
+    pair = Pair(llama, **OVERLAP)
+    if end == "bytes changed":
+        pair.network.fault_for = lambda _, pieces: Fault.CORRUPT if pieces[0].group == FULL_GROUP else Fault.NONE
+    answer = early(pair, prompt)
+    match end:
+        case "owner killed":
+            pair.kill_prefill()
+        case "session lost":
+            pair.lose_session()
+        case "cancelled":
+            pair.cancel(answer)
+    pair.network.held = False
+    pair.network.advance()
+    pair.run()
+    if end == "cancelled":
+        assert answer.finish[0] is FinishReason.CANCELLED
+        assert not answer.tokens[0]
+    else:
+        assert answer.tokens == whole.tokens
+    demand = pair.decode.parts.demand
+    assert sum(demand.fallbacks.values()) == (end not in ("done", "cancelled"))
+    assert not demand.tails
+    pair.check_idle()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_first_tokens_are_right_whatever_comes_first_or_fails(seed: int, llama: Path) -> None:
+    """Reads end in any order, some wrongly, while requests are cancelled; few blocks, so that others take them."""
+    rng = random.Random(seed)
+    params = mixed(seed)
+    texts = prompts(seed, [rng.randrange(20, 60) for _ in params])
+    solo = Solo(llama)
+    whole = [solo.submit(text, one) for text, one in zip(texts, params, strict=True)]
+    solo.run()
+    few = {"max_model_len": 128, "kv_cache_memory_bytes": 192 << 10, "max_num_seqs": 8}
+    pair = Pair(llama, **OVERLAP, **few)
+    pair.network.held = True
+    pair.network.fault_for = lambda *_: rng.choice([Fault.NONE] * 12 + [Fault.FAIL, Fault.CORRUPT])
+    got, cancelled = [], set[int]()
+    drawn_early = 0
+    for _ in range(20_000):
+        if len(got) < len(params) and rng.random() < 0.3:
+            got.append(pair.submit(texts[len(got)], params[len(got)]))
+        pair.step()
+        drawn_early += any(s.first_under_way for s in pair.decode.parts.scheduler.remote.values())
+        if rng.random() < 0.2:
+            pair.network.step(rng.randrange(8))
+        if got and rng.random() < 0.01:
+            choice = rng.randrange(len(got))
+            cancelled.add(choice)
+            pair.cancel(got[choice])
+        if len(got) == len(params) and all(a.ended for a in got):
+            break
+    else:
+        raise AssertionError("requests that never end")
+    assert drawn_early
+    for number, (answer, expected) in enumerate(zip(got, whole, strict=True)):
+        if number not in cancelled:
+            assert answer.tokens == expected.tokens
+    pair.network.held = False
+    pair.network.advance()
     pair.check_idle()
 
 

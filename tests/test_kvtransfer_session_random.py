@@ -14,7 +14,7 @@ from kvtransfer_support import is_readable, small_layout
 
 from common.kvtransfer.memory import Fault
 from common.kvtransfer.orders import DropOrder, OrderEvent, OrderExtent, PeerVerdict, PlaceOrder, ReleaseLease
-from common.kvtransfer.session import Done, Failed, Progress
+from common.kvtransfer.session import Done, Failed, Progress, TailRead
 
 # Late writes after a reported completion are left out: a transport that makes them breaks its contract.
 FAULTS = (Fault.NONE, Fault.NONE, Fault.NONE, Fault.FAIL, Fault.CORRUPT, Fault.SHORT, Fault.MISPLACE, Fault.STUCK)
@@ -195,6 +195,8 @@ class HandoffMachine(RuleBasedStateMachine):
             start, total = self.starts[update.seq_id], self.sizes[update.seq_id]
             if isinstance(update, Progress):
                 assert start <= update.num_verified <= total or not update.num_verified
+            elif isinstance(update, TailRead):
+                assert self.world.same_bytes(update.seq_id, total, total, tail=True)
             elif isinstance(update, Done):
                 assert self.world.same_bytes(update.seq_id, start, total, tail=True)
                 self.world.cache.close(update.seq_id)

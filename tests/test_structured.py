@@ -48,6 +48,32 @@ def run(solo: Solo, params: list[SamplingParams], seed: int = 0) -> list[Answer]
     return got
 
 
+def test_a_first_token_under_a_grammar_is_drawn_when_its_hand_off_has_ended(llama: Path) -> None:
+    """Not while the KV is on its way, as others are: masks are made of what runs."""
+    pair = Pair(llama, async_scheduling="on")
+    runner, scheduler = pair.decode.parts.runner, pair.decode.parts.scheduler
+    drawn: list[bool] = []
+    draw = runner.draw_beside  # type: ignore[attr-defined]
+    runner.draw_beside = lambda batch, masks: (  # type: ignore[attr-defined]
+        drawn.append(masks is not None and not scheduler.remote),
+        draw(batch, masks),
+    )[1]
+    pair.network.held = True
+    answer = pair.submit(prompts(3, [70])[0], under(schema_grammar(LIST), seed=1, temperature=1.0))
+    while pair.network.num_waiting < 2:
+        pair.step()
+    pair.network.step(1)
+    for _ in range(3):
+        pair.step()
+    assert not drawn
+    pair.network.held = False
+    pair.network.advance()
+    pair.run()
+    assert drawn == [True]
+    check(LIST, text_of(llama, answer.tokens[0]), answer.finish[0])
+    pair.check_idle()
+
+
 def many(seed: int, count: int = 24) -> tuple[list[Any], list[SamplingParams]]:
     rng = random.Random(seed)
     schemas = [random_schema(rng) for _ in range(count)]

@@ -2,11 +2,14 @@
 
 waiting --try_remote--> REMOTE --Done--> running, only the head is missing
 `-Failed-> waiting, goes on here from what was verified
+
+The hidden row of a prompt's last token is small and comes first: while the rest is on its way, `tails` has it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import msgspec
 
@@ -14,7 +17,7 @@ from common.config import HandoffConfig
 from common.engine.scheduler import Scheduler
 from common.engine.sequence import Phase, Sequence
 from common.kvcache.manager import KVCacheManager, PrefixHit
-from common.kvtransfer.session import Done, Failed, HandoffReader, OrderSpec
+from common.kvtransfer.session import Done, Failed, HandoffReader, OrderSpec, TailRead
 from common.types import Clock
 
 
@@ -33,6 +36,8 @@ class Demand:
         self._config = config
         self._clock = clock
         self._placed: dict[int, Sequence] = {}
+        self.tails: dict[int, Sequence] = {}  # REMOTE still, the last hidden row in the tail block
+        self.on_lost_tail: Callable[[Sequence], None] = lambda seq: None  # before its block is given back
         self.fallbacks: dict[str, int] = {}
         self.local_by_choice = 0  # prompts short or cached enough to stay here
 
@@ -97,24 +102,33 @@ class Demand:
         """The sequence ended while its KV was on the way."""
         if self._placed.pop(seq.seq_id, None) is not None:
             self._reader.cancel(seq.seq_id)
+        self._lose_tail(seq)
 
     def poll(self, scheduler: Scheduler) -> None:
         """Move sequences whose hand-off ended since the last call."""
         for placed in self._placed.values():
             placed.grow_chain()  # while its prompt is computed, so that nothing waits for it at the end
         for update in self._reader.poll():
+            if isinstance(update, TailRead) and update.seq_id in self._placed:
+                self.tails[update.seq_id] = self._placed[update.seq_id]
             if not isinstance(update, Done | Failed):
                 continue
             seq = self._placed.pop(update.seq_id, None)
             if seq is None or seq.phase is not Phase.REMOTE:
                 continue
             if isinstance(update, Done):
+                self.tails.pop(seq.seq_id, None)
                 seq.times.prefilled = self._clock.now()
                 self._finish(seq, update)
                 scheduler.remote_done(seq)
             else:
+                self._lose_tail(seq)
                 self._fall_back(seq, update.reason)
                 scheduler.remote_failed(seq, update.num_verified)
+
+    def _lose_tail(self, seq: Sequence) -> None:
+        if self.tails.pop(seq.seq_id, None) is not None:
+            self.on_lost_tail(seq)
 
     def _finish(self, seq: Sequence, done: Done) -> None:
         seconds = done.read_seconds

@@ -61,7 +61,11 @@ class Engine:
         self._writes_on = False  # the device, to blocks, behind the step that is collected
         self._stalled = False
         self._under_way: LaunchedStep | None = None
-        self._firsts = FirstTokens(parts.scheduler, parts.beside, parts.cache, self._groups) if parts.beside else None
+        self._firsts: FirstTokens | None = None
+        if parts.beside is not None:
+            tails = parts.demand.tails
+            self._firsts = FirstTokens(parts.scheduler, tails, parts.beside, parts.cache, self._groups)
+            parts.demand.on_lost_tail = self._firsts.cancel
         self._num_planned = 0  # of the sequences ever queued, those that a plan could have taken
         self.while_waiting: Callable[[], None] | None = None
         """Called again and again while the device computes what is to be collected next; may handle messages."""
@@ -163,13 +167,12 @@ class Engine:
         return self._p.scheduler.schedule(ahead=ahead)
 
     def _poll_handoffs(self) -> None:
-        """Take what hand-offs have brought. First tokens are drawn at once, and delivered when they are there."""
+        """Take what hand-offs have brought. First tokens are drawn at once, and delivered when all else is there."""
         p = self._p
         p.demand.poll(p.scheduler)
         if self._firsts is None:
             return
-        plan = self._firsts.due()
-        if plan.items:
+        for plan in self._firsts.due():
             try:
                 self._firsts.launch(plan, self._p.masks.begin_late(plan).get())
             except Exception as error:  # noqa: BLE001 - the edge of a step

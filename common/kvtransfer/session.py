@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from common.config.schema import HandoffConfig
 from common.errors import KVTransferError, PeerLostError
-from common.kvcache.layout import KVLayout
+from common.kvcache.layout import TAIL_GROUP, KVLayout
 from common.kvtransfer.cache import CacheView
 from common.kvtransfer.intake import Intake, OrderSpec, Reading, Stage
 from common.kvtransfer.orders import (
@@ -47,13 +47,23 @@ from common.kvtransfer.peers import Peers, Traffic
 from common.kvtransfer.plan import check_extent, supplied_groups
 from common.kvtransfer.reads import Reads, Wanted
 from common.kvtransfer.transport import Endpoint, PeerDown, ReadResult, ReadStatus
-from common.kvtransfer.updates import Done, Failed, HandoffCounters, HandoffUpdate, Progress
+from common.kvtransfer.updates import Done, Failed, HandoffCounters, HandoffUpdate, Progress, TailRead
 from common.types import Clock, Failure, WorkerRef
 
 REMEMBERED = 4096
 _REASONS = {"prefix_hash": "prefix_hash", "seq_id": "closed"}  # field at fault -> Failed.reason
 
-__all__ = ["Done", "Failed", "HandoffCounters", "HandoffReader", "HandoffUpdate", "OrderSpec", "Progress", "Traffic"]
+__all__ = [
+    "Done",
+    "Failed",
+    "HandoffCounters",
+    "HandoffReader",
+    "HandoffUpdate",
+    "OrderSpec",
+    "Progress",
+    "TailRead",
+    "Traffic",
+]
 
 
 @dataclass
@@ -265,6 +275,8 @@ class HandoffReader:
             intake.verify(reading)
             intake.stats.nbytes += result.nbytes
             intake.stats.read_seconds += result.read_seconds
+            if reading.extent.group == TAIL_GROUP:
+                self._updates.append(TailRead(intake.spec.seq_id))
             intake.last_progress = self._clock.now()
             self._resume(intake)
         else:

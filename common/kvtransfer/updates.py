@@ -17,6 +17,12 @@ class Progress(msgspec.Struct, frozen=True):
     num_verified: int
 
 
+class TailRead(msgspec.Struct, frozen=True):
+    """The sequence's last hidden row is verified, in its tail block. What else it needs may be on its way still."""
+
+    seq_id: int
+
+
 class Done(msgspec.Struct, frozen=True):
     """All positions and the tail row are verified and in live blocks.
 
@@ -51,7 +57,7 @@ class Failed(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
-HandoffUpdate = Progress | Done | Failed
+HandoffUpdate = Progress | TailRead | Done | Failed
 
 
 @dataclass
