@@ -23,6 +23,7 @@ from common.types import SamplingParams
 log = get_logger(__name__)
 
 GRAPHS_NBYTES = 1 << 30  # kept for recorded steps: they share one memory pool
+FEW_ROWS = (1, 2, 16, 32)  # for each kernel of few rows a number that takes it
 _MIB = 1 << 20
 
 
@@ -77,6 +78,8 @@ def run_largest_step(
 ) -> None:
     """Compute a prompt chunk of `max_tokens` tokens, then draw for `max_seqs` sequences with all that drawing can need.
 
+    Before that for few: products of few rows have kernels of their own (`common.kernels.gpu.linear`), and those of the
+    head are in no recorded step. Compiled now, they do not hold up the first requests that come together.
     The tokens are written over one another: the pool need not hold them all.
     """
     torch.cuda.reset_peak_memory_stats()
@@ -96,8 +99,9 @@ def run_largest_step(
     pending = runner.forward(build_batch(rows, groups))
     runner.sample(pending)
     runner.collect(pending)
-    ones = [BatchRow([0], 0, tables, (draw,), states=states) for _ in range(max_seqs)]
-    pending = runner.forward(build_batch(ones, groups))
-    runner.sample(pending)
-    runner.collect(pending)
+    for count in sorted({min(n, max_seqs) for n in (*FEW_ROWS, max_seqs)}):
+        ones = [BatchRow([0], 0, tables, (draw,), states=states) for _ in range(count)]
+        pending = runner.forward(build_batch(ones, groups))
+        runner.sample(pending)
+        runner.collect(pending)
     torch.cuda.synchronize()
