@@ -307,6 +307,8 @@ def tables(
         f"\nOurs: {environment['device']}, commit {environment['commit']}, {environment['date']}", highlight=False
     )
     console.print(f"vLLM: {targets['source']}, {targets['date']}; {targets['settings']}", highlight=False)
+    if here := [model for model, figures in targets["offline"].items() if figures.get("here")]:
+        console.print(f"vLLM on this machine, not scaled: {', '.join(here)}", highlight=False)
     table = Table(title="'scaled': vLLM's figure by the two machines' limits; ratios above 1 are better than it")
     for column in ("", "what", "unit", "limit", "vLLM", "scaled", "ours", "of limit", "x scaled", "goal"):
         table.add_column(column, justify="left" if column in ("", "what", "unit") else "right", no_wrap=True)
