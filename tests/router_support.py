@@ -198,7 +198,7 @@ class ScriptedWorker(pb_grpc.DecodeServiceServicer):
         if self.refuse_streams:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no streams now")
         if self.mute:
-            await asyncio.Event().wait()
+            await until(lambda: not self.mute, timeout_s=60)
         if (older := self._queues.get(attach.router_id)) is not None:
             older.put_nowait(None)
         queue = self._queues[attach.router_id] = asyncio.Queue()

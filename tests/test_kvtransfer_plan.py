@@ -94,6 +94,8 @@ def test_units_that_lie_together_on_both_sides_become_one_copy() -> None:
         ("block_ids", {"start_position": 8}),
         ("digests", {"digests": (0,) * 5}),
         ("digests", {"digests": ()}),
+        ("digests", {"digests": (0, 0, 0, 0, 0, 2**64)}),
+        ("digests", {"digests": (0, 0, 0, 0, 0, -1)}),
         ("num_tokens", {"group": TAIL_GROUP, "num_tokens": 2, "block_ids": (0, 1), "digests": (0, 0)}),
         ("block_ids", {"group": TAIL_GROUP, "num_tokens": 1, "block_ids": (8,), "digests": (0,)}),
         ("block_table", {"num_tokens": 64, "block_ids": (3, 4, 5, 6), "digests": (0,) * 8}),

@@ -100,6 +100,7 @@ def make_link(peer: FakePeer, connect_timeout_s: float = 1.0) -> WorkerLink:
         connect_timeout_s=connect_timeout_s,
         on_lost=lost,
         others_ready=lambda ref: False,
+        on_attached=lambda: None,
     )
 
 

@@ -230,6 +230,74 @@ async def test_a_request_on_its_way_to_a_worker_that_is_lost_goes_elsewhere(tmp_
         assert len(other.entries) == 1
 
 
+@pytest.mark.parametrize("how", ["silent", "refuses", "refuses for long"])
+async def test_the_only_worker_comes_back_after_its_lease_ran_out(how: str, tmp_path: Path) -> None:
+    """It was paused, or its network was: the same process, which has all it made meanwhile."""
+    async with cluster(tmp_path, say(LONG, delay_s=0.02), resume_wait_s=8.0) as made:
+        task = asyncio.create_task(streamed(made))
+        worker = await working(made)
+        worker.mute, worker.refuse_streams = how == "silent", how != "silent"
+        worker.break_streams()
+        if how != "refuses for long":
+            made.members.remove("d0")
+        await asyncio.sleep(2.5 if how == "silent" else 6)
+        worker.mute = worker.refuse_streams = False
+        if how != "refuses for long":
+            made.members.put(worker.info())
+        assert (await asyncio.wait_for(task, 4))[0] == LONG
+        assert (await made.post("/v1/chat/completions", **CHAT, max_tokens=1)).status_code == 200
+
+
+async def test_a_worker_that_is_a_member_again_is_one(tmp_path: Path) -> None:
+    """Its lease ran out and it registered again while a request went on: its next break is like any other's."""
+    async with cluster(tmp_path, say(LONG, delay_s=0.005)) as made:
+        task = asyncio.create_task(streamed(made))
+        await working(made)
+        made.members.remove("d0")
+        await asyncio.sleep(0.2)
+        made.members.put(made.worker.info())
+        assert (await asyncio.wait_for(task, 10))[0] == LONG
+        made.worker.break_streams()
+        await asyncio.sleep(0.3)
+        assert (await made.post("/v1/chat/completions", **CHAT, max_tokens=1)).status_code == 200
+
+
+async def test_a_request_waits_for_its_only_worker_that_was_away_for_long(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say("x")) as made:
+        made.worker.refuse_streams = True
+        made.worker.break_streams()
+        await asyncio.sleep(5.3)
+        task = asyncio.create_task(made.post("/v1/chat/completions", **CHAT))
+        await asyncio.sleep(2.0)
+        made.worker.refuse_streams = False
+        assert (await task).status_code == 200
+
+
+async def test_all_streams_break_and_one_worker_says_nothing(tmp_path: Path) -> None:
+    """Its attempt began when the other had no stream either."""
+    async with cluster(tmp_path, say(LONG, delay_s=0.01), num_workers=2) as made:
+        task = asyncio.create_task(streamed(made))
+        worker = await working(made)
+        worker.mute = True
+        for each in made.workers:
+            each.break_streams()
+        assert (await asyncio.wait_for(task, 4))[0] == LONG
+
+
+async def test_a_request_that_waits_for_a_stream_takes_another_worker_that_comes(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say("x"), connect_timeout_s=10.0) as made:
+        made.worker.mute = True
+        made.worker.break_streams()
+        await asyncio.sleep(0.2)
+        task = asyncio.create_task(made.post("/v1/chat/completions", **CHAT))
+        await asyncio.sleep(0.3)
+        other = ScriptedWorker(say("x"), tmp_path, worker_id="d1")
+        made.workers.append(other)
+        await other.start()
+        made.members.put(other.info())
+        assert (await asyncio.wait_for(task, 2)).status_code == 200
+
+
 async def test_workers_that_die_at_any_moment(tmp_path: Path) -> None:
     """Killed and removed, in either order, amid requests that have just begun, run, or are about to end."""
     rng = random.Random(3)

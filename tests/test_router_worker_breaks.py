@@ -92,6 +92,7 @@ async def test_a_stream_that_breaks_at_any_moment(seed: int) -> None:
             connect_timeout_s=2.0,
             on_lost=lost,
             others_ready=lambda ref: False,
+            on_attached=lambda: None,
         )
 
         async def place(generation: Generation) -> None:

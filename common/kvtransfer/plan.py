@@ -307,7 +307,11 @@ def _check_tables(
         ],
         np.int64,
     )
-    expected_BD = np.array(digests, np.uint64).reshape(-1, pair.num_digests)[[index for index, _ in read]]
+    try:
+        digests_D = np.array(digests, np.uint64)
+    except OverflowError:
+        raise KVTransferError("a digest has more than 64 bits", param="digests") from None
+    expected_BD = digests_D.reshape(-1, pair.num_digests)[[index for index, _ in read]]
     tables = []
     for region in pair.shared:
         place, units_U = region.reader, np.arange(region.num_units)

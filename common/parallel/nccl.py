@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 _ID_NBYTES = 128
 _CALL_S = 2.0  # longest wait of `abort` for a call that is being made
-_ABORT_S = 5.0
+_ABORT_S = 2.0  # with `_CALL_S` less than a lost rank leaves an engine to say why it ends
 _SUM = 0
 _TYPES = {
     torch.uint8: 1,

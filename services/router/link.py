@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -25,13 +24,13 @@ from common.types import ChoiceDelta, Clock, RequestStats, TokenLogprobs, Worker
 from services.router.contract import DecodePeer, DecodeStream
 from services.router.generation import ABNORMAL, Generation
 from services.router.outbox import Outbox
-from services.router.stash import Row, Stash
+from services.router.reaching import Reaching
+from services.router.stash import ClosedSlots, Row, Stash
 
 PATIENT_ATTEMPTS: Final = 3  # failed reattachments before requests are moved, if another worker could take them
 HASTE_S: Final = 1.0  # for them in all, and for each: a worker that is well answers in milliseconds
 PATIENCE_S: Final = 5.0  # if none could
 STEADY_S: Final = 1.0  # a stream that held this long, or brought something, was no failure
-_REMEMBERED_SLOTS: Final = 4096
 _MAX_GAPS: Final = 3
 _QUIET_ATTEMPTS: Final = 60  # an unreachable worker is mentioned about once a minute
 _CLOSE_S: Final = 0.5
@@ -52,6 +51,7 @@ class WorkerLink:
         connect_timeout_s: float,
         on_lost: Callable[[Generation, NanoDeployError, bool], None],
         others_ready: Callable[[WorkerRef], bool],
+        on_attached: Callable[[], None],
     ) -> None:
         self.ref = ref
         self.attached = False  # there is a working stream
@@ -63,14 +63,16 @@ class WorkerLink:
         self._connect_timeout_s = connect_timeout_s
         self._on_lost = on_lost
         self._others_ready = others_ready
+        self._on_attached = on_attached
         self._outbox = Outbox()
         self._open: dict[int, Generation] = {}
         self._submitting = 0
-        self._reaching: set[asyncio.Future[None]] = set()  # requests that wait for a stream
+        self._reaching = Reaching()
         self._stash = Stash()
-        self._closed_slots: OrderedDict[int, None] = OrderedDict()
+        self._closed = ClosedSlots()
         self._stream: DecodeStream | None = None
         self._broken = False
+        self._attaching: asyncio.Timeout | None = None
         self._leaving = False  # the stream was closed here
         self._steady = False  # the stream brought something
         self._retired = False  # no longer a member
@@ -121,8 +123,8 @@ class WorkerLink:
 
         self._submitting += 1
         try:
-            if not self.attached:
-                await self._reached()
+            if not self.attached and not self.over:
+                await self._reach()
             if self.over:
                 raise self._gone()
             if generation.done:
@@ -132,23 +134,11 @@ class WorkerLink:
             self._submitted()
         await bound
 
-    async def _reached(self) -> None:
-        reached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._reaching.add(reached)
+    async def _reach(self) -> None:
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                await reached
+            await self._reaching.wait(self._connect_timeout_s)
         except TimeoutError:
             raise UnavailableError(f"worker {self.ref.worker_id} cannot be reached") from None
-        finally:
-            self._reaching.discard(reached)
-
-    def _tell_reaching(self, error: NanoDeployError | None = None) -> None:
-        for reached in [reached for reached in self._reaching if not reached.done()]:
-            if error is None:
-                reached.set_result(None)
-            else:
-                reached.set_exception(error)
 
     def _answered(
         self, generation: Generation, answer: int | NanoDeployError, ended_choices: Sequence[int]
@@ -197,14 +187,9 @@ class WorkerLink:
 
     def _forget(self, generation: Generation) -> None:
         self._open.pop(generation.slot, None)
-        self._remember(generation.slot)
+        self._closed.add(generation.slot)
         self._outbox.forget(generation)
         generation.link = None
-
-    def _remember(self, slot: int) -> None:
-        self._closed_slots[slot] = None
-        if len(self._closed_slots) > _REMEMBERED_SLOTS:
-            self._closed_slots.popitem(last=False)
 
     def _lose(self, generation: Generation, error: NanoDeployError, *, worker_gone: bool = False) -> None:
         self._forget(generation)
@@ -213,7 +198,8 @@ class WorkerLink:
 
     def _lose_all(self, error: NanoDeployError) -> None:
         """Move all requests; should the worker come back, it hears that they are not wanted."""
-        self._tell_reaching(error)
+        if self.over or self.restarted or self._retired or self._others_ready(self.ref):
+            self._reaching.tell(error)
         for generation in list(self._open.values()):
             self._outbox.cancel(generation.slot)
             self._lose(generation, error, worker_gone=True)
@@ -276,14 +262,14 @@ class WorkerLink:
 
         What no answer named while its Submit can have waited is nobody's, whatever else is being submitted.
         """
-        if slot in self._closed_slots:
+        if slot in self._closed:
             return
         now = self._clock.now()
         if self._submitting and now - self._stash.since(slot, now) <= 2 * self._connect_timeout_s:
             self._stash.keep(slot, row, now)
         else:
             self._stash.take(slot)
-            self._remember(slot)
+            self._closed.add(slot)
             self._outbox.cancel(slot)
 
     # -- the stream --
@@ -313,10 +299,13 @@ class WorkerLink:
     async def _attach(self, stream: DecodeStream) -> None:
         positions = [position for generation in self._open.values() for position in generation.open_positions()]
         try:
-            async with asyncio.timeout(self._attach_limit_s()):
+            async with asyncio.timeout(self._connect_timeout_s) as self._attaching:
+                self.hurry()
                 epoch, unknown = await stream.attach(self.ref.epoch, positions)
         except TimeoutError:
             raise UnavailableError(f"worker {self.ref.worker_id} did not answer the stream") from None
+        finally:
+            self._attaching = None
         if epoch != self.ref.epoch:
             self.restarted = True
             raise UnavailableError(f"worker {self.ref.worker_id} was restarted")
@@ -324,13 +313,19 @@ class WorkerLink:
             if (generation := self._open.get(slot)) is not None:
                 self._lose(generation, UnavailableError(f"worker {self.ref.worker_id} lost the request"))
         self._broken, self.attached = False, True
-        self._tell_reaching()
+        self._reaching.tell()
+        self._on_attached()
         self._outbox.signal()
         _log.info("stream attached", worker_id=self.ref.worker_id, resumed=len(positions), unknown=len(unknown))
 
-    def _attach_limit_s(self) -> float:
-        limit_s = self._connect_timeout_s
-        return min(limit_s, HASTE_S) if self._broken and (self._retired or self._others_ready(self.ref)) else limit_s
+    def hurry(self) -> None:
+        """Without a stream, and others may have one now: what can go on there is not kept waiting."""
+        if self.attached or not self._others_ready(self.ref):
+            return
+        self._reaching.tell(UnavailableError(f"worker {self.ref.worker_id} cannot be reached"))
+        if self._broken and self._attaching is not None:
+            when, soon = self._attaching.when(), asyncio.get_running_loop().time() + HASTE_S
+            self._attaching.reschedule(soon if when is None else min(when, soon))
 
     async def _pump(self, stream: DecodeStream) -> None:
         """Read until the stream breaks; the writer ends with it."""
@@ -357,7 +352,7 @@ class WorkerLink:
         self._broken = True
         others = self._others_ready(self.ref)
         patience = 2 if self._retired else PATIENT_ATTEMPTS if others else 2**31
-        patience_s = HASTE_S if self._retired or others else PATIENCE_S
+        patience_s = HASTE_S if others else PATIENCE_S
         moved = self.restarted or self._failures >= patience or now - self._broken_at >= patience_s
         if self._failures <= PATIENT_ATTEMPTS or self._open or not self._failures % _QUIET_ATTEMPTS:
             _log.warning(
@@ -384,6 +379,10 @@ class WorkerLink:
         if not self._retired:
             self._retired = True
             self._leave()
+
+    def keep(self) -> None:
+        """The worker is a member, or one again: its lease had run out."""
+        self._retired = False
 
     async def close(self) -> None:
         """Tell the worker what nobody wants any more, if it listens, and end the stream."""

@@ -130,6 +130,8 @@ class Relay:
             except NanoDeployError as error:
                 if await self._changed_before(until_s):
                     tried &= self._ready_refs()  # one that refused while it started may be tried when it is ready
+                    if generation.lost_on is not None and self._is_attached(generation.lost_on):
+                        tried.discard(generation.lost_on)  # it is back
                     continue
                 generation.fail(last or error)
                 return
@@ -211,8 +213,7 @@ class Relay:
 
     def ready(self, worker: WorkerInfo) -> bool:
         """Whether requests can be sent to it now."""
-        link = self._links.get(worker.ref)
-        return worker.state is WorkerState.READY and link is not None and link.attached
+        return worker.state is WorkerState.READY and self._is_attached(worker.ref)
 
     def _others_ready(self, ref: WorkerRef) -> bool:
         mine = self._members.workers.get(ref.worker_id)
@@ -233,9 +234,22 @@ class Relay:
             link.retire()
         self._sweep()
         if change.kind is not ChangeKind.REMOVED and worker.state is not WorkerState.STARTING:
-            self._link(worker.ref)
+            self._link(worker.ref).keep()
+        self._wake()
+
+    def _on_attached(self) -> None:
+        """One more worker has a stream: for those that wait for a place, and those that wait for others' streams."""
+        for link in self._links.values():
+            link.hurry()
+        self._wake()
+
+    def _wake(self) -> None:
         self._changed.set_result(None)
         self._changed = self._loop.create_future()
+
+    def _is_attached(self, ref: WorkerRef) -> bool:
+        link = self._links.get(ref)
+        return link is not None and link.attached
 
     def _link(self, ref: WorkerRef) -> WorkerLink:
         link = self._links.get(ref)
@@ -248,6 +262,7 @@ class Relay:
                 connect_timeout_s=self._connect_timeout_s,
                 on_lost=self._on_lost,
                 others_ready=self._others_ready,
+                on_attached=self._on_attached,
             )
         return link
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Final
 
 from common.types import ChoiceDelta, Failure, RequestStats, TokenLogprobs
@@ -9,6 +10,7 @@ from common.types import ChoiceDelta, Failure, RequestStats, TokenLogprobs
 Row = ChoiceDelta | Failure | RequestStats | TokenLogprobs
 
 MOST_ROWS: Final = 16384
+_MOST_CLOSED: Final = 4096
 
 
 class Stash:
@@ -41,3 +43,18 @@ class Stash:
         """The slots there were, each with its first row."""
         slots, self._slots, self.num_rows = self._slots, {}, 0
         return [(slot, rows[0]) for slot, (_, rows) in slots.items()]
+
+
+class ClosedSlots:
+    """Those that were closed last: rows that still come for them are nobody's."""
+
+    def __init__(self) -> None:
+        self._slots: OrderedDict[int, None] = OrderedDict()
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._slots
+
+    def add(self, slot: int) -> None:
+        self._slots[slot] = None
+        if len(self._slots) > _MOST_CLOSED:
+            self._slots.popitem(last=False)
