@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from common.config.schema import UcxConfig
 from common.errors import ConfigError, InternalError, KVTransferError
 from common.kernels.native import Signatures, load_library
+from common.kvtransfer.shm import segments_folder
 from common.kvtransfer.transport import (
     DigestCheck,
     Endpoint,
@@ -87,7 +88,7 @@ class _Event(ctypes.Structure):
 def _library() -> ctypes.CDLL:
     pointer, text, size, u64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint64
     signatures: Signatures = {
-        "nd_ucx_open": (pointer, [text, text, text, ctypes.c_int, text, size]),
+        "nd_ucx_open": (pointer, [text, text, text, text, ctypes.c_int, text, size]),
         "nd_ucx_close": (None, [pointer]),
         "nd_ucx_wakeup_fd": (ctypes.c_int, [pointer]),
         "nd_ucx_version": (None, [pointer, text, size]),
@@ -135,6 +136,7 @@ class UcxTransport:
             library.encode(),
             tls.encode(),
             config.net_devices.encode(),
+            segments_folder().encode(),
             -1 if device is None else device,
             error,
             len(error),

@@ -61,10 +61,10 @@ bool put_memory(bool ok, const nd::LocalMemory& memory, std::string reason, NdMe
 
 // A transport, or null with the reason in `error`.
 // `device`: the GPU that all memory is on, -1 for the host's.
-ND_EXPORT Transport* nd_ucx_open(const char* library, const char* tls, const char* net_devices, int device, char* error,
-                                 size_t error_nbytes) {
+ND_EXPORT Transport* nd_ucx_open(const char* library, const char* tls, const char* net_devices, const char* posix_dir,
+                                 int device, char* error, size_t error_nbytes) {
   std::string reason;
-  auto transport = Transport::open({library, tls, net_devices, device}, &reason);
+  auto transport = Transport::open({library, tls, net_devices, posix_dir, device}, &reason);
   put_text(reason, error, error_nbytes);
   return transport.release();
 }

@@ -49,7 +49,7 @@ struct Event {
 };
 
 struct Settings {
-  std::string library, tls, net_devices;
+  std::string library, tls, net_devices, posix_dir;
   int device = -1;  // the GPU that all memory is on, -1 for the host's
 
   bool on_device() const { return device >= 0; }
