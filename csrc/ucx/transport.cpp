@@ -175,7 +175,8 @@ std::string Transport::open_ucx() {
   // Without RNDV_THRESH=inf, endpoints that detect dead peers would leave CMA for TCP. Memory comes from
   // what peers on this host can map, and is zeroed in every case.
   const bool valid = set("TLS", settings_.tls) && set("NET_DEVICES", settings_.net_devices) &&
-                     set("POSIX_DIR", settings_.posix_dir) && set("RNDV_THRESH", "inf") && set("ALLOC_PRIO", "md:posix,md:sysv,mmap");
+                     set("POSIX_DIR", settings_.posix_dir) && set("RNDV_THRESH", "inf") &&
+                     set("ALLOC_PRIO", "md:posix,md:sysv,mmap");
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES;
   params.features = UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP;
