@@ -18,15 +18,15 @@ from common.telemetry import get_logger
 
 SHM: Final = Path("/dev/shm")
 STALE_S: Final = 600.0  # no memory takes that long
-_OFF: Final = ("n", "no", "off", "0", "false")
 
 _log = get_logger(__name__)
 
 
 def segments_folder(parent: Path = SHM) -> str:
-    """Made if it is not there, and cleared of old segments. Empty: UCX shall take its own."""
-    if "UCX_POSIX_DIR" in os.environ or os.environ.get("UCX_POSIX_USE_PROC_LINK", "y").lower() in _OFF:
-        return ""  # where names stay, an old segment may be in use
+    """Made if it is not there, and cleared of old segments. Empty: UCX shall take its own.
+
+    Where the operator tells UCX how to name segments, none come here (`csrc/ucx/transport.cpp`): nobody uses an old one.
+    """
     folder = parent / f"nanodeploy-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -26,6 +26,11 @@ constexpr uint64_t kAlign = 64;
 constexpr std::pair<const char*, const char*> kTcpSettings[] = {{"TCP_TX_SEG_SIZE", "256k"},
                                                                 {"TCP_RX_SEG_SIZE", "256k"}};
 
+// Has the operator said where segments lie, or whether they keep their names?
+bool operator_names_segments() {
+  return getenv("UCX_POSIX_DIR") != nullptr || getenv("UCX_POSIX_USE_PROC_LINK") != nullptr;
+}
+
 // Threads made while this lives leave every signal to Python's own thread.
 class SignalsBlocked {
  public:
@@ -175,8 +180,8 @@ std::string Transport::open_ucx() {
   // Without RNDV_THRESH=inf, endpoints that detect dead peers would leave CMA for TCP. Memory comes from
   // what peers on this host can map, and is zeroed in every case.
   const bool valid = set("TLS", settings_.tls) && set("NET_DEVICES", settings_.net_devices) &&
-                     set("POSIX_DIR", settings_.posix_dir) && set("RNDV_THRESH", "inf") &&
-                     set("ALLOC_PRIO", "md:posix,md:sysv,mmap");
+                     set("POSIX_DIR", operator_names_segments() ? "" : settings_.posix_dir) &&
+                     set("RNDV_THRESH", "inf") && set("ALLOC_PRIO", "md:posix,md:sysv,mmap");
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES;
   params.features = UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP;
