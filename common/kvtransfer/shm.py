@@ -25,7 +25,7 @@ _log = get_logger(__name__)
 def segments_folder(parent: Path = SHM) -> str:
     """Made if it is not there, and cleared of old segments. Empty: UCX shall take its own.
 
-    Where the operator tells UCX how to name segments, none come here (`csrc/ucx/transport.cpp`): nobody uses an old one.
+    Where the operator tells UCX how to name segments none come here (`csrc/ucx/transport.cpp`): an old one is nobody's.
     """
     folder = parent / f"nanodeploy-{os.getuid()}"
     try:
