@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from port_support import free_port
 from rich.console import Console
 
 from common.config.schema import ClusterConfig
@@ -84,13 +84,6 @@ class Cli:
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self("status", "--json").stdout)
         return found
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def service(

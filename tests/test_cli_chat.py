@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from cli_support import console, free_port
+from cli_support import console
+from port_support import free_port
 
 from common.errors import ConfigError, NanoDeployError, UnavailableError
 from services.cli.api import list_models, sse_events, stream_chat

@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ import pytest
 from controller_support import CALL_S, rig, serving, start_process
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from port_support import free_port
 from redis_support import RedisServer, run_redis
 from rpc_support import eventually, make_worker
 
@@ -231,8 +231,7 @@ async def test_slow_watcher_is_cut_off_and_others_are_not(shared_server, monkeyp
 async def test_controller_killed_and_another_takes_over(shared_server, tmp_path):
     async with rig(shared_server, lease_ttl_s=5.0) as r:  # a controller that starts takes both cores for seconds
         kept = await r.controller()
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         process = start_process(r, tmp_path, port)
         try:
             await serving(port)
@@ -264,8 +263,7 @@ async def test_controller_killed_and_another_takes_over(shared_server, tmp_path)
 async def test_cost_at_rest(shared_server, tmp_path):
     """One controller process with a worker and a watcher: under 100 MB, no torch, and hardly any CPU."""
     async with rig(shared_server, heartbeat_s=1.0, lease_ttl_s=3.0) as r:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         process = start_process(r, tmp_path, port)
         try:
             await serving(port)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ import text_support
 from redis_support import fresh_namespace, run_redis
 from router_support import MODEL, ScriptedWorker, events, say, tokenizer
 
-from common.config.schema import ControllerConfig
+from common.config.schema import ControllerConfig, RouterConfig
 from common.errors import ConfigError
 from common.rpc.registry import RegistryClient
+from services.cli.ports import Ports
 from services.controller.app import Controller
-from services.router.workers import hold, listen
+from services.router.workers import Supervisor, hold, listen
 
 ROOT = Path(__file__).parent.parent
 ANSWER = "one two three four five six seven eight nine ten " * 4
@@ -33,20 +36,29 @@ CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content":
 
 @asynccontextmanager
 async def routers(folder: Path, controller: str, **config: Any) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
-    """The supervisor's process and the URL of its routers, two by default."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    lines = {"port": port, "workers": 2, "controllers": f"['{controller}']", "drain_grace_s": 5, **config}
+    """The supervisor's process, which holds the port from now on, and the URL of its routers, two by default."""
+    lines = {"port": 0, "workers": 2, "controllers": f"['{controller}']", "drain_grace_s": 5, **config}
     file = folder / "router.yaml"
     file.write_text("router: {" + ", ".join(f"{key}: {value}" for key, value in lines.items()) + "}\n")
     command = [sys.executable, "-m", "services.router", "--config", str(file)]
     with (folder / "log").open("wb") as log:
         process = await asyncio.to_thread(subprocess.Popen, command, cwd=ROOT, stderr=log, env={**os.environ})
     try:
-        yield process, f"http://127.0.0.1:{port}"
+        yield process, f"http://127.0.0.1:{await shared_port(process, folder / 'log')}"
     finally:
         process.kill()
         process.wait()
+
+
+async def shared_port(process: subprocess.Popen[bytes], log: Path) -> int:
+    """The port that the supervisor has taken, as its log says."""
+    for _ in range(600):
+        written = await asyncio.to_thread(log.read_text)
+        if found := re.search(r'"port":(\d+),.*"routers share a port"', written):
+            return int(found[1])
+        assert process.poll() is None, written
+        await asyncio.sleep(0.05)
+    raise AssertionError(written)
 
 
 def children(process: subprocess.Popen[bytes]) -> set[int]:
@@ -138,20 +150,55 @@ async def ready(http: httpx.AsyncClient) -> bool:
     return False
 
 
-async def test_routers_end_with_their_supervisor_and_answer_apart(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        own = free.getsockname()[1]
+@pytest.fixture
+def own() -> Iterator[int]:
+    """A port that is held together with the next one."""
+    with Ports() as ports:
+        for _ in range(50):
+            first = ports.take("127.0.0.1", 0)
+            with contextlib.suppress(ConfigError):
+                ports.take_exactly("127.0.0.1", first + 1, "worker_port")
+                yield first
+                return
+        raise AssertionError("no two ports in a row are free")
+
+
+async def test_routers_answer_apart_and_end_with_their_supervisor(tmp_path: Path, own: int) -> None:
     async with routers(tmp_path, "127.0.0.1:9", worker_port=own) as (process, url):
         pids = await started(process, 2)
         http, _ = await client_of(url, pids)
         await http.aclose()
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{own}") as zero:
-            while not (found := await pid_of(zero)):  # noqa: ASYNC110 - another process's doing
-                await asyncio.sleep(0.05)
-        assert found in pids
+        apart = [await client_of(f"http://127.0.0.1:{own + index}", pids) for index in range(2)]
+        assert {pid for _, pid in apart} == pids
+        for http, _ in apart:
+            await http.aclose()
         os.kill(process.pid, signal.SIGKILL)
         _, alive = await asyncio.to_thread(psutil.wait_procs, [psutil.Process(p) for p in pids], 15)
         assert not alive
+
+
+async def test_the_ports_of_each_are_kept_while_none_listens_there(own: int) -> None:
+    """A router that is started again finds its own port, whatever happened meanwhile."""
+    config = RouterConfig(port=0, workers=2, worker_port=own)
+    supervisor = Supervisor(config, [sys.executable, "-c", "import time; time.sleep(60)"])
+    running = asyncio.create_task(supervisor.run())
+    while len(supervisor.running) < 2:  # noqa: ASYNC110 - until both are there
+        await asyncio.sleep(0.01)
+    for port in (own, own + 1):
+        with socket.socket() as sock, pytest.raises(OSError, match="in use"):
+            sock.bind(("127.0.0.1", port))
+        listen("127.0.0.1", port, shared=False).close()
+    supervisor.stop()
+    assert await running == 0
+
+
+async def test_a_port_of_one_that_is_taken_is_named_before_any_starts(own: int) -> None:
+    with listen("127.0.0.1", own + 1, shared=False):
+        supervisor = Supervisor(RouterConfig(port=0, workers=2, worker_port=own), [sys.executable])
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{own + 1}") as caught:
+            await supervisor.run()
+    assert caught.value.param == "router.worker_port"
+    assert not supervisor.running
 
 
 def test_a_port_is_shared_only_among_ourselves() -> None:

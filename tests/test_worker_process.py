@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import httpx
 import pytest
 import tiny_models
 import yaml
+from port_support import free_port
 from wire_support import order
 
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
@@ -35,8 +35,7 @@ ENGINE = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 24, "num_threads": 1
 
 
 def run_worker(tmp: Path, role: str, engine: dict[str, object]) -> subprocess.CompletedProcess[str]:
-    with socket.create_server(("127.0.0.1", 0)) as nobody:  # a controller's address where none answers
-        section = {"port": 0, "http_port": 0, "controllers": [f"127.0.0.1:{nobody.getsockname()[1]}"]}
+    section = {"port": 0, "http_port": 0, "controllers": [f"127.0.0.1:{free_port()}"]}  # where none answers
     config = tmp / "worker.yaml"
     config.write_text(yaml.safe_dump({role: {**section, "engine": {**ENGINE, **engine}}}))
     return subprocess.run(

@@ -111,7 +111,8 @@ class Router:
         self.port = listener.getsockname()[1]
         listeners = [listener]
         if shared is not None and self._config.worker_port:
-            listeners.append(listen(host, self._config.worker_port + shared.number, shared=False))
+            own = self._config.worker_port + shared.number
+            listeners.append(listen(host, own, "router.worker_port", shared=False))
         board = Board(self._members, self._config, clock=self._clock, rng=self._rng)
         relay = Relay(
             self._members,

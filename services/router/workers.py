@@ -3,9 +3,9 @@
     spawned -> serving -> (ended by itself -> pause -> spawned) | asked to stop: SIGTERM, its own grace, SIGKILL
 
 The kernel deals connections out among those that listen (SO_REUSEPORT), so each connection stays with one process.
-They share nothing but the controller. The supervisor holds the port by a socket that does not listen, which also
-finds out whether somebody else has it. A process whose supervisor is gone, however it went, sees its standard input
-end and stops as if asked to.
+They share nothing but the controller. The supervisor holds the port, and each process's own, by sockets that do not
+listen, which also finds out whether somebody else has them. A process whose supervisor is gone, however it went, sees
+its standard input end and stops as if asked to.
 """
 
 from __future__ import annotations
@@ -54,11 +54,14 @@ class Supervisor:
         self._stopping.set()
 
     async def run(self) -> int:
-        """Until `stop`; returns the exit code. Raises `ConfigError` if the port is taken."""
-        with hold(self._config.host, self._config.port) as held:
-            port = held.getsockname()[1]
-            _log.info("routers share a port", host=self._config.host, port=port, workers=self._config.workers)
-            await asyncio.gather(*(self._keep(index, port) for index in range(self._config.workers)))
+        """Until `stop`; returns the exit code. Raises `ConfigError` if a port is taken."""
+        host, workers, own = self._config.host, self._config.workers, self._config.worker_port
+        with contextlib.ExitStack() as stack:
+            port = stack.enter_context(hold(host, self._config.port)).getsockname()[1]
+            for index in range(workers if own else 0):
+                stack.enter_context(hold(host, own + index, "router.worker_port"))
+            _log.info("routers share a port", host=host, port=port, workers=workers)
+            await asyncio.gather(*(self._keep(index, port) for index in range(workers)))
         return self._code
 
     async def _keep(self, index: int, port: int) -> None:
@@ -102,24 +105,24 @@ class Supervisor:
         return await ended
 
 
-def hold(host: str, port: int) -> socket.socket:
+def hold(host: str, port: int, param: str = "router.port") -> socket.socket:
     """The port, bound and not listened on: routers may share it, nobody else is given it. `ConfigError` if taken."""
-    return _bound(host, port, shared=False)
+    return _bound(host, port, param, shared=False)
 
 
-def listen(host: str, port: int, *, shared: bool) -> socket.socket:
+def listen(host: str, port: int, param: str = "router.port", *, shared: bool) -> socket.socket:
     """A listening socket; `shared` beside others of the same user that say so too. Raises `ConfigError`."""
-    listener = _bound(host, port, shared=shared)
+    listener = _bound(host, port, param, shared=shared)
     try:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise _taken(host, port, error) from error
+        raise _taken(host, port, param, error) from error
     listener.setblocking(False)
     return listener
 
 
-def _bound(host: str, port: int, *, shared: bool) -> socket.socket:
+def _bound(host: str, port: int, param: str, *, shared: bool) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if shared:
@@ -128,12 +131,12 @@ def _bound(host: str, port: int, *, shared: bool) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise _taken(host, port, error) from error
+        raise _taken(host, port, param, error) from error
     return sock
 
 
-def _taken(host: str, port: int, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot listen on {host}:{port}: {error}", param="router.port")
+def _taken(host: str, port: int, param: str, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot listen on {host}:{port}: {error}", param=param)
 
 
 def stop_with_parent(stop: Callable[[], None]) -> None:
