@@ -192,6 +192,8 @@ _WORKER_METRICS = [
     "grammars_kept",
     "handoff_fallbacks_total",
     "handoff_orders_total",
+    "kernels_compiled_late_seconds_total",
+    "kernels_compiled_late_total",
     "kv_blocks",
     "kv_cache_usage_perc",
     "kv_digest_mismatches_total",

@@ -10,6 +10,7 @@ from common.engine.requests import Requests
 from common.engine.speculative import Speculator, accepted_by_pos, draft_counters
 from common.engine.structured import GrammarPool, grammar_counters
 from common.engine.supply import Supply
+from common.kernels.late import late_kernels
 from common.kvcache.manager import KVCacheManager
 from common.kvtransfer.leases import Leases
 from common.kvtransfer.session import HandoffReader
@@ -45,6 +46,8 @@ class EngineCounters:
             "handoff_fallbacks_total": sum(self.demand.fallbacks.values()),
             "prefill_orders_finished_total": self.supply.finished,
             "prefill_orders_failed_total": sum(self.supply.failed.values()),
+            "kernels_compiled_late_total": late_kernels.count,
+            "kernels_compiled_late_seconds_total": late_kernels.seconds,
             **draft_counters(self.speculator),
             **grammar_counters(self.grammars),
         }

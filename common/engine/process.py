@@ -26,6 +26,7 @@ from common.engine.engine import IDLE_WAIT_S, sleep_until
 from common.engine.messages import EngineFatal, EngineProgress, Setup, Shutdown, ToEngine
 from common.engine.rank import Fleet
 from common.errors import NanoDeployError, RankLostError
+from common.kernels.late import late_kernels
 from common.parallel.lifeline import die_with_parent
 from common.telemetry import configure_logging, get_logger
 from common.types import Clock, Failure, MonotonicClock, Role
@@ -84,6 +85,7 @@ def _build(setup: Setup, channel: EngineChannel) -> BuiltEngine:
     if built.fleet is not None:
         built.fleet.ranks.on_lost = partial(_abort, built.fleet)
     channel.send([built.ready])
+    late_kernels.watch()
     built.parts.runner.on_progress = _Beat(channel, built.clock)
     return built
 

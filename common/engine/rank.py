@@ -29,6 +29,7 @@ from common.engine.compute import digest_launcher, make_compute
 from common.engine.rank_drafts import DraftFollower
 from common.engine.rank_runner import RankLoop
 from common.errors import ConfigError
+from common.kernels.late import late_kernels
 from common.kvtransfer.publish import part_checks
 from common.kvtransfer.rank_reads import ReadsLoop
 from common.kvtransfer.reads import RankReads
@@ -198,6 +199,7 @@ def _serve(
     _meet(mesh, compute.transport.endpoint())
     reading.start()
     stack.callback(reading.close)
+    late_kernels.watch()
     loop.serve()
 
 
