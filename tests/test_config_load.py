@@ -57,6 +57,9 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("decode: {engine: {block_size: 20}}", "decode.engine.block_size", ["multiple of 16", "20"]),
         ("decode: {engine: {device: tpu}}", "decode.engine.device", ["'cpu'", "tpu"]),
         ("router: {port: eight}", "router.port", ["integer", "eight"]),
+        ("router: {port: 70000}", "router.port", ["65535", "70000"]),
+        ("decode: {http_port: -1}", "decode.http_port", ["0", "-1"]),
+        ("router: {worker_port: 65530, workers: 7}", "router", ["worker_port 65530", "7 workers"]),
         ("router: 7", "router", ["section"]),
         ("decode: {controllers: [1]}", "decode.controllers.0", ["string", "1"]),
         ("- a", "", ["sections"]),
@@ -95,6 +98,14 @@ def test_mistakes_in_environment_name_the_variable(variable: str, value: str, pa
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
         load(str(tmp_path / "absent.yaml"), {})
+
+
+def test_a_section_that_does_not_fit_together_names_its_sources_and_no_values(tmp_path: Path) -> None:
+    path = write(tmp_path, "router: {worker_port: 65535, admin_token: hidden-one, api_keys: [hidden-two]}")
+    with pytest.raises(ConfigError) as caught:
+        load(path, {"NANODEPLOY_ROUTER__WORKERS": "2"})
+    assert f"{path}, environment variable NANODEPLOY_ROUTER__WORKERS: router: " in caught.value.message
+    assert "hidden" not in caught.value.message
 
 
 def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:

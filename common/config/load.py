@@ -157,8 +157,15 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> ConfigError:
     keys: list[str] = []
     for fault in error.errors(include_url=False):
         key = ".".join(str(part) for part in fault["loc"])
-        source = next((src for name, src in sources.items() if key == name or key.startswith(f"{name}.")), "defaults")
-        shown = "" if key.split(".")[-1] in SECRETS or ".api_keys" in key else f", got {fault['input']!r}"
-        lines.append(f"{source}: {key}: {fault['msg']}{shown}")
+        source = next((src for name, src in sources.items() if key == name or key.startswith(f"{name}.")), "")
+        source = source or _sources_within(key, sources) or "defaults"
+        is_secret = key.split(".")[-1] in SECRETS or ".api_keys" in key
+        shown = "" if is_secret or isinstance(fault["input"], dict) else f", got {fault['input']!r}"
+        lines.append(f"{source}: {key}: {fault['msg'].removeprefix('Value error, ')}{shown}")
         keys.append(key)
     return ConfigError("; ".join(lines), param=keys[0])
+
+
+def _sources_within(section: str, sources: Mapping[str, str]) -> str:
+    """Where the keys of a section whose values do not fit each other came from."""
+    return ", ".join(dict.fromkeys(source for key, source in sources.items() if key.startswith(f"{section}.")))

@@ -6,9 +6,11 @@ it (`common.config.load`) and hands one section down. Every field is read by som
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class _Section(BaseModel):
@@ -152,8 +154,8 @@ class TlsConfig(_Section):
 
 class ControllerConfig(_Section):
     host: str = "127.0.0.1"
-    port: int = 7100
-    http_port: int = 7101
+    port: Port = 7100
+    http_port: Port = 7101
     redis_url: str = Field("redis://127.0.0.1:7099/0", description="Redis 7.0+ or Valkey")
     namespace: str = Field("nanodeploy", description="prefix of all keys")
     lease_ttl_s: float = Field(3.0, gt=0, description="a silent worker is removed after this long")
@@ -167,8 +169,8 @@ class ControllerConfig(_Section):
 class WorkerConfig(_Section):
     worker_id: str = Field("", description="stable name; made from host and port when empty")
     host: str = "127.0.0.1"
-    port: int = 0
-    http_port: int = 0
+    port: Port = 0
+    http_port: Port = 0
     advertise_host: str = Field("", description="host others reach it at; `host` when empty")
     controllers: tuple[str, ...] = ("127.0.0.1:7100",)
     drain_grace_s: float = Field(
@@ -220,11 +222,11 @@ ROUTING_NAMES = {
 
 class RouterConfig(_Section):
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Port = 8000
     controllers: tuple[str, ...] = ("127.0.0.1:7100",)
     workers: int = Field(1, ge=1, le=256, description="router processes that share the port, each with its own limits")
-    worker_port: int = Field(
-        0, ge=0, description="of several, process i answers at this port + i too, for metrics of one at a time; 0: no"
+    worker_port: Port = Field(
+        0, description="of several, process i answers at this port + i too, for metrics of one at a time; 0: no"
     )
     access_log: bool = Field(False, description="a line for each request: method, path, status, ms, key id, tokens")
     model_path: str = Field("", description="folder with tokenizer.json; the workers' own when empty")
@@ -288,6 +290,12 @@ class RouterConfig(_Section):
             return value
         name = value.replace("-", "_")
         return ROUTING_NAMES.get(name, name)
+
+    @model_validator(mode="after")
+    def _ports_of_all(self) -> RouterConfig:
+        if self.worker_port and self.worker_port + self.workers - 1 > 65535:
+            raise ValueError(f"worker_port {self.worker_port} leaves no port for each of {self.workers} workers")
+        return self
 
 
 class ClusterConfig(_Section):
