@@ -40,6 +40,7 @@ from nanodeploy.outputs import (
     Prompt,
     RequestOutput,
 )
+from nanodeploy.prompts import many
 from nanodeploy.run import EmbedRun, GenerateRun, Local
 
 Loading = Callable[[str, int, int], None]
@@ -79,22 +80,22 @@ class LLM:
         progress: Progress | None = None,
         keep_errors: bool = False,
     ) -> list[RequestOutput]:
-        """Answer all prompts (texts, token ids, or token ids with images), batched, in their order.
+        """Answer all prompts (texts, token ids, token ids with images, or dicts of vLLM's), batched, in their order.
 
         `progress(done, total)` is called as requests end. Raises the error of the first request that fails; with
         `keep_errors` that becomes the `error` of its output, and the others go on. Ctrl-C waits for the step that is
         under way; pressed again it does not, and ends this LLM.
         """
-        many = _many(prompts)
+        plain = many(prompts)
         params = sampling_params if sampling_params is not None else SamplingParams()
-        per_prompt = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
-        if len(per_prompt) != len(many):
-            raise ValueError(f"{len(many)} prompts and {len(per_prompt)} sampling params")
-        return GenerateRun(self._local, keep_errors).all(list(zip(many, per_prompt, strict=True)), progress)
+        per_prompt = [params] * len(plain) if isinstance(params, SamplingParams) else list(params)
+        if len(per_prompt) != len(plain):
+            raise ValueError(f"{len(plain)} prompts and {len(per_prompt)} sampling params")
+        return GenerateRun(self._local, keep_errors).all(list(zip(plain, per_prompt, strict=True)), progress)
 
     def embed(
         self,
-        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
+        prompts: Prompt | Sequence[Prompt],
         *,
         dimensions: int = 0,
         progress: Progress | None = None,
@@ -105,8 +106,10 @@ class LLM:
         For a checkpoint that makes embeddings, or any with `runner="pooling"`. `progress`, `keep_errors` and Ctrl-C as
         `generate` has them.
         """
-        asked = Pooling(dimensions)
-        return EmbedRun(self._local, keep_errors).all([(prompt, asked) for prompt in _many(prompts)], progress)
+        asked, plain = Pooling(dimensions), many(prompts)
+        if any(isinstance(prompt, MediaPrompt) for prompt in plain):
+            raise ValueError("embed takes no images")
+        return EmbedRun(self._local, keep_errors).all([(prompt, asked) for prompt in plain], progress)
 
     def chat(
         self,
@@ -156,17 +159,6 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | MediaPrompt):
-        return [prompts]
-    ids = [p for p in prompts if isinstance(p, int)]
-    if not ids:
-        return [p for p in prompts if not isinstance(p, int)]
-    if len(ids) != len(prompts):
-        raise ValueError("prompts mixes token ids with prompts")
-    return [ids]
 
 
 def _engine_config(model: str | Path, options: Mapping[str, Any]) -> EngineConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +33,9 @@ class MediaPrompt:
     media: Sequence[MediaRows]
 
 
-Prompt = str | Sequence[int] | MediaPrompt
+Plain = str | Sequence[int] | MediaPrompt
+Prompt = Plain | Mapping[str, Any]
+"""A dict has `prompt` or `prompt_token_ids`, as vLLM's have."""
 Progress = Callable[[int, int], None]
 
 

@@ -28,8 +28,8 @@ from nanodeploy.outputs import (
     Embedding,
     EmbeddingRequestOutput,
     MediaPrompt,
+    Plain,
     Progress,
-    Prompt,
     RequestOutput,
 )
 
@@ -52,7 +52,7 @@ class Local:
             raise ValueError("the model folder has no tokenizer.json: give token ids")
         return self.tokenizer
 
-    def ids_of(self, prompt: Prompt) -> list[int]:
+    def ids_of(self, prompt: Plain) -> list[int]:
         if isinstance(prompt, str):
             return self.need_tokenizer().encode(prompt)
         return list(prompt.token_ids if isinstance(prompt, MediaPrompt) else prompt)
@@ -68,7 +68,7 @@ class _Run(ABC, Generic[Asked, Output]):
         self._by_slot: dict[int, Output] = {}
         self._handles: list[EmbeddingHandle] = []
 
-    def all(self, prompts: Sequence[tuple[Prompt, Asked]], progress: Progress | None) -> list[Output]:
+    def all(self, prompts: Sequence[tuple[Plain, Asked]], progress: Progress | None) -> list[Output]:
         """Run to the end; what still runs when that fails is cancelled."""
         if self._guard.ended is not None:
             raise self._guard.ended
@@ -100,7 +100,7 @@ class _Run(ABC, Generic[Asked, Output]):
             self._local.media.drop(handle)
 
     @abstractmethod
-    def _submit(self, prompt: Prompt, asked: Asked) -> None: ...
+    def _submit(self, prompt: Plain, asked: Asked) -> None: ...
 
     @abstractmethod
     def _delta(self, slot: int, output: Output, delta: ChoiceDelta) -> None: ...
@@ -138,7 +138,7 @@ class GenerateRun(_Run[SamplingParams, RequestOutput]):
         super().__init__(local, keep_errors)
         self._choices: dict[int, list[_Choice]] = {}
 
-    def _submit(self, prompt: Prompt, asked: SamplingParams) -> None:
+    def _submit(self, prompt: Plain, asked: SamplingParams) -> None:
         local, slot, ids = self._local, next(self._local.slots), self._local.ids_of(prompt)
         media = prompt.media if isinstance(prompt, MediaPrompt) else ()
         handles = tuple(local.media.put(m.position, m.rows, m.grid) for m in media)
@@ -185,7 +185,7 @@ class GenerateRun(_Run[SamplingParams, RequestOutput]):
 class EmbedRun(_Run[Pooling, EmbeddingRequestOutput]):
     """One call of `LLM.embed`."""
 
-    def _submit(self, prompt: Prompt, asked: Pooling) -> None:
+    def _submit(self, prompt: Plain, asked: Pooling) -> None:
         slot, ids = next(self._local.slots), self._local.ids_of(prompt)
         output = EmbeddingRequestOutput(
             request_id=f"{slot:032x}",

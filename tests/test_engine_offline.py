@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from engine_support import greedy, prompts, reference_tokens
 from tiny_models import make_deepseek_v4, make_deepseek_v32, make_llama
 
 from common.errors import ConfigError, InvalidRequestError
-from nanodeploy import LLM
+from nanodeploy import LLM, SamplingParams
+from nanodeploy.prompts import many
 
 OPTIONS = {"dtype": "float32", "num_threads": 1, "kv_cache_memory_bytes": 8 << 20, "check_ledger": True}
 
@@ -72,3 +76,43 @@ def test_a_checkpoint_without_a_template_chats(make: Callable[[Path], Path], tmp
         output = llm.chat([{"role": "user", "content": "Hi"}], greedy(2))
         text = llm.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
     assert text.startswith("<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><")
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ("a", ["a"]),
+        ([1, 2], [[1, 2]]),
+        (["a", [3]], ["a", [3]]),
+        ({"prompt": "a"}, ["a"]),
+        ([{"prompt_token_ids": [1], "prompt": "a"}, {"prompt": "b"}], [[1], "b"]),
+        (np.array([1, 2]), [[1, 2]]),
+        ([torch.tensor([1, 2]), "b"], [[1, 2], "b"]),
+        ([], []),
+    ],
+)
+def test_forms_of_prompts(given: Any, plain: list[Any]) -> None:
+    found = many(given)
+    assert found == plain
+    assert all(type(one) is int for ids in found if isinstance(ids, list) for one in ids)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (5, "type int"),
+        ([1, "a"], "mixes token ids"),
+        ([1.5], "type float"),
+        ([[1, "a"]], "whole numbers, got 'a'"),
+        ([[True]], "whole numbers, got True"),
+        ({"promt": "a"}, "'promt'"),
+        ({"prompt": "a", "multi_modal_data": {}}, "'multi_modal_data'"),
+        ({}, "empty dict"),
+        ({"prompt_token_ids": ["a"]}, "whole numbers, got 'a'"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_name_and_the_next_call_answers(llm: LLM, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate(given)
+    (answer,) = llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=2, ignore_eos=True))
+    assert len(answer.outputs[0].token_ids) == 2

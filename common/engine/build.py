@@ -30,7 +30,7 @@ from common.engine.runner import ModelRunner
 from common.engine.scheduler import Propose, Scheduler, SchedulerLimits
 from common.engine.selftest import self_test
 from common.engine.sequence import Sequence
-from common.engine.sizing import EngineSizing, resolve_engine
+from common.engine.sizing import EngineSizing, busy_tokens, resolve_engine
 from common.engine.speculative import MadeAhead, Speculator, make_speculator
 from common.engine.structured import GrammarPool
 from common.engine.structured_masks import StepMasks
@@ -168,7 +168,8 @@ def _build(
         drafts = RankedDrafts(compute.draft_runner, fleet.ranks)
     drafter = Drafter(_speculator(config, sizing, role), drafts)
     make_publisher = partial(Publisher, layout, bases, digest=digest, launcher=digest_ahead, others=others)
-    parts = assemble(config, role, layout, limits, runner, reads, make_publisher, images, clock, drafter)
+    busy = busy_tokens(spec)
+    parts = assemble(config, role, layout, limits, runner, reads, make_publisher, images, clock, drafter, busy)
     progress("self-test", 0, 1)
     built = Engine(parts)
     can_read = mesh.device.type == "cpu" or transport.name != "memory"  # which copies on the host
@@ -200,14 +201,15 @@ def assemble(
     media: Media,
     clock: Clock,
     drafter: Drafter,
+    busy: int,
 ) -> EngineParts:
-    """Join the parts around a runner and what reads from others."""
+    """Join the parts around a runner and what reads from others. `busy`: see `SchedulerLimits.busy_tokens`."""
     engine = config.engine
     outbox = Outbox()
     caching = engine.enable_prefix_caching
     cache = KVCacheManager(layout, clock, enable_prefix_caching=caching, record_events=caching)
     scheduler_limits = SchedulerLimits(
-        engine.max_num_seqs, engine.max_num_batched_tokens, engine.state_snapshot_interval, limits.max_model_len
+        engine.max_num_seqs, engine.max_num_batched_tokens, engine.state_snapshot_interval, limits.max_model_len, busy
     )
     scheduler = Scheduler(cache, scheduler_limits, clock)
     grammars = None

@@ -5,8 +5,11 @@
 Running sequences come first, then waiting ones by priority and arrival, all within one token budget.
 Blocks are reserved before a sequence is planned. When a running sequence cannot grow, the running
 sequence that comes last by (priority, arrival) gives its blocks back and waits again: recompute is the same
-rule from the start. Orders reserve their whole prompt when they start and are never preempted. Steps of a prompt end
-where its state is to be cached (`common.engine.checkpoints`).
+rule from the start. Steps of a prompt end where its state is to be cached (`common.engine.checkpoints`).
+
+Orders reserve their whole prompt when they start and are never preempted. Whoever ordered waits for the end of the step
+that computes the end of the prompt, and then for what that step computed to be sent. So a step that ends an order takes
+nothing more once the device is busy with it, and a long prompt's last step is a short one: most is sent meanwhile.
 
 A running sequence that lacks one token only may carry drafts behind it, from what the running ones leave of the
 budget and of the free blocks: nobody is preempted for a guess. Where a state cannot be cut back, a copy is kept for the
@@ -36,6 +39,8 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     state_snapshot_interval: int = 2048
     max_model_len: int = sys.maxsize
+    busy_tokens: int = sys.maxsize
+    """As many in a step keep the device busy: more take longer in proportion."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,29 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(i.num_new + len(i.drafts) for i in self.items)
+
+
+class _Room:
+    """For tokens in a step. Where an order ends, or will with a short step behind this one, what keeps the device busy
+    is enough.
+    """
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self._most = limits.max_num_batched_tokens
+        self._busy = limits.busy_tokens
+        self._taken = 0
+
+    @property
+    def left(self) -> int:
+        return self._most - self._taken
+
+    def take(self, item: StepItem) -> None:
+        self._taken += max(item.num_new, 1)
+        if item.seq.order is not None and item.seq.num_tokens - item.start - item.num_new <= self._busy:
+            self._most = min(self._most, max(self._busy, self._taken))
+
+    def take_drafts(self, count: int) -> None:
+        self._taken += count
 
 
 TryRemote = Callable[[Sequence, PrefixHit], bool]
@@ -170,29 +198,36 @@ class Scheduler:
 
     def schedule(self, *, ahead: bool = False) -> StepPlan:
         """Plan a step; an empty plan means that nothing can run now. `ahead`: while another is under way."""
-        budget = self._limits.max_num_batched_tokens
+        room = _Room(self._limits)
         items: list[StepItem] = []
         preempted: list[Sequence] = []
         index = 0
-        while index < len(self.running) and budget > 0:
+        while index < len(self.running) and room.left > 0:
             seq = self.running[index]
             if seq.first_under_way or (ahead and self._must_wait(seq)):
                 index += 1
                 continue
-            num_new = cut(seq.checkpoints, seq.num_scheduled, min(seq.num_expected - seq.num_scheduled, budget))
+            num_new = self._new_tokens(seq, seq.num_scheduled, seq.num_expected, room.left)
             if ahead and not self._cache.reserve(seq.seq_id, seq.num_scheduled + num_new):
                 return StepPlan((), short_of_blocks=True)
             if not ahead and not self._make_room(seq, num_new, preempted):
                 continue
             items.append(StepItem.of(seq, num_new))
-            budget -= max(num_new, 1)
+            room.take(items[-1])
             index += 1
         if not preempted:
             if self._propose is not None and not ahead:
-                budget = self._add_drafts(self._propose, items, budget)
-            self._admit(items, budget)
+                self._add_drafts(self._propose, items, room)
+            self._admit(items, room)
         items.sort(key=lambda item: item.num_new > 1)  # kernels take sequences with one new token together
         return StepPlan(tuple(items), tuple(preempted))
+
+    def _new_tokens(self, seq: Sequence, start: int, end: int, most: int) -> int:
+        """Of those from `start` to `end`, how many a step takes; an order leaves some for a short last step."""
+        num_new = min(end - start, most)
+        if seq.order is not None and num_new == end - start >= 2 * self._limits.busy_tokens:
+            num_new -= self._limits.busy_tokens
+        return cut(seq.checkpoints, start, num_new)
 
     def _must_wait(self, seq: Sequence) -> bool:
         """Does the step under way bring all that can be computed of `seq`, or draw the last token it may have?"""
@@ -201,21 +236,20 @@ class Scheduler:
         longest = min(seq.num_prompt + seq.sampling.max_tokens, self._limits.max_model_len)
         return seq.num_expected >= longest
 
-    def _add_drafts(self, propose: Propose, items: list[StepItem], budget: int) -> int:
-        """Drafts for those of `items` that generate; returns the budget that is left."""
+    def _add_drafts(self, propose: Propose, items: list[StepItem], step: _Room) -> None:
+        """Drafts for those of `items` that generate."""
         for index, item in enumerate(items):
             seq = item.seq
-            if budget <= 0:
+            if step.left <= 0:
                 break
             if item.num_new != 1 or not item.reaches_end or not seq.num_output:
                 continue
-            room = 0 if seq.num_tokens in seq.checkpoints else cut(seq.checkpoints, seq.num_tokens, budget)
+            room = 0 if seq.num_tokens in seq.checkpoints else cut(seq.checkpoints, seq.num_tokens, step.left)
             drafts = propose(seq, room, len(self.running)) if room else ()
             fits = drafts and self._cache.reserve(seq.seq_id, seq.num_tokens + len(drafts))
             if fits and self._cache.snapshots.reserve_backup(seq.seq_id):
                 items[index] = replace(item, drafts=drafts)
-                budget -= len(drafts)
-        return budget
+                step.take_drafts(len(drafts))
 
     def _make_room(self, seq: Sequence, num_new: int, preempted: list[Sequence]) -> bool:
         """Reserve for `seq`, preempting those that come last. False when it was preempted itself."""
@@ -237,10 +271,10 @@ class Scheduler:
         seq.phase = Phase.WAITING
         bisect.insort(self.waiting, seq, key=_rank)
 
-    def _admit(self, items: list[StepItem], budget: int) -> None:
+    def _admit(self, items: list[StepItem], room: _Room) -> None:
         index = 0
         most = self._limits.max_num_seqs
-        while index < len(self.waiting) and budget > 0 and len(self.running) + len(self.remote) < most:
+        while index < len(self.waiting) and room.left > 0 and len(self.running) + len(self.remote) < most:
             seq = self.waiting[index]
             if seq.awaits_media and not seq.remote_peer:  # those behind it need not wait for its images
                 index += 1
@@ -256,7 +290,7 @@ class Scheduler:
             if seq.awaits_media:
                 continue
             self._plan_checkpoints(seq, hit)
-            num_new = cut(seq.checkpoints, hit.num_tokens, min(seq.num_tokens - hit.num_tokens, budget))
+            num_new = self._new_tokens(seq, hit.num_tokens, seq.num_tokens, room.left)
             if not self._start(seq, hit, num_new):
                 break
             self.waiting.pop(index)
@@ -264,7 +298,7 @@ class Scheduler:
             seq.num_computed = seq.num_drafted = hit.num_tokens
             bisect.insort(self.running, seq, key=_rank)
             items.append(StepItem.of(seq, num_new))
-            budget -= num_new
+            room.take(items[-1])
             self._on_started(seq, hit)
 
     def _match(self, seq: Sequence) -> PrefixHit:

@@ -37,12 +37,12 @@ class DeviceDefaults:
     prefill_tokens: int  # of a prefill worker's step
 
 
-# Latent kernels want blocks of 64. A prefill worker's steps are just long enough to keep the device busy: prompts that
-# share a step all wait for its end, and what is computed is sent only then.
+# Latent kernels want blocks of 64.
 DEFAULTS = {
     "cpu": DeviceDefaults(block_size=16, max_num_seqs=64, max_num_batched_tokens=2048, prefill_tokens=2048),
     "cuda": DeviceDefaults(block_size=64, max_num_seqs=512, max_num_batched_tokens=8192, prefill_tokens=4096),
 }
+BUSY_TOKENS = 1024  # of a dense model: H100s read its weights in the time of a quarter; CPUs are no faster with more
 LEASED_TAILS = 8  # tail rows of published prompts outlive their sequences on a prefill worker
 MIN_MODEL_LEN = 3  # a prompt token and two of output, which the self-test takes
 
@@ -83,6 +83,11 @@ def resolve_engine(config: EngineConfig, role: Role = Role.DECODE) -> EngineConf
             "async_scheduling": {"auto": overlap}.get(config.async_scheduling, config.async_scheduling),
         }
     )
+
+
+def busy_tokens(spec: ModelSpec) -> int:
+    """Tokens with which a step keeps the device busy: an expert of a mixture gets its share of them only."""
+    return BUSY_TOKENS if spec.moe is None else BUSY_TOKENS * spec.moe.num_experts // spec.moe.top_k
 
 
 def size_engine(
