@@ -18,9 +18,11 @@ from router_support import MODEL, Script, cluster, say, tokenizer, until
 
 from common.config.schema import RouterConfig
 from common.errors import OverloadedError, UnavailableError
+from common.rpc.objects import ObjectClient
 from common.types import GenerationRequest
 from services.router.api import batch_runner
 from services.router.api.batches import work_key
+from services.router.api.files import Files
 from services.router.server import Router
 
 ANSWER = "Because molecules scatter blue light."
@@ -95,6 +97,28 @@ async def test_files_come_and_go(stored: Stored) -> None:
         for lost in (client.files.retrieve(made.id), client.files.content(made.id), client.files.delete(made.id)):
             with pytest.raises(openai.NotFoundError):
                 await lost
+
+
+async def test_files_of_a_purpose_are_all_found(stored: Stored) -> None:
+    """However many others were made in between."""
+    objects = ObjectClient((f"127.0.0.1:{stored.controller.port}",))
+    files = Files(objects, ttl_s=3600, max_bytes=1)
+    async with stored.cluster.openai() as client:
+        mine = []
+        for round_ in range(3):
+            mine.append((await upload(client, b"x")).id)
+            for i in range(round_ * 60):
+                await files.write("", f"file-{round_}x{i}", "out.jsonl", "batch_output", 3600)
+        assert [file.id async for file in client.files.list(purpose="batch")] == mine[::-1]
+        assert [file.id async for file in client.files.list(purpose="batch", limit=1)] == mine[::-1]
+        page = await client.files.list(purpose="batch", limit=3)
+        assert (page.has_more, len(page.data)) == (False, 3)
+        assert len([file async for file in client.files.list(purpose="batch_output")]) == 180
+        for wrong, param in (({"order": "asc"}, "order"), ({"after": "file-none"}, "after"), ({"after": "?"}, "after")):
+            with pytest.raises(openai.APIStatusError) as refused:
+                await client.files.list(**wrong)
+            assert (refused.value.param, refused.value.code) in ((param, None), (param, "not_found"))
+    await objects.close()
 
 
 @pytest.mark.parametrize(

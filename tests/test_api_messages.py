@@ -10,9 +10,9 @@ from typing import Any
 import anthropic
 import pytest
 from api_support import PARSERS, anthropic_client, typed_events
-from router_support import MODEL, Cluster, cluster, say, tokenizer
+from router_support import MODEL, Cluster, Script, cluster, say, tokenizer
 
-from common.types import Failure, RequestStats
+from common.types import Failure, GenerationRequest, RequestStats
 
 ANSWER = "Hello, world! 你好 🙂 Because molecules scatter blue light."
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
@@ -141,6 +141,33 @@ async def test_parameters_reach_the_worker(tiny: Cluster) -> None:
     assert (sampling.max_tokens, request.priority) == (100, 2)
 
 
+async def test_the_clients_own_loop_over_tools(tmp_path: Path) -> None:
+    """It asks for a conversation that the server keeps, and goes on without one when it hears that there is none."""
+    asked: list[str] = []
+
+    @anthropic.beta_async_tool
+    async def add(a: int, b: int) -> str:
+        """Adds."""
+        asked.append(f"{a} {b}")
+        return str(a + b)
+
+    answers = iter((CALL, ANSWER))
+
+    def script(request: GenerationRequest) -> Script:
+        return say(next(answers))(request)
+
+    async with cluster(tmp_path, script, max_model_len=2048, **PARSERS) as made, anthropic_client(made) as client:
+        more: Any = {"betas": ["context-management-2025-06-27"], "context_management": {"edits": []}}
+        runner = client.beta.messages.tool_runner(**ASKED, tools=[add], **more)
+        assert [message.stop_reason async for message in runner] == ["tool_use", "end_turn"]
+        refused = await made.post("/v1/messages", **ASKED, thread={"type": "create"})
+        assert refused.json()["error"]["details"]["error_code"] == "thread_unsupported_request"
+    assert asked == ["1 2"]
+    text = prompt_of(made)
+    assert text.count("<|im_start|>user\nWhy?") == 1
+    assert text.endswith("<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n")
+
+
 async def test_cached_tokens_are_counted_apart(tmp_path: Path) -> None:
     async with cluster(tmp_path, say(ANSWER, stats=RequestStats(cached_tokens=5))) as made:
         usage = (await made.post("/v1/messages", **ASKED)).json()["usage"]
@@ -158,6 +185,9 @@ async def test_cached_tokens_are_counted_apart(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type 'image'"),
         ({"tools": [{"type": "web_search_20250305", "name": "x"}]}, "tools[0].type"),
         ({"tools": [{"name": "x"}]}, "input_schema"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice is allowed with tools only"),
+        ({"tool_choice": {"type": "tool", "name": "x"}}, "tool_choice is allowed with tools only"),
+        ({"output_config": {"format": {"type": "json_schema", "json_schema": {}}}}, "output_config.format.json_schema"),
         ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
         ({"messages": [{"role": "user", "content": "y" * 5000}]}, "maximum context length"),
     ],

@@ -15,6 +15,7 @@ from redis_support import RedisServer, run_redis
 from router_support import MAX_MODEL_LEN, MODEL, Cluster, Script, cluster, say, tokenizer, until
 
 from common.types import Failure, GenerationRequest, RequestStats
+from services.router.relay import Relay
 
 ANSWER = "Hello, world! 你好 🙂 Because molecules scatter blue light."
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
@@ -172,6 +173,44 @@ async def test_choices_of_tools(tmp_path: Path) -> None:
                 await client.responses.create(**{**asked, "tool_choice": wrong})
 
 
+@pytest.mark.parametrize("broken", [f"{CALL[:55]}\n</tool_call>", CALL[:55]], ids=["broken", "cut"])
+async def test_a_conversation_goes_on_after_a_call_that_is_no_json(
+    server: RedisServer, tmp_path: Path, broken: str
+) -> None:
+    """As stored and as given back; with a model that broke its call there is a result to tell it so."""
+    async with (
+        stored_cluster(server, tmp_path, say(broken), max_model_len=2048, **PARSERS) as stored,
+        stored.cluster.openai() as client,
+    ):
+        asked: Any = {"model": MODEL, "tools": TOOLS}
+        first = await client.responses.create(**asked, input="1 + 2?")
+        (call,) = first.output
+        assert call.type == "function_call"
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(call.arguments)
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "not JSON"}
+        question: Any = {"role": "user", "content": "1 + 2?"}
+        await client.responses.create(**asked, input=[result], previous_response_id=first.id)
+        await client.responses.create(**asked, input=[question, call.model_dump(exclude_none=True), result])
+        _, follows, given = (request.prompt_token_ids for request in stored.cluster.worker.requests)
+        assert follows == given
+        assert prompt_of(stored.cluster).endswith("tool\nnot JSON<|im_end|>\n<|im_start|>assistant\n")
+
+
+async def test_one_key_of_requests_that_belong_together(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions: list[str] = []
+    start = Relay.start
+
+    def noting(relay: Relay, request: GenerationRequest, *args: Any) -> Any:
+        sessions.append(args[-1].session)
+        return start(relay, request, *args)
+
+    monkeypatch.setattr(Relay, "start", noting)
+    for keys in ({"user": "u"}, {"user": "u", "prompt_cache_key": "k"}):
+        await stored.cluster.post("/v1/responses", model=MODEL, input="One", store=False, **keys)
+    assert sessions == ["u", "k"]
+
+
 async def test_cut_answers_are_incomplete(stored: Stored) -> None:
     async with stored.cluster.openai() as client:
         whole = await client.responses.create(model=MODEL, input="One", max_output_tokens=4)
@@ -213,6 +252,14 @@ async def test_logprobs(stored: Stored) -> None:
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens", "at least 1"),
         ({"input": "x", "max_output_tokens": MAX_MODEL_LEN}, "max_output_tokens", "max_output_tokens"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type", "functions"),
+        ({"input": "x", "tool_choice": "required"}, "tool_choice", "with tools only"),
+        ({"input": "x", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "with tools only"),
+        (
+            {"input": "x", "text": {"format": {"type": "json_schema", "json_schema": {"schema": {}}}}},
+            "text.format.json_schema",
+            "Unrecognized",
+        ),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "name": 5}}}, "text.format", "text.format.name"),
         ({"input": "x", "temperature": -1}, "temperature", "between 0 and 100"),
         ({"input": "x", "wrong": 1}, "wrong", "Unrecognized"),
         ({"input": "x", "background": True, "stream": True}, "background", "not streamed"),
@@ -236,6 +283,7 @@ async def test_a_stream_that_fails_has_one_terminal_event(tmp_path: Path) -> Non
         assert events[-1]["type"] == "response.failed"
         assert events[-1]["response"]["error"]["message"] == "it broke"
         assert [e["type"] for e in events].count("response.failed") == 1
+        assert [e["response"]["store"] for e in (events[0], events[-1])] == [True, False]
         whole = await made.post("/v1/responses", model=MODEL, input="x")
         assert (whole.status_code, whole.json()["error"]["message"]) == (400, "it broke")
 

@@ -110,6 +110,7 @@ def test_an_answer_can_be_given_back(text: str, reasoning: str, calls: list[Call
     message.walk(ended)
     (turn,) = messages._turn(messages.Turn(role="assistant", content=message.content()), "messages[0]")
     assert len(turns) == 1
+    normalize_messages([*turns, turn])
     for made in (turns[0], turn):
         assert made["role"] == "assistant"
         assert made.get("content") == text

@@ -32,6 +32,7 @@ async def assert_alive(made: Cluster) -> None:
     assert answer.json()["choices"][0]["message"]["content"] == "Hello, world!"
 
 
+ALLOWED_MODE = "tool_choice.allowed_tools.mode"
 BOTH: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -0.1}, "temperature"),
@@ -68,6 +69,10 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"priority": 2**40}, "priority"),
     ({"metadata": {"a": 1}}, "metadata.a"),
+    ({"response_format": {"type": "x"}}, "response_format"),
+    ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": 5}}}, "response_format.json_schema.name"),
     ({"tempreature": 1}, "tempreature"),
     ({"model": 5}, "model"),
 ]
@@ -83,6 +88,11 @@ CHATS: list[tuple[dict[str, Any], str]] = [
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
+    ({"tool_choice": "x"}, "tool_choice"),
+    ({"tool_choice": {"type": "x"}}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.function"),
+    ({"tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name"),
+    ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "x", "tools": []}}}, ALLOWED_MODE),
     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
     ({"prompt": "x"}, "prompt"),
 ]

@@ -20,6 +20,7 @@ from common.errors import (
     UnavailableError,
 )
 
+_TAGGED: Final = ("response_format", "tool_choice")  # their branches are named by an object's type
 RETRY_AFTER_S: Final = 1  # a worker's queue moves within a second or it is not worth waiting for
 
 
@@ -100,7 +101,7 @@ def validation_error(error: ValidationError) -> InvalidRequestError:
     """The first fault that pydantic found, in one sentence that names the field."""
     faults = error.errors(include_url=False, include_context=False)
     same_field = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
-    fault = max(same_field, key=lambda f: _reach(f["loc"]))
+    fault = max(same_field, key=lambda f: (_reach(f["loc"]), field_path(f["loc"]).count(".")))
     kind = fault["type"]
     param = field_path(fault["loc"])
     if kind == "json_invalid":
@@ -113,18 +114,21 @@ def validation_error(error: ValidationError) -> InvalidRequestError:
         return InvalidRequestError(f"Missing required parameter: {param}", param=param)
     if kind == "value_error":
         return InvalidRequestError(f"{param}: {fault['msg'].removeprefix('Value error, ')}", param=param)
-    wanted = " or ".join(dict.fromkeys(_rule(f["msg"]) for f in faults if field_path(f["loc"]) == param))
+    wanted = " or ".join(dict.fromkeys(_rule(f["type"], f["msg"]) for f in faults if field_path(f["loc"]) == param))
     return InvalidRequestError(f"{param}: {wanted}, got {_show(fault['input'])}", param=param)
 
 
 def field_path(loc: Sequence[int | str]) -> str:
     """`("messages", 0, "content")` -> `messages[0].content`; names of union branches are left out."""
-    path = ""
+    path, tag = "", False
     for part in loc:
         if isinstance(part, int):
             path += f"[{part}]"
+        elif tag:
+            tag = not part.isidentifier()
         elif part.isidentifier() and part not in ("str", "int", "float", "bool", "dict", "list"):
             path += f".{part}" if path else part
+            tag = path in _TAGGED
     return path
 
 
@@ -133,7 +137,11 @@ def _reach(loc: Sequence[int | str]) -> list[int]:
     return [part for part in loc if isinstance(part, int)]
 
 
-def _rule(message: str) -> str:
+def _rule(kind: str, message: str) -> str:
+    if kind == "union_tag_not_found":
+        return "must be an object with a type"
+    if kind == "union_tag_invalid":
+        return f"must be an object whose type is one of {message.partition('expected tags: ')[2]}"
     return message.replace("Input should be", "must be")
 
 

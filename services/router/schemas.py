@@ -162,6 +162,9 @@ class AllowedTools(Body):
     allowed_tools: AllowedNames
 
 
+ToolChoice = Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
+
+
 class ChatBody(SamplingFields):
     messages: Messages
     max_completion_tokens: int | None = Field(None, description="default: what is left of the model's length")
@@ -172,8 +175,9 @@ class ChatBody(SamplingFields):
     add_special_tokens: bool = Field(False, description="the template usually writes them itself")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
     reasoning_effort: str | None = Field(None, description="a variable for the chat template")
+    verbosity: str | None = Field(None, description="accepted, not used")
     tools: list[dict[str, Any]] | None = Field(None, description="functions that the model may call")
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = Field(
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
         None, description="default: auto with tools"
     )
     parallel_tool_calls: bool | None = Field(None, description="false: the answer ends with its first call")

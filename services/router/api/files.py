@@ -11,7 +11,7 @@ from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from common.errors import InvalidRequestError, OverloadedError
+from common.errors import InvalidRequestError, OverloadedError, UnsupportedError
 from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient
 from services.router.api.stored import Document, load, page, remove
@@ -67,10 +67,12 @@ class Files:
 
     async def page(self, exchange: Exchange) -> None:
         query = exchange.query()
-        documents, more = await page(self.objects, KIND, exchange.owner, query, 10_000)
-        wanted = query.get("purpose")
-        data = [d.content for d in documents if wanted in (None, d.content["purpose"])]
-        await exchange.answer(200, dumps(listed(data, more)))
+        if query.get("order", "desc") != "desc":
+            raise UnsupportedError("order must be desc: files are listed newest first", param="order")
+        purpose = query.get("purpose")
+        wanted = None if purpose is None else lambda content: content["purpose"] == purpose
+        documents, more = await page(self.objects, KIND, exchange.owner, query, 10_000, wanted)
+        await exchange.answer(200, dumps(listed([d.content for d in documents], more)))
 
     async def get(self, exchange: Exchange) -> None:
         document = await self.load(exchange.owner, exchange.path("file_id"))

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import orjson
 
-from common.errors import NanoDeployError
+from common.errors import NanoDeployError, UnsupportedError
 from services.router.api.blocks import Block, BlockEvents, sse
 from services.router.errors import status_of
 from services.router.replies import Ended, Head, Usage, dumps
@@ -35,9 +35,17 @@ _DELTAS: Final = {
 }
 
 
+class NoThreadsError(UnsupportedError):
+    """No conversation is kept here. Anthropic's clients that hear it in these words send the whole one instead."""
+
+    details: Final = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
 def error_dict(error: NanoDeployError, request_id: str) -> dict[str, Any]:
-    kind = _ERROR_TYPES.get(status_of(error), "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+    told: dict[str, Any] = {"type": _ERROR_TYPES.get(status_of(error), "api_error"), "message": error.message}
+    if isinstance(error, NoThreadsError):
+        told["details"] = error.details
+    return {"type": "error", "error": told, "request_id": request_id}
 
 
 def usage_dict(usage: Usage) -> dict[str, Any]:

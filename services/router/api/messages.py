@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from common.errors import InvalidRequestError, NanoDeployError, UnsupportedError
 from common.types import Clock, ModelInfo
-from services.router.api.message_events import MessageStyle, error_dict
+from services.router.api.message_events import MessageStyle, NoThreadsError, error_dict
 from services.router.api.schemas import CountBody, MessagesBody, Prompt, Turn
-from services.router.api.translate import chat_body, kind_of, renamed, string, text_of, unsupported
+from services.router.api.translate import chat_body, kind_of, known, renamed, string, text_of, unsupported
 from services.router.exchange import Exchange
 from services.router.gateway import Gateway
 from services.router.models import ModelText, ModelTexts
@@ -24,6 +24,7 @@ from services.router.schemas import ChatBody, StreamOptions
 FIELDS: Final = {
     "max_completion_tokens": "max_tokens",
     "stop": "stop_sequences",
+    "response_format.json_schema": "output_config.format",
     "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
 }
@@ -69,6 +70,8 @@ def speak(exchange: Exchange) -> None:
 
 
 def to_chat(body: MessagesBody) -> ChatBody:
+    if body.thread is not None:
+        raise NoThreadsError("thread is not supported: send the whole conversation", param="thread")
     same = ("temperature", "top_k", "top_p", "stream", "seed", "cache_salt", "priority")
     fields: dict[str, Any] = {name: getattr(body, name) for name in same}
     variables = dict(body.chat_template_kwargs or {})
@@ -119,9 +122,11 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _tool_choice(body: Prompt) -> dict[str, Any]:
     choice = body.tool_choice
-    if choice is None or not body.tools:
+    if choice is None:
         return {}
     kind = kind_of(choice, "tool_choice")
+    if not body.tools and kind in ("auto", "none"):
+        return {}
     parallel = {"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") is True else {}
     if kind == "tool":
         function = {"name": string(choice, "name", "tool_choice")}
@@ -134,6 +139,7 @@ def _tool_choice(body: Prompt) -> dict[str, Any]:
 def _format(format_: dict[str, Any]) -> dict[str, Any]:
     if kind_of(format_, "output_config.format") != "json_schema":
         raise unsupported("output_config.format", format_["type"])
+    known(format_, ("type", "schema"), "output_config.format")
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": format_.get("schema"), "strict": True}}
 
 

@@ -96,7 +96,7 @@ class ResponseEvents(BlockEvents):
 
     def failed(self, error: NanoDeployError) -> bytes:
         output = [self._item(block, "incomplete" if block is self._open else "completed") for block in self.blocks]
-        self.response |= {"status": "failed", "error": failure(error), "output": output}
+        self.response |= {"status": "failed", "error": failure(error), "output": output, "store": False}
         return self.terminal()
 
     # -- blocks --

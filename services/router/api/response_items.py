@@ -5,12 +5,13 @@ Reasoning and calls that stand beside each other are one assistant message, as c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Final
 
 from common.errors import InvalidRequestError, UnsupportedError
 from services.router.api.schemas import ResponsesBody
-from services.router.api.translate import chat_body, kind_of, string, text_of, unsupported
+from services.router.api.translate import chat_body, kind_of, known, string, text_of, unsupported
 from services.router.schemas import ChatBody, StreamOptions
 
 LOGPROBS: Final = "message.output_text.logprobs"
@@ -18,13 +19,14 @@ FIELDS: Final = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
+    "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
 _TEXT_KINDS: Final = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 _SAME: Final = (
     *("model", "temperature", "top_p", "top_logprobs", "top_k", "min_p", "seed", "stop", "repetition_penalty"),
-    *("chat_template_kwargs", "cache_salt", "parallel_tool_calls", "user", "stream"),
+    *("chat_template_kwargs", "cache_salt", "parallel_tool_calls", "user", "prompt_cache_key", "stream"),
 )
 
 Message = dict[str, Any]
@@ -44,7 +46,7 @@ def to_chat(body: ResponsesBody, messages: Sequence[Message]) -> ChatBody:
             "priority": body.priority,
             "logprobs": logprobs or None,
             "tools": None if not body.tools else [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)],
-            "tool_choice": _tool_choice(body.tool_choice) if body.tools else None,
+            "tool_choice": _tool_choice(body),
             "response_format": None if format_ is None else _format(format_),
             "reasoning_effort": None if body.reasoning is None else body.reasoning.effort,
             "truncate_prompt_tokens": -1 if body.truncation == "auto" else None,
@@ -60,9 +62,11 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": {key: tool[key] for key in names if tool.get(key) is not None}}
 
 
-def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+def _tool_choice(body: ResponsesBody) -> str | dict[str, Any] | None:
+    """Clients say auto and none whether there are tools or not."""
+    choice = body.tool_choice
     if not isinstance(choice, dict):
-        return choice
+        return choice if body.tools or choice not in ("auto", "none") else None
     kind = kind_of(choice, "tool_choice")
     if kind == "allowed_tools":
         tools = choice.get("tools")
@@ -79,13 +83,12 @@ def _named(choice: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": string(choice, "name", where)}}
 
 
-def _format(format_: dict[str, Any]) -> dict[str, Any] | None:
+def _format(format_: dict[str, Any]) -> dict[str, Any]:
     kind = kind_of(format_, "text.format")
-    if kind == "text":
-        return None
     if kind != "json_schema":
         return format_
     names = ("name", "description", "schema", "strict")
+    known(format_, ("type", *names), "text.format")
     return {"type": kind, kind: {key: format_[key] for key in names if format_.get(key) is not None}}
 
 
@@ -147,5 +150,14 @@ def _assistant(messages: list[Message], reasoning: list[str], *, fresh: bool = F
 
 
 def _call(item: dict[str, Any], where: str) -> dict[str, Any]:
-    function = {"name": string(item, "name", where), "arguments": string(item, "arguments", where)}
+    function = {"name": string(item, "name", where), "arguments": _arguments(string(item, "arguments", where))}
     return {"id": string(item, "call_id", where), "type": "function", "function": function}
+
+
+def _arguments(text: str) -> str:
+    """Those of a call that was cut, or that the model broke, are left out: it is asked to go on all the same."""
+    try:
+        whole = isinstance(json.loads(text or "{}"), dict)
+    except (ValueError, RecursionError):
+        whole = False
+    return text if whole else "{}"

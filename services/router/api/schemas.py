@@ -55,10 +55,10 @@ class ResponsesBody(Body):
     truncation: Literal["auto", "disabled"] | None = Field(None, description="auto cuts the prompt's start to fit")
     include: list[str] | None = Field(None, description="message.output_text.logprobs; others are accepted")
     metadata: dict[str, str] | None = None
-    user: str | None = Field(None, description="accepted, not used")
+    user: str | None = Field(None, description="requests of one user may go to one worker: see router.policy")
     service_tier: str | None = Field(None, description="accepted, not used")
     safety_identifier: str | None = Field(None, description="accepted, not used")
-    prompt_cache_key: str | None = Field(None, description="accepted, not used: prefixes are cached by content")
+    prompt_cache_key: str | None = Field(None, description="as user, and before it; prefixes are cached by content")
     prompt_cache_retention: str | None = Field(None, description="accepted, not used")
     top_k: int | None = None
     min_p: float | None = None
@@ -100,6 +100,7 @@ class Prompt(Body):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: dict[str, Any] | None = Field(None, description="accepted: prefixes are cached by content")
+    context_management: dict[str, Any] | None = Field(None, description="accepted: all that is sent is read")
 
 
 class MessagesBody(Prompt):
@@ -112,6 +113,7 @@ class MessagesBody(Prompt):
     metadata: dict[str, Any] | None = Field(None, description="accepted, not used")
     service_tier: str | None = Field(None, description="accepted, not used")
     inference_geo: str | None = Field(None, description="accepted, not used")
+    thread: dict[str, Any] | None = Field(None, description="not supported: clients are told to send it all")
     seed: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_salt: str | None = None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import orjson
 
-from common.errors import InternalError, InvalidRequestError
+from common.errors import InternalError, InvalidRequestError, NotFoundError
 from common.rpc.codec.objects import ObjectKey, StoredObject
 from common.rpc.objects import ObjectClient
 from services.router.errors import MissingError
+
+LISTED: Final = 100  # at most, by the controllers
 
 NAMES = {"response": "Response", "file": "File", "batch": "Batch"}
 
@@ -48,15 +51,38 @@ async def remove(objects: ObjectClient, key: ObjectKey) -> None:
 
 
 async def page(
-    objects: ObjectClient, kind: str, owner: str, query: dict[str, str], largest: int
+    objects: ObjectClient,
+    kind: str,
+    owner: str,
+    query: dict[str, str],
+    largest: int,
+    wanted: Callable[[dict[str, Any]], bool] | None = None,
 ) -> tuple[list[Document], bool]:
-    """The page that `after` and `limit` of a query ask for, newest first, and whether there are more."""
-    limit = query.get("limit", "20")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:6]) <= largest):
+    """The page that `after` and `limit` of a query ask for, newest first, and whether there are more.
+
+    `wanted`: all other documents are passed over, however many stand in between.
+    """
+    asked = query.get("limit", "20")
+    if not (asked.isascii() and asked.isdigit() and 1 <= int(asked[:6]) <= largest):
         raise InvalidRequestError(f"limit must be between 1 and {largest}", param="limit")
-    after = query.get("after", "")
-    if after and not _may_exist(after):
+    limit, after = min(int(asked), LISTED), query.get("after", "")
+    if wanted is None:
+        return await _listed(objects, kind, owner, after, limit)
+    documents: list[Document] = []
+    more = True
+    while more and len(documents) <= limit:
+        found, more = await _listed(objects, kind, owner, after, LISTED)
+        documents += [document for document in found if wanted(document.content)]
+        after = found[-1].key.id if found else after
+    return documents[:limit], len(documents) > limit
+
+
+async def _listed(objects: ObjectClient, kind: str, owner: str, after: str, limit: int) -> tuple[list[Document], bool]:
+    try:
+        found = await objects.page(kind, owner, after=after, limit=limit) if not after or _may_exist(after) else None
+    except NotFoundError:
+        found = None
+    if found is None:
         raise MissingError(f"{NAMES[kind]} with id '{after[:128]}' not found.", param="after")
-    found = await objects.page(kind, owner, after=after, limit=min(int(limit), 100))
-    documents = [Document(ObjectKey(kind, owner, stored.id), content_of(stored), stored) for stored in found.objects]
-    return documents, found.has_more
+    made = [Document(ObjectKey(kind, owner, stored.id), content_of(stored), stored) for stored in found.objects]
+    return made, found.has_more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -64,6 +64,13 @@ def kind_of(part: Any, where: str) -> str:
     if not isinstance(kind, str):
         raise InvalidRequestError(f"{where} must be an object with a type", param=where)
     return kind
+
+
+def known(part: Mapping[str, Any], names: Collection[str], where: str) -> None:
+    for name in part:
+        if name not in names:
+            place = f"{where}.{name[:64]}"
+            raise InvalidRequestError(f"Unrecognized request argument supplied: {place}", param=place)
 
 
 def string(part: Mapping[str, Any], key: str, where: str) -> str:
