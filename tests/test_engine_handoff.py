@@ -274,6 +274,22 @@ def test_a_prefill_worker_with_windows_takes_any_prompt_it_says_it_does(windowed
     pair.check_idle()
 
 
+@pytest.mark.parametrize("blocks", [(16, 32), (32, 32), (64, 64)])
+@pytest.mark.parametrize(("length", "kept"), [(46, 46), (73, 72)])
+def test_what_a_window_begins_amid_is_no_prefix_for_others(
+    windowed: Path, blocks: tuple[int, int], length: int, kept: int
+) -> None:
+    """Of a handed-over prompt's first block in a window group only the end came: the next turn does without it."""
+    pair = Pair(windowed, prefill={"block_size": blocks[0]}, block_size=blocks[1])
+    prompt, more = prompts(length, (length, 20))
+    settle(pair, pair.submit(prompt, greedy(COUNT)), windowed, prompt)
+    turn = (*prompt[:kept], *more)
+    answer = pair.submit(turn, greedy(COUNT), prefill=0)
+    pair.run(answer)
+    assert answer.tokens[0] == reference_tokens(windowed, turn, COUNT)
+    pair.check_idle()
+
+
 def test_a_lease_that_ends_while_a_cached_prompt_is_published_fails_that_order_alone(llama: Path) -> None:
     pair = Pair(llama, prefill={"lease_ttl_s": 5.0})
     settle(pair, pair.submit(PROMPT, greedy(COUNT)), llama)

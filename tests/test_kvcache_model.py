@@ -19,6 +19,7 @@ from kvcache_support import chain_of, full, manager, snapshots, tail, window
 from common.kvcache.layout import TAIL_GROUP, GroupSpec
 from common.kvcache.manager import PrefixHit
 from common.kvcache.tables import BlockCopy
+from common.types.prefix import UNIT
 
 LENGTH = 192
 
@@ -42,7 +43,7 @@ class Seq:
     weights: int
     computed: int
     fetching: int = 0  # positions on their way from a peer, 0 for none
-    planned: bool = False  # the manager was told so, and whole blocks are read
+    planned: bool = False  # the manager was told so, and whole units are read
     read_id: int = 0
 
     def label(self, num_tokens: int) -> Label:
@@ -55,7 +56,7 @@ class Read:
 
 
 class Lives(RuleBasedStateMachine):
-    groups = (full(22), window(9, 40, block_size=32), snapshots(6, "state"), tail(2))
+    groups = (full(22), window(9, 56, block_size=32), snapshots(6, "state"), tail(2))
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +222,8 @@ class Lives(RuleBasedStateMachine):
         blocks = set(self.reads.pop(seq.read_id).blocks)
         for g in self.positional:
             table = self.m.block_table(seq.seq_id, g.name)
-            first = seq.computed if seq.planned else max(seq.computed, self._seen(g, seq.fetching).start)
+            first = self._seen(g, seq.fetching).start
+            first = max(seq.computed, first // UNIT * UNIT if seq.planned else first)
             for p in range(first, seq.fetching):
                 if (g.name, table[p // g.block_size]) in blocks:
                     self.held[g.name, table[p // g.block_size], p % g.block_size] = seq.label(p + 1)
@@ -363,7 +365,7 @@ class Lives(RuleBasedStateMachine):
 class LivesWithoutSnapshots(Lives):
     """Prefix hits are longer and more frequent where no snapshot must be met."""
 
-    groups = (full(22), window(9, 40, block_size=32), tail(2))
+    groups = (full(22), window(9, 56, block_size=32), tail(2))
 
 
 class LivesInWindows(Lives):

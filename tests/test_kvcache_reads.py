@@ -175,6 +175,24 @@ def test_a_fetched_window_is_held_alone_and_sealed() -> None:
     assert m.match_prefix(chain, 255).num_tokens == 0
 
 
+@pytest.mark.parametrize(("num_tokens", "begin"), [(256, 176), (270, 176), (271, 192), (335, 256)])
+def test_a_block_that_a_window_begins_amid_is_not_sealed(num_tokens: int, begin: int) -> None:
+    """What reads bring of a window of 80 begins at token `begin`: blocks of 64 are whole from there on."""
+    m = manager(full(24), window(8, 80, block_size=64))
+    m.open(1, "a")
+    assert m.reserve(1, num_tokens, fetch_to=num_tokens)
+    table = list(m.block_table(1, "window"))
+    m.begin_read(1, "full", m.block_table(1, "full"))
+    m.begin_read(1, "window", table[begin // 64 :])
+    m.end_read(1)
+    m.advance(1, chain_of(range(num_tokens)), num_tokens)
+    m.close(1)
+    whole = [b for b in range(num_tokens // 64) if b * 64 >= begin]
+    assert len(whole) == 1
+    assert states(m, "window") == (7, 0, 1, 0, 0)
+    assert [entry.block_id for entry in m.ledger_blocks() if entry.group == "window"] == [table[whole[0]]]
+
+
 def test_a_fetched_window_without_a_plan_is_not_sealed() -> None:
     m = manager(full(20), window(20, 32))
     chain = chain_of(A)

@@ -126,7 +126,7 @@ class KVCacheManager:
         short or `hit` is out of date; nothing has changed then.
 
         `fetch_to` says that all positions up to there come from a peer. Window groups then hold, besides the
-        hit's blocks, only what reads for the window before `fetch_to` may write; those bring whole blocks.
+        hit's blocks, only what reads for the window before `fetch_to` may write; those bring whole units.
         """
         seq = self._seqs[seq_id]
         if num_tokens <= seq.num_reserved and not hit:

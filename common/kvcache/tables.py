@@ -64,6 +64,12 @@ class GroupTable:
         align = math.lcm(self.block_size, FETCH_ALIGN)
         return self.first_needed(position) * self.block_size // align * align // self.block_size
 
+    def first_whole(self, position: int) -> int:
+        """First block that reads up to `position` fill from its start: what they bring begins with the hash unit that
+        the window begins in, be that amid a block.
+        """
+        return -(-first_needed_block(position, UNIT, self.window) * UNIT // self.block_size)
+
     def missing(self, num_tokens: int, num_computed: int, fetch_to: int) -> list[int]:
         """Entries to fill for positions up to `num_tokens`, the ones below `fetch_to` coming from a peer."""
         n = len(self.blocks)
@@ -206,8 +212,8 @@ class SequenceBlocks:
 def seal_full_blocks(seq: SequenceBlocks, table: GroupTable, pool: BlockPool, chain: Sequence[bytes]) -> None:
     """Seal the blocks that lie wholly below the computed position.
 
-    In a window group, positions that came from a peer hold nothing but the window before `fetch_to`, in whole
-    blocks; unless that was said, it is unknown which blocks are whole, and none is sealed.
+    In a window group, positions that came from a peer hold nothing but the window before `fetch_to`, which may begin
+    amid a block: that one is not sealed. Unless `fetch_to` was said, it is unknown which are whole, and none is.
     """
     size, blocks = table.block_size, table.blocks
     end = seq.num_computed // size
@@ -221,7 +227,7 @@ def seal_full_blocks(seq: SequenceBlocks, table: GroupTable, pool: BlockPool, ch
             assert i < needed, f"sequence of {seq.owner}: position {i * size} is not final, a read may write it"
             continue
         if table.window and i * size < seq.fetch_end:
-            whole = seq.fetch_to and i >= table.first_needed(seq.fetch_to)
+            whole = seq.fetch_to and i >= table.first_whole(seq.fetch_to)
             if not (whole and pool.is_fetched(block_id)):
                 continue
         pool.seal(block_id, block_hash(chain, i, size), block_hash(chain, i - 1, size) if i else b"")
