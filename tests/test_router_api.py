@@ -286,6 +286,10 @@ async def test_small_routes(tiny: Cluster) -> None:
     assert (await tiny.http.get("/v1/models")).json()["data"][0]["max_model_len"] == MAX_MODEL_LEN
     assert (await tiny.http.get("/health")).status_code == 200
     assert (await tiny.http.get("/ready")).json()["ready"] is True
+    for path in ("/health", "/ready", "/v1/models", f"/v1/models/{MODEL}", "/dashboard", "/docs"):
+        whole, head = await tiny.http.get(path), await tiny.http.head(path)
+        assert (head.status_code, head.content, whole.status_code) == (200, b"", 200), path
+        assert head.headers["content-length"] == whole.headers["content-length"] == str(len(whole.content)), path
     assert "Swagger" in (await tiny.http.get("/docs")).text
     document = (await tiny.http.get("/openapi.json")).json()
     assert {"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/models"} <= set(

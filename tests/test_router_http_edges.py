@@ -183,6 +183,39 @@ async def test_garbage_behind_a_request_is_no_part_of_its_answer(tmp_path: Path,
             assert (await client.rest()).startswith(b"HTTP/1.1 400"), "its own body is another matter"
 
 
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (b"POST /v1/completions HTTP/1.1\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nabcd", "Invalid HTTP"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "Invalid HTTP"),
+        (b"GET /health HTTP/1.1\r\nx: " + b"y" * 2**18, "headers are too large"),
+    ],
+)
+async def test_what_cannot_be_read_gets_an_error_like_all_others(tmp_path: Path, sent: bytes, why: str) -> None:
+    async with cluster(tmp_path, say("hello there")) as made, connect(made) as client:
+        client.writer.write(sent)
+        await client.got(1)
+        ((status, request_id, body),) = client.answers.done
+        assert (status, len(request_id)) == (400, 32)
+        error = json.loads(body)["error"]
+        assert (why in error["message"], error["type"]) == (True, "invalid_request_error")
+
+
+async def test_who_asks_before_a_large_body_is_told_before(tmp_path: Path) -> None:
+    asks = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: %d\r\n\r\n"
+    async with cluster(tmp_path, say("hello there"), max_body_bytes=2**20) as made:
+        async with connect(made) as client:
+            client.writer.write(asks % (2**20 + 1))
+            assert (await client.rest()).startswith(b"HTTP/1.1 413 ")
+        async with connect(made) as client:
+            body = json.dumps(BODY).encode()
+            client.writer.write(asks % len(body))
+            go_on = b"HTTP/1.1 100 Continue\r\n\r\n"
+            assert await asyncio.wait_for(client.reader.readexactly(len(go_on)), 20) == go_on
+            client.writer.write(body)
+            assert (await client.got(1))[0][0] == 200
+
+
 async def test_a_client_of_http_1_0_gets_no_chunks(tmp_path: Path) -> None:
     async with cluster(tmp_path, say("hello")) as made, connect(made) as client:
         client.writer.write(post(BODY | {"stream": True}, version=b"1.0"))

@@ -46,6 +46,8 @@ class _App(FastAPI):
             return
         if scope["type"] == "http":
             send = self._with_request_id(scope, send)
+            if scope["method"] == "HEAD":  # answered as GET; the server leaves the body away
+                scope = {**scope, "method": "GET"}
         if scope["type"] == "http" and scope["path"].startswith("/v1/") and scope["method"] != "OPTIONS":
             try:
                 scope["nanodeploy.caller"] = self._callers.caller(scope["headers"])

@@ -113,6 +113,8 @@ class Exchange:
         """The whole body. Raises `BodyTooLargeError`, `BodyTimeoutError`, `CancelledByCallerError`."""
         declared = self.header(b"content-length")
         too_large = declared.isdigit() and int(declared) > limit
+        if too_large and self.header(b"expect").lower() == "100-continue":
+            raise _too_large(limit)  # it asks before it sends
         keep = limit if not too_large else 0
         if self._connection.has_whole_body:
             return await self._read(keep, limit)
@@ -139,7 +141,7 @@ class Exchange:
             if self._complete or size > _DRAIN_FACTOR * limit:
                 break
         if size > keep:
-            raise BodyTooLargeError(f"the body is larger than {limit} bytes")
+            raise _too_large(limit)
         return b"".join(chunks)
 
     @contextmanager
@@ -230,3 +232,7 @@ class Exchange:
         """The same, where more could not be said before the client reads."""
         if self._connection.full:
             self.abort()
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is larger than {limit} bytes")

@@ -10,6 +10,7 @@ httptools would take its body for that protocol's, so it is told the head again,
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
@@ -17,11 +18,16 @@ from typing import Any, ClassVar, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from common.telemetry import get_logger
+from services.router.errors import shaped
+
 HEAD_TIMEOUT_S: Final = 20.0  # connection or first byte -> end of the request's headers
 MAX_HEAD_BYTES: Final = 64 * 1024  # and of anything else that is no body: trailers, what frames its chunks
 _PROBES: Final = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 60_000))
 
 App = Callable[[Any, Any, Any], Any]
+
+_log = get_logger(__name__)
 
 
 class Cycle(RequestResponseCycle):
@@ -131,7 +137,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if not wrong and self._bare_bytes > MAX_HEAD_BYTES:
             wrong = "The headers are too large."
         if wrong and not self.transport.is_closing():
-            self.logger.warning(wrong)
             self.send_400_response(wrong)
 
     def _read(self, data: bytes) -> None:
@@ -144,11 +149,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Not while a request that was read well is being answered: it would be taken for a part of that answer."""
-        running = self._running
+        request_id, running = secrets.token_hex(16), self._running
+        _log.warning("not HTTP", why=msg, request_id=request_id)
         if running is None or running.response_complete or (running.more_body and not running.response_started):
-            super().send_400_response(msg)
-        else:
-            self.transport.close()
+            body = shaped(msg, "invalid_request_error", None, None)
+            headers = [
+                *self.server_state.default_headers,
+                (b"content-type", b"application/json"),
+                (b"content-length", b"%d" % len(body)),
+                (b"x-request-id", request_id.encode()),
+                (b"connection", b"close"),
+            ]
+            lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+            self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[400], lines, body))
+        self.transport.close()
 
     def _head_without_upgrade(self) -> bytes:
         """Of the request that was read last, for a new parser."""
