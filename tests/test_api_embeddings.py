@@ -111,6 +111,8 @@ async def test_a_whole_context_is_taken_and_one_more_is_not(tmp_path: Path) -> N
     [
         ({"input": []}, "input"),
         ({"input": [[]]}, "input"),
+        ({"input": ["x", "", "x"]}, "input[1]"),
+        ({"input": [[5], [5] * 300]}, "input[1]"),
         ({"input": ["x"] * 5}, "input"),
         ({"input": {"text": "x"}}, "input"),
         ({"input": [10**6]}, "input"),

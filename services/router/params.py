@@ -7,7 +7,8 @@ Rules that need the model are here: its length, its vocabulary, its checkpoint's
 from __future__ import annotations
 
 import random
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -19,6 +20,8 @@ from services.router.grammars import behind_reasoning, grammar_of
 from services.router.models import ModelText, ModelTexts
 from services.router.schemas import ChatBody, CompletionBody, Messages, SamplingFields
 from services.router.tools import ToolUse, call_format, parser_plan, reasoning_start, tool_use, with_calls
+
+T = TypeVar("T")
 
 COMPLETION_MAX_TOKENS: Final = 16
 MAX_STOP_CHARS: Final = 2048  # of all stop strings: their automaton is built per request
@@ -153,7 +156,7 @@ async def completion_job(
     echo_only = echo and body.max_tokens == 0
     wanted = 1 if echo_only else body.max_tokens
     given = await _completion_prompts(body, model, text, texts)
-    prompts = [_fit(ids, body, model, wanted, "prompt", "max_tokens") for ids in given]
+    prompts = [_fit(ids, body, model, wanted, place, "max_tokens") for ids, place in _placed(given, "prompt")]
     if wanted is None:
         wanted = min(COMPLETION_MAX_TOKENS, *(model.max_model_len - len(ids) for ids in prompts))
     tops = [top for top in (body.logprobs if echo else None, body.prompt_logprobs) if top is not None]
@@ -181,7 +184,7 @@ async def embedding_job(
 ) -> Job:
     """`body.prompt` is the request's `input`. Nothing is sampled."""
     given = await _completion_prompts(body, model, text, texts, "input")
-    prompts = [_fit(ids, body, model, None, "input", "input", room=0) for ids in given]
+    prompts = [_fit(ids, body, model, None, place, "input", room=0) for ids, place in _placed(given, "input")]
     if len(prompts) > MAX_SEQUENCES:
         raise InvalidRequestError(f"input must have at most {MAX_SEQUENCES} entries", param="input")
     if pooling.dimensions > model.embedding_size:
@@ -206,11 +209,19 @@ async def _completion_prompts(
         special = body.add_special_tokens
 
         def work() -> list[list[int]]:
-            return [_encode(s, model, text, param, add_special_tokens=special, whole=whole) for s in strings]
+            return [
+                _encode(s, model, text, place, add_special_tokens=special, whole=whole)
+                for s, place in _placed(strings, param)
+            ]
 
         return await texts.run(work, sum(len(s) for s in strings))
     lists = [p for p in prompt if isinstance(p, list)]
     return lists or [[p for p in prompt if isinstance(p, int)]]
+
+
+def _placed(prompts: Sequence[T], param: str) -> list[tuple[T, str]]:
+    """Each with what errors call it."""
+    return [(prompt, param if len(prompts) == 1 else f"{param}[{i}]") for i, prompt in enumerate(prompts)]
 
 
 def _encode(
@@ -223,9 +234,10 @@ def _encode(
 
 
 def too_long(model: ModelInfo, num_tokens: str, param: str) -> ContextLengthError:
+    which = param if "[" in param else "the prompt"
     return ContextLengthError(
         f"This model's maximum context length is {model.max_model_len} tokens, "
-        f"but the prompt has {num_tokens} tokens. Please shorten it.",
+        f"but {which} has {num_tokens} tokens. Please shorten it.",
         param=param,
     )
 
