@@ -184,6 +184,8 @@ async def test_cached_tokens_are_counted_apart(tmp_path: Path) -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type 'image'"),
         ({"tools": [{"type": "web_search_20250305", "name": "x"}]}, "tools[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "redacted_thinking"}]}]}, "redacted_thinking"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "redacted_thinking"}]}]}, "messages has nothing"),
         ({"tools": [{"name": "x"}]}, "input_schema"),
         ({"tool_choice": {"type": "any"}}, "tool_choice is allowed with tools only"),
         ({"tool_choice": {"type": "tool", "name": "x"}}, "tool_choice is allowed with tools only"),

@@ -18,7 +18,19 @@ from services.router.api.schemas import MessagesBody, ResponsesBody
 from services.router.replies import Call, Ended, Head, Usage
 
 WORDS = ["message", "function_call", "function_call_output", "reasoning", "input_text", "output_text", "text", "user"]
-WORDS += ["assistant", "system", "tool_use", "tool_result", "thinking", "function", "json_schema", "auto", "{}", "x"]
+WORDS += [
+    "assistant",
+    "system",
+    "tool_use",
+    "tool_result",
+    "thinking",
+    "redacted_thinking",
+    "function",
+    "json_schema",
+    "auto",
+    "{}",
+    "x",
+]
 KEYS = [
     "type",
     "role",

@@ -95,6 +95,8 @@ def _prompt_fields(body: Prompt, variables: dict[str, Any] | None = None) -> dic
     if body.thinking is not None and body.thinking.type != "adaptive":
         thinks = body.thinking.type == "enabled"
         variables = {"enable_thinking": thinks, "thinking": thinks} | variables  # families differ in the name
+    if not messages:
+        raise InvalidRequestError("messages has nothing that the model can read", param="messages")
     continues = messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
     output = body.output_config
     return {
@@ -165,7 +167,7 @@ def _turn(turn: Turn, where: str) -> Iterator[dict[str, Any]]:
             message.setdefault("tool_calls", []).append(_call(block, place))
         elif kind == "thinking" and turn.role == "assistant":
             message["reasoning_content"] = message.get("reasoning_content", "") + string(block, "thinking", place)
-        elif kind != "redacted_thinking":
+        elif kind != "redacted_thinking" or turn.role != "assistant":
             raise unsupported(place, kind)
     message["content"] = "\n".join(texts)
     if texts or len(message) > 2 or not turn.content:

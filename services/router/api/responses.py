@@ -82,6 +82,7 @@ class Responses:
         with self._gateway.admitted():
             started_s = self._clock.now()
             body = await self._gateway.body(exchange, ResponsesBody)
+            _check_shown(body)
             items, before = items_of(body), await self._before(body, exchange.owner)
             so_far = [*before, *messages_of(items)]
             if body.background:
@@ -285,3 +286,12 @@ def frame_of(body: ResponsesBody) -> dict[str, Any]:
         "truncation": body.truncation or "disabled",
         "user": body.user,
     }
+
+
+def _check_shown(body: ResponsesBody) -> None:
+    """What is shown again, or stored, is written as JSON with integers of 64 bits."""
+    for name, value in {"input": body.input, **frame_of(body)}.items():
+        try:
+            dumps(value)
+        except TypeError as error:
+            raise InvalidRequestError(f"{name} cannot be used: {error}", param=name) from None
