@@ -72,6 +72,13 @@ def ask(api_key: ApiKey, **wants: Any) -> LeaseAsk:
     return LeaseAsk(api_key.key_hash, **wants)
 
 
+class Ticking:
+    t = 0.0
+
+    def now(self) -> float:
+        return self.t
+
+
 # -- the controller --
 
 
@@ -167,6 +174,31 @@ def test_alone_a_router_spends_its_share_and_no_more() -> None:
     assert 170 <= taken <= 173, "in hand 10, of what was left 12, and a quarter of a minute's"
     assert meters.quota is not None
     assert meters.quota.left == 100 + 800 / 4
+
+
+async def test_a_quota_that_was_spent_without_a_controller_is_spent(server: RedisServer) -> None:
+    clock, namespace = Ticking(), fresh_namespace()
+    async with controller(server, namespace) as running:
+        address = f"127.0.0.1:{running.port}"
+        client = LimitsClient([address], TOKEN)
+        await client.put_keys([key(quota_tokens=1_000_000)])
+        callers = Callers((), admin_token=TOKEN)
+        limiter = Limiter(callers, LimitsClient([address], TOKEN), "router", clock)
+        await limiter.start(5.0)
+        caller = callers.caller([(b"authorization", f"Bearer {KEY}".encode())])
+        assert await limiter.charge(caller, 10, 500) == 500
+        await client.close()
+    await support.until(lambda: not limiter.following)
+    for _ in range(30):
+        limiter.settle(caller, await limiter.charge(caller, 10, 1000), 900)
+    async with controller(server, namespace, port=running.port):
+        await support.until(lambda: limiter.following)
+        clock.t += 60.0  # the key is idle: what it holds goes back
+        await limiter.stop()
+        client = LimitsClient([address], TOKEN)
+        (found,) = (await client.list_keys()).keys or ()
+        assert found.used_tokens == 500 + 30 * 900
+        await client.close()
 
 
 def test_a_debt_is_paid_before_more_is_spent() -> None:

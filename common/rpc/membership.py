@@ -68,7 +68,7 @@ class MembershipTable:
                 return self._put(event.worker)
             case Loads():
                 self._take_loads(event)
-                return []
+                return self._give_up(now_s)  # a busy cluster is never so quiet that a ping comes
             case Ping():
                 self._expect(event.revision, self._revision)
                 return self._give_up(now_s)

@@ -50,7 +50,7 @@ class LeaseAsk(msgspec.Struct, frozen=True):
     requests: Want = Want()
     tokens: Want = Want()
     quota: Want = Want()
-    spent_tokens: int = 0  # since the last one, where there is no quota
+    spent_tokens: int = 0  # since the last one, that no slice covers
 
 
 class Lease(msgspec.Struct, frozen=True):

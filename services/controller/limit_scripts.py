@@ -117,7 +117,7 @@ for i = 3, #ARGV, 11 do
     local n = {{}}
     for j = 1, 10 do n[j] = tonumber(ARGV[i + j]) end
     local key = cjson.decode(record)
-    if key.quota_tokens == 0 and n[10] > 0 then redis.call('HINCRBY', used, hash, n[10]) end
+    if n[10] > 0 then redis.call('HINCRBY', used, hash, n[10]) end
     local rg, rl, rw = rate(hash .. ':requests', key.requests_per_minute, n[1], n[2], n[3])
     local tg, tl, tw = rate(hash .. ':tokens', key.tokens_per_minute, n[4], n[5], n[6])
     local qg, ql = quota(hash, key.quota_tokens, n[7], n[8], n[9])

@@ -75,6 +75,8 @@ class Limiter:
         if self._task is None or self._ledger is None:
             return
         await end_tasks([self._task])
+        if not self.following:
+            self._found_again()
         try:
             async with asyncio.timeout(STOP_S):
                 await self._give_back(self._ledger, math.inf)
@@ -190,6 +192,7 @@ class Limiter:
                 self._callers.replace({})
             return
         if not self.following:
+            self._found_again()
             self.following = True
             _log.info("API keys are followed", keys=len(self._keys) if table.keys is None else len(table.keys))
         if table.keys is None:
@@ -236,6 +239,10 @@ class Limiter:
             for ask in asks:
                 self._keys[ask.key_hash].keep(ask)
             raise
+
+    def _found_again(self) -> None:
+        for meters in self._keys.values():
+            meters.found_again()
 
     def _lost(self, error: BaseException) -> None:
         if self.following:

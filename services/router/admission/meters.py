@@ -3,7 +3,7 @@
     slice has enough -> spent                                     (no wait, no call)
     too little -> lease: granted -> spent; not granted -> 429, said again from memory until the time it named
     no controller -> the slice refills by itself, with this router's share of the limit; of a quota, its share of
-                     what was left is all there is
+                     what was left is all there is, and what of that was spent is told once a controller answers
 
 Tokens are taken before a request runs, prompt and expected output, and settled when it has ended: what was too much
 comes back, what was too little is a debt that the next lease pays.
@@ -24,13 +24,14 @@ SPENT_S: Final = 5.0  # a quota that is spent is asked for again after this
 class Slice:
     """One limit. `per_s` is how fast the whole of it comes back, 0 for a quota."""
 
-    __slots__ = ("_denied", "_denied_until_s", "_filled_s", "left", "limit", "per_s", "pool")
+    __slots__ = ("_denied", "_denied_until_s", "_filled_s", "left", "limit", "per_s", "pool", "taken")
 
     def __init__(self, limit: int, per_s: float, pool: float, now_s: float) -> None:
         self.limit = limit
         self.per_s = per_s
         self.left = 0.0
         self.pool = pool  # left with the controller when it last answered
+        self.taken = 0.0  # of a quota's pool without the controller's knowledge
         self._filled_s = now_s
         self._denied = math.inf
         self._denied_until_s = 0.0
@@ -68,9 +69,20 @@ class Slice:
     def refill(self, share: float, now_s: float) -> None:
         """No controller: our share of what it had, and of what has come since."""
         came = (self.pool + (now_s - self._filled_s) * self.per_s) * share
-        most = self.limit * share if self.per_s else math.inf
-        self.left = min(self.left + came, max(self.left, most))
+        if self.per_s:
+            self.left = min(self.left + came, max(self.left, self.limit * share))
+        else:
+            self.left += came
+            self.taken += came
         self.pool, self._filled_s = 0.0, now_s
+
+    def put_back(self) -> int:
+        """A controller answers again: what was taken of its pool is its own; returns what of that is spent."""
+        unspent = min(max(0.0, self.left), self.taken)
+        self.left -= unspent
+        self.pool += unspent
+        spent, self.taken = round(self.taken - unspent), 0.0
+        return spent
 
     def idle(self) -> int:
         """Takes what is not spent, to be given back."""
@@ -104,7 +116,7 @@ class KeyMeters:
         left = max(0, key.quota_tokens - key.used_tokens)
         self.quota = Slice(key.quota_tokens, 0.0, left, now_s) if key.quota_tokens else None
         self.num_routers = 1
-        self.spent = 0  # tokens not told to the controller, where there is no quota
+        self.spent = 0  # tokens that no lease covers and the controller has not been told of
         self.used_s = now_s
 
     @property
@@ -180,6 +192,11 @@ class KeyMeters:
         for part in self.slices:
             if part is not None:
                 part.refill(self.share, now_s)
+
+    def found_again(self) -> None:
+        """A controller answers again."""
+        if self.quota is not None:
+            self.spent += self.quota.put_back()
 
     def update(self, key: ApiKey, now_s: float) -> None:
         """The key's record as it is now: what is in hand stays, with limits that stay."""
