@@ -269,6 +269,15 @@ def test_table_keeps_workers_of_a_lost_storage_for_a_grace(empty):
     assert table.apply(Ping(revision + 2), 999) == []
 
 
+def test_the_grace_ends_in_a_busy_cluster_that_has_loads_to_tell_and_no_pings():
+    table, a, b = MembershipTable(grace_s=5), make_worker("a"), make_worker("b")
+    table.apply(Snapshot("i", 4, (a, b)), 0)
+    table.apply(Snapshot("j", 1, (a,)), 100)
+    loads = Loads((LoadEntry("a", a.ref.epoch, WorkerLoad(steps=7)),))
+    assert table.apply(loads, 104.9) == []
+    assert told(table.apply(loads, 105)) == [("removed", "b", "not re-registered")]
+
+
 STEPS = ["join", "leave", "replace", "beat", "flush"]
 
 
