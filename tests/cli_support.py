@@ -46,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
     def do_GET(self):
-        ready = time.monotonic() - started > ready_after
+        ready = time.monotonic() - started > ready_after and not os.path.exists("sick")
         self.answer(200 if ready else 503, {"ready": ready, "reason": "" if ready else "loading the model"})
     def do_POST(self):
         words = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"].split()

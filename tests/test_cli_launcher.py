@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_support import console, logged_pids, plan_of, service
 
 from common.errors import UnavailableError
 from services.cli import launcher as launcher_module
+from services.cli import probe
 from services.cli.launcher import Launcher, LaunchOptions
 from services.cli.plan import ClusterPlan
 from services.cli.probe import Answer
@@ -185,6 +188,47 @@ async def test_restarts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "cannot go on without it" in run.state.detail
 
 
+async def test_a_restarted_service_that_says_it_is_sick_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "SICK_S", 0.3)
+    folder = cluster(tmp_path)
+    worker, router = service(folder, "decode-0", "decode"), service(folder, "router", "router")
+    run = Run(tmp_path, plan_of(folder, worker, router))
+    task = asyncio.create_task(run.launcher.run())
+    await asyncio.wait_for(run.ready.wait(), 30)
+    (folder / "sick").touch()
+    os.kill(logged_pids(worker)[0], signal.SIGKILL)
+    await until(lambda: "decode-0 cannot serve: loading the model" in run.out.getvalue())
+    (folder / "sick").unlink()
+    await until(lambda: "decode-0 is back" in run.out.getvalue())
+    run.launcher.stop()
+    assert await asyncio.wait_for(task, 30) == 0
+
+
+async def test_a_state_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    folder = cluster(tmp_path)
+    worker, router = service(folder, "decode-0", "decode"), service(folder, "router", "router")
+    run = Run(tmp_path, plan_of(folder, worker, router))
+    task = asyncio.create_task(run.launcher.run())
+    await asyncio.wait_for(run.ready.wait(), 30)
+    (folder / "state.tmp").mkdir()
+    os.kill(logged_pids(worker)[0], signal.SIGKILL)
+    await until(lambda: "decode-0 is back (restart 1)" in run.out.getvalue())
+    assert "cannot be written" in run.out.getvalue()
+    run.launcher.stop()
+    assert await asyncio.wait_for(task, 30) == 0
+    assert all("drained" in spec.log.read_text() for spec in (worker, router))
+
+
+async def test_a_folder_that_cannot_be_written_is_said_before_anything_starts(tmp_path: Path) -> None:
+    folder = cluster(tmp_path)
+    (folder / "config").touch()
+    run = Run(tmp_path, plan_of(folder, service(folder, "router", "router")))
+    assert await asyncio.wait_for(run.launcher.run(), 30) == 1
+    assert run.state.detail == f"{folder / 'config'}: File exists"
+
+
 async def test_second_stop_kills(tmp_path: Path) -> None:
     folder = cluster(tmp_path)
     slow = service(folder, "router", "router", stop_takes=60)
@@ -215,31 +259,71 @@ async def test_slow_stop_ends_at_the_grace(tmp_path: Path) -> None:
 
 LONE_LAUNCHER = """
 import asyncio, sys
+from services.cli.report import Report, make_console
 from pathlib import Path
 from cli_support import plan_of, service
 from test_cli_launcher import Run, cluster
 async def main():
     root = Path(sys.argv[1])
     folder = cluster(root)
-    run = Run(root, plan_of(folder, service(folder, "decode-0", "decode"), service(folder, "router", "router")))
+    roles = (("decode-0", "decode"), ("router", "router"))
+    specs = [service(folder, name, role, stop_takes=0.5) for name, role in roles]
+    run = Run(root, plan_of(folder, *specs))
+    run.launcher._report = Report(make_console(lossy=True))
     task = asyncio.create_task(run.launcher.run())
     await run.ready.wait()
-    print("ready", flush=True)
+    (root / "ready").touch()
     await task
 asyncio.run(main())
 """
 
 
-def test_services_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
+def lone_launcher(root: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """A launcher in a process of its own; returns when its cluster is ready."""
     tests = Path(__file__).parent
-    process = subprocess.Popen(
-        [sys.executable, "-c", LONE_LAUNCHER, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}"},
-    )
+    environ = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", LONE_LAUNCHER, str(root)], env=environ, **options)
+    deadline = time.monotonic() + 30
+    while not (root / "ready").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (root / "ready").exists()
+    return process
+
+
+def has_drained(root: Path) -> list[bool]:
+    return ["drained" in (root / "t" / "logs" / f"{name}.log").read_text() for name in ("decode-0", "router")]
+
+
+def test_a_terminal_that_is_closed_stops_the_cluster_in_order(tmp_path: Path) -> None:
+    """Nothing can be shown any more, and a shell and the kernel send one SIGHUP each."""
+    ours, theirs = pty.openpty()
+    process = lone_launcher(tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    os.close(ours)
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    process.wait(30)
+    state = StateFolder(tmp_path, "t").read()
+    assert state is not None
+    assert state.phase == "stopped"
+    assert has_drained(tmp_path) == [True, True]
+
+
+def test_under_nohup_a_hangup_is_nothing(tmp_path: Path) -> None:
+    process = lone_launcher(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.0)
+    assert has_drained(tmp_path) == [False, False]
+    process.terminate()
+    process.wait(30)
+    assert has_drained(tmp_path) == [True, True]
+
+
+def test_services_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    process = lone_launcher(tmp_path)
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
         state = StateFolder(tmp_path, "t").read()
         assert state is not None
         assert state.launcher.alive
@@ -248,7 +332,7 @@ def test_services_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
         assert all(s.alive for s in services)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
     deadline = time.monotonic() + 10
     while any(s.alive for s in services) and time.monotonic() < deadline:
         time.sleep(0.05)

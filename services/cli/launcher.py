@@ -87,9 +87,11 @@ class Launcher:
         stopped before it was ready.
         """
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        for number in signals:
-            loop.add_signal_handler(number, self.stop)
+        signals = {signal.SIGINT: self.stop, signal.SIGTERM: self.stop}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # not under nohup
+            signals[signal.SIGHUP] = self._stopping.set  # a shell and the kernel each send one: that is no hurry
+        for number, handler in signals.items():
+            loop.add_signal_handler(number, handler)
         failure, was_ready = "", False
         try:
             self._folder.prepare()
@@ -106,6 +108,8 @@ class Launcher:
                 await self._until_stopped(self._serve())
         except NanoDeployError as error:
             failure = error.message
+        except OSError as error:
+            failure = f"{error.filename or self._folder.path}: {error.strerror}"
         finally:
             await self._stop_all(failure)
             if failure:  # last, where it is looked for
@@ -143,6 +147,13 @@ class Launcher:
                 detail=detail,
             )
         )
+
+    def _try_save(self, phase: Phase, detail: str = "") -> None:
+        """A state that cannot be written, on a full disk, is no reason to end a cluster or to end it badly."""
+        try:
+            self._save(phase, detail)
+        except OSError as error:
+            self._report.note(f"the state in {escape(str(self._folder.path))} cannot be written: {error.strerror}")
 
     # -- start -------------------------------------------------------------------------------------------
 
@@ -241,10 +252,16 @@ class Launcher:
                 self._give_up(spec)
                 return
             await asyncio.sleep(min(0.2 * 2 ** (len(deaths) - 1), 5.0))
-            self._running[spec.name] = await ServiceProcess.spawn(spec, service.restarts + 1)
-            self._save("ready")
-            if await self._ready_or_dead(spec, client):
-                self._report.note(f"{spec.name} is back (restart {service.restarts + 1})")
+            try:
+                self._running[spec.name] = await ServiceProcess.spawn(spec, service.restarts + 1)
+                self._try_save("ready")
+                if await self._ready_or_dead(spec, client):
+                    self._report.note(f"{spec.name} is back (restart {service.restarts + 1})")
+            except OSError as error:
+                self._report.note(escape(f"{spec.name} cannot be started again: {error}"))
+            except UnavailableError as error:  # alive, and says that it is not: another death
+                self._report.note(escape(error.message))
+                self._running[spec.name].kill()
 
     def _give_up(self, spec: ServiceSpec) -> None:
         """A worker is let go while others of its kind, or a decode worker for a prefill worker, remain."""
@@ -254,19 +271,19 @@ class Launcher:
         if spec.role not in ("prefill", "decode") or "decode" not in roles:
             raise UnavailableError(f"{message}; the cluster cannot go on without it")
         self._report.note(message)
-        self._save("ready")
+        self._try_save("ready")
 
     # -- stop --------------------------------------------------------------------------------------------
 
     async def _stop_all(self, failure: str) -> None:
-        self._save("stopping", failure)
+        self._try_save("stopping", failure)
         with self._report:
             for roles in _STOP_ORDER:
                 services = [service for service in self._running.values() if service.spec.role in roles]
                 await asyncio.gather(*(self._stop_one(service) for service in services))
                 for service in services:
                     del self._running[service.spec.name]
-        self._save("failed" if failure else "stopped", failure)
+        self._try_save("failed" if failure else "stopped", failure)
 
     async def _stop_one(self, service: ServiceProcess) -> None:
         name = service.spec.name

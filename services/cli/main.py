@@ -135,7 +135,7 @@ def up(
             speculative_config=speculative_config,
         ),
     )
-    raise typer.Exit(run_up(request, UpOptions(name, config, ready_timeout), detach, make_console()))
+    raise typer.Exit(run_up(request, UpOptions(name, config, ready_timeout), detach, make_console(lossy=True)))
 
 
 @app.command()
@@ -300,7 +300,7 @@ def launch(file: Path, lock: int) -> None:
     """The launcher of a detached cluster; `lock` is the descriptor by which it owns the cluster."""
     from services.cli.up import launch_detached
 
-    raise typer.Exit(launch_detached(file, lock, make_console()))
+    raise typer.Exit(launch_detached(file, lock, make_console(lossy=True)))
 
 
 def main() -> None:

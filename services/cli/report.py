@@ -6,9 +6,12 @@ On a terminal the running steps are a live list with spinners; elsewhere each st
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO, Any, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,10 +24,30 @@ QUIET_S = 3.0  # between lines about one step, off a terminal
 FRAME_S = 0.125
 
 
-def make_console(*, stderr: bool = False) -> Console:
-    """Off a terminal lines are not cut to a guessed width."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=200)
+class _Lossy:
+    """A file that takes everything: what cannot be written (the terminal is gone, the disk is full) is lost."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def make_console(*, stderr: bool = False, lossy: bool = False) -> Console:
+    """Off a terminal lines are not cut to a guessed width. `lossy`: for who has more to do than to be read."""
+    file = cast(IO[str], _Lossy(sys.stdout)) if lossy else None
+    console = Console(file=file, stderr=stderr)
+    return console if console.is_terminal else Console(file=file, stderr=stderr, width=200)
 
 
 @contextmanager
