@@ -250,6 +250,7 @@ async def test_slow_stop_ends_at_the_grace(tmp_path: Path) -> None:
     run = Run(tmp_path, plan_of(folder, slow), grace_s=0.5)
     task = asyncio.create_task(run.launcher.run())
     await asyncio.wait_for(run.ready.wait(), 30)
+    assert run.state.stop_limit_s > 4 * 0.5  # router, workers, controller, storage
     pids = logged_pids(slow)
     run.launcher.stop()
     assert await asyncio.wait_for(task, 10) == 0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from cli_support import console
 from common.errors import ConfigError
 from services.cli import up as up_module
 from services.cli.plan import ClusterRequest
-from services.cli.up import UpOptions, run_up
+from services.cli.state import ClusterState, ProcessId, StateFolder
+from services.cli.up import UpOptions, run_up, stop
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +66,31 @@ def test_flags_and_ports_are_checked_before_a_model_is_prepared(tmp_path: Path) 
         assert "choose another router.port" in refused(ClusterRequest(""), config=str(config))
     assert "device is cuda" in refused(ClusterRequest("", port=0, engine={"device": "cuda"}))
     assert "--block-size" in refused(ClusterRequest("", port=0, engine={"block_size": 17}))
+
+
+def test_down_waits_as_long_as_an_orderly_stop_may_take_and_no_longer(tmp_path: Path) -> None:
+    """A long `drain_grace_s` is the user's word: answers under way are not cut after some other time."""
+    folder = StateFolder(tmp_path, "t")
+    folder.prepare()
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        launcher.stdout.readline()
+        folder.write(
+            ClusterState(
+                name="t",
+                phase="ready",
+                launcher=ProcessId.of(launcher.pid),
+                url="u",
+                controller="c:1",
+                model="m",
+                version="0",
+                stop_limit_s=1.0,
+            )
+        )
+        began = time.monotonic()
+        shown, out = console()
+        assert stop("t", shown) == 0
+        assert 1.0 <= time.monotonic() - began < 10.0
+        assert "does not stop and is killed" in out.getvalue()
+        assert launcher.wait(5) == -9

@@ -35,6 +35,7 @@ RESTART_WINDOW_S = 300.0
 PROOFS = 5
 INTERRUPTED = 130
 PROOF_TIMEOUT_S = 120.0
+SPARE_S = 10.0  # for an orderly stop, beside what its groups of services may take
 _STOP_ORDER = (("router",), ("prefill", "decode"), ("controller",), ("storage",))
 
 
@@ -145,6 +146,7 @@ class Launcher:
                 version=self._options.version,
                 services=tuple(service.state for service in self._running.values()),
                 detail=detail,
+                stop_limit_s=self._options.grace_s * len(_STOP_ORDER) + SPARE_S,
             )
         )
 

@@ -73,6 +73,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     services: tuple[ServiceState, ...] = ()
     detail: str = ""  # why it failed
+    stop_limit_s: float = 150.0  # an orderly stop takes no longer
 
 
 def state_root(environ: Mapping[str, str]) -> Path:

@@ -44,7 +44,6 @@ from services.cli.terminal import quiet_keys
 
 POLL_S = 0.1
 STOP_S = 10.0  # what a service needs to end beside its grace
-DOWN_LIMIT_S = 150.0
 
 
 @dataclass(frozen=True)
@@ -215,12 +214,13 @@ def stop(name: str, console: Console) -> int:
         with console.status(f"Stopping cluster {name}"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(state.launcher.pid, signal.SIGTERM)
-            deadline = time.monotonic() + DOWN_LIMIT_S
+            deadline = time.monotonic() + state.stop_limit_s
             while state.launcher.alive and time.monotonic() < deadline:
                 time.sleep(POLL_S)
     if state.launcher.alive:
         console.print(f"The launcher (pid {state.launcher.pid}) does not stop and is killed", highlight=False)
-        os.kill(state.launcher.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(state.launcher.pid, signal.SIGKILL)
     state = folder.read() or state
     for service in state.services:
         if service.process.alive:
