@@ -127,6 +127,44 @@ async def test_files_that_become_unreadable_leave_the_last_ones(
         assert await ask(channel) == "client"
 
 
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def spoil(config: TlsConfig, name: str, how: str, other: Authority) -> None:
+    path = Path(getattr(config, name))
+    change = {"empty": lambda _: b"", "half": half, "other": lambda _: other.issue("other")[1].read_bytes()}[how]
+    path.write_bytes(change(path.read_bytes()))
+
+
+SPOILT = [("ca", "empty"), ("ca", "half"), ("cert", "empty"), ("cert", "half"), ("key", "empty"), ("key", "other")]
+
+
+@pytest.mark.parametrize(("name", "how"), SPOILT)
+async def test_files_that_cannot_be_used_leave_the_last_ones_until_they_can(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, how: str
+) -> None:
+    """Over an empty key gRPC aborts the process: every service that looks while it is being written."""
+    monkeypatch.setattr(tls_module, "LOOK_S", 0.0)
+    server, client = authority.config("server"), authority.config("client")
+    async with serving(server) as address, open_channel(address, tls=TlsFiles(client)) as channel:
+        good = Path(getattr(client, name)).read_bytes()
+        spoil(client, name, how, authority)
+        assert [await ask(channel) for _ in range(3)] == ["client"] * 3
+        assert sum("cannot be used" in record.getMessage() for record in caplog.records) >= 1
+        Path(getattr(client, name)).write_bytes(good)
+        assert await ask(channel) == "client"
+
+
+@pytest.mark.parametrize(("name", "how"), SPOILT)
+def test_files_that_cannot_be_used_are_named_at_the_start(authority: Authority, name: str, how: str) -> None:
+    config = authority.config("server")
+    spoil(config, name, how, authority)
+    with pytest.raises(ConfigError, match="cannot be used") as caught:
+        TlsFiles(config)
+    assert getattr(config, name) in caught.value.message
+
+
 def test_wrong_files_are_said_at_the_start(authority: Authority, tmp_path: Path) -> None:
     config = authority.config("a")
     for wrong in (TlsConfig(cert=config.cert), TlsConfig(key=config.key), TlsConfig(ca=str(tmp_path / "none.pem"))):
@@ -183,6 +221,24 @@ async def test_https_and_its_renewal(authority: Authority, tmp_path: Path) -> No
 async def certificate(port: int) -> str:
     """What a new connection is shown."""
     return await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", port), timeout=10)
+
+
+async def test_https_goes_on_with_what_it_has_while_files_do_not_fit(authority: Authority, tmp_path: Path) -> None:
+    cert, key = authority.issue("api")
+    config = {"ssl_certfile": str(cert), "ssl_keyfile": str(key)}
+    async with support.cluster(tmp_path / "model", support.say("hello there"), **config) as made:
+        first = await certificate(made.router.port)
+        new_cert, new_key = authority.issue("renewed")
+        for content in (new_cert.read_bytes(), b""):
+            cert.write_bytes(content)
+            await asyncio.sleep(1.5)  # it looks once a second
+            assert await certificate(made.router.port) == first
+        key.write_bytes(new_key.read_bytes())
+        cert.write_bytes(new_cert.read_bytes())
+        deadline = time.monotonic() + 10
+        while await certificate(made.router.port) == first:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
 
 
 def test_https_files_that_do_not_fit(authority: Authority) -> None:

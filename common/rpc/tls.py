@@ -6,13 +6,18 @@ client with `ca` speaks TLS, and shows its own certificate if it has one. Each s
 
     files renewed -> servers: the next handshake has them
                   -> clients: the next call goes over a new connection; streams under way stay on the old one
+    half written  -> what was there before stays until all of them can be used: gRPC refuses what it cannot use call by
+                     call, and ends the process over a key that is empty
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import os
+import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +36,7 @@ class TlsFiles:
     """One service's certificate, key and authority, as bytes that are current."""
 
     def __init__(self, config: TlsConfig) -> None:
-        """Raises `ConfigError` for files that cannot be read, or only one of certificate and key."""
+        """Raises `ConfigError` for files that cannot be read or used, or only one of certificate and key."""
         if bool(config.cert) != bool(config.key):
             raise ConfigError("tls.cert and tls.key go together: one of them is missing", param="tls.cert")
         self._paths = tuple(Path(path) if path else None for path in (config.ca, config.cert, config.key))
@@ -40,6 +45,7 @@ class TlsFiles:
         self._looked_s = time.monotonic()
         self._stamp = self._stat()
         self._contents = self._read()
+        self._amiss = ""  # why the files as they are now cannot be used
 
     @property
     def serves(self) -> bool:
@@ -52,7 +58,7 @@ class TlsFiles:
         return self._contents[0] is not None
 
     def refresh(self) -> None:
-        """Look at the files, at most once a second. One that cannot be read keeps the last contents."""
+        """Look at the files, at most once a second. The last contents stay until all can be read and used."""
         if time.monotonic() - self._looked_s < LOOK_S:
             return
         self._looked_s = time.monotonic()
@@ -62,9 +68,11 @@ class TlsFiles:
                 return
             contents = self._read()
         except ConfigError as error:
-            _log.error("renewed certificates cannot be read, the last ones stay", error=error.message)
+            if error.message != self._amiss:
+                _log.error("renewed certificates cannot be used, the last ones stay", error=error.message)
+            self._amiss = error.message
             return
-        self._stamp, self._contents = stamp, contents
+        self._stamp, self._contents, self._amiss = stamp, contents, ""
         self.version += 1
         _log.info("certificates were renewed", version=self.version)
 
@@ -100,6 +108,14 @@ class TlsFiles:
 
     def _read(self) -> tuple[bytes | None, bytes | None, bytes | None]:
         ca, cert, key = (None if path is None else _bytes(path) for path in self._paths)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")  # how strong they have to be is for the handshakes to say
+        if ca is not None:
+            with _usable(self._paths[:1]), _as_file(ca) as name:
+                context.load_verify_locations(name)
+        if cert is not None and key is not None:
+            with _usable(self._paths[1:]), _as_file(cert) as name, _as_file(key) as key_name:
+                context.load_cert_chain(name, key_name, password="")  # asks nobody for one
         return ca, cert, key
 
 
@@ -118,6 +134,27 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"tls: {path}: {error.strerror}", param="tls") from None
+
+
+@contextlib.contextmanager
+def _usable(paths: Sequence[Path | None]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # an ssl.SSLError is an OSError
+        names = " and ".join(map(str, paths))
+        raise ConfigError(f"tls: {names} cannot be used: {error}", param="tls") from None
+
+
+@contextlib.contextmanager
+def _as_file(content: bytes) -> Iterator[str]:
+    """A name for bytes that were read: OpenSSL takes names alone, and the file may be another one by now."""
+    descriptor = os.memfd_create("tls")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 class RenewingChannel:

@@ -21,11 +21,16 @@ def check_files(config: RouterConfig) -> None:
     if not (config.ssl_certfile and config.ssl_keyfile):
         raise ConfigError("ssl_certfile and ssl_keyfile go together: one is missing", param="router.ssl_certfile")
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+        _fit(config.ssl_certfile, config.ssl_keyfile)
     except OSError as error:  # an ssl.SSLError is one
         raise ConfigError(
             f"{config.ssl_certfile} and {config.ssl_keyfile} cannot be used: {error}", param="router.ssl_certfile"
         ) from None
+
+
+def _fit(cert: str, key: str) -> None:
+    """Raises `OSError` if a server cannot use them."""
+    ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password="")
 
 
 class Renewal:
@@ -41,8 +46,10 @@ class Renewal:
         if not self._files or self._config.ssl is None or (stamp := self._stat()) == self._stamp:
             return
         self._stamp = stamp
+        cert, key = map(str, self._files)
         try:
-            self._config.ssl.load_cert_chain(str(self._files[0]), str(self._files[1]))
+            _fit(cert, key)  # a context that fails to load them has lost the key that it had
+            self._config.ssl.load_cert_chain(cert, key)
         except OSError as error:
             _log.error("the API's renewed certificate cannot be used, the last one stays", error=str(error))
         else:
