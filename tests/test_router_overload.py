@@ -281,6 +281,9 @@ async def test_a_full_queue_and_one_that_does_not_move(tmp_path: Path) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "service_unavailable")
             assert int(answer.headers["retry-after"]) >= 1
         assert (await urgent).status_code == 503
+        hasty = await made.http.post("/v1/completions", json={**body, "timeout": 0.2})
+        assert (hasty.status_code, hasty.json()["error"]["code"]) == (504, "timeout")
+        assert "would be late: no place on a worker within" in hasty.json()["error"]["message"]
         assert (await running).status_code == 200
         assert gate.running == 0
 

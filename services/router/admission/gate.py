@@ -165,7 +165,7 @@ class Gate:
             waited_s = now_s - waiter.since_s
             late = waiter.give_up_s - waiter.since_s < self._settings.max_wait_s
             why = f"no place on a worker within {waited_s:.1f} s"
-            waiter.settle(DeadlineExceededError(f"the request's time ran out: {why}") if late else _no_place(why))
+            waiter.settle(DeadlineExceededError(f"the request would be late: {why}") if late else _no_place(why))
         self.pump()
         self._timer = self._call_later(TICK_S, self.tick) if len(self._queue) else None
 
