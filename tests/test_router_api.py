@@ -161,6 +161,8 @@ async def test_chat_logprobs(tiny: Cluster) -> None:
     assert entries == content
     zero = (await tiny.post("/v1/chat/completions", **CHAT, logprobs=True)).json()["choices"][0]
     assert zero["logprobs"]["content"][0]["top_logprobs"] == []
+    none = await tiny.post("/v1/chat/completions", **CHAT, logprobs=False, top_logprobs=0)  # as vLLM's clients say it
+    assert (none.status_code, none.json()["choices"][0]["logprobs"]) == (200, None)
     async with tiny.openai() as client:
         parsed = await client.chat.completions.create(**body)
         assert parsed.choices[0].logprobs is not None

@@ -1,4 +1,4 @@
-"""What a body says its answer has to look like: `response_format`, `structured_outputs` and the older `guided_...`.
+"""What a body says its answer has to look like: `response_format`, `structured_outputs`, older and SGLang's names.
 
 Here only size and JSON syntax are checked; the decode worker compiles it, and refuses what cannot be.
 """
@@ -58,13 +58,17 @@ def _response_format(body: SamplingFields) -> list[Found]:
 def _guided(body: SamplingFields) -> list[Found]:
     found: list[Found] = []
     if body.guided_json is not None:
-        found.append((GrammarKind.JSON_SCHEMA, _schema(body.guided_json, "guided_json"), "guided_json"))
-    if body.guided_regex is not None:
-        found.append((GrammarKind.REGEX, body.guided_regex, "guided_regex"))
+        param = "guided_json"
+        spaces = StructuredOutputs(whitespace_pattern=body.guided_whitespace_pattern)
+        found.append((GrammarKind.JSON_SCHEMA, _spaced(spaces, _schema(body.guided_json, param), param), param))
+    for regex, param in ((body.guided_regex, "guided_regex"), (body.regex, "regex")):
+        if regex is not None:
+            found.append((GrammarKind.REGEX, regex, param))
     if body.guided_choice is not None:
         found.append((GrammarKind.CHOICE, _json(body.guided_choice, "guided_choice"), "guided_choice"))
-    if body.guided_grammar is not None:
-        found.append((GrammarKind.GRAMMAR, body.guided_grammar, "guided_grammar"))
+    for grammar, param in ((body.guided_grammar, "guided_grammar"), (body.ebnf, "ebnf")):
+        if grammar is not None:
+            found.append((GrammarKind.GRAMMAR, grammar, param))
     return found
 
 
@@ -92,7 +96,7 @@ def _structured(wanted: StructuredOutputs) -> list[Found]:
 
 
 def _spaced(wanted: StructuredOutputs, source: str, param: str) -> str:
-    """The schema with what the request says of white space."""
+    """The schema with what the request says of white space, where it does not say so itself."""
     options: dict[str, Any] = {}
     if wanted.disable_any_whitespace:
         options["whitespace_flexible"] = False
@@ -104,7 +108,10 @@ def _spaced(wanted: StructuredOutputs, source: str, param: str) -> str:
         schema = orjson.loads(source)
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(f"{param} is not valid JSON: {error}", param=param) from None
-    return _json({**schema, "x-guidance": options}, param) if isinstance(schema, dict) else source
+    if not isinstance(schema, dict):
+        return source
+    own = schema.get("x-guidance")
+    return _json({**schema, "x-guidance": {**options, **(own if isinstance(own, dict) else {})}}, param)
 
 
 def _schema(schema: str | dict[str, Any] | bool, param: str) -> str:

@@ -49,7 +49,7 @@ async def chat_job(body: ChatBody, model: ModelInfo, text: ModelText, texts: Mod
         raise InvalidRequestError("messages must not be empty", param="messages")
     use = tool_use(body)
     calls = call_format(use, text)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= 20:
         raise InvalidRequestError(

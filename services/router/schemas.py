@@ -128,6 +128,10 @@ class SamplingFields(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = Field(None, description="as structured_outputs.whitespace_pattern")
+    guided_decoding_backend: str | None = Field(None, description="accepted, not used")
+    regex: str | None = Field(None, description="SGLang's: as structured_outputs.regex")
+    ebnf: str | None = Field(None, description="SGLang's: as structured_outputs.grammar")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     truncate_prompt_tokens: int | None = Field(None, description="keep the last so many prompt tokens; -1 what fits")
