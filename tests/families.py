@@ -163,7 +163,9 @@ FAMILIES: tuple[Family, ...] = (
         {
             "bias": partial(_qwen3_moe, attention_bias=True),
             "one expert, not normalized": partial(_qwen3_moe, norm_topk_prob=False, num_experts_per_tok=1),
-            "experts in every other layer": partial(_qwen3_moe, decoder_sparse_step=2, num_hidden_layers=4),
+            "experts in every other layer, a window of 24": partial(
+                _qwen3_moe, decoder_sparse_step=2, num_hidden_layers=4, use_sliding_window=True, sliding_window=24
+            ),
             "40 experts, dense layers, tied": partial(
                 _qwen3_moe, mlp_only_layers=[0, 2], num_experts=40, num_experts_per_tok=6, tie_word_embeddings=True
             ),

@@ -75,6 +75,7 @@ def test_deepseek_fields() -> None:
         router_fp32=True,
         shared_intermediate_size=48,
     )
+    assert read_deepseek_experts(reader(DEEPSEEK | {"routed_scaling_factor": None}), 3).routed_scaling_factor == 2.5
     listed = DEEPSEEK | {"mlp_layer_types": ["sparse", "dense"], "first_k_dense_replace": 7}
     assert read_deepseek_experts(reader(listed), 2).is_moe_layer == (True, False)
 

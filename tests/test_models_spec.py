@@ -69,6 +69,7 @@ def test_eos_is_the_union_with_generation_config(tmp_path: Path) -> None:
         ({"sliding_window": 64, "use_sliding_window": False}, (0, 0, 0, 0)),
         ({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}, (0, 0, 64, 64)),
         ({"sliding_window": 64, "use_sliding_window": True}, (0, 0, 0, 0)),
+        ({"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, (0, 0, 0, 0)),
         (
             {
                 "sliding_window": 8,
@@ -81,6 +82,12 @@ def test_eos_is_the_union_with_generation_config(tmp_path: Path) -> None:
 )
 def test_windows(tmp_path: Path, fields: dict[str, Any], windows: tuple[int, ...]) -> None:
     assert read(tmp_path, QWEN3 | fields).cache == attention_cache(windows, 2, 32)
+
+
+def test_a_window_of_qwen3_moe_is_every_layers(tmp_path: Path) -> None:
+    moe = QWEN3 | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    spec = read(tmp_path, moe | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 4})
+    assert spec.cache == attention_cache((64,) * 4, 2, 32)
 
 
 def test_llama_has_no_windows(tmp_path: Path) -> None:
@@ -123,6 +130,17 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
             },
             RopeSpec("yarn", 1e4, 2.0, 256, beta_fast=16.0, beta_slow=2.0, attention_factor=0.5, truncate=False),
         ),
+        (
+            {"original_max_position_embeddings": 32, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            RopeSpec("llama3", 1e4, 8.0, 32, 1.0, 4.0),
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
+                "rope_scaling": {"type": "linear", "factor": 2},
+            },
+            RopeSpec("linear", 5e5, 2.0),
+        ),
     ],
 )
 def test_rope(tmp_path: Path, fields: dict[str, Any], rope: RopeSpec) -> None:
@@ -151,6 +169,13 @@ def test_rope(tmp_path: Path, fields: dict[str, Any], rope: RopeSpec) -> None:
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling.low_freq_factor is missing"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "must be one flat set"),
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+                "rope_scaling": {"rope_type": "yarn", "factor": 4},
+            },
+            "rope_scaling.rope_type is 'yarn', and rope_parameters says 'default'",
+        ),
     ],
 )
 def test_refusals_name_the_field(tmp_path: Path, fields: dict[str, Any], words: str) -> None:

@@ -212,6 +212,11 @@ BY_FAMILY = {
         '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
         "<tool_response>18</tool_response><tool_response></tool_response>",
     ),
+    "Qwen3, as released first: reasoning that is none, content that never is": (
+        "{%- if m.role == 'assistant' %}{% if m.reasoning_content is defined and m.reasoning_content is not none %}WRONG"
+        "{% elif '</think>' in m.content %}WRONG{% endif %}[{{ m.content + m.tool_calls[1].function.name }}]{% endif %}",
+        "[get_time]",
+    ),
     "Qwen3-Coder, Qwen3.5": (
         "{%- for c in m.tool_calls or [] %}<function={{ c.function.name }}>"
         "{% for k, v in c.function.arguments | items %}"

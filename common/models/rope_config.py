@@ -9,6 +9,8 @@ from common.layers.rope_spec import RopeSpec, yarn_mscale
 from common.models.config_reader import ConfigReader
 
 TYPES = ("linear", "llama3", "yarn")
+_FIELDS = ("rope_parameters", "rope_scaling")
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def read_rope(config: ConfigReader) -> RopeSpec:
@@ -19,16 +21,25 @@ def read_rope(config: ConfigReader) -> RopeSpec:
     field, values = rope_values(config)
     if any(isinstance(v, dict) for v in values.values()):
         raise config.error(field, "must be one flat set of parameters for all layers")
+    if config.values.get(_ORIGINAL) is not None:  # beside them it comes first, as in transformers
+        values = values | {_ORIGINAL: config.values[_ORIGINAL]}
     return rope_of(config, field, values)
 
 
 def rope_values(config: ConfigReader) -> tuple[str, dict[str, Any]]:
-    """The field that rotary parameters are in, and what it holds."""
-    field = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
-    values = config.values.get(field) or {}
-    if not isinstance(values, dict):
-        raise config.error(field, f"must be an object, got {values!r}")
-    return field, values
+    """The field that rotary parameters are in, and what it holds. ConfigError where two fields disagree."""
+    found = {name: config.values[name] for name in _FIELDS if config.values.get(name)}
+    for name, values in found.items():
+        if not isinstance(values, dict):
+            raise config.error(name, f"must be an object, got {values!r}")
+    new, old = (found.get(name, {}) for name in _FIELDS)
+    for key, value in old.items() if new else ():
+        other = new.get("rope_type" if key == "type" else key)
+        if other != value:
+            raise config.error(
+                f"rope_scaling.{key}", f"is {value!r}, and rope_parameters says {other!r}: drop one of them"
+            )
+    return ("rope_parameters", new) if new else ("rope_scaling", old)
 
 
 def rope_of(config: ConfigReader, field: str, values: Mapping[str, Any]) -> RopeSpec:
@@ -36,7 +47,7 @@ def rope_of(config: ConfigReader, field: str, values: Mapping[str, Any]) -> Rope
     rope = ConfigReader(config.path, {"rope_theta": config.values.get("rope_theta", 10000.0), **values})
     rope_type = values.get("rope_type", values.get("type", "default"))
     positions = config.integer("max_position_embeddings")
-    original = rope.integer("original_max_position_embeddings", positions)
+    original = rope.integer(_ORIGINAL, positions)
     theta = rope.number("rope_theta", 10000.0)
     if rope_type in ("default", "mrope"):
         return RopeSpec(theta=theta)

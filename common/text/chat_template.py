@@ -132,7 +132,7 @@ class ChatTemplate:
         quoted = set(re.findall(r"""role['"]?\]?\s*==\s*["'](\w+)["']""", source))
         self.extra_roles = tuple(sorted(quoted - set(ROLES)))
         self._knows_developer = "developer" in source
-        self._knows_no_content = bool(re.search(r"""content['"]?\]?\s+is\s+(not\s+)?none""", source))
+        self._knows_no_content = bool(re.search(r"""(?<!\w)content['"]?\]?\s+is\s+(not\s+)?none""", source))
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any], special_tokens: dict[str, str]) -> ChatTemplate | None:

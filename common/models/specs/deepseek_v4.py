@@ -43,7 +43,8 @@ _MLP_KINDS = ("hash_moe", "moe")
 def read_deepseek_v4(source: SpecSource) -> ModelSpec:
     config = source.config
     main, compress = _rope_parameters(config)
-    text = config.values | {"intermediate_size": config.integer("moe_intermediate_size"), "rope_parameters": main}
+    size = config.integer("moe_intermediate_size")
+    text = config.values | {"intermediate_size": size, "rope_parameters": main, "rope_scaling": None}
     spec = base_spec(source, ConfigReader(config.path, text))
     if spec.num_kv_heads != 1:
         raise config.error("num_key_value_heads", f"must be 1, got {spec.num_kv_heads}: all heads share keys")

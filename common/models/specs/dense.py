@@ -9,6 +9,8 @@ from common.models.config_reader import ConfigReader
 from common.models.rope_config import refuse_partial
 from common.models.spec import ModelSpec, SpecSource, base_spec
 
+_WINDOW = 4096  # where a config that slides names none
+
 
 def read_llama(source: SpecSource) -> ModelSpec:
     refuse_partial(source.config)
@@ -24,13 +26,17 @@ def read_qwen3(source: SpecSource) -> ModelSpec:
     return replace(spec, cache=attention_cache(windows, spec.num_kv_heads, spec.head_dim))
 
 
-def read_windows(config: ConfigReader, num_layers: int) -> tuple[int, ...]:
-    """Sliding windows by layer: an explicit `layer_types`, or the layers from `max_window_layers` on; 0 is none."""
-    window = config.integer("sliding_window", 4096) if config.flag("use_sliding_window") else 0
+def read_windows(config: ConfigReader, num_layers: int, first: int | None = None) -> tuple[int, ...]:
+    """Sliding windows by layer: an explicit `layer_types`, or the layers from `first` on; 0 is none.
+
+    `first`: None is the config's `max_window_layers`.
+    """
+    slides = config.flag("use_sliding_window") and config.values.get("sliding_window", _WINDOW) is not None
+    window = config.integer("sliding_window", _WINDOW) if slides else 0
     layer_types = config.layer_types(num_layers, ("full_attention", "sliding_attention"))
     if layer_types is None:
-        first = config.values.get("max_window_layers", 28)
-        return tuple(window if window and i >= first else 0 for i in range(num_layers))
+        start = config.integer("max_window_layers", 28, least=0) if first is None else first
+        return tuple(window if i >= start else 0 for i in range(num_layers))
     if "sliding_attention" in layer_types and not window:
         raise config.error("layer_types", "has sliding layers, but use_sliding_window is not set")
     return tuple(window if t == "sliding_attention" else 0 for t in layer_types)

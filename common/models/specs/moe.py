@@ -14,10 +14,10 @@ from common.models.specs.dense import read_windows
 
 
 def read_qwen3_moe(source: SpecSource) -> ModelSpec:
-    """Qwen3's; layers are mixtures of experts as `read_qwen_experts` says."""
+    """Qwen3's; layers are mixtures of experts as `read_qwen_experts` says. One window is every layer's."""
     refuse_partial(source.config)
     spec = base_spec(source)
-    windows = read_windows(source.config, spec.num_layers)
+    windows = read_windows(source.config, spec.num_layers, first=0)
     return replace(
         spec,
         cache=attention_cache(windows, spec.num_kv_heads, spec.head_dim),
@@ -75,7 +75,7 @@ def read_deepseek_experts(config: ConfigReader, num_layers: int) -> MoESpec:
         is_moe_layer=is_moe_layer,
         scoring="sigmoid",
         norm_topk_prob=config.flag("norm_topk_prob", True),
-        routed_scaling_factor=config.number("routed_scaling_factor", 1.0),
+        routed_scaling_factor=config.number("routed_scaling_factor", 2.5),
         num_groups=config.integer("n_group", 1),
         topk_groups=config.integer("topk_group", 1),
         correction_bias=True,
