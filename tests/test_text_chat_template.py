@@ -186,6 +186,27 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
         ChatTemplate("{% if %}")
 
 
+@pytest.mark.parametrize("layout", ["list", "files"])
+def test_a_template_for_tools_renders_what_has_tools(tmp_path: Path, layout: str) -> None:
+    plain, with_tools = "plain {{ messages[-1].content }}", "<tool_call> {{ tools[0].function.name }}"
+    config: dict[str, Any] = {}
+    if layout == "list":
+        named = {"default": plain, "tool_use": with_tools, "rag": "never"}
+        config["chat_template"] = [{"name": name, "template": source} for name, source in named.items()]
+    else:
+        (tmp_path / "chat_template.jinja").write_text(plain)
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(with_tools)
+    loaded = ChatTemplate.load(tmp_path, config, {})
+    assert loaded is not None
+    assert loaded.render(USER) == loaded.render(USER, tools=[]) == "plain Hi"
+    assert loaded.render(USER, tools=[{"type": "function", "function": {"name": "f"}}]) == "<tool_call> f"
+    assert "<tool_call>" in loaded.shown
+    config["chat_template"] = [{"name": "tool_use", "template": "{% if %}"}]
+    with pytest.raises(ConfigError, match=r"tool_use of .* is not a valid chat template"):
+        ChatTemplate.load(tmp_path / "elsewhere", config, {})
+
+
 CALLS = [
     {
         "id": "functions.get_weather:0",
@@ -212,10 +233,15 @@ BY_FAMILY = {
         '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
         "<tool_response>18</tool_response><tool_response></tool_response>",
     ),
-    "Qwen3, as released first: reasoning that is none, content that never is": (
-        "{%- if m.role == 'assistant' %}{% if m.reasoning_content is defined and m.reasoning_content is not none %}WRONG"
-        "{% elif '</think>' in m.content %}WRONG{% endif %}[{{ m.content + m.tool_calls[1].function.name }}]{% endif %}",
-        "[get_time]",
+    "Qwen3, as released first: reasoning may be none": (
+        "{%- if m.role == 'assistant' %}{% if m.reasoning_content is not none and m.reasoning_content %}WRONG"
+        "{% elif '</think>' in m.content %}WRONG{% endif %}{{ m.content + m.tool_calls[1].function.name }}{% endif %}",
+        "get_time",
+    ),
+    "Qwen3, as mended by others: content may be none in one place": (
+        "{%- set text = m.content if m.content is not none else '' %}"
+        "{% if m.role == 'assistant' %}{{ text }}{{ m.content + m.tool_calls[1].function.name }}{% endif %}",
+        "get_time",
     ),
     "Qwen3-Coder, Qwen3.5": (
         "{%- for c in m.tool_calls or [] %}<function={{ c.function.name }}>"

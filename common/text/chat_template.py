@@ -7,6 +7,7 @@ against a deadline, so a template that loops over a hostile message list ends wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -23,13 +24,17 @@ from jinja2 import nodes
 from jinja2.runtime import LoopContext
 
 from common.errors import ConfigError, InvalidRequestError, UnsupportedError
-from common.text.messages import ROLES, check_ends, normalize_messages
+from common.text.messages import ROLES, Message, check_ends, normalize_messages
 
 MAX_RENDER_S = 5.0
 MAX_RENDER_CHARS = 64 * 2**20
 _DICT_NAMES = frozenset(dir(dict))
 _LOOP_NAMES = frozenset({"index", "index0", "revindex", "revindex0", "first", "last", "length"})
+_FOR_TOOLS = "tool_use"
 _MARK = "\ue000continue\ue001"  # private-use characters: no real content ends like this
+
+
+_FAILURES = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -115,9 +120,17 @@ def _strftime_now(pattern: str) -> str:
 class ChatTemplate:
     """One compiled template. Thread-safe: renders share nothing but the code."""
 
-    def __init__(self, source: str, *, special_tokens: dict[str, str] | None = None, name: str = "template") -> None:
-        """Raises `ConfigError` if the source is not a valid template."""
+    def __init__(
+        self,
+        source: str,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        name: str = "template",
+        for_tools: ChatTemplate | None = None,
+    ) -> None:
+        """`for_tools`: the one for what has tools. Raises `ConfigError` if `source` is not a valid template."""
         self.source = source
+        self._for_tools = for_tools
         self._special_tokens = special_tokens or {}
         self._environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
@@ -136,20 +149,35 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any], special_tokens: dict[str, str]) -> ChatTemplate | None:
-        """Of chat_template.jinja, chat_template.json or tokenizer_config.json, in this order; None if there is none."""
+        """Of chat_template.jinja, chat_template.json or tokenizer_config.json, in this order; None if there is none.
+
+        One that is named `tool_use` beside it is for what has tools, as in transformers.
+        """
         file = folder / "chat_template.jinja"
-        if file.is_file():
-            return cls(file.read_text(), special_tokens=special_tokens, name=str(file))
-        found = config.get("chat_template")
         legacy = folder / "chat_template.json"
-        if legacy.is_file():
-            found = json.loads(legacy.read_text()).get("chat_template", found)
-        if isinstance(found, list):  # named templates
-            named = {entry["name"]: entry["template"] for entry in found}
-            found = named.get("default", next(iter(named.values()), None))
+        found = config.get("chat_template")
+        if file.is_file():
+            extra = folder / "additional_chat_templates" / f"{_FOR_TOOLS}.jinja"
+            named = {_FOR_TOOLS: extra.read_text()} if extra.is_file() else {}
+            found = file.read_text()
+        else:
+            if legacy.is_file():
+                found = json.loads(legacy.read_text()).get("chat_template", found)
+            named = {one["name"]: one["template"] for one in found} if isinstance(found, list) else {}
+            if named:
+                found = named.get("default", next(iter(named.values())))
         if not isinstance(found, str):
             return None
-        return cls(found, special_tokens=special_tokens, name=f"chat_template of {folder}")
+        where = str(file) if file.is_file() else f"chat_template of {folder}"
+        for_tools = None
+        if _FOR_TOOLS in named:
+            for_tools = cls(named[_FOR_TOOLS], special_tokens=special_tokens, name=f"{_FOR_TOOLS} of {where}")
+        return cls(found, special_tokens=special_tokens, name=where, for_tools=for_tools)
+
+    @property
+    def shown(self) -> str:
+        """What the model may be shown of calls and of reasoning."""
+        return self.source if self._for_tools is None else f"{self.source}\n{self._for_tools.source}"
 
     def render(
         self,
@@ -167,6 +195,15 @@ class ChatTemplate:
         are. `continue_final_message` leaves the last message open for the model to go on with. Raises
         `InvalidRequestError` that names the field, also for what the template itself refuses.
         """
+        if tools and self._for_tools is not None:
+            return self._for_tools.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                variables=variables,
+                max_chars=max_chars,
+            )
         checked = normalize_messages(messages, extra_roles=self.extra_roles)
         check_ends(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         if not self._knows_developer:
@@ -175,10 +212,6 @@ class ChatTemplate:
                     message["role"] = "system"
         if continue_final_message:
             checked[-1]["content"] += _MARK
-        if self._knows_no_content:  # some take a message for calls only if it has none
-            for message in checked:
-                if "tool_calls" in message and not message["content"]:
-                    message["content"] = None
         names: dict[str, Any] = {
             **self._special_tokens,
             **(variables or {}),
@@ -197,25 +230,35 @@ class ChatTemplate:
         return before
 
     def _run(self, names: dict[str, Any], max_chars: int) -> str:
-        environment = self._environment
-        environment.limits.deadline = time.monotonic() + MAX_RENDER_S
-        parts: list[str] = []
-        size = 0
+        self._environment.limits.deadline = time.monotonic() + MAX_RENDER_S
         try:
-            for part in self._template.root_render_func(self._template.new_context(names)):
-                parts.append(part)
-                size += len(part)
-                if size > max_chars:
-                    raise _RenderLimitError(f"made more than {max_chars} characters")
-                environment.check_time()
+            if self._knows_no_content:  # it may take a message for calls only if it has none, or fail without
+                with contextlib.suppress(*_FAILURES):
+                    return self._rendered(names | {"messages": _without_content(names["messages"])}, max_chars)
+            return self._rendered(names, max_chars)
         except _TemplateError as error:
             raise InvalidRequestError(f"the chat template refused the messages: {error}", param="messages") from error
         except _RenderLimitError as error:
             raise InvalidRequestError(f"the chat template {error}", param="messages") from error
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except _FAILURES as error:
             raise InvalidRequestError(
                 f"the chat template failed on these messages: {error}", param="messages"
             ) from error
         except RecursionError as error:
             raise InvalidRequestError("the chat template recursed too deeply", param="messages") from error
+
+    def _rendered(self, names: dict[str, Any], max_chars: int) -> str:
+        parts: list[str] = []
+        size = 0
+        for part in self._template.root_render_func(self._template.new_context(names)):
+            parts.append(part)
+            size += len(part)
+            if size > max_chars:
+                raise _RenderLimitError(f"made more than {max_chars} characters")
+            self._environment.check_time()
         return "".join(parts)
+
+
+def _without_content(messages: Sequence[Message]) -> list[Message]:
+    """With none in the place of the empty content of messages that have calls."""
+    return [m | {"content": None} if "tool_calls" in m and not m["content"] else m for m in messages]

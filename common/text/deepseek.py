@@ -50,11 +50,16 @@ class Turn(NamedTuple):
 
 
 class DeepSeekFormat(ABC):
-    """Renders as a `ChatTemplate` does. `source` shows the parsers how the model writes calls and reasoning."""
+    """Renders as a `ChatTemplate` does. `source` shows how the model writes calls and reasoning."""
 
     source: str
     block: str  # frames calls
     reasons_by_default: bool
+
+    @property
+    def shown(self) -> str:
+        """As `ChatTemplate.shown`."""
+        return self.source
 
     def render(
         self,

@@ -71,7 +71,7 @@ def load_model_text(
         except OSError as error:
             raise ConfigError(f"chat template {template_file}: {error}", param="chat_template") from error
         template = ChatTemplate(source, special_tokens=tokenizer.special_tokens, name=template_file)
-    shown = "" if template is None else template.source
+    shown = "" if template is None else template.shown
     return ModelText(
         tokenizer,
         template,
