@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import router_support as support
 from redis_support import RedisServer, binaries, fresh_namespace, run_redis
 
 from common.config import ControllerConfig
 from common.errors import InvalidRequestError, NotFoundError, UnauthenticatedError, UnavailableError
+from common.rpc.codec.objects import ObjectKey
 from common.rpc.limits import LimitsClient
+from common.rpc.objects import ObjectClient
 from common.rpc.server import RpcServer
 from common.types import MonotonicClock
 from common.types.keys import ApiKey, Grant, Lease, LeaseAsk, Want, hashed_key
@@ -25,6 +29,8 @@ from services.router.admission.callers import Callers
 from services.router.admission.gate import Gate, GateSettings
 from services.router.admission.limiter import Limiter, headers
 from services.router.admission.meters import KeyMeters
+from services.router.api import batch_runner
+from services.router.replies import dumps
 
 TOKEN = "an-admin-token-for-tests"
 KEY = "sk-nd-a-key-for-tests"
@@ -288,6 +294,59 @@ async def test_tokens_are_settled_and_quotas_end(valkey: RedisServer, tmp_path: 
         answer = await complete(made, "sk-rate", prompt="x" * 601)
         assert answer.status_code in (400, 429)
         await client.close()
+
+
+@pytest.mark.parametrize(
+    ("limit", "revoked", "status"), [({"quota_tokens": 30}, False, 429), ({"tokens_per_minute": 100}, True, 401)]
+)
+async def test_a_batch_whose_key_may_do_no_more_comes_to_its_end(
+    valkey: RedisServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: dict[str, int],
+    revoked: bool,
+    status: int,
+) -> None:
+    """Its lines do not wait for what never comes, in slots that other batches need."""
+    monkeypatch.setattr(batch_runner, "LOOK_S", 0.2)
+    monkeypatch.setattr(batch_runner, "RETRY_S", 0.1)
+    prompts = ["abc", "x" * 90, "x" * 90] if revoked else ["abc"] * 8
+    lines = [
+        {
+            "custom_id": str(number),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": BODY | {"model": support.MODEL, "prompt": prompt},
+        }
+        for number, prompt in enumerate(prompts)
+    ]
+    async with controller(valkey) as running, gateway(tmp_path, f"127.0.0.1:{running.port}") as made:
+        keys = LimitsClient([f"127.0.0.1:{running.port}"], TOKEN)
+        objects = ObjectClient([f"127.0.0.1:{running.port}"], TOKEN)
+        await keys.put_keys([key(tenant="team", **limit)])
+        await known(made)
+        async with openai.AsyncOpenAI(base_url=f"{made.url}/v1", api_key=KEY, max_retries=0) as client:
+            file = await client.files.create(file=("in.jsonl", b"\n".join(map(dumps, lines))), purpose="batch")
+            begun = await client.batches.create(
+                input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+            )
+        if revoked:
+            await support.until(lambda: bool(made.worker.entries))
+            await keys.revoke_key(key().key_id)
+        batch: dict[str, Any] = {}
+        async with asyncio.timeout(15):
+            while batch.get("status") != "completed":
+                await asyncio.sleep(0.05)
+                batch = json.loads((await objects.get(ObjectKey("batch", "team", begun.id))).data)
+        counts = batch["request_counts"]
+        assert counts["completed"] >= 1
+        assert counts["completed"] + counts["failed"] == len(lines)
+        error_file = ObjectKey("file", "team", batch["error_file_id"])
+        parts = await objects.get_parts(error_file, await objects.list_parts(error_file))
+        rows = [json.loads(row) for part in parts.values() for row in part.splitlines()]
+        assert [row["response"]["status_code"] for row in rows] == [status] * counts["failed"]
+        await objects.close()
+        await keys.close()
 
 
 async def test_two_routers_share_a_limit(valkey: RedisServer, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from common.errors import NanoDeployError, UnsupportedError
+from common.errors import NanoDeployError, UnauthenticatedError, UnsupportedError
 from common.rpc.tasks import end_tasks
 from common.telemetry import get_logger
 from common.types import Clock
@@ -59,6 +59,7 @@ class Limiter:
         self._leasing: dict[str, asyncio.Lock] = {}
         self._task: asyncio.Task[None] | None = None
         self._heard = asyncio.Event()
+        self._giving = asyncio.Lock()  # held while what is given back is under way: it is nobody's then
         self.following = False  # the last word from a controller was an answer
 
     async def start(self, wait_s: float = 0.0) -> None:
@@ -74,6 +75,9 @@ class Limiter:
         """Give everything back, if a controller takes it within a second."""
         if self._task is None or self._ledger is None:
             return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S):
+                await self._giving.acquire()
         await end_tasks([self._task])
         if not self.following:
             self._found_again()
@@ -98,11 +102,13 @@ class Limiter:
     async def charge(self, caller: Caller, prompt: int, cost: int) -> int:
         """Take a request of `prompt` tokens, `cost` with its output; returns the tokens taken, for `settle`.
 
-        Raises `RateLimitedError`, `QuotaExceededError`.
+        Raises `RateLimitedError`, `QuotaExceededError`; `UnauthenticatedError` for a key that was revoked since.
         """
         meters = caller.meters
         if meters is None:
             return 0
+        if meters.key.revoked:
+            raise UnauthenticatedError("This API key was revoked.")
         if meters.tokens is not None:
             if prompt > meters.tokens.limit:
                 raise RateLimitedError(
@@ -147,6 +153,9 @@ class Limiter:
 
     def _refusal(self, meters: KeyMeters, tokens: int, now_s: float) -> RateLimitedError:
         if meters.quota is not None and meters.quota.left < 1:
+            if not self.following:
+                why = "This router's share of the key's quota is spent, and no controller answers that has the rest."
+                return RateLimitedError(why, retry_after_s=FOLLOW_S, headers=headers(meters))
             return QuotaExceededError("You exceeded your current quota.", headers=headers(meters))
         parts = (("requests", meters.requests, 1), ("tokens", meters.tokens, tokens))
         what, part, wait_s = "requests", meters.requests, 0.0
@@ -178,7 +187,8 @@ class Limiter:
                 await self._look(ledger)
                 if self._callers.known:
                     self._heard.set()
-                await self._give_back(ledger, self._clock.now() - IDLE_S)
+                async with self._giving:
+                    await self._give_back(ledger, self._clock.now() - IDLE_S)
             except Exception as error:  # noqa: BLE001 - keys stay as they are, whatever the controller does
                 self._lost(error)
             await asyncio.sleep(FOLLOW_S if self._callers.known else FIRST_S)

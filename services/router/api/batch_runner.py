@@ -273,7 +273,7 @@ class BatchRunner:
                 await self._handles[endpoint](local)
             finally:
                 local.lose()
-            if local.status not in _AGAIN:
+            if local.status not in _AGAIN or not local.may_help:
                 break
             await asyncio.sleep(wait_s * self._rng.uniform(0.5, 1.0))
             wait_s = min(2 * wait_s, MAX_RETRY_S)

@@ -32,7 +32,7 @@ class _NoConnection:
 
 
 class LocalExchange(Exchange):
-    """`status` and `payload` are the answer, when there is one."""
+    """`status` and `payload` are the answer, when there is one; `may_help`: asking again, by what it says."""
 
     def __init__(self, body: bytes, traceparent: str, caller: Caller) -> None:
         self._nobody = _NoConnection()
@@ -43,6 +43,7 @@ class LocalExchange(Exchange):
         }
         self._given = body
         self.status = 0
+        self.may_help = True
         self.payload = b""
         super().__init__(scope, self._take, self._put)
         self.traceparent = traceparent
@@ -54,6 +55,7 @@ class LocalExchange(Exchange):
     async def _put(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.may_help = self.status != 429 or any(name == b"retry-after" for name, _ in message["headers"])
         else:
             self.payload += message["body"]
 
