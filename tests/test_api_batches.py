@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from redis_support import RedisServer, fresh_namespace, run_redis
 from router_support import MODEL, Script, cluster, say, tokenizer, until
 
 from common.config.schema import RouterConfig
-from common.errors import OverloadedError, UnavailableError
+from common.errors import InvalidRequestError, OverloadedError, UnavailableError
 from common.rpc.objects import ObjectClient
 from common.types import GenerationRequest
 from services.router.api import batch_runner
@@ -26,6 +27,9 @@ from services.router.api.files import Files
 from services.router.server import Router
 
 ANSWER = "Because molecules scatter blue light."
+
+
+NESTED: Any = functools.reduce(lambda inner, _: {"a": inner}, range(300), "x")
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +209,7 @@ async def test_other_endpoints(stored: Stored, url: str) -> None:
         (jsonl([line(1, stream=True)]), "invalid_request", 1),
         (jsonl([line(1) | {"method": "GET"}]), "invalid_method", 1),
         (jsonl([line(1) | {"body": 3}]), "missing_required_parameter", 1),
+        (jsonl([line(1), line(2, metadata=NESTED)]), "invalid_request", 2),
     ],
 )
 async def test_wrong_input_fails_the_batch(stored: Stored, content: bytes, code: str, at: int | None) -> None:
@@ -217,6 +222,36 @@ async def test_wrong_input_fails_the_batch(stored: Stored, content: bytes, code:
         assert done.errors.data is not None
         assert (done.errors.data[0].code, done.errors.data[0].line) == (code, at)
         assert stored.cluster.worker.requests == []
+
+
+async def test_priorities_stay_behind_everything_interactive(stored: Stored) -> None:
+    async with stored.cluster.openai() as client:
+        given = (None, -5, 7, 2**31 - 1, 2**31, 2**64 - 1)
+        made = await begin(client, [line(i, **({} if p is None else {"priority": p})) for i, p in enumerate(given)])
+        done = await ended(lambda: client.batches.retrieve(made.id))
+        assert sorted(r.priority for r in stored.cluster.worker.requests) == [1000, 1000, 1007, 2**31 - 1]
+        wrong = {row["custom_id"]: row["response"]["body"] for row in await rows(client, done.error_file_id)}
+        assert {name: body["error"]["param"] for name, body in wrong.items()} == {"c4": "priority", "c5": "priority"}
+
+
+async def test_a_batch_that_ends_by_a_fault_takes_nothing_along(
+    server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one slot: a line that was about to begin has it."""
+    async with stored_cluster(server, tmp_path, say(ANSWER), batch_concurrency=1) as made:
+
+        async def full(*_: Any) -> None:
+            raise InvalidRequestError("the results are too large")
+
+        async with made.cluster.openai() as client:
+            with monkeypatch.context() as patched:
+                patched.setattr(batch_runner.BatchRunner, "_keep", full)
+                first = await begin(client, [line(i) for i in range(3)])
+                faulty = await ended(lambda: client.batches.retrieve(first.id))
+            assert (faulty.status, faulty.errors.data[0].code) == ("failed", "results_too_large")
+            second = await begin(client, [line(i) for i in range(3)])
+            done = await ended(lambda: client.batches.retrieve(second.id))
+            assert (done.status, done.request_counts.completed) == ("completed", 3)
 
 
 async def test_wrong_batches_are_refused(stored: Stored) -> None:

@@ -9,6 +9,7 @@ import orjson
 MAX_LINES: Final = 50_000
 MAX_ERRORS: Final = 100
 BATCH_PRIORITY: Final = 1000  # smaller runs first; interactive requests have 0
+MAX_PRIORITY: Final = 2**31 - 1
 
 
 class Line(NamedTuple):
@@ -74,6 +75,10 @@ def _line(number: int, raw: bytes, endpoint: str, seen: set[str]) -> Line | Faul
         return Fault(at, "missing_required_parameter", "body must be an object.", "body")
     if body.get("stream") or body.get("background"):
         return Fault(at, "invalid_request", "stream and background are not possible in a batch.", "body")
+    try:
+        orjson.dumps(body)
+    except TypeError as error:
+        return Fault(at, "invalid_request", f"body cannot be used: {error}", "body")
     return Line(number, custom_id, raw)
 
 
@@ -81,7 +86,8 @@ def request_body(line: Line, endpoint: str) -> bytes:
     """As it is sent: behind everything interactive, and stored nowhere else."""
     body = orjson.loads(line.raw)["body"]
     given = body.get("priority", 0)
-    body = body | {"priority": max(given, 0) + BATCH_PRIORITY if isinstance(given, int) else given}
+    right = type(given) is int and abs(given) <= MAX_PRIORITY  # else it is refused as it is
+    body = body | {"priority": min(max(given, 0) + BATCH_PRIORITY, MAX_PRIORITY) if right else given}
     if endpoint == "/v1/responses":
         body = body | {"store": body.get("store", False)}
     return orjson.dumps(body)

@@ -226,7 +226,9 @@ class BatchRunner:
             for line in lines:
                 if not await self._free_slot(stopped):
                     break
-                running.add(asyncio.create_task(self._slot(self._line(work, endpoint, line, progress))))
+                task = asyncio.create_task(self._line(work, endpoint, line, progress))
+                task.add_done_callback(lambda _: self._slots.release())  # also where it ends before it began
+                running.add(task)
                 running = _without_ended(running)
             while running and not stop.is_set():
                 await asyncio.wait({*running, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -258,12 +260,6 @@ class BatchRunner:
             self._slots.release()
         else:
             slot.cancel()
-
-    async def _slot(self, line: Awaitable[None]) -> None:
-        try:
-            await line
-        finally:
-            self._slots.release()
 
     async def _line(self, work: Work, endpoint: str, line: Line, progress: dict[str, int]) -> None:
         body, wait_s = request_body(line, endpoint), RETRY_S
