@@ -111,3 +111,20 @@ def test_one_that_gives_other_tokens_is_not_used(tmp_path: Path) -> None:
     with capture_logs() as logs:
         assert fast_encode(trained("gpt2"), str(path)) is None
     assert "other tokens" in logs[-1]["reason"]
+
+
+@pytest.mark.parametrize("pattern", [LLAMA3, QWEN])
+def test_a_long_s_behind_an_apostrophe_is_an_s(tmp_path: Path, pattern: str) -> None:
+    """By Unicode's folding, (?i:'s) is `'ſ` as well, and what follows it is a word of its own."""
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = splits(pattern)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator(["das iſt ſtill und ſteht"] * 20, trainer)
+    path = tmp_path / "tokenizer.json"
+    raw.save(str(path))
+    encode = fast_encode(raw, str(path))
+    assert encode is not None
+    for text in ("'ſt", "wie's ſteht und 'ſteht", "ſteht"):
+        assert encode(text, False) == raw.encode(text).ids

@@ -20,6 +20,7 @@ Encode = Callable[[str, bool], list[int]]
 """(text, add special tokens) -> ids. UnicodeEncodeError for what is not valid Unicode."""
 
 _SEGMENTS_NBYTES = 16 << 20  # of texts between special tokens that were seen before: turns of one conversation
+_LONG_S = "\u017f"  # an s where case does not count, as in (?i:'s), to tokenizers alone
 _PROBES = (
     "",
     " ",
@@ -56,6 +57,9 @@ def fast_encode(raw: RawTokenizer, path: str) -> Encode | None:
     tokenizer.no_padding()
 
     def encode(text: str, add_special_tokens: bool) -> list[int]:
+        if _LONG_S in text:
+            exact: list[int] = raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            return exact
         ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
