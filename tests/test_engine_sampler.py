@@ -222,6 +222,14 @@ def test_noise_is_the_documented_function() -> None:
         assert sampling.gumbel_torch([key], ids)[0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-30])
+@pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+def test_the_smallest_temperatures_take_the_best_token(params: dict[str, Any], temperature: float) -> None:
+    logits = make_logits(6, 200, seed=4, scale=5.0)
+    rows = [make_row(seed=i, temperature=temperature, **params) for i in range(6)]
+    assert Sampler(200, "cpu").sample(logits, rows).tokens == logits.argmax(-1).tolist()
+
+
 def test_greedy_ties_go_to_the_lowest_id() -> None:
     logits = torch.zeros(2, VOCAB)
     logits[0, [700, 31, 900]] = 5.0

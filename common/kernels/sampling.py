@@ -126,12 +126,14 @@ def draw_rows_torch(logits_RV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, T
             whole.append(r)
             continue
         ids_K = _kept(logits_RV[r], draw)
-        z_K = logits_RV[r, ids_K].double() / draw.temperature
+        z_K = (logits_RV[r, ids_K].double() - best_R[r].double()) / draw.temperature  # no temperature makes it infinite
         token_ids_R[r] = ids_K[(z_K + gumbel_torch([draw.key], ids_K)[0]).argmax()]
     if whole:
         index_G = torch.tensor(whole, device=logits_RV.device)
-        inverse_G = [draws[r].temperature for r in whole]
-        z_GV = logits_RV[index_G].double() / torch.tensor(inverse_G, device=logits_RV.device).double().unsqueeze(1)
+        temperature_G1 = torch.tensor(
+            [[draws[r].temperature] for r in whole], dtype=torch.float64, device=index_G.device
+        )
+        z_GV = (logits_RV[index_G].double() - best_R[index_G].double().unsqueeze(1)) / temperature_G1
         ids_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
         token_ids_R[index_G] = (z_GV + gumbel_torch([draws[r].key for r in whole], ids_V)).argmax(dim=-1)
     return token_ids_R.masked_fill(status_R != DrawStatus.OK, -1), status_R
