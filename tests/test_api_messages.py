@@ -103,6 +103,18 @@ async def test_thinking_and_tools_are_blocks(tmp_path: Path, stream: bool) -> No
         )
 
 
+@pytest.mark.parametrize("given", [f'{{"a": {10**30}}}', '{"a":' * 300 + "1" + "}" * 300], ids=["large", "deep"])
+async def test_a_calls_input_is_what_the_model_wrote(tmp_path: Path, given: str) -> None:
+    text = f'<tool_call>\n{{"name": "add", "arguments": {given}}}\n</tool_call>'
+    async with cluster(tmp_path, say(text), max_model_len=8192, **PARSERS) as made:
+        asked = {**ASKED, "tools": TOOLS, "max_tokens": 4000}
+        (call,) = (await made.post("/v1/messages", **asked)).json()["content"]
+        assert call["input"] == json.loads(given)
+        events = typed_events((await made.post("/v1/messages", **asked, stream=True)).text)
+        deltas = [json.loads(data)["delta"] for name, data in events if name == "content_block_delta"]
+        assert "".join(delta["partial_json"] for delta in deltas) == given
+
+
 async def test_a_tool_by_name_is_a_reason_to_stop(tmp_path: Path) -> None:
     async with cluster(tmp_path, say(CALL), max_model_len=2048, **PARSERS) as made, anthropic_client(made) as client:
         choice: Any = {"type": "tool", "name": "add"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import Any
 
 from hypothesis import given
@@ -15,7 +16,7 @@ from services.router.api import messages, response_items
 from services.router.api.message_events import MessageEvents
 from services.router.api.response_events import ResponseEvents
 from services.router.api.schemas import MessagesBody, ResponsesBody
-from services.router.replies import Call, Ended, Head, Usage
+from services.router.replies import Call, Ended, Head, Usage, dumps
 
 WORDS = ["message", "function_call", "function_call_output", "reasoning", "input_text", "output_text", "text", "user"]
 WORDS += [
@@ -120,7 +121,8 @@ def test_an_answer_can_be_given_back(text: str, reasoning: str, calls: list[Call
     turns = response_items.messages_of(response.response["output"])
     message = MessageEvents(head, "r")
     message.walk(ended)
-    (turn,) = messages._turn(messages.Turn(role="assistant", content=message.content()), "messages[0]")
+    content = json.loads(dumps(message.content()))
+    (turn,) = messages._turn(messages.Turn(role="assistant", content=content), "messages[0]")
     assert len(turns) == 1
     normalize_messages([*turns, turn])
     for made in (turns[0], turn):

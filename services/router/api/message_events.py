@@ -123,13 +123,16 @@ class MessageEvents(BlockEvents):
         return sse("content_block_stop", {"index": block.index})
 
 
-def arguments_of(text: str) -> dict[str, Any]:
-    """A call's input. An answer that was cut has half of it: as Anthropic does not show such a text, neither do we."""
+def arguments_of(text: str) -> orjson.Fragment:
+    """A call's input, as the model wrote it.
+
+    An answer that was cut has half of it: as Anthropic does not show such a text, neither do we.
+    """
     try:
-        found = orjson.loads(text or "{}")
+        whole = isinstance(orjson.loads(text), dict)
     except orjson.JSONDecodeError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        whole = False
+    return orjson.Fragment(text if whole else "{}")
 
 
 class MessageStyle:
