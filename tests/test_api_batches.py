@@ -29,6 +29,10 @@ from services.router.server import Router
 ANSWER = "Because molecules scatter blue light."
 
 
+FORM = (
+    b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    b'--x\r\ncontent-disposition: form-data; name="file"; filename="\\ud800.jsonl"\r\n\r\nhi\r\n--x--\r\n'
+)
 NESTED: Any = functools.reduce(lambda inner, _: {"a": inner}, range(300), "x")
 
 
@@ -134,12 +138,19 @@ async def test_files_of_a_purpose_are_all_found(stored: Stored) -> None:
         ({"data": {"purpose": "batch", "expires_after[seconds]": "5"}, "files": {"file": b"x"}}, "expires_after"),
         ({"content": b"--x\r\nwrong", "headers": {"content-type": "multipart/form-data; boundary=x"}}, "file"),
         ({"content": b"", "headers": {"content-type": "multipart/form-data"}}, "file"),
+        ({"content": FORM, "headers": {"content-type": "multipart/form-data; boundary=x; charset=undefined"}}, "file"),
     ],
 )
 async def test_wrong_uploads_are_refused(stored: Stored, form: dict[str, Any], param: str) -> None:
     answer = await stored.cluster.http.post("/v1/files", **form)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] in (param, "purpose")
+
+
+async def test_a_name_that_is_no_unicode_is_made_one(stored: Stored) -> None:
+    kind = {"content-type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    made = await stored.cluster.http.post("/v1/files", content=FORM, headers=kind)
+    assert (made.status_code, made.json()["filename"]) == (200, "?.jsonl")
 
 
 async def test_a_large_upload_is_refused(server: RedisServer, tmp_path: Path) -> None:

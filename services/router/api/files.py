@@ -54,7 +54,7 @@ class Files:
                 raise InvalidRequestError("file is required, as a file of a multipart form", param="file")
             content = await upload.read()
             ttl_s = _ttl(form, self.ttl_s)
-            name = upload.filename or "file.jsonl"
+            name = (upload.filename or "file.jsonl").encode(errors="replace").decode()  # by the form's own charset
         finally:
             await form.close()
         made = await self.write(exchange.owner, f"file-{secrets.token_hex(16)}", name, "batch", ttl_s)
@@ -130,7 +130,7 @@ class Files:
         headers = Headers({"content-type": content_type})
         try:
             form = await MultiPartParser(headers, whole(), max_files=1, max_fields=16).parse()  # type: ignore[arg-type]
-        except (MultiPartException, FormParserError, KeyError, UnicodeDecodeError) as error:
+        except (MultiPartException, FormParserError, KeyError, UnicodeError) as error:
             raise InvalidRequestError(f"the body is not a multipart form: {error}", param="file") from error
         upload = form.get("file")
         if isinstance(upload, UploadFile) and (upload.size or 0) > self._max_bytes:
