@@ -25,6 +25,9 @@ class Api(BaseHTTPRequestHandler):
     bodies: list[dict[str, Any]]
 
     def do_GET(self) -> None:
+        if self.path.startswith("/elsewhere"):
+            self._json(200, {"hello": "there"})
+            return
         self._json(200, {"data": [{"id": "m1"}, {"id": "m2"}]})
 
     def do_POST(self) -> None:
@@ -152,3 +155,8 @@ def test_no_cluster_is_said_clearly(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.strip() == "error: no cluster 'default' is up: start one with `nanodeploy up`, or give --url"
+
+
+def test_what_is_no_api_says_so_in_one_line(api: str) -> None:
+    with httpx.Client() as client, pytest.raises(UnavailableError, match="is no OpenAI API"):
+        list_models(client, f"{api}/elsewhere")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import ssl
 import time
@@ -15,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 import router_support as support
+from api_support import stored_cluster
+from redis_support import run_redis
 from tls_support import Authority
 
 from common.config import RouterConfig, TlsConfig
@@ -25,6 +28,9 @@ from common.rpc.server import RpcServer, Service
 from common.rpc.tls import TlsFiles, is_loopback
 from nanodeploy.v1 import limits_pb2 as pb
 from nanodeploy.v1 import limits_pb2_grpc
+from services.cli.doctor import running
+from services.cli.doctor.finding import Level
+from services.cli.state import ClusterState, ProcessId
 from services.controller.limit_servicer import SERVICE
 from services.router.https import check_files
 
@@ -216,6 +222,26 @@ async def test_https_and_its_renewal(authority: Authority, tmp_path: Path) -> No
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.1)
             assert (await http.post("/v1/completions", json=body)).status_code == 200
+
+
+async def test_doctor_proves_a_path_that_speaks_https(authority: Authority, tmp_path: Path) -> None:
+    cert, key = authority.issue("api")
+    files = {"ssl_certfile": str(cert), "ssl_keyfile": str(key)}
+    with run_redis() as server:
+        async with stored_cluster(
+            server, tmp_path / "model", support.say("hello"), max_model_len=2000, **files
+        ) as made:
+            state = ClusterState(
+                name="t",
+                phase="ready",
+                launcher=ProcessId.of(os.getpid()),
+                url=f"https://127.0.0.1:{made.cluster.router.port}",
+                controller=f"127.0.0.1:{made.controller.port}",
+                model=support.MODEL,
+                version="0",
+            )
+            found = await running.path(state)
+            assert found.level is Level.OK, found
 
 
 async def certificate(port: int) -> str:

@@ -19,6 +19,8 @@ def list_models(client: httpx.Client, url: str) -> list[str]:
         return [model["id"] for model in response.json()["data"]]
     except httpx.TransportError as error:
         raise UnavailableError(f"{url} does not answer: {error or type(error).__name__}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UnavailableError(f"{url} is no OpenAI API: its /v1/models says {response.text[:100]!r}") from None
 
 
 class ChatPiece(NamedTuple):

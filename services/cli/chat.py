@@ -59,7 +59,7 @@ def _converse(
         try:
             answer = _answer(client, url, body, messages, console)
         except NanoDeployError as error:
-            console.print(f"[red]{error.message}[/red]", highlight=False)
+            console.print(error.message, style="red", markup=False, highlight=False)
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer})

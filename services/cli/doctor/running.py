@@ -72,7 +72,7 @@ async def path(state: ClusterState | None) -> Finding:
     try:
         before = prefill_pairs(await view_cluster(state.controller))
         headers = auth_headers(admin_token(StateFolder(state_root(os.environ), state.name)))
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(verify=False) as client:  # its certificate names another address than ours
             for _ in range(max(1, 2 * len(before))):
                 answer = await complete_once(client, state.url, state.model, NUM_TOKENS, 60.0, headers)
         if not before:
