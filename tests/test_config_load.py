@@ -108,6 +108,17 @@ def test_a_section_that_does_not_fit_together_names_its_sources_and_no_values(tm
     assert "hidden" not in caught.value.message
 
 
+def test_heartbeats_that_come_after_the_lease_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"heartbeat_s 1 must be less than lease_ttl_s 0\.5"):
+        load(write(tmp_path, "controller: {lease_ttl_s: 0.5}\n"), {})
+
+
+@pytest.mark.parametrize("text", [".inf", ".nan"])
+def test_a_time_without_end_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"controller\.lease_ttl_s: .*finite"):
+        load(write(tmp_path, f"controller: {{lease_ttl_s: {text}}}\n"), {})
+
+
 def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path, "router: {port: x}\ndecode: {engine: {max_num_seqs: -1}}"), {})

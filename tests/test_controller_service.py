@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -296,6 +297,17 @@ def test_bad_configuration_is_told_in_one_line(tmp_path, monkeypatch, capsys):
         assert main_module.main() == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("controller: ")
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    port = free_port()
+    path.write_text(f"controller: {{port: {port}, http_port: {port}}}\n")
+    argv = [sys.executable, "-m", "services.controller", "--config", str(path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"controller: cannot listen on 127.0.0.1:{port} for HTTP")
 
 
 async def test_bad_input_is_refused_by_field_and_nothing_breaks(shared_server):

@@ -14,7 +14,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LogConfig(_Section):
@@ -159,11 +159,20 @@ class ControllerConfig(_Section):
     redis_url: str = Field("redis://127.0.0.1:7099/0", description="Redis 7.0+ or Valkey")
     namespace: str = Field("nanodeploy", description="prefix of all keys")
     lease_ttl_s: float = Field(3.0, gt=0, description="a silent worker is removed after this long")
-    heartbeat_s: float = Field(1.0, gt=0)
+    heartbeat_s: float = Field(1.0, gt=0, description="how often workers renew their lease; less than its time")
     max_object_bytes: int = Field(64 * 2**20, gt=0, description="one stored response, file or batch")
     max_stored_bytes: int = Field(2**30, gt=0, description="all of them; more is refused with 429")
     max_object_ttl_s: int = Field(30 * 86400, gt=0, description="longest time that anything is stored")
     admin_token: str = Field("", description="shows who may manage API keys; without one nobody may")
+
+    @model_validator(mode="after")
+    def _renewed_in_time(self) -> ControllerConfig:
+        if self.heartbeat_s >= self.lease_ttl_s:
+            raise ValueError(
+                f"heartbeat_s {self.heartbeat_s:g} must be less than lease_ttl_s {self.lease_ttl_s:g}: "
+                "workers that live would be removed between two of their heartbeats"
+            )
+        return self
 
 
 class WorkerConfig(_Section):

@@ -9,6 +9,7 @@ import asyncio
 import random
 
 from common.config import ControllerConfig
+from common.errors import ConfigError
 from common.rpc.codec import PING_INTERVAL_S
 from common.rpc.server import HttpEndpoint, RpcServer, Service, Verdict, serve_http
 from common.rpc.tasks import end_tasks
@@ -76,9 +77,13 @@ class Controller:
     async def start(self) -> None:
         """Raises ConfigError when an address cannot be had; a missing storage is no error."""
         await self._server.start()
-        self._http = await serve_http(
-            self._config.host, self._config.http_port, metrics=self._render, alive=self._alive, ready=self._ready
-        )
+        try:
+            self._http = await serve_http(
+                self._config.host, self._config.http_port, metrics=self._render, alive=self._alive, ready=self._ready
+            )
+        except ConfigError:
+            await self._server.drain(0)
+            raise
         for name, work in (("hub", self.hub.run()), ("sweeper", self._sweeper.run())):
             self._tasks.append(asyncio.create_task(work, name=name))
         _log.info("controller listens", port=self.port, http_port=self.http_port, namespace=self._config.namespace)

@@ -19,7 +19,7 @@ import msgspec
 from common.config import LogConfig, WorkerConfig
 from common.engine.client import ProcessEngine
 from common.engine.messages import Drain, EngineLoad, EngineReady, FromEngine, KvChanges
-from common.errors import UnavailableError
+from common.errors import ConfigError, UnavailableError
 from common.rpc.registry import RegistryClient
 from common.rpc.server import HttpEndpoint, RpcServer, Service, Verdict, serve_http
 from common.telemetry import Metrics, get_logger
@@ -191,13 +191,17 @@ class WorkerApp:
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self._draining.set)
         self.port = await self._rpc.start()
-        self._http = await serve_http(
-            self.config.host,
-            self.config.http_port,
-            metrics=self.metrics.render,
-            alive=lambda: Verdict(*self.host.health()),
-            ready=self._ready,
-        )
+        try:
+            self._http = await serve_http(
+                self.config.host,
+                self.config.http_port,
+                metrics=self.metrics.render,
+                alive=lambda: Verdict(*self.host.health()),
+                ready=self._ready,
+            )
+        except ConfigError:
+            await self._rpc.drain(0)
+            raise
         log.info("listening", port=self.port, http_port=self._http.port, worker_id=self.worker_id)
         self.host.on_change = self._registry.poke
         await self.host.start(self)
