@@ -45,6 +45,17 @@ def test_too_short_is_said(llama: Path, max_model_len: int) -> None:
         build(llama, Role.DECODE, max_model_len)
 
 
+def test_an_engine_with_one_block_starts_and_answers(llama: Path) -> None:
+    """It holds one sequence, which is what its settings ask for; the test does not ask for two."""
+    block = Solo(llama).decode.parts.layout.block_nbytes("full")
+    solo = Solo(llama, max_model_len=16, max_num_seqs=1, kv_cache_memory_bytes=block + 2048)
+    assert solo.decode.parts.layout.group("full").num_blocks == 1
+    (prompt,) = prompts(9, (9,))
+    answer = solo.submit(prompt, greedy(5))
+    solo.run()
+    assert answer.tokens[0] == reference_tokens(llama, prompt, 5)
+
+
 def test_few_blocks_of_a_window_do_for_the_self_test(windowed: Path) -> None:
     """As many as a sequence needs that is computed a few tokens at a time; the test holds two."""
     solo = Solo(windowed, max_model_len=256, max_num_batched_tokens=8, max_num_seqs=1, kv_cache_memory_bytes=105_000)

@@ -36,15 +36,16 @@ def self_test(
     wakeup_fds: Sequence[int],
     max_model_len: int,
 ) -> None:
-    """`max_model_len` is at least `MIN_MODEL_LEN`; without `reads` nothing is read back. `endpoints`: of all ranks.
+    """`max_model_len` is at least `MIN_MODEL_LEN`; nothing is read back without `reads`, or where there is one block.
+    `endpoints`: of all ranks.
 
     Raises InternalError that says what failed.
     """
     # two sequences hold them at once, in window groups of few blocks too
-    twice = (g.num_blocks // 2 * g.block_size for g in parts.layout.groups if g.retention is not Retention.SNAPSHOT)
+    twice = [g.num_blocks // 2 * g.block_size for g in parts.layout.groups if g.retention is not Retention.SNAPSHOT]
     num_tokens = max(1, min(parts.layout.groups[0].block_size + 3, 64, max_model_len - OUTPUT_TOKENS, *twice))
     prompt = tuple((i * 7) % min(64, parts.requests.vocab_size) for i in range(num_tokens))
-    if reads is not None:
+    if reads is not None and all(twice):
         _read_back(engine, parts, reads, endpoints, wakeup_fds, prompt)
     if parts.requests.pools:
         _embed(engine, prompt)
