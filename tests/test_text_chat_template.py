@@ -168,6 +168,7 @@ def test_developer_is_system_where_the_template_does_not_know_it() -> None:
     messages = [{"role": "developer", "content": "x"}]
     assert render("{{ messages[0].role }}", messages) == "system"
     assert render("{% if messages[0].role == 'developer' %}dev{% endif %}", messages) == "dev"
+    assert render("A developer asks. {% if messages[0].role == 'system' %}sys{% endif %}", messages).endswith("sys")
     tool = [{"role": "ipython", "content": "x"}]
     assert render("{% if messages[0]['role'] == 'ipython' %}py{% endif %}", tool) == "py"
 

@@ -43,7 +43,7 @@ def written(family: str, *calls: tuple[str, dict[str, Any]]) -> str:
         if field := syntax.field:
             inner = ""
             for key, value in arguments.items():
-                begin = field.begin.replace("KEY", key).replace("TYPED", "true" if isinstance(value, str) else "false")
+                begin = field.begin.replace("TYPED", "true" if isinstance(value, str) else "false").replace("KEY", key)
                 inner += begin + (value if isinstance(value, str) else json.dumps(value)) + field.end
         inner = f"{number}{syntax.numbered}{inner}" if syntax.numbered else inner
         texts.append(syntax.begin.replace("NAME", name) + inner + syntax.end)
@@ -120,3 +120,13 @@ def test_strict_functions_within_free_text(family: str, checkpoint: Path) -> Non
     reasoning = REASONING_PARSERS["think"]
     part = strict(syntax, STRICT, Around(True, reasoning, Start.MAYBE))
     assert allows(checkpoint, part, "<think>Hm.</think>So.\n" + written(family, ("get_weather", NO_UNIT)))
+
+
+@pytest.mark.parametrize("family", [name for name in MARKED if CALL_PARSERS[name].syntax.field is not None])
+def test_a_parameter_may_be_named_as_a_placeholder_is(family: str, checkpoint: Path) -> None:
+    arguments = {"TYPED": "a", "KEY": 1, "NAME": "b"}
+    properties = {"TYPED": {"type": "string"}, "KEY": {"type": "integer"}, "NAME": {"type": "string"}}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    tool = {"type": "function", "function": {"name": "TYPED_KEY", "parameters": schema}}
+    part = required(CALL_PARSERS[family].syntax, [tool], Around(True, None, Start.CLOSED))
+    assert allows(checkpoint, part, written(family, ("TYPED_KEY", arguments)))

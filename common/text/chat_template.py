@@ -144,7 +144,7 @@ class ChatTemplate:
         self._template.globals = dict(self._template.globals)  # copied for each render: a chain of maps is slow to copy
         quoted = set(re.findall(r"""role['"]?\]?\s*==\s*["'](\w+)["']""", source))
         self.extra_roles = tuple(sorted(quoted - set(ROLES)))
-        self._knows_developer = "developer" in source
+        self._knows_developer = bool(re.search(r"""['"]developer['"]""", source))
         self._knows_no_content = bool(re.search(r"""(?<!\w)content['"]?\]?\s+is\s+(not\s+)?none""", source))
 
     @classmethod

@@ -164,7 +164,7 @@ def _fields(field: FieldSyntax, name: str, schema: Mapping[str, Any], tools: Too
 
 def _field(field: FieldSyntax, key: str, value: Any, root: Mapping[str, Any], types: frozenset[str]) -> Part:
     typed = "true" if types == STRING else "false"
-    begin = field.begin.replace("KEY", key).replace("TYPED", typed)
+    begin = field.begin.replace("TYPED", typed).replace("KEY", key)
     options = value.get("enum") if isinstance(value, Mapping) else None
     content: Part = {"type": "any_text"}
     if types == STRING and isinstance(options, list) and options:
