@@ -257,6 +257,9 @@ class RouterConfig(_Section):
     drain_grace_s: float = Field(10.0, ge=0, description="asked to stop, running requests get this long")
     ssl_certfile: str = Field("", description="certificate of the API's port, PEM; with ssl_keyfile: HTTPS")
     ssl_keyfile: str = Field("", description="its private key; both are read again when they are renewed")
+    allowed_origins: tuple[str, ...] = Field(
+        ("*",), description="web pages of which origins browsers let use the API (CORS), as of vLLM's flag; *: all"
+    )
     max_body_bytes: int = Field(16 * 2**20, gt=0)
     max_concurrent_requests: int = Field(4096, ge=1, description="more are refused with 429")
     queue_factor: float = Field(

@@ -27,6 +27,7 @@ from services.router.api.apis import Apis
 from services.router.app import make_app
 from services.router.console.access import AccessLog
 from services.router.contract import DecodePeer
+from services.router.cors import Cors
 from services.router.gateway import Gateway
 from services.router.https import Renewal, check_files
 from services.router.metrics import RouterMetrics
@@ -140,13 +141,13 @@ class Router:
         if board.by_prefix:
             self._feeds.start()
         app = make_app(self.gateway, self._rng, self._apis.routes())
-        direct = {path.encode(): self._seen(endpoint) for path, endpoint in app.raw.items()}
+        direct = {path.encode(): self._wrapped(endpoint) for path, endpoint in app.raw.items()}
         self._apis.start({path: endpoint.of_router for path, endpoint in app.raw.items()})
         if not self._config.ssl_certfile:
             warn_if_exposed(self._config.host, "API")
         self._server = _Server(
             uvicorn.Config(
-                self._seen(app),
+                self._wrapped(app),
                 http=BoundedHttpProtocol.with_direct(direct),
                 ws="none",
                 lifespan="off",
@@ -184,7 +185,9 @@ class Router:
         self.gateway.texts.close()
         _log.info("router stopped")
 
-    def _seen(self, app: App) -> App:
+    def _wrapped(self, app: App) -> App:
+        """What comes before routes. A browser's preflight is in the access log, too."""
+        app = Cors(app, self._config.allowed_origins) if self._config.allowed_origins else app
         return AccessLog(app, self._clock) if self._config.access_log else app
 
     def _on_change(self, change: MembershipChange) -> None:
