@@ -15,6 +15,8 @@ from cli_support import console
 
 from common.errors import ConfigError
 from services.cli import up as up_module
+from services.cli.doctor import parts
+from services.cli.doctor.finding import Level
 from services.cli.plan import ClusterRequest
 from services.cli.state import ClusterState, ProcessId, StateFolder
 from services.cli.up import UpOptions, run_up, stop
@@ -94,3 +96,12 @@ def test_down_waits_as_long_as_an_orderly_stop_may_take_and_no_longer(tmp_path: 
         assert 1.0 <= time.monotonic() - began < 10.0
         assert "does not stop and is killed" in out.getvalue()
         assert launcher.wait(5) == -9
+
+
+def test_doctor_sees_what_the_router_cannot_read(tmp_path: Path) -> None:
+    folder = tiny_models.make_llama(tmp_path / "tiny-llama")
+    assert parts.model(str(folder)).level is Level.OK
+    (folder / "tokenizer.json").write_text("{}")
+    found = parts.model(str(folder))
+    assert found.level is Level.FAIL
+    assert "tokenizer.json is not a tokenizer" in found.detail

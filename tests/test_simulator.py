@@ -133,6 +133,9 @@ def test_a_trace_is_read_and_faults_are_named(tmp_path: Path) -> None:
     path.write_text('{"timestamp": 0, "input_length": 5000, "output_length": 1, "hash_ids": [1]}')
     with pytest.raises(ConfigError, match="line 1: 1 hash_ids for 5000 tokens"):
         load_trace(path)
+    path.write_text('{"timestamp": Infinity, "input_length": 5, "output_length": 1, "hash_ids": [1]}')
+    with pytest.raises(ConfigError, match="line 1: ValueError timestamp inf"):
+        load_trace(path)
     path.write_text("\n\n{}")
     with pytest.raises(ConfigError, match="line 3"):
         load_trace(path)

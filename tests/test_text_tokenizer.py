@@ -34,6 +34,23 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", b"\xff\xfe"),
+        ("chat_template.json", b"{"),
+        ("chat_template.json", b"[]"),
+        ("tokenizer_config.json", b'{"chat_template": [{"template": "x"}]}'),
+    ],
+)
+def test_a_chat_template_that_cannot_be_read_is_said(tmp_path: Path, name: str, content: bytes) -> None:
+    text_support.write_checkpoint(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match="chat template"):
+        Tokenizer.load(tmp_path)
+
+
 def test_special_tokens_are_added_on_demand() -> None:
     tokenizer = Tokenizer(text_support.byte_fallback())
     assert tokenizer.encode("a")[0] == 1

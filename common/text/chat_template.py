@@ -56,6 +56,20 @@ class _RenderLimitError(Exception):
     pass
 
 
+def _sources(folder: Path, file: Path, config: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """The template, and those that a name was given."""
+    found = config.get("chat_template")
+    if file.is_file():
+        extra = folder / "additional_chat_templates" / f"{_FOR_TOOLS}.jinja"
+        named = {_FOR_TOOLS: extra.read_text(encoding="utf-8")} if extra.is_file() else {}
+        return file.read_text(encoding="utf-8"), named
+    legacy = folder / "chat_template.json"
+    if legacy.is_file():
+        found = json.loads(legacy.read_bytes()).get("chat_template", found)
+    named = {one["name"]: one["template"] for one in found} if isinstance(found, list) else {}
+    return (named.get("default", next(iter(named.values()))) if named else found), named
+
+
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox with a deadline, one per thread: a render stays on its thread.
 
@@ -154,18 +168,11 @@ class ChatTemplate:
         One that is named `tool_use` beside it is for what has tools, as in transformers.
         """
         file = folder / "chat_template.jinja"
-        legacy = folder / "chat_template.json"
-        found = config.get("chat_template")
-        if file.is_file():
-            extra = folder / "additional_chat_templates" / f"{_FOR_TOOLS}.jinja"
-            named = {_FOR_TOOLS: extra.read_text()} if extra.is_file() else {}
-            found = file.read_text()
-        else:
-            if legacy.is_file():
-                found = json.loads(legacy.read_text()).get("chat_template", found)
-            named = {one["name"]: one["template"] for one in found} if isinstance(found, list) else {}
-            if named:
-                found = named.get("default", next(iter(named.values())))
+        try:
+            found, named = _sources(folder, file, config)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"{type(error).__name__} {error}"
+            raise ConfigError(f"the chat template of {folder} cannot be read: {what}", param="chat_template") from error
         if not isinstance(found, str):
             return None
         where = str(file) if file.is_file() else f"chat_template of {folder}"

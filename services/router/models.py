@@ -67,8 +67,8 @@ def load_model_text(
     template = tokenizer.chat_template or checkpoint_format(architecture, folder)
     if template_file:
         try:
-            source = Path(template_file).read_text()
-        except OSError as error:
+            source = Path(template_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat template {template_file}: {error}", param="chat_template") from error
         template = ChatTemplate(source, special_tokens=tokenizer.special_tokens, name=template_file)
     shown = "" if template is None else template.shown

@@ -7,6 +7,7 @@ One request a line, as in Mooncake's traces: `{"timestamp": ms, "input_length": 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ def _request(path: Path, number: int, line: str) -> TraceRequest:
         length, output = int(row["input_length"]), int(row["output_length"])
         hash_ids = tuple(int(i) for i in row["hash_ids"])
         at_s = float(row["timestamp"]) / 1e3
+        if not math.isfinite(at_s):
+            raise ValueError(f"timestamp {at_s}")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}, line {number}: {type(error).__name__} {error}", param="trace") from None
     if length < 1 or output < 1 or len(hash_ids) * TRACE_BLOCK < length:

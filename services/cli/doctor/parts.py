@@ -73,8 +73,9 @@ async def _server_version(port: int) -> str | None:
 
 
 def model(folder: str) -> Finding:
-    """The folder is of a supported architecture and complete."""
+    """The folder is of a supported architecture and complete, and its texts can be read."""
     from common.models.spec import ModelSpec
+    from common.text import Tokenizer
 
     if not folder:
         return skip("no model named: --model PATH checks one")
@@ -87,4 +88,8 @@ def model(folder: str) -> Finding:
     detail = f"{spec.architecture}, {spec.num_layers} layers, {spec.dtype}, {nbytes / 2**30:.2f} GiB of weights"
     if not (path / "tokenizer.json").is_file():
         return note(f"{detail}; no tokenizer.json", "text prompts need it: save one with transformers' fast tokenizer")
+    try:
+        Tokenizer.load(path)
+    except NanoDeployError as error:
+        return fail(f"{detail}; {error.message}", "the router needs it for text: download the whole checkpoint again")
     return ok(detail)
