@@ -323,6 +323,20 @@ def int4_with(**weights: Any) -> dict[str, Any]:
     return config
 
 
+def turned(*locations: str) -> dict[str, Any]:
+    """What SpinQuant writes beside the scheme."""
+    places = [{"targets": ["re:.*down_proj$"], "location": location} for location in locations]
+    return {"transform_config": {"config_groups": {"R4": {"type": "hadamard", "apply": places}}}}
+
+
+@pytest.mark.parametrize("transforms", [{"transform_config": {}}, turned("weight_input", "weight_output")])
+def test_rotations_within_the_weights_need_nothing(tmp_path: Path, transforms: dict[str, Any]) -> None:
+    folder = make_llama(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": int4_config(32, []) | transforms}))
+    assert ModelSpec.from_folder(folder).quant == QuantSpec("int4", (1, 32))
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -346,6 +360,8 @@ def int4_with(**weights: Any) -> dict[str, Any]:
         (int4_with(type="float"), "weights.type 'float'"),
         (int4_with(actorder="group"), "weights.actorder 'group'"),
         (int4_with(group_size=None), "weights.group_size is missing"),
+        (int4_config(32, []) | turned("weight_input", "input"), "quantization_config.transform_config at 'input'"),
+        (compressed_fp8("channel") | turned("k_cache"), "quantization_config.transform_config at 'k_cache'"),
     ],
 )
 def test_schemes_that_are_not_known(tmp_path: Path, config: dict[str, Any], words: str) -> None:

@@ -20,12 +20,21 @@ def read_quant(*configs: ConfigReader) -> QuantSpec | None:
     if quant.choice("quant_method", "", ("fp8", "compressed-tensors")) == "fp8":
         experts = next((c for c in (quant, *configs) if c.values.get("expert_dtype")), quant)
         return _fp8(quant, experts.choice("expert_dtype", "fp8", ("fp8", "fp4")))
+    _refuse_transforms(quant)
     is_float = quant.choice("format", "", ("pack-quantized", "float-quantized")) == "float-quantized"
     groups = quant.nested("config_groups")
     if len(groups.values) != 1:
         raise quant.error("config_groups", f"must be one group, got {len(groups.values)}")
     group = groups.nested(next(iter(groups.values)))
     return _compressed_fp8(quant, group) if is_float else _int4(quant, group)
+
+
+def _refuse_transforms(quant: ConfigReader) -> None:
+    """Rotations that are in the weights need nothing; those of activations would have to be computed."""
+    schemes = (quant.values.get("transform_config") or {}).get("config_groups") or {}
+    for place in (place for scheme in schemes.values() for place in scheme.get("apply", ())):
+        if place.get("location") not in ("weight_input", "weight_output"):
+            raise quant.error("transform_config", f"at {place.get('location')!r} is not supported: weights alone are")
 
 
 def _fp8(quant: ConfigReader, expert_dtype: str) -> QuantSpec:
