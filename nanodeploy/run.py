@@ -170,7 +170,7 @@ class GenerateRun(_Run[SamplingParams, RequestOutput]):
         if stops is not None:
             self._local.need_tokenizer()
             matcher = StopMatcher(stops, include_stop=params.include_stop_str_in_output)
-        return _Choice(output, detokenizer, matcher)
+        return _Choice(output, detokenizer, matcher, params)
 
     def _delta(self, slot: int, output: RequestOutput, delta: ChoiceDelta) -> None:
         choice = self._choices[slot][delta.choice]
@@ -212,11 +212,13 @@ class _Choice:
     output: CompletionOutput
     detokenizer: Detokenizer
     stops: StopMatcher | None
+    params: SamplingParams
 
     def push(self, delta: ChoiceDelta) -> bool:
         """Take new tokens; True if a stop string ended the choice, whose tokens end there."""
         output, logprobs = self.output, delta.logprobs
-        hidden = -1 if delta.stop_token_id is None else len(delta.token_ids) - 1  # not text
+        is_text = delta.stop_token_id is None or self.params.include_stop_str_in_output
+        hidden = -1 if is_text else len(delta.token_ids) - 1
         for i, token_id in enumerate(delta.token_ids):
             output.token_ids.append(token_id)
             if logprobs is not None:
@@ -233,7 +235,7 @@ class _Choice:
         return False
 
     def _show(self, text: str) -> bool:
-        if self.stops is None:
+        if self.stops is None or len(self.output.token_ids) <= self.params.min_tokens:
             self.output.text += text
             return False
         self.output.text += self.stops.push(text)

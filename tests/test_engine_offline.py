@@ -78,6 +78,25 @@ def test_a_checkpoint_without_a_template_chats(make: Callable[[Path], Path], tmp
     assert text.startswith("<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><")
 
 
+def test_stops_wait_for_min_tokens_and_are_shown_where_asked_for(tmp_path: Path) -> None:
+    with LLM(make_llama(tmp_path, seed=1), **OPTIONS) as llm:
+        (prompt,) = prompts(62, (9,))
+        ids = llm.generate([prompt], greedy(12))[0].outputs[0].token_ids
+        texts = [llm.tokenizer.token_bytes(token).decode(errors="replace") for token in ids]
+        place = next(i for i in range(1, 12) if texts[i].isascii() and texts[i].strip() and texts[i] not in texts[:i])
+        by_text, by_token = {"stop": (texts[place],)}, {"stop_token_ids": (ids[place],)}
+
+        def answer(**fields: Any) -> Any:
+            return llm.generate([prompt], greedy(12, **fields))[0].outputs[0]
+
+        for stop in (by_text, by_token):
+            found = answer(**stop, min_tokens=place)
+            assert (found.token_ids, found.finish_reason) == (ids[: place + 1], "stop")
+            shown = answer(**stop, min_tokens=place, include_stop_str_in_output=True)
+            assert shown.text == found.text + texts[place]
+            assert len(answer(**stop, min_tokens=place + 1).token_ids) > place + 1
+
+
 @pytest.mark.parametrize(
     ("given", "plain"),
     [
