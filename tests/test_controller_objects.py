@@ -12,9 +12,13 @@ from redis_support import RedisServer, binaries, fresh_namespace, run_redis
 
 from common.config import ControllerConfig
 from common.errors import InvalidRequestError, NotFoundError, OverloadedError, UnavailableError
+from common.rpc import objects as objects_module
 from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient
+from common.rpc.server import RpcServer, Service
+from nanodeploy.v1 import objects_pb2_grpc
 from services.controller.app import Controller
+from services.controller.object_servicer import SERVICE
 
 KEY = ObjectKey("file", "", "file-1")
 
@@ -26,11 +30,14 @@ def server(request: Any) -> Iterator[RedisServer]:
 
 
 @asynccontextmanager
-async def objects(server: RedisServer, shown: str = "", **limits: Any) -> AsyncIterator[ObjectClient]:
+async def objects(
+    server: RedisServer, shown: str = "", first: str = "127.0.0.1:9", **limits: Any
+) -> AsyncIterator[ObjectClient]:
+    """A client of two controllers, of which the first is never there."""
     config = ControllerConfig(port=0, http_port=0, redis_url=server.url, namespace=fresh_namespace(), **limits)
     controller = Controller(config)
     await controller.start()
-    client = ObjectClient(["127.0.0.1:9", f"127.0.0.1:{controller.port}"], shown)  # the first one is never there
+    client = ObjectClient([first, f"127.0.0.1:{controller.port}"], shown)
     try:
         yield client
     finally:
@@ -53,6 +60,27 @@ async def test_a_document_has_versions(server: RedisServer) -> None:
             await client.get(KEY)
         with pytest.raises(NotFoundError):
             await client.put(KEY, b"x")  # no time limit and nothing there
+
+
+class Hangs(objects_pb2_grpc.ObjectServiceServicer):
+    """As a process that was stopped: its connections stay, and nothing is said on them."""
+
+    async def GetObject(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await asyncio.sleep(60)
+
+
+async def test_a_controller_that_hangs_is_left_for_the_next(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects_module, "CALL_TIMEOUT_S", 1.0)
+    add: Any = objects_pb2_grpc.add_ObjectServiceServicer_to_server
+    hung = RpcServer([Service(SERVICE, lambda made: add(Hangs(), made), lambda: True)], host="127.0.0.1", port=0)
+    address = f"127.0.0.1:{await hung.start()}"
+    async with objects(server, first=address) as client:
+        assert await client.find(KEY) is None
+        monkeypatch.setattr(objects_module, "CALL_TIMEOUT_S", 60.0)
+        assert await asyncio.wait_for(client.find(KEY), 10.0) is None
+    await hung.drain(0)
 
 
 async def test_parts_are_written_once(server: RedisServer) -> None:

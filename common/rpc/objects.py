@@ -1,6 +1,7 @@
 """Stored objects as a router sees them: the controllers' ObjectService, whichever of them answers.
 
-All controllers share one storage, so a call goes to the one that answered last, and to the next when it is away.
+All controllers share one storage, so a call goes to the one that answered last, and to the next when it is away or
+says nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from common.errors import NanoDeployError, NotFoundError, UnauthenticatedError, UnavailableError
+from common.errors import (
+    DeadlineExceededError,
+    NanoDeployError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from common.rpc.client import call, open_channel
 from common.rpc.codec.objects import ObjectKey, StoredObject, key_to_proto, object_from_proto
 from common.telemetry import get_logger
@@ -122,7 +129,7 @@ class ObjectClient:
                 answer = await call(method(stub), request, timeout_s=CALL_TIMEOUT_S, metadata=self._metadata)
                 self._lost = False
                 return answer
-            except (UnavailableError, UnauthenticatedError) as error:
+            except (UnavailableError, UnauthenticatedError, DeadlineExceededError) as error:  # the last: it hangs
                 last = error
                 self._index = (self._index + 1) % len(self._addresses)
         if not self._lost:
