@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nanodeploy.outputs import MediaPrompt, Plain, Prompt
@@ -27,10 +28,16 @@ def many(prompts: Prompt | Sequence[Prompt]) -> list[Plain]:
 
 
 def _plain(prompt: Any) -> Plain:
-    if isinstance(prompt, str | MediaPrompt):
+    if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, MediaPrompt):
+        return replace(prompt, token_ids=_ids(prompt.token_ids))
     if isinstance(prompt, Mapping):
         return _of_dict(prompt)
+    return _ids(prompt)
+
+
+def _ids(prompt: Any) -> list[int]:
     if not isinstance(prompt, Collection):
         raise ValueError(f"got a prompt of type {type(prompt).__name__}: {_FORMS}")
     wrong = next((one for one in prompt if not _is_id(one)), None)

@@ -140,9 +140,9 @@ class GenerateRun(_Run[SamplingParams, RequestOutput]):
 
     def _submit(self, prompt: Plain, asked: SamplingParams) -> None:
         local, slot, ids = self._local, next(self._local.slots), self._local.ids_of(prompt)
-        media = prompt.media if isinstance(prompt, MediaPrompt) else ()
-        handles = tuple(local.media.put(m.position, m.rows, m.grid) for m in media)
-        self._handles += handles
+        begun = len(self._handles)
+        for image in prompt.media if isinstance(prompt, MediaPrompt) else ():
+            self._handles.append(local.media.put(image.position, image.rows, image.grid))
         params = asked if asked.seed is not None else msgspec.structs.replace(asked, seed=secrets.randbits(64))
         output = RequestOutput(
             request_id=f"{slot:032x}",
@@ -153,7 +153,11 @@ class GenerateRun(_Run[SamplingParams, RequestOutput]):
         stops = StopAutomaton(params.stop) if params.stop else None
         self._choices[slot] = [self._choice(o, ids, params, stops) for o in output.outputs]
         request = GenerationRequest(
-            request_id=output.request_id, model="", prompt_token_ids=tuple(ids), sampling=params, embeddings=handles
+            request_id=output.request_id,
+            model="",
+            prompt_token_ids=tuple(ids),
+            sampling=params,
+            embeddings=tuple(self._handles[begun:]),
         )
         self._put(slot, output, request)
 

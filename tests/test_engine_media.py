@@ -351,7 +351,10 @@ def test_the_source_says_why(folder: Path) -> None:
     assert (answer.failure.code, answer.failure.message) == ("unavailable", "the encoder is gone")
 
 
-@pytest.mark.parametrize("rows", [torch.zeros(20, 64), torch.zeros(20, 192, dtype=torch.int64), None])
+SHORT = torch.zeros(20, 192, dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(20, 64), torch.zeros(20, 192, dtype=torch.int64), SHORT, None])
 def test_rows_of_another_shape_are_refused(folder: Path, rows: torch.Tensor | None) -> None:
     class Wrong(LocalMedia):
         def poll(self) -> Sequence[Fetched]:
@@ -436,3 +439,38 @@ def test_offline(each: Path) -> None:
         outputs = llm.generate(given, greedy(COUNT))
         assert [o.outputs[0].token_ids for o in outputs] == [oracle_tokens(each, p, COUNT) for p in prompts]
         assert not llm._local.media._rows
+
+
+def test_offline_ids_and_grids_may_be_tensors(folder: Path) -> None:
+    """As the processors of transformers give them."""
+    prompt = illustrated(folder, ONE, 94)
+    (picture,) = prompt.pictures
+    rows = MediaRows(picture.position, picture.rows_NW, torch.tensor(picture.grid))  # type: ignore[arg-type]
+    with LLM(folder, dtype="float32", kv_cache_memory_bytes=8 << 20) as llm:
+        (output,) = llm.generate(MediaPrompt(torch.tensor(prompt.tokens), [rows]), greedy(COUNT))  # type: ignore[arg-type]
+        assert output.outputs[0].token_ids == oracle_tokens(folder, prompt, COUNT)
+        assert all(type(token_id) is int for token_id in output.prompt_token_ids)
+
+
+def test_offline_what_is_no_image_is_told_before_anything_runs(folder: Path) -> None:
+    """A grid of two numbers ended the step of everybody; of an image that was refused those before it stayed."""
+    prompt = illustrated(folder, ONE, 95)
+    (picture,) = prompt.pictures
+    position, rows_NW, grid = picture.position, picture.rows_NW, picture.grid
+    good = MediaRows(position, rows_NW, grid)
+    wrong: list[tuple[Any, Any, Any]] = [
+        (position, rows_NW, grid[1:]),
+        (position, rows_NW, (1.0, 5.0, 4.0)),
+        (position, rows_NW[0], grid),
+        (position, rows_NW.numpy(), grid),
+        (float(position), rows_NW, grid),
+    ]
+    with LLM(folder, dtype="float32", kv_cache_memory_bytes=8 << 20) as llm:
+        for fields in wrong:
+            with pytest.raises(ValueError, match="image"):
+                llm.generate([MediaPrompt(prompt.tokens, [good, MediaRows(*fields)])], greedy(COUNT), keep_errors=True)
+            assert not llm._local.media._rows
+        with pytest.raises(ValueError, match="token ids"):
+            llm.generate([MediaPrompt([*prompt.tokens, 0.5], [good])], greedy(COUNT))  # type: ignore[list-item]
+        (output,) = llm.generate(MediaPrompt(prompt.tokens, [good]), greedy(COUNT))
+        assert output.outputs[0].token_ids == oracle_tokens(folder, prompt, COUNT)

@@ -6,8 +6,10 @@ import dataclasses
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from common.engine.batch import Batch, BatchRow, SampleRow, build_batch
+from common.engine.media import MediaRows
 from common.engine.rank_wire import BatchDecoder, BatchEncoder
 from common.types import SamplingParams
 
@@ -51,6 +53,20 @@ def test_what_a_runner_reads_arrives() -> None:
         for name in ("start", "tail_read", "tail_write", "prompt_logprobs", "prompt_targets"):
             assert getattr(one, name) == getattr(two, name)
         assert list(one.samples) == list(two.samples)
+
+
+def test_a_chunk_of_an_image_comes_without_the_rest() -> None:
+    image_NW = torch.randn(4096, 64)
+    sent = batch_of(row(20, media=[MediaRows(0, image_NW[100:102])]))
+    payload = BatchEncoder().encode(sent)
+    assert len(payload) < image_NW.nbytes / 50
+    got = BatchDecoder().decode(payload)
+    assert got.media is not None
+    (part,) = got.media.parts
+    assert torch.equal(part.rows_NW, image_NW[100:102])
+    assert got.media.rows_N.tolist() == [0, 1]
+    assert sent.media is not None
+    assert sent.media.parts[0].rows_NW.data_ptr() == image_NW[100].data_ptr(), "rank 0 itself needs no copy"
 
 
 def test_parameters_are_sent_once() -> None:

@@ -200,13 +200,14 @@ class Media:
 
     def _misshapen(self, handle: EmbeddingHandle, rows_NW: Tensor | None) -> NanoDeployError | None:
         shape = (handle.num_tokens, handle.hidden_size)
-        if rows_NW is not None and tuple(rows_NW.shape) == shape and rows_NW.is_floating_point():
+        if rows_NW is not None and tuple(rows_NW.shape) == shape and _is_plain_float(rows_NW):
             if bool(rows_NW.isfinite().all()):
                 return None
             # what was computed from them would be found again under the image's hash
             return InvalidRequestError("an image's embeddings are not finite", param="embeddings")
         found = "nothing" if rows_NW is None else f"{rows_NW.dtype} {list(rows_NW.shape)}"
-        return InvalidRequestError(f"an image's embeddings are {found}, not {list(shape)}", param="embeddings")
+        expected = f"{list(shape)} of floating point, 16 bits or more"
+        return InvalidRequestError(f"an image's embeddings are {found}, not {expected}", param="embeddings")
 
     @property
     def num_fetching(self) -> int:
@@ -215,3 +216,8 @@ class Media:
     @property
     def next_deadline(self) -> float:
         return self._source.next_deadline() if self._open and self._source is not None else math.inf
+
+
+def _is_plain_float(rows_NW: Tensor) -> bool:
+    """Shorter types have no arithmetic of their own, and their rows came without a scale."""
+    return rows_NW.is_floating_point() and rows_NW.itemsize >= 2

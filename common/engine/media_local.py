@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -26,15 +27,23 @@ class LocalMedia:
         self._rows: dict[int, Tensor] = {}
         self._ended: list[Fetched] = []
 
-    def put(
-        self, position: int, rows_NW: Tensor, grid: tuple[int, int, int], media_hash: bytes = b""
-    ) -> EmbeddingHandle:
+    def put(self, position: int, rows_NW: Tensor, grid: Sequence[int], media_hash: bytes = b"") -> EmbeddingHandle:
         """A handle for rows that take the place of the tokens from `position` on.
 
         `rows_NW`: floating point, [embedding | deepstack features] by row. `grid`: rows by time, height and width.
-        `media_hash`: 16 bytes that name the image; made from the rows where it is not given.
+        `media_hash`: 16 bytes that name the image; made from the rows where it is not given. Raises ValueError for
+        what is none of these: whether they fit a prompt and a model is for `common.engine.media` to say.
         """
-        lease_id = next(self._ids)
+        if not isinstance(rows_NW, Tensor) or rows_NW.dim() != 2 or rows_NW.layout != torch.strided:
+            raise ValueError("the rows of an image are a dense tensor [num_tokens, width]")
+        try:
+            first, (time, height, width) = operator.index(position), map(operator.index, grid)
+        except (TypeError, ValueError):
+            raise ValueError(
+                "an image's position is a whole number, and its grid three: rows by time, height and width; "
+                f"got {position!r} and {grid!r}"
+            ) from None
+        lease_id, sizes = next(self._ids), (time, height, width)
         rows_NW = rows_NW.detach().cpu().contiguous()
         self._rows[lease_id] = rows_NW
         return EmbeddingHandle(
@@ -42,10 +51,10 @@ class LocalMedia:
             owner_epoch=0,
             owner_address="",
             lease_id=lease_id,
-            media_hash=media_hash or _hash(rows_NW, grid),
-            position=position,
+            media_hash=media_hash or _hash(rows_NW, sizes),
+            position=first,
             num_tokens=rows_NW.shape[0],
-            grid=grid,
+            grid=sizes,
             hidden_size=rows_NW.shape[1],
             dtype=str(rows_NW.dtype).removeprefix("torch."),
             descriptor=b"",

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.engine.batch import Batch, BatchRow, SampleRow
+from common.engine.batch import Batch, BatchMedia, BatchRow, SampleRow
+from common.engine.media import MediaRows
 from common.types import SamplingParams
 
 _MAX_PARAMS = 4096
@@ -36,7 +37,7 @@ class BatchEncoder:
         if forget:
             self._numbers.clear()
         samples = self._samples([s for r in batch.rows for s in r.samples], fresh)
-        bare = replace(batch, rows=())
+        bare = replace(batch, rows=(), media=_alone(batch.media))
         return pickle.dumps((forget, fresh, _columns(batch.rows), samples, bare), protocol=5)
 
     def _samples(self, rows: Sequence[SampleRow], fresh: dict[int, SamplingParams]) -> _Samples:
@@ -81,6 +82,13 @@ class BatchDecoder:
                 zip(seeds.tolist(), *numbers.T.tolist(), strict=True)
             )
         ]
+
+
+def _alone(media: BatchMedia | None) -> BatchMedia | None:
+    """With copies of the rows that the step takes: a pickled slice would bring its whole image, in every chunk."""
+    if media is None:
+        return None
+    return replace(media, parts=[MediaRows(part.first, part.rows_NW.clone()) for part in media.parts])
 
 
 def _columns(rows: Sequence[BatchRow]) -> _Rows:
