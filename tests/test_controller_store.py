@@ -257,6 +257,15 @@ async def test_a_storage_that_cannot_write_is_unavailable_and_still_read(tmp_pat
         server.kill()
 
 
+async def test_a_storage_whose_replicas_are_away_is_unavailable(store, server):
+    server.command("CONFIG", "SET", "min-replicas-to-write", "1")
+    try:
+        with pytest.raises(UnavailableError, match="storage refuses: NOREPLICAS"):
+            await store.register(make_worker(), TTL_S)
+    finally:
+        server.command("CONFIG", "SET", "min-replicas-to-write", "0")
+
+
 async def test_silent_storage_fails_within_the_limit():
     async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()

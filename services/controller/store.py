@@ -38,6 +38,8 @@ _log = get_logger(__name__)
 
 MAX_CONNECTIONS = 16
 TAIL_BATCH = 512
+# It answers reads alone (its disk is full or broken, its replicas are away), or nothing while a script hangs.
+_FOR_NOW = ("MISCONF", "NOREPLICAS", "BUSY ")
 
 
 class Cursor(NamedTuple):
@@ -193,7 +195,7 @@ class Store:
         except (ReadOnlyError, OutOfMemoryError, MasterDownError, ClusterDownError, AuthenticationError) as error:
             raise UnavailableError(f"storage refuses: {error}") from error
         except ResponseError as error:
-            if str(error).startswith("MISCONF"):  # its disk is full or broken: it answers reads alone
+            if str(error).startswith(_FOR_NOW):
                 raise UnavailableError(f"storage refuses: {error}") from error
             raise InternalError(f"storage rejects a command: {error}") from error
         except (RedisError, OSError, TimeoutError) as error:
