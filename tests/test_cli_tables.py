@@ -18,11 +18,11 @@ from rpc_support import make_worker
 
 from common.errors import UnavailableError
 from common.rpc.admin import PeerStatus, WorkerStatus
-from common.types import BlockStates, Role, WorkerLoad, WorkerRef
+from common.types import BlockStates, Role, WorkerLoad, WorkerRef, WorkerState
 from services.cli import status as status_module
 from services.cli.cluster import WorkerView
 from services.cli.report import Report
-from services.cli.state import ClusterState, Phase, ProcessId, StateFolder
+from services.cli.state import ClusterState, Phase, ProcessId, ServiceState, StateFolder
 from services.cli.status import show_status
 from services.cli.tables import worker_table
 from services.cli.terminal import quiet_keys
@@ -146,3 +146,42 @@ async def test_status_of_a_cluster_that_just_stops(
     shown, out = console()
     assert await show_status("t", "", False, shown) == code
     assert said in out.getvalue()
+
+
+DEAD = ProcessId(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("decode", "service", "code"),
+    [(WorkerState.READY, None, 0), (WorkerState.READY, DEAD, 1), (WorkerState.UNREADY, None, 1), (None, None, 1)],
+    ids=["well", "a dead service", "not ready", "no decode worker"],
+)
+async def test_status_is_well_only_if_all_runs_and_can_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: WorkerState | None, service: ProcessId | None, code: int
+) -> None:
+    found = [view("prefill-0", Role.PREFILL)]
+    if decode is not None:
+        worker = msgspec.structs.replace(make_worker(), state=decode)
+        found.append(WorkerView(worker, WorkerStatus(worker=worker, engine_restarts=0, peers=())))
+
+    async def answer(_: str) -> list[WorkerView]:
+        return found
+
+    monkeypatch.setattr(status_module, "view_cluster", answer)
+    monkeypatch.setenv("NANODEPLOY_STATE_DIR", str(tmp_path))
+    folder, me = StateFolder(tmp_path, "t"), ProcessId.of(os.getpid())
+    services = (ServiceState(name="router", role="router", process=service or me, address="a:1", log="/l"),)
+    with folder.hold():
+        folder.write(
+            ClusterState(
+                name="t",
+                phase="ready",
+                launcher=me,
+                url="u",
+                controller="c:1",
+                model="m",
+                version="0",
+                services=services,
+            )
+        )
+    assert await show_status("t", "", False, console()[0]) == code

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from common.errors import NanoDeployError
-from common.types import WorkerState
+from common.types import Role, WorkerState
 from services.cli.cluster import WorkerView, current, view_cluster, worker_json
 from services.cli.state import ClusterState, ServiceState, StateFolder, state_root
 from services.cli.tables import DEAD, Column, make_table, worker_table
@@ -43,8 +43,15 @@ async def show_status(name: str, controller: str, as_json: bool, console: Consol
         print(json.dumps(_as_json(state, views, error), indent=2))
     else:
         _show(state, views, error, console)
-    good = not error and all(not view.error and current(view).state is WorkerState.READY for view in views)
-    return 0 if good and (state is None or state.phase == "ready") else 1
+    return 0 if not error and _is_well(state, views) else 1
+
+
+def _is_well(state: ClusterState | None, views: list[WorkerView]) -> bool:
+    """All that is there works, and it is enough to serve."""
+    if state is not None and (state.phase != "ready" or not all(s.process.alive for s in state.services)):
+        return False
+    ready = [not view.error and current(view).state is WorkerState.READY for view in views]
+    return all(ready) and any(view.info.role is Role.DECODE for view in views)
 
 
 def _not_up(name: str, phase: str, as_json: bool, console: Console) -> int:
