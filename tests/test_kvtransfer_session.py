@@ -22,7 +22,7 @@ from common.kvtransfer.orders import (
     PlaceOrder,
     ReleaseLease,
 )
-from common.kvtransfer.session import Done, Failed, OrderSpec, Progress
+from common.kvtransfer.session import LONGEST_TURN_S, Done, Failed, OrderSpec, Progress
 from common.kvtransfer.transport import Endpoint
 from common.types import EmbeddingHandle
 
@@ -164,6 +164,41 @@ def test_silence_ends_orders_on_an_idle_reader(worlds: Worlds) -> None:
     assert len(world.sent(DropOrder)) == 4
     assert len(world.sent(ReleaseLease)) == 1
     finish_up(world, 1, 2, 3, 4)
+
+
+def test_a_worker_that_computes_others_is_waited_for(worlds: Worlds) -> None:
+    """By orders that were not taken yet, that queue, and that are computed in a long step; by none of other peers."""
+    world = worlds()
+    world.ready()
+    begin = world.clock.now()
+    unheard, queued, started = (world.place(i, N) for i in (1, 2, 3))
+    world.send([OrderAccepted(queued.order_id, N, 0)])
+    world.send(world.owner.start(started))
+    assert unheard.peer != 999
+    while world.clock.now() - begin < 200:
+        world.clock.time += world.config.accept_timeout_s - 0.1
+        world.reader.peer_computes(unheard.peer)
+        assert world.reader.poll() == []
+    world.reader.peer_computes(999)
+    world.clock.time += world.config.progress_timeout_s
+    failed = {u.seq_id: u.reason for u in world.reader.poll() if isinstance(u, Failed)}
+    assert failed == {1: "accept_timeout", 2: "progress_timeout", 3: "progress_timeout"}
+    finish_up(world, 1, 2, 3)
+
+
+def test_a_turn_that_never_comes_ends(worlds: Worlds) -> None:
+    world = worlds()
+    world.ready()
+    peer = world.place(1, N).peer
+    waited_s = 0.0
+    while world.reader.num_orders:
+        world.clock.time += 2.0
+        waited_s += 2.0
+        world.reader.peer_computes(peer)
+        world.reader.poll()
+        assert waited_s <= LONGEST_TURN_S + world.config.accept_timeout_s
+    assert waited_s >= LONGEST_TURN_S
+    finish_up(world, 1)
 
 
 def test_an_order_that_is_over_before_it_is_placed_fails_at_once(worlds: Worlds) -> None:

@@ -12,7 +12,7 @@ from kvtransfer_support import region, small_layout, tail_region
 from wire_support import order
 from worker_support import ManualClock, ScriptedWorker, engine_load, scripted
 
-from common.engine.messages import ReaderEvent, ReaderGone
+from common.engine.messages import EngineProgress, ReaderEvent, ReaderGone
 from common.errors import InvalidRequestError, LayoutMismatchError, NanoDeployError, UnavailableError
 from common.kvtransfer.orders import (
     DropOrder,
@@ -107,6 +107,9 @@ async def test_a_session_brings_orders_in_and_events_out(prefill: Prefill) -> No
     await reader.write(ping=prefill_pb2.SessionPing(nonce=7))
     pong = (await reader.read()).pong
     assert (pong.nonce, pong.steps) == (7, 42)
+    worker.engine.say(EngineProgress("step", 0, 0))  # amid a long one
+    await reader.write(ping=prefill_pb2.SessionPing(nonce=8))
+    assert (await reader.read()).pong.steps == 43
     reader.call.cancel()
     assert await worker.engine.got(ReaderGone) == ReaderGone(placed.peer)
 

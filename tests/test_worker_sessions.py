@@ -12,7 +12,7 @@ from rpc_support import eventually
 from wire_support import Client, decode, order
 from worker_support import ScriptedWorker
 
-from common.engine.messages import PeerEvent, PeerGone, PeerReady, Submit
+from common.engine.messages import PeerComputes, PeerEvent, PeerGone, PeerReady, Submit
 from common.errors import LayoutMismatchError, NanoDeployError, UnavailableError
 from common.kvtransfer.orders import (
     DropOrder,
@@ -123,6 +123,11 @@ async def test_orders_go_out_and_events_come_back_on_one_session(decode: tuple[S
         await worker.engine.got(PeerEvent, 3)
         assert [m for m in worker.engine.sent if isinstance(m, PeerEvent)] == [PeerEvent(peer, e) for e in events]
         assert [(p.state, p.transport) for p in worker.part.peers()] == [("ready", "ucx/cma")]
+        for steps in (5, 5, 6, 6):
+            owner.to_say.put_nowait(prefill_pb2.SessionResponse(pong=prefill_pb2.SessionPong(steps=steps)))
+        owner.to_say.put_nowait(codec.order_event_to_proto(events[0]))
+        await worker.engine.got(PeerEvent, 4)
+        assert [m for m in worker.engine.sent if isinstance(m, PeerComputes)] == [PeerComputes(peer)]
         owner.to_say.put_nowait(None)
         gone = await worker.engine.got(PeerGone)
         assert (gone.peer, worker.part.peers()[0].state) == (peer, "lost")

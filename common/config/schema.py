@@ -130,8 +130,10 @@ class HandoffConfig(_Section):
     transports: tuple[str, ...] = ("ucx",)
     require_transport: str = Field("", description="refuse peers that this (prefix of a) transport does not reach")
     min_remote_tokens: int = Field(32, ge=0, description="fewer uncached prompt tokens are prefilled here")
-    accept_timeout_s: float = Field(5.0, gt=0, description="order sent -> accepted")
-    progress_timeout_s: float = Field(10.0, gt=0, description="longest silence of an accepted order")
+    accept_timeout_s: float = Field(5.0, gt=0, description="order sent -> accepted, by a worker that computes nothing")
+    progress_timeout_s: float = Field(
+        10.0, gt=0, description="longest silence of an accepted order whose worker computes nothing"
+    )
     read_timeout_s: float = Field(10.0, gt=0, description="one read, queued -> verified")
 
 

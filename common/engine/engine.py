@@ -25,6 +25,7 @@ from common.engine.messages import (
     Drain,
     FromEngine,
     GetLedger,
+    PeerComputes,
     PeerEvent,
     PeerGone,
     PeerReady,
@@ -90,6 +91,8 @@ class Engine:
                 p.reader.peer_gone(message.peer, message.reason)
             case PeerEvent():
                 p.reader.on_event(message.peer, message.event)
+            case PeerComputes():
+                p.reader.peer_computes(message.peer)
             case PlaceOrder():
                 p.supply.order(message)
             case DropOrder():

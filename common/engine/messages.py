@@ -77,6 +77,12 @@ class PeerEvent(Message, frozen=True):
     event: OrderEvent
 
 
+class PeerComputes(Message, frozen=True):
+    """A prefill worker's engine has gone on: orders placed there that hear nothing wait for their turn."""
+
+    peer: int
+
+
 class ReaderGone(Message, frozen=True):
     """A reader's session broke: its orders are cancelled; its leases run out by their own time."""
 
@@ -103,6 +109,7 @@ ToEngine = (
     | PeerReady
     | PeerGone
     | PeerEvent
+    | PeerComputes
     | PlaceOrder
     | DropOrder
     | ReleaseLease

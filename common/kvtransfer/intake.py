@@ -126,6 +126,7 @@ class Intake:
         self.lease_id = 0
         self.ended = False
         self.last_progress = now
+        self.last_own = now  # progress of this order, not of its worker alone
         self.last_event = now
         self.expires_at = now + spec.remaining_s if spec.remaining_s else math.inf
         self.stats = ReadStats()

@@ -51,6 +51,7 @@ from common.kvtransfer.updates import Done, Failed, HandoffCounters, HandoffUpda
 from common.types import Clock, Failure, WorkerRef
 
 REMEMBERED = 4096
+LONGEST_TURN_S = 300.0  # that an order hears nothing of itself, while its worker computes others
 _REASONS = {"prefix_hash": "prefix_hash", "seq_id": "closed"}  # field at fault -> Failed.reason
 
 __all__ = [
@@ -194,8 +195,15 @@ class HandoffReader:
             reason = "peer_lost" if isinstance(error, PeerLostError) else _REASONS.get(error.param, "protocol")
             self._fail(intake, reason, error.message)
             return
-        intake.last_progress = intake.last_event = now
+        intake.last_progress = intake.last_own = intake.last_event = now
         self._advance(intake)
+
+    def peer_computes(self, peer: int) -> None:
+        """Its engine has gone on: silence means that others are computed, or a long step. Not for ever."""
+        now = self._clock.now()
+        for intake in self._orders.values():
+            if intake.spec.peer == peer and now - intake.last_own < LONGEST_TURN_S:
+                intake.last_progress = now
 
     def poll(self) -> list[HandoffUpdate]:
         """Take what the transport ended, let time act, and return what changed since the last call."""
@@ -277,7 +285,7 @@ class HandoffReader:
             intake.stats.read_seconds += result.read_seconds
             if reading.extent.group == TAIL_GROUP:
                 self._updates.append(TailRead(intake.spec.seq_id))
-            intake.last_progress = self._clock.now()
+            intake.last_progress = intake.last_own = self._clock.now()
             self._resume(intake)
         else:
             reason = "digest_mismatch" if result.status is ReadStatus.MISMATCH else "read_failed"
@@ -374,11 +382,11 @@ class HandoffReader:
     # -- time --
 
     def _deadline(self, intake: Intake) -> float:
-        if intake.stage is Stage.PLACED:
-            return min(intake.expires_at, intake.last_progress + self._config.accept_timeout_s)
         if intake.stage is Stage.FINISHED:
             return intake.expires_at  # what is left are reads, and each has its own time
-        return min(intake.expires_at, intake.last_progress + self._config.progress_timeout_s)
+        is_placed = intake.stage is Stage.PLACED
+        silence_s = self._config.accept_timeout_s if is_placed else self._config.progress_timeout_s
+        return min(intake.expires_at, intake.last_progress + silence_s)
 
     def _expire(self) -> None:
         now = self._clock.now()

@@ -23,7 +23,7 @@ from typing import Any
 import grpc
 
 from common.config import HandoffConfig
-from common.engine.messages import PeerEvent, PeerGone, PeerReady, ToEngine
+from common.engine.messages import PeerComputes, PeerEvent, PeerGone, PeerReady, ToEngine
 from common.errors import LayoutMismatchError, NanoDeployError
 from common.kvcache.layout import KVLayout
 from common.kvtransfer.orders import DropOrder, PeerVerdict, PlaceOrder, ReleaseLease
@@ -54,6 +54,7 @@ class Session:
     failures: int = 0
     retry_at: float = 0.0
     heard_at: float = 0.0
+    steps: int | None = None  # of its engine, as it said last
     task: asyncio.Task[None] | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     outgoing: asyncio.Queue[pb.SessionRequest | None] = field(default_factory=asyncio.Queue)
@@ -146,7 +147,7 @@ class PrefillSessions:
 
     def _open(self, session: Session) -> None:
         session.peer = next(self._numbers)
-        session.state, session.detail = "connecting", ""
+        session.state, session.detail, session.steps = "connecting", "", None
         session.settled = asyncio.Event()
         session.outgoing = asyncio.Queue()
         self._by_peer[session.peer] = session
@@ -230,7 +231,11 @@ class PrefillSessions:
                 self._send(
                     PeerReady(session.peer, welcome.owner, welcome.layout, welcome.endpoints, welcome.lease_ttl_s)
                 )
-            elif kind not in ("pong", None) and owner_layout is not None:
+            elif kind == "pong":
+                if session.steps not in (None, response.pong.steps):
+                    self._send(PeerComputes(session.peer))
+                session.steps = response.pong.steps
+            elif kind is not None and owner_layout is not None:
                 self._send(PeerEvent(session.peer, codec.order_event_from_proto(response, owner_layout)))
 
     async def _watch(self, session: Session, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:

@@ -116,8 +116,8 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
                 self._leases = {o: lease for o, lease in self._leases.items() if (o[0], lease[0]) != ended}
                 self._host.send(ReleaseLease(key, request.release.lease_id))
             case "ping":
-                steps = self._host.load.load.steps if self._host.load is not None else 0
-                queue.put_nowait(pb.SessionResponse(pong=pb.SessionPong(nonce=request.ping.nonce, steps=steps)))
+                pong = pb.SessionPong(nonce=request.ping.nonce, steps=self._host.steps)
+                queue.put_nowait(pb.SessionResponse(pong=pong))
             case _:
                 raise InvalidRequestError("hello may come only once", param="message")
 

@@ -90,6 +90,7 @@ class EngineHost:
         self.failure: Failure | None = None  # of the very first engine
         self.ready: EngineReady | None = None
         self.load: EngineLoad | None = None
+        self._beats = 0  # of long steps
 
     async def start(self, owner: EngineOwner) -> None:
         """Start the first engine; later ones start by themselves."""
@@ -110,6 +111,11 @@ class EngineHost:
     def serving(self) -> bool:
         """The engine runs and makes progress."""
         return self.state is HostState.READY and not self._silent
+
+    @property
+    def steps(self) -> int:
+        """Of the engine since its start, and signs of life amid long ones: it grows while the engine computes."""
+        return self._beats + (self.load.load.steps if self.load is not None else 0)
 
     @property
     def engine_pid(self) -> int:
@@ -167,7 +173,7 @@ class EngineHost:
 
     async def _start_engine(self) -> None:
         self.epoch = new_epoch()
-        self.ready, self.load = None, None
+        self.ready, self.load, self._beats = None, None, 0
         self._progress_at = self._clock.now()
         self._silent, self._killed, self._verdict = False, False, ""
         self._set(HostState.STARTING, "the engine is starting")
@@ -205,7 +211,9 @@ class EngineHost:
                 self._progressed()
                 self._owner.on_engine(message)
             case EngineProgress():
-                if self.state is not HostState.READY:
+                if self.state is HostState.READY:
+                    self._beats += 1
+                else:
                     share = f": {100 * message.done // message.total} %" if message.total > 1 else ""
                     self.reason = message.stage + share
                 self._progressed()
