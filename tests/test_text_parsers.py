@@ -83,6 +83,17 @@ def test_any_text_streams_as_it_parses_whole(family: str) -> None:
         assert [word for word in words if word not in shown and f'"{word}' not in text] == [], (seed, text)
 
 
+@pytest.mark.parametrize("calls", [None, CALL_PARSERS["hermes"]])
+def test_an_indent_that_is_no_ascii_is_text(calls: Any) -> None:
+    indent = "\u3000\u3000"
+    made = ParserPlan(calls=calls, reasoning=REASONING_PARSERS["think"], start=Start.OPEN)
+    for pieces in (
+        [f"why\n</think>\n\n{indent}First.\n{indent}Second.\xa0"],
+        f"why</think>{indent}First.\n{indent}Second.\xa0",
+    ):
+        assert parse(made, pieces) == Answer(f"{indent}First.\n{indent}Second.\xa0", "why")
+
+
 def test_reasoning_may_stay_or_be_hidden() -> None:
     text = '<think>\nWhy?\n</think>\n\nSo.\n<tool_call>\n{"name": "get_time"}\n</tool_call>'
     calls = [[parser_support.MADE_ID, "get_time", "{}"]]

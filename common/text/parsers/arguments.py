@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from common.text.parsers.json_text import loads
 from common.text.parsers.out import Out
-from common.text.parsers.tape import Marks, Steps, Tape, until
+from common.text.parsers.tape import SPACE, Marks, Steps, Tape, until
 
 ANY: Final = frozenset({"null", "boolean", "integer", "number", "array", "object", "string"})
 STRING: Final = frozenset({"string"})
@@ -187,12 +187,14 @@ class ArgumentWriter:
         name by `end`) is no text, and a name is put out as far as it came.
         """
         tape.rewind()
-        rest = tape.text[tape.at :].lstrip()
+        rest = tape.text[tape.at :].lstrip(SPACE)
         if not tape.over:
             return
         if not any(mark.startswith(rest) for mark in (opening, *closes)):
             name, found, tail = rest.removeprefix(opening).partition(end)
-            if not rest.startswith(opening) or (found and not any(mark.startswith(tail.lstrip()) for mark in after)):
+            if not rest.startswith(opening) or (
+                found and not any(mark.startswith(tail.lstrip(SPACE)) for mark in after)
+            ):
                 return
             name = name[: len(name) - Marks(end).partial(name, 0)]
             self._out.arguments(self._key(name)[: -len('": ')])

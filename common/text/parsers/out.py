@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from common.text.parsers.tape import SPACE
+
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
@@ -98,14 +100,14 @@ class Out:
 
     def _add(self, parts: list[str], text: str, *, trims: bool) -> None:
         if not self._started:
-            text = text.lstrip()
+            text = text.lstrip(SPACE)
             self._started = bool(text)
         if not text:
             return
         if not trims:
             parts.append(text)
             return
-        solid = text.rstrip()
+        solid = text.rstrip(SPACE)
         if not solid:
             self._held += text
             self._last = parts

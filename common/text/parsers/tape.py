@@ -18,7 +18,8 @@ Steps = Generator[None, None, T]
 Emit = Callable[[str], object]
 
 MAX_NAME_CHARS: Final = 256  # longer is no function, and its text is held back no longer
-_SPACE: Final = re.compile(r"\s*")
+SPACE: Final = " \t\r\n"  # what formats put around marks; an indent in Chinese text is none
+_SPACE: Final = re.compile(f"[{SPACE}]*")
 
 
 class Tape:
