@@ -1,4 +1,7 @@
-"""What deploy/ asks Prometheus for exists: names against the list that the services are held to, labels too."""
+"""What deploy/ asks Prometheus for exists: names against the list that the services are held to, labels too.
+
+And what clients store leaves room in compose's Redis for the members.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 import pytest
 import surfaces
 import yaml
+
+from common.config.load import load
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 NAME = re.compile(r"nanodeploy:([a-z0-9_]+)")
@@ -67,3 +72,12 @@ def test_promtool_takes_them(arguments: tuple[str, str]) -> None:
     command = ["promtool", "check", *arguments]
     done = subprocess.run(command, cwd=DEPLOY / "prometheus", capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_stored_objects_leave_room_in_the_redis_of_compose() -> None:
+    """A full one refuses registrations and heartbeats, too."""
+    config = load(str(DEPLOY / "compose.config.yaml"), {})
+    words = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["redis"]["command"]
+    most_mib = int(words[words.index("--maxmemory") + 1].removesuffix("mb"))
+    assert config.controller.max_stored_bytes <= most_mib * 2**20 // 2
+    assert config.router.max_file_bytes <= config.controller.max_object_bytes < config.controller.max_stored_bytes
