@@ -62,6 +62,22 @@ def test_eos_is_the_union_with_generation_config(tmp_path: Path) -> None:
     assert read(tmp_path, LLAMA | {"eos_token_id": None}).eos_token_ids == (2, 7)
 
 
+@pytest.mark.parametrize("named", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
+def test_the_tokenizers_eos_ends_a_text_too(tmp_path: Path, named: object) -> None:
+    """A ChatML fine-tune of a base model whose config.json still has the base model's."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    assert read(tmp_path, LLAMA).eos_token_ids == (2,), "no tokenizer, no id"
+    added = [{"id": 2, "content": "</s>"}, {"id": 31, "content": "<|im_end|>"}, {"id": 32, "content": "<|im_start|>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    assert read(tmp_path, LLAMA).eos_token_ids == (2, 31)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+    assert read(tmp_path, LLAMA).eos_token_ids == (2,)
+    for odd in ([], {"added_tokens": 5}, {"added_tokens": [5, {"content": "<|im_end|>", "id": "x"}]}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+        (tmp_path / "tokenizer.json").write_text(json.dumps(odd if isinstance(odd, dict) else {}))
+        assert read(tmp_path, LLAMA).eos_token_ids == (2,)
+
+
 @pytest.mark.parametrize(
     ("fields", "windows"),
     [

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from router_support import MAX_MODEL_LEN, MODEL, Cluster, Script, cluster, events, say, tokenizer
 
@@ -279,6 +280,20 @@ async def test_tokenize_and_detokenize(tiny: Cluster) -> None:
     await tiny.post("/v1/chat/completions", **CHAT)
     assert tuple(chat["tokens"]) == tiny.worker.requests[0].prompt_token_ids
     assert chat["token_strs"] is None
+
+
+async def test_a_model_is_listed_once_and_its_other_names_are_answered(tmp_path: Path) -> None:
+    async with cluster(tmp_path, say("one two")) as made:
+        info = made.workers[0].info()
+        folder = "/models/of/somebody"
+        model = msgspec.structs.replace(info.model, served_names=(folder,))
+        made.members.put(msgspec.structs.replace(info, model=model))
+        listed = (await made.http.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in listed] == [MODEL]
+        assert "somebody" not in str(listed)
+        assert (await made.http.get(f"/v1/models/{folder}")).json()["id"] == folder
+        body = {"model": folder, "prompt": "a", "max_tokens": 2}
+        assert (await made.http.post("/v1/completions", json=body)).status_code == 200
 
 
 async def test_small_routes(tiny: Cluster) -> None:

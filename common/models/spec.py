@@ -178,7 +178,9 @@ def _refuse_unknown(config: ConfigReader) -> None:
 
 
 def _eos(folder: Path, configs: tuple[ConfigReader, ...]) -> tuple[int, ...]:
-    """Every id that ends a text, by config.json or generation_config.json."""
+    """Every id that ends a text, by config.json, generation_config.json or the tokenizer: fine-tunes often have a new
+    token for it, and say so in one place only.
+    """
     path = folder / "generation_config.json"
     found: set[int] = set()
     for config in (*configs, ConfigReader(path, read_json(path) if path.is_file() else {})):
@@ -189,7 +191,17 @@ def _eos(folder: Path, configs: tuple[ConfigReader, ...]) -> tuple[int, ...]:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise config.error("eos_token_id", f"must be an integer or a list of them, got {ids!r}")
             found.add(token_id)
-    return tuple(sorted(found))
+    return tuple(sorted(found | _eos_of_tokenizer(folder)))
+
+
+def _eos_of_tokenizer(folder: Path) -> set[int]:
+    """Without a tokenizer here, or a token of that name in it, none: texts are then somebody else's business."""
+    config, files = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    named = read_json(config).get("eos_token") if config.is_file() else None
+    text = named.get("content") if isinstance(named, dict) else named
+    added = read_json(files).get("added_tokens") if text and files.is_file() else None
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return {token["id"] for token in tokens if token.get("content") == text and isinstance(token.get("id"), int)}
 
 
 def _dtype(top: ConfigReader, config: ConfigReader, tensors: Mapping[str, TensorInfo]) -> str:

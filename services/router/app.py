@@ -128,9 +128,9 @@ def _add_small_routes(app: FastAPI, gateway: Gateway) -> None:
             "capabilities": gateway.capabilities(model),
         }
 
-    @app.get("/v1/models", summary="Models served")
+    @app.get("/v1/models", summary="Models served; a checkpoint's folder is a name too, and not shown")
     async def list_models() -> Response:
-        data = [card(name, model) for name, model in gateway.models().items()]
+        data = [card(name, model) for name, model in gateway.models().items() if name == model.name]
         return _json(replies.dumps({"object": "list", "data": data}))
 
     @app.get("/v1/models/{name:path}", summary="One model")
