@@ -386,6 +386,28 @@ def test_rows_that_are_no_numbers_spoil_nothing(folder: Path, number: float) -> 
     solo.check_idle()
 
 
+@pytest.mark.parametrize("budget", [2048, 16])
+def test_a_model_that_breaks_leaves_nothing_for_those_who_begin_alike(folder: Path, budget: int) -> None:
+    """Finite rows too large for the model. What comes before them is computed beside them, and was lost with them."""
+    source = LocalMedia()
+    solo = Solo(folder, media=source, max_num_batched_tokens=budget)
+    prompt = illustrated(folder, ONE, 80)
+    (good,) = handles(source, prompt)
+    bad = source.put(good.position, torch.full_like(prompt.pictures[0].rows_NW, 3.4e38), good.grid)
+    for _ in range(2):
+        answer = solo.submit(prompt.tokens, greedy(COUNT), embeddings=(bad,))
+        solo.run(answer)
+        assert answer.failure is not None
+        assert "not finite" in answer.failure.message
+        solo.decode.parts.cache.check()
+        held = ask(solo, source, prompt, params=greedy(40))
+        solo.step()  # whoever holds a prefix that is forgotten goes on
+    solo.run()
+    assert held.tokens[0] == oracle_tokens(folder, prompt, 40)
+    settle(solo, folder, prompt, ask(solo, source, prompt))
+    solo.check_idle()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -271,6 +271,32 @@ def test_digests_go_with_the_contents() -> None:
         m.set_block_digests("full", block, (4,))
 
 
+def test_one_prefix_is_forgotten_and_the_others_are_not() -> None:
+    m, other = manager(full(12), window(8, 20)), list(range(500, 532))
+    run(m, 1, A[:32])
+    m.close(1)
+    run(m, 2, A[:48])
+    run(m, 3, other)
+    m.close(3)
+    hit = m.match_prefix(chain_of(A), 32)
+    assert hit.num_tokens == 32
+    m.forget_prefix(chain_of(A))
+    m.check()
+    assert not m.match_prefix(chain_of(A), 48)
+    assert m.match_prefix(chain_of(other), 32).num_tokens == 32
+    m.open(4, "d")
+    assert not m.reserve(4, 48, hit), "it was found before"
+    assert m.reserve(2, 64)
+    m.advance(2, chain_of(A), 64)
+    for seq_id in (2, 4):
+        m.close(seq_id)
+    m.check_idle()
+    assert not m.match_prefix(chain_of(A), 64)
+    assert run(m, 5, A[:48]) == 0
+    m.close(5)
+    assert m.match_prefix(chain_of(A), 48).num_tokens == 48
+
+
 def test_reset_forgets_what_open_sequences_hold_and_add() -> None:
     m = manager(full(8))
     run(m, 1, A[:32])

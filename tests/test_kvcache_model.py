@@ -291,6 +291,13 @@ class Lives(RuleBasedStateMachine):
         else:
             assert self.m.snapshots.reserve_tail(seq.seq_id) == self.m.snapshots.tail_block(seq.seq_id)
 
+    @precondition(lambda self: self.next_id % 4 == 0)
+    @rule(stream=st.integers(0, len(STREAMS) - 1), units=st.integers(1, LENGTH // 16))
+    def forget(self, stream: int, units: int) -> None:
+        chain = CHAINS[stream][: units + 1]
+        self.m.forget_prefix(chain)
+        assert not self.m.match_prefix(chain, units * 16)
+
     @precondition(lambda self: self.next_id % 8 == 0)
     @rule()
     def change_weights(self) -> None:

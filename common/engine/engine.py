@@ -36,6 +36,7 @@ from common.engine.messages import (
 from common.engine.parts import EngineParts
 from common.engine.rows import batch_of, state_copies
 from common.engine.runner import Pending, StepResult
+from common.engine.sampler import NOT_FINITE
 from common.engine.samples import needs_history
 from common.engine.scheduler import StepItem, StepPlan
 from common.engine.sequence import Phase, Sequence
@@ -345,6 +346,8 @@ class Engine:
                 p.requests.take_prompt_logprobs(seq, result.prompt_logprobs[index])
             if seq.constraint is not None and seq.constraint.error:
                 p.requests.fail(seq.slot, seq.constraint.failure())
+            elif drawn.failure == NOT_FINITE:
+                p.requests.broken(seq, drawn.failure)
             elif drawn.failure is not None:
                 p.requests.fail(seq.slot, InternalError(drawn.failure))
             elif drawn.hidden_D is not None:

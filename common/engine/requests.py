@@ -158,6 +158,15 @@ class Requests:
         self._count(error.code)
         self._outbox.fail(slot, error)
 
+    def broken(self, seq: Sequence, reason: str) -> None:
+        """The model gave no numbers for `seq`: end its request with a failure.
+
+        Its KV may hold none either, before the place that broke as well: a masked position counts 0 times what is
+        there, and 0 times infinity is no number. So whoever begins as it did must not find that.
+        """
+        self._scheduler.forget(seq)
+        self.fail(seq.slot, InternalError(reason))
+
     def expire(self) -> None:
         """Fail what ran out of time."""
         now = self._clock.now()
@@ -226,7 +235,7 @@ class Requests:
         assert spec is not None
         vector_D = pooled_vector(hidden_D, pooling.dimensions, normalizes=spec.normalizes)
         if vector_D is None:
-            self.fail(seq.slot, InternalError("the model's hidden states are not finite numbers"))
+            self.broken(seq, "the model's hidden states are not finite numbers")
             return
         self._first_token(seq)
         self._end(seq, FinishReason.STOP, (), vector=vector_D.astype("<f4").tobytes())

@@ -21,6 +21,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 import torch
@@ -39,9 +40,10 @@ from common.types import TokenLogprobs
 _PLACE_AND_PARAMS = struct.Struct("@3Q3dq")
 _GREEDY = Draw(0, 0.0, 0, 1.0, 0.0)
 
+NOT_FINITE: Final = "the model's logits are not finite numbers"
 _REASONS = {
     DrawStatus.EMPTY: "no token is allowed: the grammar, bans and min_tokens leave nothing to draw",
-    DrawStatus.NOT_A_NUMBER: "the model's logits are not finite numbers",
+    DrawStatus.NOT_A_NUMBER: NOT_FINITE,
 }
 
 

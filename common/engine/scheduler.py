@@ -171,6 +171,10 @@ class Scheduler:
         seq.phase = Phase.ENDED
         self.settle(seq)
 
+    def forget(self, seq: Sequence) -> None:
+        """Nobody is to go on from what `seq` went on from, or computed."""
+        self._cache.forget_prefix(seq.chain)
+
     def settle(self, seq: Sequence) -> None:
         """A step is over: a sequence that has ended gives its blocks back if that was the last one it was in."""
         if seq.phase is Phase.ENDED and not seq.steps_under_way:

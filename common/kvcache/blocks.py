@@ -191,6 +191,14 @@ class BlockPool:
         for b in reversed(list(self._lru)):
             self._settle(b, now)
 
+    def forget(self, prefix_hash: bytes) -> None:
+        """Forget one prefix, if it is here: a cached block becomes free, a held one is no longer sealed."""
+        b = self.index.get(prefix_hash)
+        if b is not None:
+            self.index.remove(prefix_hash)
+            self._hashes[b] = None
+            self._settle(b, self._clock.now())
+
     def _settle(self, b: int, now: float) -> None:
         """Put the block into the state of its strongest claim."""
         if self._reads[b]:

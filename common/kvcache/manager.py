@@ -255,6 +255,12 @@ class KVCacheManager:
             (1 - p.num_available / p.spec.num_blocks for p in self._pools.values() if p.spec.num_blocks), default=0.0
         )
 
+    def forget_prefix(self, chain: Sequence[bytes]) -> None:
+        """Forget what is found under any hash of `chain`, windows and states too. Who holds it goes on holding it."""
+        for pool in self._pools.values():
+            for prefix_hash in chain[1:]:
+                pool.forget(prefix_hash)
+
     def reset_prefix_cache(self) -> None:
         """Forget every prefix, as after a change of weights. What open sequences hold or add is not found again."""
         for seq in self._seqs.values():
