@@ -408,6 +408,25 @@ def test_a_model_that_breaks_leaves_nothing_for_those_who_begin_alike(folder: Pa
     solo.check_idle()
 
 
+@pytest.mark.parametrize("budget", [2048, 32])
+def test_nor_on_the_worker_that_computed_its_prompt(folder: Path, budget: int) -> None:
+    source = LocalMedia()
+    pair = Pair(folder, prefill={"media": source, "max_num_batched_tokens": budget}, media=source)
+    prompt = illustrated(folder, ONE, 81)
+    (good,) = handles(source, prompt)
+    bad = source.put(good.position, torch.full_like(prompt.pictures[0].rows_NW, 3.4e38), good.grid)
+    answer = pair.submit(prompt.tokens, greedy(COUNT), embeddings=(bad,))
+    pair.run(answer)
+    assert answer.failure is not None
+    assert "not finite" in answer.failure.message
+    assert pair.prefill.parts.supply.failed == {"internal": 1}
+    pair.check_idle()
+    answer = ask(pair, source, prompt)
+    settle(pair, folder, prompt, answer)
+    assert not answer.stats.fallback
+    pair.check_idle()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

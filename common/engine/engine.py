@@ -337,7 +337,10 @@ class Engine:
             if seq.phase is not Phase.RUNNING:
                 continue  # a failure of another choice ended it
             if seq.order is not None:
-                p.supply.advanced(seq)
+                if drawn.failure is None:
+                    p.supply.advanced(seq)
+                else:
+                    p.supply.broken(seq, drawn.failure)
                 continue
             if seq.tail_ready:
                 seq.tail_ready = False

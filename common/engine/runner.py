@@ -24,7 +24,7 @@ from common.engine.graphs import DecodeGraphs, known_or_drawn
 from common.engine.inputs import HostInputs, Inputs, PinnedInputs, arrays_of, context_of
 from common.engine.logprobs import prompt_logprobs
 from common.engine.results import Fetched
-from common.engine.sampler import Sampler, SampleResult
+from common.engine.sampler import NOT_FINITE, Sampler, SampleResult
 from common.kernels import gpu
 from common.kvcache.pool import KVPool
 from common.kvcache.tables import BlockCopy
@@ -61,11 +61,13 @@ class Pending:
     result: SampleResult | None = None
     ran: Fetched | None = None  # where nothing is drawn: there when all is computed
     pooled: Fetched | None = None  # float32 rows [R, D] of the batch's rows that pool, in order
+    tails: Fetched | None = None  # bool [R] of the batch's rows with a tail to write, in order: is it of numbers?
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one row's samples gave, up to the first that failed. `failure`: why not even the first gave a token.
+    """What one row's samples gave, up to the first that failed. `failure`: why not even the first gave a token, or
+    that the tail which it wrote is none.
 
     `hidden_D`: float32, of a row that pools.
     """
@@ -127,10 +129,11 @@ class ModelRunner:
     def forward(self, batch: Batch) -> Pending:
         """Compute new KV and the logits of the rows that are sampled."""
         hidden_TD = self._run_model(batch) if len(batch.input_ids_T) else None
-        self._write_tails(batch, hidden_TD)
+        tails = self._write_tails(batch, hidden_TD)
         rows = [sample for r in batch.rows for sample in r.samples]
         logits = self._model.logits(self._gather(batch, hidden_TD, len(rows))) if rows else None
         pending = Pending(batch, hidden_TD, logits, rows, self._prompt_logprobs(batch, hidden_TD))
+        pending.tails = tails
         pending.pooled = self._pool_rows(batch, hidden_TD)
         assert not rows or pending.pooled is None, "an engine draws tokens or makes vectors"
         if not rows:
@@ -165,7 +168,7 @@ class ModelRunner:
         if result is None:
             if pending.ran is not None:
                 pending.ran.get()  # blocks that are given back now may be written by others than this stream
-            return StepResult(_pooled(pending), pending.prompt_logprobs)
+            return StepResult(_with_tails(pending, _pooled(pending)), pending.prompt_logprobs)
         tokens, failures, logprobs = result.tokens, result.failures, result.logprobs
         drawn, first = [], 0
         for row in rows:
@@ -174,7 +177,7 @@ class ModelRunner:
             found = [entry for entry in logprobs[first:good] if entry is not None]
             drawn.append(Drawn(tokens[first:good], found, failures.get(first) if good == first else None))
             first = end
-        return StepResult(drawn, pending.prompt_logprobs)
+        return StepResult(_with_tails(pending, drawn), pending.prompt_logprobs)
 
     def wait(self) -> None:
         """Until the device has done all steps, copies and passes that it was given; not what hand-offs gave it."""
@@ -227,12 +230,14 @@ class ModelRunner:
             out.index_copy_(0, self._index([i for i, tail in enumerate(is_tail) if not tail]), rows)
         return out
 
-    def _write_tails(self, batch: Batch, hidden_TD: Tensor | None) -> None:
+    def _write_tails(self, batch: Batch, hidden_TD: Tensor | None) -> Fetched | None:
         writers = [i for i, r in enumerate(batch.rows) if r.tail_write >= 0]
-        if writers:
-            assert hidden_TD is not None
-            rows = hidden_TD.index_select(0, self._index([batch.last_rows[i] for i in writers]))
-            self._pool.write_tail(self._index([batch.rows[i].tail_write for i in writers]), rows)
+        if not writers:
+            return None
+        assert hidden_TD is not None
+        rows_RD = hidden_TD.index_select(0, self._index([batch.last_rows[i] for i in writers]))
+        self._pool.write_tail(self._index([batch.rows[i].tail_write for i in writers]), rows_RD)
+        return Fetched.start([rows_RD.isfinite().all(1)])
 
     def _pool_rows(self, batch: Batch, hidden_TD: Tensor | None) -> Fetched | None:
         last = [last for r, last in zip(batch.rows, batch.last_rows, strict=True) if r.pools]
@@ -258,6 +263,17 @@ class ModelRunner:
                 logits = self._model.logits(hidden_TD[first + start : first + start + len(targets)])
                 out[i].append(prompt_logprobs(logits, targets, row.prompt_logprobs))
         return out
+
+
+def _with_tails(pending: Pending, drawn: Sequence[Drawn]) -> Sequence[Drawn]:
+    """With a failure for each row whose tail is not of numbers."""
+    if pending.tails is None:
+        return drawn
+    are_numbers = iter(pending.tails.get()[0].tolist())
+    return [
+        Drawn(failure=NOT_FINITE) if row.tail_write >= 0 and not next(are_numbers) else one
+        for row, one in zip(pending.batch.rows, drawn, strict=True)
+    ]
 
 
 def _pooled(pending: Pending) -> Sequence[Drawn]:

@@ -123,6 +123,11 @@ class Supply:
         self.finished += 1
         self._close(seq)
 
+    def broken(self, seq: Sequence, reason: str) -> None:
+        """The model gave no numbers at the end of a prompt: see `Requests.broken`."""
+        self._p.scheduler.forget(seq)
+        self.fail(seq, InternalError(reason))
+
     def fail(self, seq: Sequence, error: NanoDeployError) -> None:
         """End an order with a failure; its lease goes with it."""
         order = seq.order
