@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import random
 import socket
@@ -214,6 +215,16 @@ async def test_who_asks_before_a_large_body_is_told_before(tmp_path: Path) -> No
             assert await asyncio.wait_for(client.reader.readexactly(len(go_on)), 20) == go_on
             client.writer.write(body)
             assert (await client.got(1))[0][0] == 200
+
+
+async def test_a_packed_body_is_declined_by_name(tmp_path: Path) -> None:
+    data = gzip.compress(json.dumps(BODY).encode())
+    async with cluster(tmp_path, say("hi")) as made:
+        for coding, status in (("gzip", 400), ("identity", 200)):
+            content = data if coding == "gzip" else json.dumps(BODY).encode()
+            answer = await made.http.post("/v1/completions", content=content, headers={"content-encoding": coding})
+            assert answer.status_code == status
+            assert (status == 200) or "Content-Encoding gzip is not supported" in answer.json()["error"]["message"]
 
 
 async def test_a_client_of_http_1_0_gets_no_chunks(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl
 
-from common.errors import CancelledByCallerError, NanoDeployError
+from common.errors import CancelledByCallerError, NanoDeployError, UnsupportedError
 from services.router.admission.callers import ANYONE
 from services.router.errors import BodyTimeoutError, BodyTooLargeError, error_body, error_headers, status_of
 from services.router.replies import DONE, Usage
@@ -110,7 +110,9 @@ class Exchange:
     # -- in --
 
     async def body(self, limit: int) -> bytes:
-        """The whole body. Raises `BodyTooLargeError`, `BodyTimeoutError`, `CancelledByCallerError`."""
+        """The whole body. Raises `BodyTooLargeError`, `BodyTimeoutError`, `CancelledByCallerError`, `UnsupportedError`."""
+        if (coding := self.header(b"content-encoding")) not in ("", "identity"):
+            raise UnsupportedError(f"Content-Encoding {coding[:64]} is not supported: send the body as it is")
         declared = self.header(b"content-length")
         too_large = declared.isdigit() and int(declared) > limit
         if too_large and self.header(b"expect").lower() == "100-continue":
