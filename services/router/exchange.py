@@ -110,7 +110,10 @@ class Exchange:
     # -- in --
 
     async def body(self, limit: int) -> bytes:
-        """The whole body. Raises `BodyTooLargeError`, `BodyTimeoutError`, `CancelledByCallerError`, `UnsupportedError`."""
+        """The whole body.
+
+        Raises `BodyTooLargeError`, `BodyTimeoutError`, `CancelledByCallerError`, `UnsupportedError`.
+        """
         if (coding := self.header(b"content-encoding")) not in ("", "identity"):
             raise UnsupportedError(f"Content-Encoding {coding[:64]} is not supported: send the body as it is")
         declared = self.header(b"content-length")
