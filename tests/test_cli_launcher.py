@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,9 @@ def has_drained(root: Path) -> list[bool]:
 def test_a_terminal_that_is_closed_stops_the_cluster_in_order(tmp_path: Path) -> None:
     """Nothing can be shown any more, and a shell and the kernel send one SIGHUP each."""
     ours, theirs = pty.openpty()
-    process = lone_launcher(tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    terminal: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
+    heeded = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    process = lone_launcher(tmp_path, preexec_fn=heeded, **terminal)
     os.close(theirs)
     os.close(ours)
     for _ in range(2):
