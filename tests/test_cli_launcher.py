@@ -21,6 +21,7 @@ from services.cli import probe
 from services.cli.launcher import Launcher, LaunchOptions
 from services.cli.plan import ClusterPlan
 from services.cli.probe import Answer
+from services.cli.process import ServiceSpec
 from services.cli.report import Report
 from services.cli.state import ClusterState, ProcessId, StateFolder
 
@@ -75,6 +76,16 @@ def cluster(root: Path) -> Path:
     folder = root / "t"
     folder.mkdir()
     return folder
+
+
+async def serving(root: Path) -> tuple[Path, ServiceSpec, ServiceSpec, Run, asyncio.Task[int]]:
+    """A cluster of a worker and a router that is ready: its folder, the two, and its launcher under way."""
+    folder = cluster(root)
+    worker, router = service(folder, "decode-0", "decode"), service(folder, "router", "router")
+    run = Run(root, plan_of(folder, worker, router))
+    task = asyncio.create_task(run.launcher.run())
+    await asyncio.wait_for(run.ready.wait(), 30)
+    return folder, worker, router, run, task
 
 
 async def test_starts_proves_and_stops_everything(tmp_path: Path) -> None:
@@ -153,11 +164,7 @@ async def test_path_never_taken_is_a_failure(tmp_path: Path, monkeypatch: pytest
 
 
 async def test_dead_service_is_reported_and_restarted(tmp_path: Path) -> None:
-    folder = cluster(tmp_path)
-    worker, router = service(folder, "decode-0", "decode"), service(folder, "router", "router")
-    run = Run(tmp_path, plan_of(folder, worker, router))
-    task = asyncio.create_task(run.launcher.run())
-    await asyncio.wait_for(run.ready.wait(), 30)
+    _, worker, _, run, task = await serving(tmp_path)
     first = logged_pids(worker)
     os.kill(first[0], signal.SIGKILL)
     await until(lambda: "decode-0 is back (restart 1)" in run.out.getvalue())
@@ -193,11 +200,7 @@ async def test_a_restarted_service_that_says_it_is_sick_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "SICK_S", 0.3)
-    folder = cluster(tmp_path)
-    worker, router = service(folder, "decode-0", "decode"), service(folder, "router", "router")
-    run = Run(tmp_path, plan_of(folder, worker, router))
-    task = asyncio.create_task(run.launcher.run())
-    await asyncio.wait_for(run.ready.wait(), 30)
+    folder, worker, _, run, task = await serving(tmp_path)
     (folder / "sick").touch()
     os.kill(logged_pids(worker)[0], signal.SIGKILL)
     await until(lambda: "decode-0 cannot serve: loading the model" in run.out.getvalue())
@@ -208,11 +211,7 @@ async def test_a_restarted_service_that_says_it_is_sick_is_started_again(
 
 
 async def test_a_state_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
-    folder = cluster(tmp_path)
-    worker, router = service(folder, "decode-0", "decode"), service(folder, "router", "router")
-    run = Run(tmp_path, plan_of(folder, worker, router))
-    task = asyncio.create_task(run.launcher.run())
-    await asyncio.wait_for(run.ready.wait(), 30)
+    folder, worker, router, run, task = await serving(tmp_path)
     (folder / "state.tmp").mkdir()
     os.kill(logged_pids(worker)[0], signal.SIGKILL)
     await until(lambda: "decode-0 is back (restart 1)" in run.out.getvalue())

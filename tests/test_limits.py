@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import httpx
 import openai
 import pytest
 import router_support as support
+from limits_support import KEY, TOKEN, Ticking, ask, key
 from redis_support import RedisServer, binaries, fresh_namespace, run_redis
 
 from common.config import ControllerConfig
@@ -22,18 +22,13 @@ from common.rpc.codec.objects import ObjectKey
 from common.rpc.limits import LimitsClient
 from common.rpc.objects import ObjectClient
 from common.rpc.server import RpcServer
-from common.types import MonotonicClock
-from common.types.keys import ApiKey, Grant, Lease, LeaseAsk, Want, hashed_key
+from common.types.keys import Want, hashed_key
 from services.controller.app import Controller
 from services.router.admission.callers import Callers
-from services.router.admission.gate import Gate, GateSettings
-from services.router.admission.limiter import Limiter, headers
-from services.router.admission.meters import KeyMeters
+from services.router.admission.limiter import Limiter
 from services.router.api import batch_runner
 from services.router.replies import dumps
 
-TOKEN = "an-admin-token-for-tests"
-KEY = "sk-nd-a-key-for-tests"
 BODY: dict[str, Any] = {"prompt": "abc", "max_tokens": 4}
 
 
@@ -68,21 +63,6 @@ async def limits(server: RedisServer) -> AsyncIterator[LimitsClient]:
             yield client
         finally:
             await client.close()
-
-
-def key(secret: str = KEY, **fields: Any) -> ApiKey:
-    return ApiKey(key_hash=hashed_key(secret), **fields)
-
-
-def ask(api_key: ApiKey, **wants: Any) -> LeaseAsk:
-    return LeaseAsk(api_key.key_hash, **wants)
-
-
-class Ticking:
-    t = 0.0
-
-    def now(self) -> float:
-        return self.t
 
 
 # -- the controller --
@@ -169,19 +149,6 @@ async def test_a_quota_is_spent_once(server: RedisServer) -> None:
 # -- a router's part, without time of its own --
 
 
-def test_alone_a_router_spends_its_share_and_no_more() -> None:
-    meters = KeyMeters(key(requests_per_minute=600, quota_tokens=1000), 0.0)
-    meters.put(Lease(meters.key.key_hash, Grant(10, 50), Grant(), Grant(100, 800), 4), 1, 1, 0.0)
-    taken = 0
-    for tenth in range(601):
-        meters.refill(tenth / 10)
-        while meters.take(1, 0, tenth / 10):
-            taken += 1
-    assert 170 <= taken <= 173, "in hand 10, of what was left 12, and a quarter of a minute's"
-    assert meters.quota is not None
-    assert meters.quota.left == 100 + 800 / 4
-
-
 async def test_a_quota_that_was_spent_without_a_controller_is_spent(server: RedisServer) -> None:
     clock, namespace = Ticking(), fresh_namespace()
     async with controller(server, namespace) as running:
@@ -205,18 +172,6 @@ async def test_a_quota_that_was_spent_without_a_controller_is_spent(server: Redi
         (found,) = (await client.list_keys()).keys or ()
         assert found.used_tokens == 500 + 30 * 900
         await client.close()
-
-
-def test_a_debt_is_paid_before_more_is_spent() -> None:
-    meters = KeyMeters(key(tokens_per_minute=600), 0.0)
-    meters.put(Lease(meters.key.key_hash, Grant(), Grant(100, 500), Grant(), 1), 1, 100, 0.0)
-    assert meters.take(1, 100, 0.0)
-    meters.settle(100, 400)
-    assert not meters.take(1, 1, 0.0)
-    wanted = meters.ask(1, 50).tokens
-    assert wanted.need == 350
-    meters.put(Lease(meters.key.key_hash, Grant(), Grant(350, 0), Grant(), 1), 1, 50, 0.0)
-    assert meters.take(1, 50, 0.0)
 
 
 # -- all of it --
@@ -426,29 +381,6 @@ async def test_a_controller_that_keeps_no_keys_stops_nothing(tmp_path: Path) -> 
     async with gateway(tmp_path, address) as made:
         assert (await made.post("/v1/completions", **BODY)).status_code == 200
     await old.drain(0)
-
-
-async def test_what_admission_costs_a_request() -> None:
-    """A key's check, its limits and a place: about 6 us on an idle core of 2026; the bound is for busy ones."""
-    clock = MonotonicClock()
-    callers, meters = Callers(()), KeyMeters(key(requests_per_minute=10**9, tokens_per_minute=10**12, tenant="t"), 0.0)
-    callers.replace({meters.key.key_hash: meters})
-    assert meters.requests is not None
-    assert meters.tokens is not None
-    meters.requests.left = meters.tokens.left = 1e12
-    limiter, gate = Limiter(callers, None, "r", clock), Gate(GateSettings(8, 1.0), lambda running: 8, clock)
-    sent = [(b"host", b"h"), (b"accept", b"*/*"), (b"authorization", f"Bearer {KEY}".encode())]
-    start = time.process_time()
-    for _ in range(5000):
-        caller = callers.caller(sent)
-        limiter.check(caller)
-        gate.check(caller.key_id, 1, caller.lowered(0), 1e9)
-        taken = await limiter.charge(caller, 512, 576)
-        headers(meters)
-        assert gate.try_enter(1)
-        gate.leave(1, 0.1)
-        limiter.settle(caller, taken, 526)
-    assert (time.process_time() - start) / 5000 < 60e-6
 
 
 def _config(server: RedisServer, namespace: str, port: int = 0) -> ControllerConfig:
