@@ -47,7 +47,7 @@ def _ids(prompt: Any) -> list[int]:
 
 
 def _of_dict(prompt: Mapping[str, Any]) -> Plain:
-    """VLLM's TextPrompt and TokensPrompt; the text beside token ids says nothing new."""
+    """A TextPrompt or TokensPrompt of vLLM's; the text beside token ids says nothing new."""
     unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
     if unknown:
         raise ValueError(f"got a prompt with {', '.join(sorted(map(repr, unknown)))}: {_FORMS}")

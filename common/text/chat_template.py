@@ -31,10 +31,8 @@ MAX_RENDER_CHARS = 64 * 2**20
 _DICT_NAMES = frozenset(dir(dict))
 _LOOP_NAMES = frozenset({"index", "index0", "revindex", "revindex0", "first", "last", "length"})
 _FOR_TOOLS = "tool_use"
-_MARK = "\ue000continue\ue001"  # private-use characters: no real content ends like this
-
-
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+_MARK = "\ue000continue\ue001"  # private-use characters: no real content ends like this
 
 
 class _GenerationTag(jinja2.ext.Extension):
