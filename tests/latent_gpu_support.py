@@ -96,7 +96,7 @@ class LatentCase:
 
     def triton_places(self) -> object:
         """What `FlashMlaBackend` gives the kernels in Triton."""
-        per = gpu.sparse_latent.few(len(self.own), len(self.spans), self.ctx.max_query_len)
+        per = gpu.sparse_latent.few(len(self.own), len(self.spans), self.ctx.max_query_len, recorded=True)
         return gpu.sparse_latent.Places(
             self.tables.block_tables_SB,
             self.ctx.query_starts_S1,

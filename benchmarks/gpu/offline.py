@@ -24,6 +24,7 @@ import psutil
 import torch
 
 from benchmarks.gpu.arithmetic import prompt_flops, step_nbytes
+from common.kernels.late import late_kernels
 from nanodeploy import LLM, SamplingParams
 
 TEMPERATURE = 0.6
@@ -85,6 +86,7 @@ class Session:
         began = time.perf_counter()
         self.llm = LLM(folder, **(shared | dict(options or {})))
         self.ready_s = time.perf_counter() - began
+        late_kernels.watch()
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._random = Random(0)
         self._vocab = 500 if dry_run else 10_000
@@ -306,6 +308,7 @@ def measure(
                 traceback.print_exc()
                 found[name] = {"error": f"{type(error).__name__}: {error}"}
             print(f"{model} {name}: {time.perf_counter() - began:.1f} s", flush=True)
+        found["late_kernels"] = {"count": late_kernels.count, "seconds": late_kernels.seconds}
     finally:
         session.close()
     return found

@@ -131,7 +131,8 @@ def places_of(tables: GroupTables, ctx: AttentionContext, tokens: int) -> Any:
     key = (places_of, id(tables))
     found = ctx.scratch.get(key)
     if found is None:
-        per_sequence = gpu.sparse_latent.few(tokens, ctx.seq_lens_S.shape[0], ctx.max_query_len)
+        sequences, recorded = ctx.seq_lens_S.shape[0], bool(ctx.graph)
+        per_sequence = gpu.sparse_latent.few(tokens, sequences, ctx.max_query_len, recorded=recorded)
         found = ctx.scratch[key] = gpu.sparse_latent.Places(
             tables.block_tables_SB,
             ctx.query_starts_S1,

@@ -18,7 +18,7 @@ from common.engine.draft_graphs import DraftGraphs, DraftLimits, logits_nbytes
 from common.engine.draft_runner import DraftRunner
 from common.engine.drafting import FIRST
 from common.engine.fp8_kernels import compile_beforehand
-from common.engine.gpu_memory import GRAPHS_NBYTES, measure, run_largest_step, weights_nbytes
+from common.engine.gpu_memory import GRAPHS_NBYTES, measure, run_draft_layer, run_steps, weights_nbytes
 from common.engine.graphs import DecodeGraphs, GraphShape, graph_sizes
 from common.engine.runner import ModelRunner
 from common.engine.sampler import Sampler
@@ -148,6 +148,9 @@ def make_compute(
         draft_runner = DraftRunner(
             model, pool, backend, sampler, runner.inputs, spec.hidden_size, groups, lambda: runner.on_progress()
         )
+        if device.type == "cuda":
+            group, longest = layout.group(FULL_GROUP), min(engine.max_num_batched_tokens, sizing.max_model_len)
+            run_draft_layer(draft_runner, block_size=group.block_size, num_blocks=group.num_blocks, longest=longest)
         if runner.graphs is not None and records_drafts:
             draft_runner.graphs = _record_drafts(runner.graphs, runner, model, engine, sizing, pool, backend, progress)
     return Compute(sizing, bases, transport, runner, draft_runner)
@@ -205,8 +208,13 @@ def _size_for_gpu(
     pool = KVPool(small.layout, None, mesh.device, small.scales)
     beside = weights_nbytes() - weights
     runner = ModelRunner(model, pool, backend, sampler, mesh.device, engine.max_num_seqs)
-    run_largest_step(
-        runner, small.layout, max_tokens=tokens, max_seqs=engine.max_num_seqs, max_model_len=small.max_model_len
+    run_steps(
+        runner,
+        small.layout,
+        max_tokens=tokens,
+        max_seqs=engine.max_num_seqs,
+        longest=small.max_model_len,
+        max_model_len=sizing.max_model_len,
     )
     del pool, runner
     memory = measure(weights, graphs=graphs_nbytes, beside=beside)

@@ -93,6 +93,13 @@ class DraftRunner:
                 drafts[i] = _up_to_failed(token_ids[: rows[i].num_drafts])
         return drafts
 
+    @torch.inference_mode()
+    def compute(self, num_new: int, start: int, table: Sequence[int]) -> None:
+        """The layer over `num_new` tokens of one sequence from position `start`; they lie in `table` afterwards."""
+        row = BatchRow([0] * num_new, start, dict.fromkeys(self._groups, table))
+        rows_ND = self._kept_BUD.new_zeros(num_new, self._hidden_size)
+        self._pass(self._model.norm(rows_ND), build_batch([row], self._groups))
+
     def _lots(self, rows: Sequence[DraftRow]) -> list[list[int]]:
         """Those of `rows` that recorded passes take, in lots of one chain of passes; most drafts first."""
         graphs = self.graphs

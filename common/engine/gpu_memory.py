@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from common.engine.batch import BatchRow, SampleRow, build_batch
+from common.engine.draft_runner import DraftRunner
+from common.engine.drafting import FIRST
 from common.engine.runner import ModelRunner
 from common.errors import ConfigError
 from common.kvcache.layout import KVLayout, Retention
@@ -23,7 +25,8 @@ from common.types import SamplingParams
 log = get_logger(__name__)
 
 GRAPHS_NBYTES = 1 << 30  # kept for recorded steps: they share one memory pool
-FEW_ROWS = (1, 2, 16, 32)  # for each kernel of few rows a number that takes it
+NEW = (1, 2, 3, 4, 5, 6, 7)  # new tokens of a sequence, and powers of two up to a step's
+FEW = 64  # so few new tokens may see all that a sequence can have: a start is to be short
 _MIB = 1 << 20
 
 
@@ -73,35 +76,54 @@ def measure(weights: int, *, graphs: int, beside: int = 0) -> GpuMemory:
     return GpuMemory(total, max(others, 0), weights, max(peak - weights, 0), graphs)
 
 
-def run_largest_step(
-    runner: ModelRunner, layout: KVLayout, *, max_tokens: int, max_seqs: int, max_model_len: int
+def run_steps(
+    runner: ModelRunner, layout: KVLayout, *, max_tokens: int, max_seqs: int, longest: int, max_model_len: int
 ) -> None:
-    """Compute a prompt chunk of `max_tokens` tokens, then draw for `max_seqs` sequences with all that drawing can need.
+    """Compute the largest step, and then small ones, so that no kernel is compiled while requests wait.
 
-    Before that for few: products of few rows have kernels of their own (`common.kernels.gpu.linear`), and those of the
-    head are in no recorded step. Compiled now, they do not hold up the first requests that come together.
-    The tokens are written over one another: the pool need not hold them all.
+    The largest is a prompt chunk of `max_tokens` tokens, in sequences of up to `longest`; draws follow for `max_seqs`
+    sequences with all that drawing can need. Kernels are chosen by how many sequences a step has, by how many new
+    tokens, and by how many tokens these see, `max_model_len` at most: each range that has a kernel of its own holds a
+    power of two. The tokens are written over one another: the pool need not hold them all.
     """
     torch.cuda.reset_peak_memory_stats()
-    length = min(max_tokens, max_model_len)
-    num_rows = -(-max_tokens // length)
-    tables = {
-        g.name: [i % g.num_blocks for i in range(-(-length // g.block_size))]
-        for g in layout.groups
-        if g.retention is not Retention.SNAPSHOT
-    }
-    groups = {g.name: (g.block_size, g.window) for g in layout.groups if g.retention is not Retention.SNAPSHOT}
+    length = min(max_tokens, longest)
+    held = [g for g in layout.groups if g.retention is not Retention.SNAPSHOT]
+    groups = {g.name: (g.block_size, g.window) for g in held}
     states = {g.name: 0 for g in layout.groups if g.retention is Retention.SNAPSHOT}
     params = SamplingParams(temperature=0.9, top_p=0.9, logprobs=1)
     draw = SampleRow(0, 0, 0, params, (), (), frozenset())
-    token_ids = np.zeros(length, np.int64).tolist()
-    rows = [BatchRow(token_ids, 0, tables, (draw,), states=states) for _ in range(num_rows)]
-    pending = runner.forward(build_batch(rows, groups))
-    runner.sample(pending)
-    runner.collect(pending)
-    for count in sorted({min(n, max_seqs) for n in (*FEW_ROWS, max_seqs)}):
-        ones = [BatchRow([0], 0, tables, (draw,), states=states) for _ in range(count)]
-        pending = runner.forward(build_batch(ones, groups))
+
+    def compute(count: int, num_new: int, seen: int) -> None:
+        """`count` sequences with `num_new` tokens each, of which the last sees `seen` with itself."""
+        token_ids = np.zeros(num_new, np.int64).tolist()
+        tables = {g.name: [i % g.num_blocks for i in range(-(-seen // g.block_size))] for g in held}
+        rows = [BatchRow(token_ids, seen - num_new, tables, (draw,), states=states) for _ in range(count)]
+        pending = runner.forward(build_batch(rows, groups))
         runner.sample(pending)
         runner.collect(pending)
+
+    compute(-(-max_tokens // length), length, length)
+    for count in sorted({*powers(max_seqs), max_seqs}):
+        compute(count, 1, length)
+    for num_new in sorted({*NEW, *powers(length)}):
+        if num_new <= length:
+            compute(1, num_new, max_model_len if num_new <= FEW else length)
+    for seen in powers(max_model_len, 16):
+        for num_new in (1, 2):
+            compute(1, num_new, seen)
+    torch.cuda.synchronize()
+
+
+def powers(most: int, least: int = 1) -> list[int]:
+    """Powers of two from `least`, itself one, to `most`."""
+    return [1 << n for n in range(least.bit_length() - 1, most.bit_length())]
+
+
+def run_draft_layer(drafts: DraftRunner, *, block_size: int, num_blocks: int, longest: int) -> None:
+    """As the small ones of `run_steps`, of the draft layer's passes as they are run."""
+    for num_new in sorted({*NEW, *powers(longest)}):
+        seen = num_new + FIRST
+        if seen <= longest:
+            drafts.compute(num_new, FIRST, [i % num_blocks for i in range(-(-seen // block_size))])
     torch.cuda.synchronize()

@@ -325,7 +325,7 @@ def cut(query_starts_S1: Tensor, num_tokens: int, few: int) -> Tensor:
         chunks_N3,
         num_sequences,
         few,
-        BLOCK=triton.next_power_of_2(num_sequences),
+        BLOCK=max(64, triton.next_power_of_2(num_sequences)),  # few variants to compile
         SIZE=CHUNK,
         num_warps=1,
     )

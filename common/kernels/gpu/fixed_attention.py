@@ -26,13 +26,15 @@ _NONE = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def _locate(starts_ptr, lens_ptr, index, num_seqs, PER: tl.constexpr, UNIFORM: tl.constexpr, SEQS: tl.constexpr):
+def _locate(
+    starts_ptr, lens_ptr, index, num_seqs, uniform, PER: tl.constexpr, UNIFORM: tl.constexpr, SEQS: tl.constexpr
+):
     """(sequence, which of its tiles of PER tokens, its first token, number of its new tokens, its length).
 
-    UNIFORM: new tokens of each sequence, 0 if they differ. The sequence is `num_seqs` for an index past the end.
+    UNIFORM: each sequence has `uniform` new tokens. The sequence is `num_seqs` for an index past the end.
     """
-    if UNIFORM > 0:
-        per_seq: tl.constexpr = (UNIFORM + PER - 1) // PER
+    if UNIFORM:
+        per_seq = (uniform + PER - 1) // PER
         seq = tl.minimum(index // per_seq, num_seqs)
         tile = index % per_seq
     else:
@@ -105,7 +107,7 @@ def _join(top, total, more_top, more_total):
     return new_top, tl.fma(total, a, more_total * b), a, b
 
 
-@triton.jit(do_not_specialize=["num_seqs", "table_stride", "num_splits"])
+@triton.jit(do_not_specialize=["num_seqs", "uniform", "lanes", "table_stride", "num_splits"])
 def _attend(
     q_ptr,
     k_ptr,
@@ -118,6 +120,8 @@ def _attend(
     totals_ptr,
     partial_ptr,
     num_seqs,
+    uniform,
+    lanes,
     scale,
     v_scale,
     q_stride,
@@ -140,11 +144,12 @@ def _attend(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
-    LANES: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP_2
     unit, lane = tl.program_id(1), tl.program_id(2)
-    seq, tile, first, count, seq_len = _locate(starts_ptr, lens_ptr, tl.program_id(0), num_seqs, TOKENS, UNIFORM, SEQS)
+    index = tl.program_id(0)
+    seq, tile, first, count, seq_len = _locate(starts_ptr, lens_ptr, index, num_seqs, uniform, TOKENS, UNIFORM, SEQS)
     if seq >= num_seqs:
         return
     row, d = tl.arange(0, ROWS), tl.arange(0, WIDTH_2)
@@ -164,7 +169,7 @@ def _attend(
     top = tl.full((ROWS,), _NONE, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, WIDTH_2), tl.float32)
-    for split in range(first_split + lane, tl.cdiv(tile_end, SPLIT), LANES):
+    for split in range(first_split + lane, tl.cdiv(tile_end, SPLIT), lanes):
         start = split * SPLIT
         split_top, split_total, split_out = _attend_split(
             q,
@@ -186,7 +191,7 @@ def _attend(
             ROWS,
             KEYS,
         )
-        if LANES == 1:
+        if ALONE:
             top, total, a, b = _join(top, total, split_top, split_total)
             out = tl.fma(out, tl.broadcast_to(a[:, None], ROWS, WIDTH_2), split_out * b[:, None])
         else:
@@ -194,14 +199,14 @@ def _attend(
             tl.store(tops_ptr + at, split_top, mask=is_row)
             tl.store(totals_ptr + at, split_total, mask=is_row)
             tl.store(partial_ptr + at[:, None] * WIDTH + d[None, :], split_out, mask=there)
-    if LANES == 1:
+    if ALONE:
         total = tl.where(total > 0, total, 1.0)
         out = out / total[:, None] * v_scale
         target = out_ptr + ((place * HEADS + head) * WIDTH)[:, None] + d[None, :]
         tl.store(target, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_splits"])
+@triton.jit(do_not_specialize=["num_seqs", "uniform", "num_splits"])
 def _join_lanes(
     starts_ptr,
     lens_ptr,
@@ -210,6 +215,7 @@ def _join_lanes(
     totals_ptr,
     partial_ptr,
     num_seqs,
+    uniform,
     v_scale,
     window,
     lowest,
@@ -222,7 +228,7 @@ def _join_lanes(
     SPLIT: tl.constexpr,
 ):
     token, head = tl.program_id(0), tl.program_id(1)
-    _, nth, _, count, seq_len = _locate(starts_ptr, lens_ptr, token, num_seqs, 1, UNIFORM, SEQS)
+    _, nth, _, count, seq_len = _locate(starts_ptr, lens_ptr, token, num_seqs, uniform, 1, UNIFORM, SEQS)
     position = seq_len - count + nth
     d = tl.arange(0, WIDTH_2)
     top = tl.full((1,), _NONE, tl.float32)
@@ -281,8 +287,8 @@ def attend(
         "HEADS": heads,
         "WIDTH": width,
         "WIDTH_2": triton.next_power_of_2(width),
-        "UNIFORM": uniform,
-        "SEQS": triton.next_power_of_2(seqs),
+        "UNIFORM": uniform > 0,
+        "SEQS": max(64, triton.next_power_of_2(seqs)),  # few variants to compile
         "SPLIT": SPLIT,
     }
     _attend[tiles, units, lanes](
@@ -297,6 +303,8 @@ def attend(
         totals,
         partial,
         seqs,
+        uniform,
+        lanes,
         scale * k_scale * math.log2(math.e),
         v_scale,
         q_THD.stride(0),
@@ -313,7 +321,7 @@ def attend(
         BLOCK=block_size,
         ROWS=_ROWS,
         KEYS=_KEYS,
-        LANES=lanes,
+        ALONE=lanes == 1,
         num_warps=8 if width > 128 else 4,
         num_stages=2 if width > 128 else 3,
         **kinds,
@@ -327,6 +335,7 @@ def attend(
             totals,
             partial,
             seqs,
+            uniform,
             v_scale,
             window,
             first,

@@ -27,7 +27,7 @@ _SEGMENT = 1 << 13  # scores that a program compares, and, of what was taken of 
 _KEYS = 128  # that a program scores at once
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_tokens"])
+@triton.jit(do_not_specialize=["table_stride", "num_tokens", "shares"])
 def _score(
     q_ptr,
     q_token_stride,
@@ -45,6 +45,7 @@ def _score(
     out_ptr,
     out_stride,
     num_tokens,
+    shares,
     heads,
     scale,
     BLOCK_SIZE: tl.constexpr,
@@ -55,7 +56,6 @@ def _score(
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
-    SHARES: tl.constexpr,
     SCALES_AT: tl.constexpr,
     PACKED: tl.constexpr,
 ):
@@ -82,7 +82,7 @@ def _score(
     for s in range(tl.min(sequence, 0), tl.max(sequence, 0) + 1):
         seen = tl.where(sequence == s, end, 0)
         most = tl.max(seen, 0)
-        length = tl.cdiv(tl.cdiv(most, KEYS), SHARES) * KEYS
+        length = tl.cdiv(tl.cdiv(most, KEYS), shares) * KEYS
         begin = share * length
         for at in range(begin, tl.minimum(begin + length, most), KEYS):
             position = at + tl.arange(0, KEYS)
@@ -151,6 +151,7 @@ def score(
         out_TL,
         out_TL.stride(0),
         tokens,
+        shares,
         heads,
         scale,
         BLOCK_SIZE=places.block_size,
@@ -161,7 +162,6 @@ def score(
         TOKENS=together,
         HEADS=head_block,
         KEYS=at_once,
-        SHARES=shares,
         SCALES_AT=0 if form is None else form.scales_at,
         PACKED=packed,
         num_warps=4 if wide else 8,
@@ -335,7 +335,7 @@ def rows_of(slots_TK: Tensor, block_size: int, rows_per_block: int, rows_per_tok
 
 
 def _shares(device: torch.device, programs: int, tiles: int) -> int:
-    """A power of two, so that few kernels are compiled: two programs for each multiprocessor, where there is work."""
+    """A power of two: two programs for each multiprocessor, where there is work."""
     if device.type != "cuda":
         return 4
     wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count // programs

@@ -29,7 +29,7 @@ ITEM = 8
 results, the item's own, the sequence's first key that is seen, its length."""
 MAX_ROWS = 128
 MIN_CHUNK = 128  # keys
-SLOTS_PER_PROCESSOR = 8  # items to aim for
+SLOTS_PER_PROCESSOR = 2  # items to aim for: so many run at once
 STAGES = {False: 3, True: 5}  # of loads ahead, by whether the cache is 8-bit
 WARPS = 4
 JOINED = tl.constexpr(4096)  # numbers of partial results that are joined at once
@@ -37,16 +37,19 @@ TILE_NUMBERS = 8192  # of keys that are multiplied at once
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_items", "num_slots", "window", "first"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "num_items", "num_slots", "num_new", "window", "first"],
+    do_not_specialize_on_alignment=["lens_ptr"],  # it begins anywhere in a step's
+)
 def _schedule(
     lens_ptr,
     items_ptr,
     num_sequences,
     num_items,
     num_slots,
+    num_new,
     window,
     first,
-    NUM_NEW: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
@@ -60,12 +63,14 @@ def _schedule(
     length = tl.load(lens_ptr + s, mask=s < num_sequences, other=0)
     lowest = tl.zeros([SEQUENCES], tl.int32) + first
     if WINDOW:
-        lowest = tl.maximum(lowest, length - NUM_NEW + 1 - window)
+        lowest = tl.maximum(lowest, length - num_new + 1 - window)
     low = lowest // TILE * TILE
     seen = tl.where(s < num_sequences, tl.maximum(length - low, 1), 0)
     total = tl.sum(tl.where(seen > MIN_CHUNK, seen, 0), 0)
     chunk = (total + num_slots - 1) // num_slots
     chunk = tl.maximum((chunk + TILE - 1) // TILE * TILE, MIN_CHUNK)
+    chunks = tl.maximum((seen + chunk // 2) // chunk, 1)  # what is a little longer is not cut
+    chunk = tl.maximum(((seen + chunks - 1) // chunks + TILE - 1) // TILE * TILE, TILE)  # each sequence's: equal parts
     chunks = (seen + chunk - 1) // chunk
     end_item = tl.cumsum(chunks, 0)
     partials = tl.where(chunks > 1, chunks, 0)
@@ -75,9 +80,10 @@ def _schedule(
     sequence = tl.sum((end_item[None, :] <= item[:, None]).to(tl.int32), 1)
     own = s[None, :] == sequence[:, None]
     at = item - tl.sum(tl.where(own, (end_item - chunks)[None, :], 0), 1)
-    begin = tl.sum(tl.where(own, low[None, :], 0), 1) + at * chunk
+    its_chunk = tl.sum(tl.where(own, chunk[None, :], 0), 1)
+    begin = tl.sum(tl.where(own, low[None, :], 0), 1) + at * its_chunk
     its_length = tl.sum(tl.where(own, length[None, :], 0), 1)
-    end = tl.minimum(begin + chunk, its_length)
+    end = tl.minimum(begin + its_chunk, its_length)
     of_sequence = tl.sum(tl.where(own, chunks[None, :], 0), 1)
     partial = tl.sum(tl.where(own, first_partial[None, :], 0), 1)
     row = items_ptr + item * 8
@@ -102,21 +108,20 @@ def _join(
     first_token,
     first_head,
     v_scale,
-    NUM_NEW: tl.constexpr,
+    num_new,
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    JOINED_ROWS: tl.constexpr,
 ):
     """The partial results from `partial` on, one for each chunk, some chunks at a time, all rows side by side."""
-    used: tl.constexpr = NUM_NEW * GROUP
-    rows: tl.constexpr = ROWS if 2 * used > ROWS else (ROWS // 2 if 4 * used > ROWS else ROWS // 4)  # holds `used`
-    at_once: tl.constexpr = JOINED // (rows * WIDTH) if rows * WIDTH < JOINED else 1
-    row, d = tl.arange(0, rows), tl.arange(0, WIDTH)[None, :]
-    is_row = row < used
-    top = tl.full([rows], float("-inf"), tl.float32)
-    total = tl.zeros([rows], tl.float32)
-    out = tl.zeros([rows, WIDTH], tl.float32)
+    at_once: tl.constexpr = JOINED // (JOINED_ROWS * WIDTH) if JOINED_ROWS * WIDTH < JOINED else 1
+    row, d = tl.arange(0, JOINED_ROWS), tl.arange(0, WIDTH)[None, :]
+    is_row = row < num_new * GROUP
+    top = tl.full([JOINED_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([JOINED_ROWS], tl.float32)
+    out = tl.zeros([JOINED_ROWS, WIDTH], tl.float32)
     for begin in tl.range(0, chunks, at_once, num_stages=1):
         chunk = begin + tl.arange(0, at_once)
         its = partial + chunk * UNITS
@@ -137,7 +142,10 @@ def _join(
     tl.store(out_row + d, whole.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
-@triton.jit(do_not_specialize=["window", "table_stride"])
+@triton.jit(
+    do_not_specialize=["num_new", "window", "table_stride"],
+    do_not_specialize_on_alignment=["tables_ptr"],  # it begins anywhere in a step's
+)
 def _attend(
     q_ptr,
     k_ptr,
@@ -156,8 +164,8 @@ def _attend(
     table_stride,
     scale_log2,
     v_scale,
+    num_new,
     window,
-    NUM_NEW: tl.constexpr,
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -165,6 +173,7 @@ def _attend(
     WINDOW: tl.constexpr,
     FIRST: tl.constexpr,
     ROWS: tl.constexpr,
+    JOINED_ROWS: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     COMPUTED: tl.constexpr,
@@ -187,9 +196,9 @@ def _attend(
     n = tl.arange(0, TILE)
     d = tl.arange(0, WIDTH)[None, :]
     token, head = row // GROUP, unit * GROUP + row % GROUP
-    is_row = row < NUM_NEW * GROUP
-    own = (length - NUM_NEW + token)[:, None]
-    new_token = (sequence * NUM_NEW + token).to(tl.int64)
+    is_row = row < num_new * GROUP
+    own = (length - num_new + token)[:, None]
+    new_token = (sequence * num_new + token).to(tl.int64)
     q_row = q_ptr + new_token * q_token_stride + head * q_head_stride
     q = tl.load(q_row[:, None] + d, mask=is_row[:, None], other=0.0).to(COMPUTED)
 
@@ -244,14 +253,15 @@ def _attend(
                 out_ptr,
                 (tl.load(item + 4) * UNITS + unit).to(tl.int64),
                 chunks,
-                sequence.to(tl.int64) * NUM_NEW,
+                sequence.to(tl.int64) * num_new,
                 unit * GROUP,
                 v_scale,
-                NUM_NEW,
+                num_new,
                 GROUP,
                 UNITS,
                 WIDTH,
                 ROWS,
+                JOINED_ROWS,
             )
             tl.atomic_xchg(counter, 0)
 
@@ -275,7 +285,7 @@ class Seen:
 
 
 def num_slots(units: int, device: torch.device) -> int:
-    """Items of a key head to aim for: a GPU's worth, some times over, so that the last to end are short."""
+    """Items of a key head to aim for: a GPU's worth."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     return max(SLOTS_PER_PROCESSOR * processors // units, 1)
 
@@ -301,9 +311,9 @@ def schedule(seq_lens_S: Tensor, seen: Seen, width: int, slots: int) -> Tensor:
         num_sequences,
         items.shape[0],
         slots,
+        seen.num_new,
         seen.window,
         seen.first,
-        NUM_NEW=seen.num_new,
         WINDOW=seen.window > 0,
         TILE=tile,
         MIN_CHUNK=MIN_CHUNK,
@@ -355,8 +365,8 @@ def attend(
         tables_SB.stride(0),
         scale * _LOG2_E,
         v_scale,
+        seen.num_new,
         seen.window,
-        NUM_NEW=seen.num_new,
         GROUP=group,
         UNITS=units,
         WIDTH=width,
@@ -364,6 +374,7 @@ def attend(
         WINDOW=seen.window > 0,
         FIRST=seen.first > 0,
         ROWS=rows,
+        JOINED_ROWS=min(rows, max(rows // 4, triton.next_power_of_2(group))) if seen.num_new == 1 else rows,
         TILE=_tile(width),
         STAGES=STAGES[narrow],
         COMPUTED=computed,

@@ -92,7 +92,9 @@ def tile_map(ids_TK: Tensor, num_experts: int, rows: int, places_P: Tensor | Non
     pairs, device = flat.numel(), flat.device
     tiles = max(1, min(num_experts, pairs) + pairs // rows)
     sizes = [pairs, num_experts + 1, tiles, tiles, tiles]
-    order_P, starts_E1, *map_B = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    room = [triton.cdiv(size, 4) * 4 for size in sizes]  # a pointer at 16 bytes is another kernel than one at 4
+    parts = torch.empty(sum(room), dtype=torch.int32, device=device).split(room)
+    order_P, starts_E1, *map_B = (part[:size] for part, size in zip(parts, sizes, strict=True))
     out = TileMap(order_P, starts_E1, map_B[0], map_B[1], map_B[2], rows)
     has_places, use_pdl = places_P is not None, pdl(device)
     launch = {"PDL": use_pdl, "launch_pdl": use_pdl, "num_warps": 4}

@@ -65,9 +65,10 @@ class Tiles:
         return 2 if self.heads == 16 else 1
 
 
-def few(num_tokens: int, num_sequences: int, max_query_len: int) -> int:
-    """`Places.per_sequence` of a step."""
-    return max_query_len if num_tokens == num_sequences * max_query_len and max_query_len <= _FEW else 0
+def few(num_tokens: int, num_sequences: int, max_query_len: int, *, recorded: bool) -> int:
+    """`Places.per_sequence` of a step. One that is not `recorded` may have any number of new tokens of a sequence."""
+    most = _FEW if recorded else 1
+    return max_query_len if num_tokens == num_sequences * max_query_len and max_query_len <= most else 0
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def whose(token, sequence_ptr, starts_ptr, lens_ptr, PER_SEQUENCE: tl.constexpr)
     return sequence, tl.load(lens_ptr + sequence) - behind
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "shares"])
 def _attend(
     q_ptr,
     q_token_stride,
@@ -102,6 +103,7 @@ def _attend(
     positions_stride,
     out_ptr,
     sums_ptr,
+    shares,
     heads,
     scale,
     BLOCK_SIZE: tl.constexpr,
@@ -114,7 +116,7 @@ def _attend(
     REST_BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     POSITIONS: tl.constexpr,
-    SHARES: tl.constexpr,
+    SHARED: tl.constexpr,
     SCALES_AT: tl.constexpr,
     REST_AT: tl.constexpr,
     PACKED: tl.constexpr,
@@ -132,7 +134,7 @@ def _attend(
     count = end - low
     if SELECTED:
         count = tl.load(counts_ptr + token)
-    length = tl.cdiv(tl.cdiv(count, POSITIONS), SHARES) * POSITIONS
+    length = tl.cdiv(tl.cdiv(count, POSITIONS), shares) * POSITIONS
     begin = share * length
     stop = tl.minimum(begin + length, count)
 
@@ -180,39 +182,39 @@ def _attend(
         out = tl.dot(share_of.to(dtype), latent, out * shrink[:, None], input_precision="ieee")
         top = peak
 
-    place = (token * heads + head) * SHARES + share
-    if (begin < stop) | (SHARES == 1):
+    place = (token * heads + head) * shares + share
+    if (begin < stop) | (not SHARED):
         inverse = 1.0 / total
         row = out_ptr + place[:, None] * LATENT + i[None, :]
         mask = (head[:, None] < heads) & (i[None, :] < LATENT)
         tl.store(row, (out * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-    if SHARES > 1:
+    if SHARED:
         tl.store(sums_ptr + place, top + tl.log2(tl.where(begin < stop, total, 1.0)), mask=head < heads)
     elif WITH_SUMS:
         tl.store(sums_ptr + place, (top + tl.log2(total)) * _LN2, mask=head < heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def _join(
     shares_ptr,
     share_sums_ptr,
     out_ptr,
     sums_ptr,
+    shares,
     LATENT: tl.constexpr,
     LATENT_BLOCK: tl.constexpr,
-    SHARES: tl.constexpr,
     SHARES_BLOCK: tl.constexpr,
     WITH_SUMS: tl.constexpr,
 ):
     """Of one token and head. A share without positions has a sum of 0 and was not written."""
     pair = tl.program_id(0).to(tl.int64)
     z, i = tl.arange(0, SHARES_BLOCK), tl.arange(0, LATENT_BLOCK)
-    sums = tl.load(share_sums_ptr + pair * SHARES + z, mask=z < SHARES, other=float("-inf"))
+    sums = tl.load(share_sums_ptr + pair * shares + z, mask=z < shares, other=float("-inf"))
     top = tl.max(sums, 0)
     factor = tl.exp2(sums - top)
     total = tl.sum(factor, 0)
     mask = (factor[:, None] > 0.0) & (i[None, :] < LATENT)
-    parts = tl.load(shares_ptr + (pair * SHARES + z[:, None]) * LATENT + i[None, :], mask=mask, other=0.0)
+    parts = tl.load(shares_ptr + (pair * shares + z[:, None]) * LATENT + i[None, :], mask=mask, other=0.0)
     out = tl.sum(parts * (factor / total)[:, None], 0)
     tl.store(out_ptr + pair * LATENT + i, out.to(out_ptr.dtype.element_ty), mask=i < LATENT)
     if WITH_SUMS:
@@ -273,6 +275,7 @@ def attend(
         positions_TK.stride(0),
         target,
         sums,
+        shares,
         heads,
         scale,
         BLOCK_SIZE=places.block_size,
@@ -285,7 +288,7 @@ def attend(
         REST_BLOCK=max(triton.next_power_of_2(max(rest, 1)), 16),
         HEADS=tiles.heads,
         POSITIONS=tiles.positions,
-        SHARES=shares,
+        SHARED=shares > 1,
         SCALES_AT=0 if form is None else form.scales_at,
         REST_AT=0 if form is None else form.rope_at,
         PACKED=packed,
@@ -300,10 +303,10 @@ def attend(
             sums,
             out_THV,
             log_sums_TH if log_sums_TH is not None else sums,
+            shares,
             LATENT=value_dim,
             LATENT_BLOCK=latent_block,
-            SHARES=shares,
-            SHARES_BLOCK=triton.next_power_of_2(shares),
+            SHARES_BLOCK=8 if shares <= 8 else 32,  # few variants to compile
             WITH_SUMS=log_sums_TH is not None,
             num_warps=4,
         )
