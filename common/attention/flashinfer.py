@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 HEAD_DIMS = (64, 128, 256)
 SMALL_HEAD_DIMS = (16, 32)  # of models for tests: our own kernel's, and the reference's where new tokens are many
 MAX_ROWS = 64  # new tokens times query heads of a key head, up to which they are a tile of our own kernel
-XQA_SEQUENCES = 64  # up to which XQA is faster than our kernel
+XQA_SEQUENCES = 3  # up to which XQA is faster than our kernel (benchmarks/LOG.md, 2026-11-26)
 MANY_NEW_TOKENS = 64  # a sequence's, on average, from which on tiles of one query head are full enough
 
 _Key = tuple[str, int]  # group, first position that holds something
