@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 Results = Mapping[str, Any]
+SAME_EXPERTS = "moonlight-same-experts"
 MODELS = ("qwen3-8b", "qwen3-0.6b", "qwen3-30b-a3b", "moonlight-16b-a3b")
 
 
@@ -126,16 +127,7 @@ def rows(results: Results, targets: Mapping[str, Any]) -> list[Row]:
     ]
     for model in MODELS:
         found += _offline(results, model, targets, copy, product, by_copy, by_product)
-    same = "moonlight-same-experts"
-    found += _offline(
-        results,
-        same,
-        {**targets, "offline": {same: targets["offline"]["moonlight-16b-a3b"]}},
-        None,
-        None,
-        by_copy,
-        by_product,
-    )
+    found += _offline(results, SAME_EXPERTS, targets, None, None, by_copy, by_product)
     for stage, label in (("deterministic", "deterministic"), ("tp1", "TP 1"), ("tp2", "TP 2")):
         found += _steps(results, stage, f"qwen3-8b, {label}", {}, copy, by_copy, None, None)
     found += _deterministic(results)
@@ -167,7 +159,7 @@ def _offline(
         rate, flops = figures["tokens_per_s"], figures["tflops"]
         limit = rate * product / flops if product and flops else None
         what = f"prefill, {figures['prompts']} x {figures['length']}"
-        vllm = theirs["prefill"] if name == "many" else None
+        vllm = theirs.get({"many": "prefill", "long": "prefill_4096"}[name])
         aim = wanted["prefill_of_limit"] if model == "qwen3-8b" else None
         found.append(Row(model, what, "tok/s", rate, vllm, by_product, limit, wanted=1.0, wanted_of_limit=aim))
     return found

@@ -86,8 +86,8 @@ class StepPlan:
 
 
 class _Room:
-    """For tokens in a step. Where an order ends, or will with a short step behind this one, what keeps the device busy
-    is enough.
+    """For tokens in a step. Where an order ends, or will with the step behind this one, what keeps the device busy is
+    enough.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
@@ -101,7 +101,7 @@ class _Room:
 
     def take(self, item: StepItem) -> None:
         self._taken += max(item.num_new, 1)
-        if item.seq.order is not None and item.seq.num_tokens - item.start - item.num_new <= self._busy:
+        if item.seq.order is not None and item.seq.num_tokens - item.start - item.num_new <= 2 * self._busy:
             self._most = min(self._most, max(self._busy, self._taken))
 
     def take_drafts(self, count: int) -> None:
@@ -227,10 +227,13 @@ class Scheduler:
         return StepPlan(tuple(items), tuple(preempted))
 
     def _new_tokens(self, seq: Sequence, start: int, end: int, most: int) -> int:
-        """Of those from `start` to `end`, how many a step takes; an order leaves some for a short last step."""
+        """Of those from `start` to `end`, how many a step takes; a long end of an order is computed in two halves.
+
+        What is published, sent and verified behind the last step is a half then.
+        """
         num_new = min(end - start, most)
-        if seq.order is not None and num_new == end - start >= 2 * self._limits.busy_tokens:
-            num_new -= self._limits.busy_tokens
+        if seq.order is not None and num_new == end - start > 2 * self._limits.busy_tokens:
+            num_new -= num_new // 2
         return cut(seq.checkpoints, start, num_new)
 
     def _must_wait(self, seq: Sequence) -> bool:
