@@ -3,10 +3,10 @@
     plan(ctx)      on the host, from the step's lengths and tables: one copy to the GPU, nothing waits for the GPU
     attend(...)    in each layer, and in recorded steps: launches what was planned
 
-Sequences at a step's start with one new token each (decode) and the others are two launches. One new token of some tens
-of sequences goes to XQA, where it has a kernel (Hopper, no 8-bit cache, no window). Other few new tokens, drafts to
+Sequences at a step's start with one new token each (decode) and the others are two launches. One new token of a few
+sequences goes to XQA, where it has a kernel (Hopper, no 8-bit cache, no window). Other few new tokens, drafts to
 check among them, go to our own kernel (`common.kernels.gpu.paged_attention`), which shares any mix of lengths evenly
-over the GPU, is the faster one for many sequences and for an 8-bit cache, and serves small heads too. Neither needs a
+over the GPU, is the faster one from four sequences on and for an 8-bit cache, and serves small heads too. Neither needs a
 plan on the host. Many new tokens go to `fa3`, where it can (Hopper, no 8-bit cache), else to `fa2`; which stands in for
 our kernel, too, where Triton is missing: it packs the query heads of a key head into one tile and splits long keys.
 
