@@ -6,9 +6,10 @@
 Sequences at a step's start with one new token each (decode) and the others are two launches. One new token of a few
 sequences goes to XQA, where it has a kernel (Hopper, no 8-bit cache, no window). Other few new tokens, drafts to
 check among them, go to our own kernel (`common.kernels.gpu.paged_attention`), which shares any mix of lengths evenly
-over the GPU, is the faster one from four sequences on and for an 8-bit cache, and serves small heads too. Neither needs a
-plan on the host. Many new tokens go to `fa3`, where it can (Hopper, no 8-bit cache), else to `fa2`; which stands in for
-our kernel, too, where Triton is missing: it packs the query heads of a key head into one tile and splits long keys.
+over the GPU, is the faster one from four sequences on and for an 8-bit cache, and serves small heads too. Neither
+needs a plan on the host. Many new tokens go to `fa3`, where it can (Hopper, no 8-bit cache), else to `fa2`; which
+stands in for our kernel, too, where Triton is missing: it packs the query heads of a key head into one tile and splits
+long keys.
 
 A recorded step (`ctx.graph`) has launches of a fixed shape whose arrays lie in memory that is filled again before
 each replay. That memory, like the workspace of partial results, is shared by all recorded steps: they run one after

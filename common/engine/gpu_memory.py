@@ -1,6 +1,6 @@
 """Where a GPU's memory goes, and what is left for the KV pool: measured, not guessed.
 
-    weights loaded -> the largest step and small ones are run once over a pool of their own -> peak read off the allocator
+    weights loaded -> the largest step is run once over a pool of its own, and small ones -> peak read off the allocator
     -> pool = share of the card - weights - peak of a step - recorded steps - what others hold
 
 The largest step that will ever be run has been run then: one that runs out of memory later is a fault, not load. And
