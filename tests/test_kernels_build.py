@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import orjson
 import pytest
 import torch
 from engine_support import llama
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from common.attention import ragged
 from common.attention.flashinfer import HEAD_DIMS
 from common.attention.flashinfer_modules import Module, wanted
-from common.engine.kernels import latent_modules_for, modules_for
+from common.engine.kernels import latent_modules_for, modules_for, start_engines
 from services.cli import kernels
 from services.cli.main import app
 
@@ -64,6 +65,22 @@ def test_without_flashinfer() -> None:
     done = CliRunner().invoke(app, ["kernels", "build"])
     assert done.exit_code == 1
     assert "flashinfer is not installed" in done.output
+
+
+def test_an_engine_is_started_for_what_triton_compiles(llama: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    options = {"kv_cache_memory_bytes": 16 << 20, "max_model_len": 128}
+    start_engines(str(llama), ["auto", "fp8_e4m3"], "cpu", options)
+    notes = [orjson.loads(line)["note"] for line in capfdbinary.readouterr().out.splitlines() if line.startswith(b"{")]
+    assert [note for note in notes if "are" in note] == ["they are there"] * 2
+    start_engines(str(llama), ["auto"], "cpu", options | {"kv_cache_memory_bytes": 1})
+    (_, note) = [orjson.loads(line)["note"] for line in capfdbinary.readouterr().out.splitlines()[-2:]]
+    assert note.startswith("its kernels are left to the first start: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_triton_s_kernels_are_left(llama: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    start_engines(str(llama), ["auto"], "cuda", {})
+    assert b"left to the first start: there is no GPU" in capfdbinary.readouterr().out
 
 
 def test_lines_of_others_are_passed_over() -> None:

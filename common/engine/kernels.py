@@ -2,8 +2,8 @@
 
 A process of its own, because it imports torch and FlashInfer and prints what they print. Each line of its output is
 JSON: {"done", "total"} while files are compiled, then {"kernel", "path"} for each, or {"error"}. The GPU itself is
-not needed, but the CUDA toolkit (`nvcc`), a C++ compiler and ninja are. DeepGEMM's kernels for a model in FP8, which
-come after them, do need the GPU; without one {"note"} says that they are left.
+not needed, but the CUDA toolkit (`nvcc`), a C++ compiler and ninja are. What comes after them for a model does need the
+GPU, DeepGEMM's kernels for one in FP8 and Triton's; without one {"note"} says that they are left.
 
 FlashInfer takes its folder and the architectures from its own variables, FLASHINFER_WORKSPACE_BASE (by default the
 home folder) and FLASHINFER_CUDA_ARCH_LIST.
@@ -12,6 +12,7 @@ home folder) and FLASHINFER_CUDA_ARCH_LIST.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import os
 import re
@@ -26,11 +27,14 @@ from common.attention.context import DTYPES
 from common.attention.flashinfer import HEAD_DIMS
 from common.attention.flashinfer_modules import Compiled, Module, build, wanted
 from common.attention.flashinfer_xqa import Xqa
+from common.config import EngineConfig, HandoffConfig, WorkerConfig
+from common.engine.build import build_engine
 from common.engine.deepgemm_build import Request
 from common.engine.fp8_kernels import BUILD_LIMIT_S, products_of, run
 from common.errors import NanoDeployError
 from common.kernels.gpu import deepgemm
 from common.models.spec import ModelSpec
+from common.types import MonotonicClock, Role
 
 _PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
 
@@ -98,7 +102,35 @@ def main() -> int:
         return 1
     for module in modules:
         _say({"kernel": module.name, "path": str(module.path), "built": module in built})
-    return _build_products(args) if args.model and args.hopper else 0
+    failed = _build_products(args) if args.model and args.hopper else 0
+    if args.model and not failed:
+        options = {"dtype": args.dtype, "quantization": args.quantization, "tensor_parallel_size": args.ranks}
+        start_engines(args.model, args.kv_dtype, "cuda", options | {"max_num_batched_tokens": args.tokens})
+    return failed
+
+
+def start_engines(model: str, kv_dtypes: list[str], device: str, options: dict[str, Any]) -> None:
+    """Start an engine with drawn weights for each type of cache, and end it: what Triton compiles for it is kept.
+
+    It computes all sizes that choose a kernel (`common.engine.gpu_memory.run_steps`). `options`: of `EngineConfig`.
+    What cannot be started here is said and left to the first start.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        _say({"note": "Triton's kernels are left to the first start: there is no GPU"})
+        return
+    for kv_dtype in kv_dtypes:
+        engine = EngineConfig(model=model, load_format="dummy", device=device, kv_dtype=kv_dtype, **options)
+        config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
+        _say({"note": f"starting an engine with drawn weights, kv_dtype {kv_dtype}, for Triton's kernels"})
+        try:
+            build_engine(config, Role.DECODE, MonotonicClock(), lambda *_: None).close()
+        except NanoDeployError as error:
+            _say({"note": f"its kernels are left to the first start: {error.message}"})
+        else:
+            _say({"note": "they are there"})
+        gc.collect()  # its memory is the next one's
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _build_products(args: argparse.Namespace) -> int:

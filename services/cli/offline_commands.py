@@ -126,7 +126,7 @@ def kernels_build(
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs of an engine.")] = 1,
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest step.")] = 8192,
 ) -> None:
-    """Compile the attention kernels of a model, and on a GPU those of its FP8 products, so that no engine has to."""
+    """Compile the kernels of a model, those of Triton and DeepGEMM on a GPU alone, so that no engine has to."""
     from services.cli.kernels import Build, run_build
 
     kinds = ["auto", "fp8_e4m3"] if kv_dtype == "both" else [kv_dtype]
