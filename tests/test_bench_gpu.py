@@ -16,7 +16,7 @@ from benchmarks.gpu import show
 from benchmarks.gpu.arithmetic import Shape, prompt_flops, step_nbytes
 from benchmarks.gpu.ideal import first_come
 from benchmarks.gpu.shapes import SHAPES, with_tokenizer, write_model
-from benchmarks.gpu.stages import DOUBLE, SINGLE, STAGES
+from benchmarks.gpu.stages import DOUBLE, SINGLE, STAGES, outcome
 from common.models.spec import ModelSpec
 from common.text.tokenizer import Tokenizer
 
@@ -74,6 +74,17 @@ def test_figures_of_this_machine_are_not_scaled(tmp_path: Path) -> None:
     assert row.met is True
 
 
+def test_a_suite_that_was_cut_off_is_counted_and_one_that_failed_is_an_error() -> None:
+    assert outcome(2, "!!! KeyboardInterrupt !!!\n41 passed, 2 skipped in 150.10s") == {
+        "exit_code": 2,
+        "passed": 41,
+        "skipped": 2,
+    }
+    found = outcome(1, "1 failed, 40 passed, 3 errors in 9.1s")
+    assert show.errors(found) == [("stage", "1 failed, 3 error")]
+    assert found["passed"] == 40
+
+
 def test_stages_have_names_of_their_own_and_fit_ten_minutes() -> None:
     seconds = {stage.name: stage.seconds for stage in STAGES}
     assert len(seconds) == len(STAGES)
@@ -84,10 +95,14 @@ def test_stages_have_names_of_their_own_and_fit_ten_minutes() -> None:
 def test_dry_run_measures_and_goes_on_after_a_failure(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu/run.py", "--dry-run", "--out", str(tmp_path), "--only"]
     done = subprocess.run(
-        [*command, "limits", "qwen3-0.6b", "deterministic"], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "limits", "tests", "qwen3-0.6b"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert all(row["met"] is None for row in written["rows"]), "its figures mean nothing"
+    tests = written["results"]["tests"]
+    assert set(tests) == {"exit_code", "skipped", "stage_s"}, "a test of the GPU did not skip"
+    assert tests["exit_code"] == 0
     parts = written["results"]["qwen3-0.6b"]
     assert {"ready", "decode", "prefill", "nano", "batch"} <= set(parts)
     assert not show.errors(parts)

@@ -4,8 +4,8 @@
 
 Each stage (`--list`) is a process with a time limit; one that fails is reported and the rest goes on. Stages that would
 pass --budget-s are not begun, and named. Writes <--out>/<--name>.json and .png; --append keeps what is there, if it is
-of the same device and commit, and runs what is missing. --dry-run runs all of it on the CPU with tiny
-models, and its figures mean nothing.
+of the same device and commit, and runs what is missing. --dry-run runs it on the CPU with tiny models: its figures
+mean nothing, so they are judged by nothing and go to build/gpu-dry-run, beside no result that was measured.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,17 @@ from benchmarks.gpu.stages import DOUBLE, SINGLE, STAGES, Stage  # noqa: E402
 
 STOP_S = 30.0
 TARGETS = Path(__file__).parent / "targets.json"
-console = Console(width=None if sys.stdout.isatty() else 150)
+DRY_RUN = ROOT / "build" / "gpu-dry-run"
+PACKAGES = (
+    "torch",
+    "triton",
+    "flashinfer-python",
+    "apache-tvm-ffi",
+    "tokenspeed-flashmla",
+    "tokenspeed-deepgemm",
+    "libucx-cu13",
+)
+console = Console(width=None if sys.stdout.isatty() else 165)
 
 
 def run_stage(stage: Stage, folder: Path, results: dict[str, Any], limit_s: float, dry_run: bool) -> dict[str, Any]:
@@ -101,9 +112,8 @@ def run_all(names: list[str], arguments: argparse.Namespace, results: dict[str, 
 
 def versions() -> dict[str, str]:
     """Of the packages that kernels come from and that are installed."""
-    names = ("torch", "triton", "flashinfer-python", "tokenspeed-flashmla", "tokenspeed-deepgemm", "libucx-cu13")
     found = {}
-    for name in names:
+    for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -116,7 +126,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names, help="these stages alone, in their own order")
     parser.add_argument("--without", nargs="+", choices=names, default=[])
     parser.add_argument("--budget-s", type=float, default=560.0, help="no stage begins that would end later")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--name", default="", help="of the results; by default gpu or gpu2")
     parser.add_argument("--vllm", type=Path, help="folder of vllm-MODEL.json, measured on this machine")
     parser.add_argument("--append", action="store_true", help="go on with the results that are there")
@@ -133,7 +143,8 @@ def main() -> None:
         return
     names = arguments.only or list(SINGLE if arguments.gpus == 1 else DOUBLE)
     names = [name for name in names if name not in arguments.without]
-    path = arguments.out / f"{arguments.name or ('gpu' if arguments.gpus == 1 else 'gpu2')}.json"
+    out = arguments.out or (DRY_RUN if arguments.dry_run else report.RESULTS)
+    path = out / f"{arguments.name or ('gpu' if arguments.gpus == 1 else 'gpu2')}.json"
     environment = report.environment(device=show.device(arguments.dry_run), dry_run=arguments.dry_run, **versions())
     results: dict[str, Any] = {}
     if arguments.append and path.is_file():
@@ -146,8 +157,10 @@ def main() -> None:
     run_all(names, arguments, results)
     targets = show.with_measured(json.loads(TARGETS.read_text(encoding="utf-8")), arguments.vllm)
     rows = show.rows(results, targets)
+    if arguments.dry_run:
+        rows = [replace(row, wanted=None, wanted_of_limit=None, most=None) for row in rows]
     show.tables(console, rows, results, targets, environment)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment, "rows": [row.as_dict() for row in rows], "results": results}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     show.draw(path.with_suffix(".png"), rows, environment)

@@ -212,9 +212,10 @@ def _start(results: Results, targets: Mapping[str, Any]) -> list[Row]:
         figures = good(results, model, "ready")
         if figures:
             found.append(Row("start", f"{model}, engine", "s", figures["engine_s"], low, lower=True))
-    again = good(results, "long", "ready") or good(results, "tp1", "ready")
-    if again:
-        found.append(Row("start", "qwen3-8b, kernels built", "s", again["engine_s"], low, lower=True, most=most))
+    for stage, what in (("long", "qwen3-8b, kernels built"), ("tp1", "qwen3-8b, engine")):
+        figures = good(results, stage, "ready")
+        if figures:
+            found.append(Row("start", what, "s", figures["engine_s"], low, lower=True, most=most))
     ready = results.get("http", {}).get("ready_s")
     return found + ([Row("start", "qwen3-8b, `nanodeploy up`", "s", ready, lower=True)] if ready else [])
 
