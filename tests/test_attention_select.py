@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from structlog.testing import capture_logs
 
+from common.attention import flashinfer_modules, ragged
 from common.attention.capability import Capability, Needs
+from common.attention.flashmla import FlashMlaBackend
 from common.attention.reference import ReferenceBackend, capability
 from common.attention.select import Registration, choose
 from common.errors import ConfigError
@@ -81,3 +88,35 @@ def test_unknown_name_and_nothing_that_can() -> None:
 def test_the_registered_backends_serve_the_demo() -> None:
     assert choose("auto", NEEDS).backend.name
     assert choose("reference", NEEDS).backend.name == "reference"
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    ragged.missing.cache_clear()
+    yield
+    ragged.missing.cache_clear()
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["not installed", "not to be loaded"])
+def test_a_package_that_is_missing_or_broken_leads_to_the_next_with_a_line(
+    installed: bool, hopper: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("flashinfer", "flash_mla")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)  # to Python, what is not there
+        if installed:
+            monkeypatch.delitem(sys.modules, name)
+            (tmp_path / f"{name}.py").write_text("import something_that_it_needs\n", encoding="utf-8")
+    reason = "something_that_it_needs" if installed else "is not installed"
+    assert reason in flashinfer_modules.missing()
+    with capture_logs() as lines:
+        backend = FlashMlaBackend()
+    assert not backend.ragged.able(torch.bfloat16, 192, 128)
+    flash_mla, flashinfer = lines
+    assert reason in flash_mla["reason"]
+    assert flash_mla["instead"] == "kernels in Triton"
+    assert reason in flashinfer["reason"]
+    assert flashinfer["instead"] == "plain torch"

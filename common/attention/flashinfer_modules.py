@@ -85,8 +85,10 @@ def missing() -> str:
         return "there is no GPU"
     if torch.cuda.get_device_capability() < (8, 0):
         return "flashinfer needs a GPU of compute capability 8.0"
-    import flashinfer
-
+    try:
+        import flashinfer
+    except (ImportError, OSError, RuntimeError) as error:  # what it needs is missing, as apache-tvm-ffi
+        return f"flashinfer cannot be loaded: {error!r}"
     if flashinfer.__version__ != VERSION:
         return f"flashinfer {flashinfer.__version__} is not {VERSION}"
     return ""

@@ -57,7 +57,6 @@ _MANY = 512  # new tokens of a step, from which 8-bit rows are unpacked before
 
 
 def capability() -> Capability:
-    missing = gpu.unavailable() or ("" if torch.cuda.is_available() else "there is no GPU")
     return Capability(
         "flashmla",
         devices=("cuda",),
@@ -65,8 +64,21 @@ def capability() -> Capability:
         kv_dtypes=(*_FLOATS, "float8_e4m3fn"),
         latent=True,
         heads=False,
-        unavailable=missing,
+        unavailable=gpu.unavailable() or ("" if torch.cuda.is_available() else "there is no GPU"),
     )
+
+
+def missing() -> str:
+    """Why FlashMLA cannot be used here, empty if it can."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return "FlashMLA's kernels are for Hopper"
+    if importlib.util.find_spec("flash_mla") is None:
+        return "flash_mla is not installed"
+    try:
+        importlib.import_module("flash_mla")
+    except (ImportError, OSError, RuntimeError) as error:  # made for another torch
+        return f"flash_mla cannot be loaded: {error!r}"
+    return ""
 
 
 def prepare(needs: Needs) -> None:
@@ -92,9 +104,7 @@ class FlashMlaBackend(LatentBackend):
     def __init__(self) -> None:
         super().__init__()
         self._flash: Any = None
-        hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-        if not hopper or importlib.util.find_spec("flash_mla") is None:
-            why = "flash_mla is not installed" if hopper else "FlashMLA's kernels are for Hopper"
+        if why := missing():
             _log.warning("latent attention without FlashMLA", reason=why, instead="kernels in Triton")
         else:
             self._flash = importlib.import_module("flash_mla")
