@@ -18,7 +18,7 @@ from common.engine.draft_graphs import DraftGraphs, DraftLimits, logits_nbytes
 from common.engine.draft_runner import DraftRunner
 from common.engine.drafting import FIRST
 from common.engine.fp8_kernels import compile_beforehand
-from common.engine.gpu_memory import GRAPHS_NBYTES, measure, run_draft_layer, run_steps, weights_nbytes
+from common.engine.gpu_memory import GRAPHS_NBYTES, measure, room_for, run_draft_layer, run_steps, weights_nbytes
 from common.engine.graphs import DecodeGraphs, GraphShape, graph_sizes
 from common.engine.runner import ModelRunner
 from common.engine.sampler import Sampler
@@ -104,6 +104,8 @@ def make_compute(
     sizing = _size(engine, spec, role, mesh)
     spec = sizing.spec
     backend = _attention(engine, sizing, device)
+    if device.type == "cuda" and (why := gpu.unavailable()):
+        log.warning("layers, experts and draws without Triton", reason=why, instead="plain torch")
     if device.type == "cuda" and not engine.deterministic:  # whose kernels are others
         compile_beforehand(
             spec,
@@ -114,17 +116,18 @@ def make_compute(
             device=device,
             progress=lambda done, total: progress("compiling FP8 kernels", done, total),
         )
-    model = load_model(
-        spec,
-        dtype=sizing.dtype,
-        device=device,
-        max_positions=sizing.max_model_len,
-        tp=_tensor_parallel(mesh),
-        load_format=engine.load_format,
-        quantization=engine.quantization,
-        fixed=engine.deterministic,
-        progress=lambda name, done, total: progress("loading weights", done, total),
-    )
+    with room_for("the weights", "tensor_parallel_size"):
+        model = load_model(
+            spec,
+            dtype=sizing.dtype,
+            device=device,
+            max_positions=sizing.max_model_len,
+            tp=_tensor_parallel(mesh),
+            load_format=engine.load_format,
+            quantization=engine.quantization,
+            fixed=engine.deterministic,
+            progress=lambda name, done, total: progress("loading weights", done, total),
+        )
     sampler = Sampler(spec.vocab_size, device)
     records = device.type == "cuda" and _may_record(engine, model, backend)
     records_drafts = records and spec.has_drafts and role is Role.DECODE and not gpu.unavailable()
@@ -156,6 +159,7 @@ def make_compute(
     return Compute(sizing, bases, transport, runner, draft_runner)
 
 
+@room_for("the KV cache", "gpu_memory_utilization")
 def _pool(sizing: EngineSizing, transport: Transport, device: torch.device) -> tuple[KVPool, dict[str, int]]:
     """The memory of the cache, which the transport knows, and its `bases`."""
     layout = sizing.layout
@@ -188,6 +192,7 @@ def _size(engine: EngineConfig, spec: ModelSpec, role: Role, mesh: Mesh) -> Engi
     return sizing if budget == sizing.budget_nbytes else size_engine(engine, spec, role, budget, mesh.rank)
 
 
+@room_for("the largest step", "max_num_batched_tokens")
 def _size_for_gpu(
     engine: EngineConfig,
     spec: ModelSpec,
@@ -236,6 +241,7 @@ def _smallest_sizing(engine: EngineConfig, spec: ModelSpec, role: Role, rank: in
             budget *= 2
 
 
+@room_for("recorded steps", "cuda_graph_sizes")
 def _record(
     runner: ModelRunner,
     model: DecoderModel,
@@ -260,6 +266,7 @@ def _record(
     return graphs
 
 
+@room_for("recorded drafts", "cuda_graph_sizes")
 def _record_drafts(
     decode: DecodeGraphs,
     runner: ModelRunner,

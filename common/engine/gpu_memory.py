@@ -4,11 +4,14 @@
     -> pool = share of the card - weights - peak of a step - recorded steps - what others hold
 
 The largest step that will ever be run has been run then: one that runs out of memory later is a fault, not load. And
-so has one for each kernel that a step's sizes choose: none is compiled while requests wait.
+so has one for each kernel that a step's sizes choose: none is compiled while requests wait. What has no room before
+that (`room_for`), or leaves none for a pool, is a refused start.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +59,19 @@ class GpuMemory:
     def describe(self) -> str:
         parts = {"weights": self.weights, "a step": self.step_peak, "graphs": self.graphs, "others": self.others}
         return ", ".join(f"{name} {nbytes // _MIB} MiB" for name, nbytes in parts.items())
+
+
+@contextmanager
+def room_for(what: str, param: str) -> Iterator[None]:
+    """An engine whose GPU has no room for something does not start: ConfigError with torch's account of the memory.
+
+    `param`: the setting that this is most likely up to.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        account = str(error).partition(" If reserved")[0]
+        raise ConfigError(f"the GPU has no room for {what}: {account}", param=param) from error
 
 
 def weights_nbytes() -> int:
