@@ -95,7 +95,11 @@ def test_stages_have_names_of_their_own_and_fit_ten_minutes() -> None:
 def test_dry_run_measures_and_goes_on_after_a_failure(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu/run.py", "--dry-run", "--out", str(tmp_path), "--only"]
     done = subprocess.run(
-        [*command, "limits", "tests", "qwen3-0.6b"], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "limits", "tests", "qwen3-0.6b", "fp8-accuracy"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
@@ -106,6 +110,7 @@ def test_dry_run_measures_and_goes_on_after_a_failure(tmp_path: Path) -> None:
     parts = written["results"]["qwen3-0.6b"]
     assert {"ready", "decode", "prefill", "nano", "batch"} <= set(parts)
     assert not show.errors(parts)
+    assert 0.99 < written["results"]["fp8-accuracy"]["latent"]["ratio"] < 1.01
     assert (tmp_path / "gpu.png").is_file()
 
 

@@ -6,7 +6,6 @@ back from the cache. The figures go into the table of docs/models.md.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from family_report import record
 from identity_support import model
 from rich.console import Console
 
+from benchmarks.gpu.accuracy import PIECE, perplexity
 from benchmarks.report import environment
-from nanodeploy import LLM, SamplingParams
+from nanodeploy import LLM
 from services.cli.calibrate import run_calibrate
 
 __all__ = ["model"]
@@ -24,31 +24,25 @@ __all__ = ["model"]
 pytestmark = [pytest.mark.exact, pytest.mark.timeout(1800)]
 
 TEXT = Path(__file__).parent / "data" / "public_domain.txt"
-PIECE = 1024  # tokens
 MEMORY = 64 << 20  # bytes of KV
 
 
-def perplexity(folder: Path, **engine: Any) -> tuple[float, int, int]:
-    """Of the text, with the number of its tokens and of the engine's blocks."""
+def judged(folder: Path, **engine: Any) -> tuple[float, int, int]:
+    """Perplexity of the text, with the number of its tokens and of the engine's blocks."""
     with LLM(folder, kv_cache_memory_bytes=MEMORY, max_model_len=PIECE + 1, max_num_seqs=8, **engine) as llm:
         assert llm.tokenizer is not None
         ids = llm.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
-        pieces = [ids[first : first + PIECE] for first in range(0, len(ids), PIECE)]
-        outputs = llm.generate(pieces, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
-        blocks = llm._built.parts.layout.group("full").num_blocks
-    found = [o.prompt_logprobs.token_logprobs for o in outputs if o.prompt_logprobs is not None]
-    logprobs = [value for values in found for value in values if value is not None]
-    assert len(logprobs) == len(ids) - len(pieces)
-    return math.exp(-sum(logprobs) / len(logprobs)), len(logprobs), blocks
+        found, tokens = perplexity(llm, [ids[first : first + PIECE] for first in range(0, len(ids), PIECE)])
+        return found, tokens, llm._built.parts.layout.group("full").num_blocks
 
 
 def test_perplexity_is_within_one_percent_of_bf16(model: Path, tmp_path: Path) -> None:
     started = environment("torch", "transformers")
     scales = tmp_path / "scales.json"
     assert run_calibrate(str(model), "", str(scales), 8192, {}, Console(quiet=True)) == 0
-    plain, tokens, blocks = perplexity(model, dtype="bfloat16")
+    plain, tokens, blocks = judged(model, dtype="bfloat16")
     row = {"name": "SmolLM2", "model": model.name, "kv_dtype": "fp8_e4m3", "tokens": tokens}
-    fp8, _, more_blocks = perplexity(model, dtype="bfloat16", kv_dtype="fp8_e4m3", kv_scales=str(scales))
+    fp8, _, more_blocks = judged(model, dtype="bfloat16", kv_dtype="fp8_e4m3", kv_scales=str(scales))
     row |= {"perplexity": fp8, "reference_perplexity": plain, "blocks_ratio": more_blocks / blocks}
     record(started, kv=[row])
     assert fp8 <= 1.01 * plain

@@ -244,6 +244,12 @@ def _kv(results: Results, targets: Mapping[str, Any]) -> list[Row]:
             ratio = b["memory"]["kv_blocks"] / a["memory"]["kv_blocks"]
             aim = targets["wanted"]["fp8_kv_blocks"][model]
             found.append(Row("fp8 KV", f"{model}, blocks to those of bf16", "x", ratio, limit=aim, wanted_of_limit=1.0))
+    for kind in ("latent", "heads"):
+        figures = good(results, "fp8-accuracy", kind)
+        if figures:
+            what = f"{figures['model']}, perplexity to that of bf16"
+            aim = targets["wanted"]["fp8_kv_perplexity"]
+            found.append(Row("fp8 KV", what, "x", figures["ratio"], lower=True, most=aim))
     for stage in ("long", "long-fp8"):
         step = good(results, stage, "long_context")
         if step:

@@ -117,6 +117,12 @@ def script(name: str, result: str, *arguments: str) -> Callable[[Context], Resul
     return call
 
 
+def accuracy(context: Context) -> Result:
+    from benchmarks.gpu.accuracy import measure
+
+    return measure(dry_run=context.dry_run)
+
+
 def http(context: Context) -> Result:
     from benchmarks.gpu import served
     from benchmarks.gpu.shapes import with_tokenizer, write_model
@@ -156,6 +162,7 @@ STAGES = (
     Stage("long", 1, 50, 120, offline("qwen3-8b", "ready", "long_context", **_LONG)),
     Stage("long-fp8", 1, 50, 120, offline("qwen3-8b", "ready", "long_context", kv_dtype="fp8_e4m3", **_LONG)),
     Stage("moonlight-fp8", 1, 30, 90, offline(_MOONLIGHT, "ready", kv_dtype="fp8_e4m3")),
+    Stage("fp8-accuracy", 1, 60, 200, accuracy),
     Stage("drafts", 1, 50, 120, offline("qwen3-8b", "drafts", speculative_config={"method": "ngram", **_DRAFTS})),
     Stage(
         "drafts-mtp",
