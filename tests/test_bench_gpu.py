@@ -64,6 +64,17 @@ def test_rows_are_judged_by_what_the_machine_can_do() -> None:
     assert show.errors(results["qwen3-8b"]) == [("nano", "out of memory")]
 
 
+def test_separation_stands_beside_both_of_vllms_ways() -> None:
+    load = {"ttft_p50_ms": 200.0, "ttft_p99_ms": 300.0, "tpot_p50_ms": 6.0, "gap_p99_ms": 11.0, "ideal_p50_ms": 190.0}
+    results = {"apart": {"8/s": load | {"ideal_p99_ms": 270.0}}}
+    rows = {(row.group, row.what): row for row in show.rows(results, TARGETS)}
+    assert rows["apart, 8/s", "ttft p50"].vllm == 419
+    assert [rows["apart, 8/s", what].met for what in ("ttft p50", "ttft p99", "gap p99")] == [True, False, False]
+    beside = [row for (group, _), row in rows.items() if group == "the same, vLLM: 2 replicas, 8/s"]
+    assert [row.vllm for row in beside] == [111, 240, 9.1, 83]
+    assert {row.met for row in beside} == {None}
+
+
 def test_figures_of_this_machine_are_not_scaled(tmp_path: Path) -> None:
     (tmp_path / "vllm-qwen3-8b.json").write_text(json.dumps({"nano": 5000.0, "step_ms": {"1": 6.0}}), encoding="utf-8")
     targets = show.with_measured(TARGETS, tmp_path)

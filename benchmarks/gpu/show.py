@@ -20,6 +20,7 @@ from rich.table import Table
 
 Results = Mapping[str, Any]
 SAME_EXPERTS = "moonlight-same-experts"
+TIMES = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "gap_p99_ms")
 MODELS = ("qwen3-8b", "qwen3-0.6b", "qwen3-30b-a3b", "moonlight-16b-a3b")
 
 
@@ -267,19 +268,21 @@ def _apart(results: Results, targets: Mapping[str, Any]) -> Iterator[Row]:
     for load, figures in ours.items():
         if not isinstance(figures, dict) or "ttft_p50_ms" not in figures:
             continue
-        vllm = theirs.get(f"vLLM over NIXL, {load}", {})
-        for name in ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "gap_p99_ms"):
+        for name in TIMES:
             ideal = figures.get("ideal_" + name[5:])
             yield Row(
                 f"apart, {load}",
                 name.replace("_ms", "").replace("_", " "),
                 "ms",
                 figures[name],
-                vllm.get(name),
+                theirs.get(f"vLLM over NIXL, {load}", {}).get(name),
                 limit=ideal if name.startswith("ttft") else None,
                 lower=True,
                 most=_bound(name, load, ideal, wanted),
             )
+        for name, vllm in theirs.get(f"vLLM, two plain replicas, {load}", {}).items():
+            what = name.replace("_ms", "").replace("_", " ")
+            yield Row(f"the same, vLLM: 2 replicas, {load}", what, "ms", figures[name], vllm, lower=True)
 
 
 def _transfer(results: Results) -> list[Row]:
