@@ -151,7 +151,7 @@ _TRAINED_ENGINES = ("none", "mtp 1", "mtp 2", "mtp 3")
 _MOONLIGHT = "moonlight-16b-a3b"
 STAGES = (
     Stage("limits", 1, 15, 60, limits),
-    Stage("tests", 1, 120, 200, tests),
+    Stage("tests", 1, 160, 200, tests),
     Stage("qwen3-8b", 1, 80, 170, offline("qwen3-8b", *_ALL)),
     Stage("http", 1, 75, 200, http),
     Stage("qwen3-0.6b", 1, 45, 120, offline("qwen3-0.6b", *_ALL)),
