@@ -9,9 +9,14 @@ import pytest
 import torch
 from engine_support import Solo, llama
 
-from common.engine.batch import Batch
+from common.config import EngineConfig
+from common.engine.batch import Batch, RowMasks
+from common.engine.compute import _smallest_sizing
 from common.engine.gpu_memory import powers, run_steps
 from common.engine.runner import ModelRunner, Pending
+from common.engine.sizing import MIN_MODEL_LEN, resolve_engine
+from common.models.spec import ModelSpec
+from common.types import Role
 
 __all__ = ["llama"]
 
@@ -27,7 +32,7 @@ def test_each_range_of_sizes_has_been_computed_before_it_serves(
     solo = Solo(llama)
     runner = solo.decode.parts.runner
     assert isinstance(runner, ModelRunner)
-    forward = runner.forward
+    forward, sample = runner.forward, runner.sample
     steps: list[tuple[int, int, int]] = []  # sequences, new tokens, tokens that the last one sees
 
     def observed(batch: Batch) -> Pending:
@@ -36,15 +41,31 @@ def test_each_range_of_sizes_has_been_computed_before_it_serves(
         steps.append((len(pending.logits_RV), len(batch.input_ids_T), batch.max_seq_len))
         return pending
 
-    runner.forward = observed  # type: ignore[method-assign]
+    def masked(pending: Pending, masks: RowMasks | None = None) -> None:
+        assert masks is not None
+        assert len(masks.rows_G) == len(pending.sample_rows)
+        sample(pending, masks)
+        assert pending.result is not None
+        assert not pending.result.failures
+
+    runner.forward, runner.sample = observed, masked  # type: ignore[method-assign]
     layout = solo.decode.parts.layout
     run_steps(runner, layout, max_tokens=100, max_seqs=max_seqs, longest=60, max_model_len=130)
     assert steps == [
         (2, 120, 60),
-        *((count, count, 60) for count in counts),
+        *((count, count + more, 60) for count in counts for more in range(min(count, 2))),
         *((1, num_new, 130) for num_new in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)),
-        *((1, num_new, seen) for seen in (16, 32, 64, 128) for num_new in (1, 2)),
+        *((*step, seen) for seen in (16, 32, 64, 128) for step in ((1, 1), (1, 2), (2, 3))),
     ]
+
+
+@pytest.mark.parametrize(("max_tokens", "length"), [(1, MIN_MODEL_LEN), (20, 20)])
+def test_the_pool_of_these_steps_is_for_a_sequence_that_an_engine_may_have(
+    max_tokens: int, length: int, llama: Path
+) -> None:
+    engine = resolve_engine(EngineConfig(model=str(llama), device="cpu", max_num_batched_tokens=max_tokens))
+    small = _smallest_sizing(engine, ModelSpec.from_folder(llama), Role.DECODE, 0, max_tokens)
+    assert small.max_model_len == length
 
 
 def test_each_kernel_of_few_rows_takes_a_power_of_two() -> None:

@@ -25,14 +25,14 @@ BUSY, BUDGET = BUSY_TOKENS, 4096
 class Worker:
     """Scheduler and cache of one, whose steps take as long as they have tokens."""
 
-    def __init__(self, busy: int = BUSY) -> None:
+    def __init__(self, busy: int = BUSY, budget: int = BUDGET) -> None:
         groups = (
             GroupSpec(name=FULL_GROUP, retention=Retention.FULL, block_size=16, num_blocks=8192),
             GroupSpec(name=TAIL_GROUP, retention=Retention.SNAPSHOT, block_size=1, num_blocks=256),
         )
         clock = HandClock()
         self.cache = KVCacheManager(KVLayout(model_hash=b"0" * 16, groups=groups, regions=()), clock)
-        limits = SchedulerLimits(64, BUDGET, busy_tokens=busy)
+        limits = SchedulerLimits(64, budget, busy_tokens=busy)
         self.scheduler = Scheduler(self.cache, limits, clock)
         self.num = 0
         self.computed = 0  # tokens, which are its time
@@ -130,13 +130,14 @@ def test_a_short_end_is_filled_up_with_the_next_until_the_device_is_busy() -> No
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_prompts_are_whole_one_after_the_other(seed: int) -> None:
+@pytest.mark.parametrize("budget", [BUDGET, 2 * BUDGET, 3000])
+def test_prompts_are_whole_one_after_the_other(seed: int, budget: int) -> None:
     """As if each were computed alone, in turn, but for what keeps the device busy; sooner than by steps filled to the
     brim, and what is left to send at the end is little.
     """
     rng = random.Random(seed)
     lengths = [rng.choice((1, 30, 500, 1023, 1024, 2047, 2048, 3000, 4096, 5000, 9000)) for _ in range(40)]
-    ours, full = Worker(), Worker(busy=SchedulerLimits(1, 1).busy_tokens)
+    ours, full = Worker(budget=budget), Worker(busy=SchedulerLimits(1, 1).busy_tokens, budget=budget)
     for length in lengths:
         ours.add(length)
         full.add(length)

@@ -22,7 +22,7 @@ from common.engine.gpu_memory import GRAPHS_NBYTES, measure, room_for, run_draft
 from common.engine.graphs import DecodeGraphs, GraphShape, graph_sizes
 from common.engine.runner import ModelRunner
 from common.engine.sampler import Sampler
-from common.engine.sizing import EngineSizing, size_engine
+from common.engine.sizing import MIN_MODEL_LEN, EngineSizing, size_engine
 from common.errors import ConfigError
 from common.kernels import gpu
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP, KVLayout, Retention
@@ -229,8 +229,9 @@ def _size_for_gpu(
 
 
 def _smallest_sizing(engine: EngineConfig, spec: ModelSpec, role: Role, rank: int, max_model_len: int) -> EngineSizing:
-    """A pool for one sequence of this length, and little more."""
-    small = engine.model_copy(update={"max_model_len": max_model_len, "kv_cache_memory_bytes": 0})
+    """A pool for one sequence of this length, or of the least that an engine can have, and little more."""
+    length = max(max_model_len, MIN_MODEL_LEN)
+    small = engine.model_copy(update={"max_model_len": length, "kv_cache_memory_bytes": 0})
     budget = 1 << 28
     while True:
         try:

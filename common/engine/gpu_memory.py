@@ -10,14 +10,14 @@ that (`room_for`), or leaves none for a pool, is a refused start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from common.engine.batch import BatchRow, SampleRow, build_batch
+from common.engine.batch import BatchRow, RowMasks, SampleRow, build_batch
 from common.engine.draft_runner import DraftRunner
 from common.engine.drafting import FIRST
 from common.engine.runner import ModelRunner
@@ -99,9 +99,10 @@ def run_steps(
     """Compute the largest step, and then small ones, so that no kernel is compiled while requests wait.
 
     The largest is a prompt chunk of `max_tokens` tokens, in sequences of up to `longest`; draws follow for `max_seqs`
-    sequences with all that drawing can need. Kernels are chosen by how many sequences a step has, by how many new
-    tokens, and by how many tokens these see, `max_model_len` at most: each range that has a kernel of its own holds a
-    power of two. The tokens are written over one another: the pool need not hold them all.
+    sequences with all that drawing can need, a grammar's masks too. Kernels are chosen by how many sequences a step
+    has, by how many new tokens, whether as many of each, and by how many tokens these see, `max_model_len` at most:
+    each range that has a kernel of its own holds a power of two. The tokens are written over one another: the pool need
+    not hold them all.
     """
     torch.cuda.reset_peak_memory_stats()
     length = min(max_tokens, longest)
@@ -111,24 +112,27 @@ def run_steps(
     params = SamplingParams(temperature=0.9, top_p=0.9, logprobs=1)
     draw = SampleRow(0, 0, 0, params, (), (), frozenset())
 
-    def compute(count: int, num_new: int, seen: int) -> None:
-        """`count` sequences with `num_new` tokens each, of which the last sees `seen` with itself."""
-        token_ids = np.zeros(num_new, np.int64).tolist()
+    def compute(new: Sequence[int], seen: int) -> None:
+        """A sequence with `n` new tokens for each n of `new`, of which the last sees `seen` with itself."""
         tables = {g.name: [i % g.num_blocks for i in range(-(-seen // g.block_size))] for g in held}
-        rows = [BatchRow(token_ids, seen - num_new, tables, (draw,), states=states) for _ in range(count)]
+        rows = [BatchRow([0] * n, seen - n, tables, (draw,), states=states) for n in new]
         pending = runner.forward(build_batch(rows, groups))
-        runner.sample(pending)
+        assert pending.logits_RV is not None
+        words_GW = np.full((len(new), -(-pending.logits_RV.shape[1] // 32)), -1, np.int32)
+        runner.sample(pending, RowMasks(np.arange(len(new)), words_GW))
         runner.collect(pending)
 
-    compute(-(-max_tokens // length), length, length)
+    compute([length] * -(-max_tokens // length), length)
     for count in sorted({*powers(max_seqs), max_seqs}):
-        compute(count, 1, length)
+        compute([1] * count, length)
+        if count > 1:
+            compute([1] * (count - 1) + [2], max(length, 2))
     for num_new in sorted({*NEW, *powers(length)}):
         if num_new <= length:
-            compute(1, num_new, max_model_len if num_new <= FEW else length)
+            compute([num_new], max_model_len if num_new <= FEW else length)
     for seen in powers(max_model_len, 16):
-        for num_new in (1, 2):
-            compute(1, num_new, seen)
+        for new in ([1], [2], [1, 2]):
+            compute(new, seen)
     torch.cuda.synchronize()
 
 

@@ -86,13 +86,14 @@ class StepPlan:
 
 
 class _Room:
-    """For tokens in a step. Where an order ends, or will with the step behind this one, what keeps the device busy is
-    enough.
+    """For tokens in a step. Where an order ends, or will with the steps behind this one, what keeps the device busy
+    is enough.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self._most = limits.max_num_batched_tokens
         self._busy = limits.busy_tokens
+        self._near = max(limits.max_num_batched_tokens, 2 * limits.busy_tokens)  # to an order's end
         self._taken = 0
 
     @property
@@ -101,7 +102,7 @@ class _Room:
 
     def take(self, item: StepItem) -> None:
         self._taken += max(item.num_new, 1)
-        if item.seq.order is not None and item.seq.num_tokens - item.start - item.num_new <= 2 * self._busy:
+        if item.seq.order is not None and item.seq.num_tokens - item.start - item.num_new <= self._near:
             self._most = min(self._most, max(self._busy, self._taken))
 
     def take_drafts(self, count: int) -> None:
@@ -227,7 +228,7 @@ class Scheduler:
         return StepPlan(tuple(items), tuple(preempted))
 
     def _new_tokens(self, seq: Sequence, start: int, end: int, most: int) -> int:
-        """Of those from `start` to `end`, how many a step takes; a long end of an order is computed in two halves.
+        """Of those from `start` to `end`, how many a step takes; a long end of an order is computed in halves.
 
         What is published, sent and verified behind the last step is a half then.
         """

@@ -169,7 +169,7 @@ def _brings(programs: int, n: int, wide: int, behind_ENK: Tensor) -> bool:
     )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["x_scale_stride_k", "num_rows"])  # which both follow from the step
 def _multiply(
     x_ptr,
     w_ptr,

@@ -83,7 +83,7 @@ def whose(token, sequence_ptr, starts_ptr, lens_ptr, PER_SEQUENCE: tl.constexpr)
     return sequence, tl.load(lens_ptr + sequence) - behind
 
 
-@triton.jit(do_not_specialize=["table_stride", "shares"])
+@triton.jit(do_not_specialize=["table_stride", "positions_stride", "shares"])
 def _attend(
     q_ptr,
     q_token_stride,
