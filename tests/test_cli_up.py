@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 from cli_support import console
+from mtp_support import MTP, make_qwen_mtp
 
 from common.errors import ConfigError
 from services.cli import up as up_module
@@ -57,6 +58,13 @@ def refused(request: ClusterRequest, *, detach: bool = False, config: str | None
 )
 def test_what_no_engine_can_do_is_refused(model: str, engine: dict[str, Any], cause: str, detach: bool) -> None:
     assert cause in refused(ClusterRequest(model, port=0, engine=engine), detach=detach)
+
+
+def test_a_draft_layer_that_the_config_does_not_name_is_seen_in_the_weight_files(tmp_path: Path) -> None:
+    """As of Qwen3-Next, whose config says nothing of its layer: what is refused is the length alone."""
+    folder = str(make_qwen_mtp(tmp_path / "model", seed=4, make=tiny_models.make_qwen3_next))
+    engine = {"speculative_config": MTP, "max_model_len": 100000}
+    assert "max_model_len is 100000" in refused(ClusterRequest(folder, port=0, engine=engine))
 
 
 def test_flags_and_ports_are_checked_before_a_model_is_prepared(tmp_path: Path) -> None:

@@ -73,14 +73,12 @@ def run_up(request: ClusterRequest, options: UpOptions, detach: bool, console: C
             resolve_engine(engine, role)
         request = replace(request, model=resolve_model(request.model or base.decode.engine.model, console))
         spec = ModelSpec.from_folder(request.model, weights=False)  # an unknown family is said first
+        if base.decode.engine.load_format != "dummy":
+            spec = ModelSpec.from_folder(request.model)  # what a config does not say its weight files do
         sizings = [size_engine(engine, spec, role) for engine, role in engines]
         if request.num_prefill and any(sizing.spec.pooling is not None for sizing in sizings):
             console.print("Texts are embedded where they are placed: no prefill workers are started.")
             request = replace(request, num_prefill=0)
-        if base.decode.engine.load_format != "dummy":
-            spec = ModelSpec.from_folder(request.model)
-            for engine, role in engines:  # again, with what the weight files hold
-                size_engine(engine, spec, role)
         if detach:
             return _detach(folder, lock, request, options, console)
         return asyncio.run(_run(folder, request, options, console))
