@@ -52,6 +52,30 @@ def test_rows_of_all_heads(kernel_device: torch.device, spans: Any, selects: boo
             assert (sums_TH.double().cpu() - sums).abs().max().item() < tolerance
 
 
+@pytest.mark.parametrize("shares", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("selects", [False, True], ids=["all", "some"])
+def test_any_number_of_shares(kernel_device: torch.device, monkeypatch: Any, shares: int, selects: bool) -> None:
+    """Also more than there are positions for: what has none adds nothing."""
+    monkeypatch.setattr(gpu.sparse_latent, "_num_shares", lambda *_: shares)
+    spans = [(50, 1), (0, 2), (70, 1)]
+    case = LatentCase(spans, kernel_device, heads=6, value_dim=24, rest=8, block_size=16, dtype=torch.float32)
+    selected = case.chosen(33) if selects else None
+    sums_TH = torch.full(case.q_THD.shape[:2], float("nan"), device=kernel_device)
+    out = gpu.sparse_latent.attend(
+        case.q_THD,
+        case.cache[:, 0, 0],
+        case.triton_places(),
+        24,
+        SCALE,
+        most=case.ctx.max_seq_len,
+        selected=None if selected is None else (selected.positions_TK, selected.counts_T),
+        log_sums_TH=sums_TH,
+    )
+    want, sums = case.expected(selected)
+    case.check(out, want, 1e-4)
+    assert (sums_TH.double().cpu() - sums).abs().max().item() < 1e-4
+
+
 def test_windows_and_empty_first_positions(kernel_device: torch.device) -> None:
     case = LatentCase([(50, 1), (3, 1)], kernel_device, heads=4, value_dim=16, rest=0, first=1, dtype=torch.float32)
     rows = (case.q_THD, case.cache[:, 0, 0], case.triton_places(), 16, SCALE)
