@@ -125,6 +125,8 @@ def _attend(
 ):
     """With one share: the result, and logarithms of sums where wanted; with more: fp32 shares, and those to base 2."""
     token, share = tl.program_id(0), tl.program_id(2)
+    if not SHARED:
+        shares = 1  # a constant: there are no registers to spare
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     sequence, end = whose(token, sequence_ptr, starts_ptr, lens_ptr, PER_SEQUENCE)
     token, sequence = token.to(tl.int64), sequence.to(tl.int64)
