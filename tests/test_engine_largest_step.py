@@ -33,12 +33,12 @@ def test_each_range_of_sizes_has_been_computed_before_it_serves(
     runner = solo.decode.parts.runner
     assert isinstance(runner, ModelRunner)
     forward, sample = runner.forward, runner.sample
-    steps: list[tuple[int, int, int]] = []  # sequences, new tokens, tokens that the last one sees
+    steps: list[tuple[int, int, int, int]] = []  # sequences, new tokens, tokens that the last one sees, draws
 
     def observed(batch: Batch) -> Pending:
         pending = forward(batch)
         assert pending.logits_RV is not None
-        steps.append((len(pending.logits_RV), len(batch.input_ids_T), batch.max_seq_len))
+        steps.append((len(batch.rows), len(batch.input_ids_T), batch.max_seq_len, len(pending.logits_RV)))
         return pending
 
     def masked(pending: Pending, masks: RowMasks | None = None) -> None:
@@ -52,10 +52,10 @@ def test_each_range_of_sizes_has_been_computed_before_it_serves(
     layout = solo.decode.parts.layout
     run_steps(runner, layout, max_tokens=100, max_seqs=max_seqs, longest=60, max_model_len=130)
     assert steps == [
-        (2, 120, 60),
-        *((count, count + more, 60) for count in counts for more in range(min(count, 2))),
-        *((1, num_new, 130) for num_new in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)),
-        *((*step, seen) for seen in (16, 32, 64, 128) for step in ((1, 1), (1, 2), (2, 3))),
+        (2, 120, 60, 2),
+        *((count, count + more, 60, count) for count in counts for more in range(min(count, 2))),
+        *((1, num_new, 130, num_new) for num_new in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)),
+        *((rows, new, seen, rows) for seen in (16, 32, 64, 128) for rows, new in ((1, 1), (1, 2), (2, 3))),
     ]
 
 

@@ -20,7 +20,7 @@ import torch
 from common.engine.batch import BatchRow, RowMasks, SampleRow, build_batch
 from common.engine.draft_runner import DraftRunner
 from common.engine.drafting import FIRST
-from common.engine.runner import ModelRunner
+from common.engine.runner import PROMPT_LOGPROB_ROWS, ModelRunner
 from common.errors import ConfigError
 from common.kvcache.layout import KVLayout, Retention
 from common.telemetry import get_logger
@@ -99,10 +99,10 @@ def run_steps(
     """Compute the largest step, and then small ones, so that no kernel is compiled while requests wait.
 
     The largest is a prompt chunk of `max_tokens` tokens, in sequences of up to `longest`; draws follow for `max_seqs`
-    sequences with all that drawing can need, a grammar's masks too. Kernels are chosen by how many sequences a step
-    has, by how many new tokens, whether as many of each, and by how many tokens these see, `max_model_len` at most:
-    each range that has a kernel of its own holds a power of two. The tokens are written over one another: the pool need
-    not hold them all.
+    sequences with all that drawing can need, a grammar's masks too, and for as many rows as a prompt's log
+    probabilities are computed for at once. Kernels are chosen by how many sequences a step has, by how many new tokens,
+    whether as many of each, and by how many tokens these see, `max_model_len` at most: each range that has a kernel of
+    its own holds a power of two. The tokens are written over one another: the pool need not hold them all.
     """
     torch.cuda.reset_peak_memory_stats()
     length = min(max_tokens, longest)
@@ -112,14 +112,17 @@ def run_steps(
     params = SamplingParams(temperature=0.9, top_p=0.9, logprobs=1)
     draw = SampleRow(0, 0, 0, params, (), (), frozenset())
 
-    def compute(new: Sequence[int], seen: int) -> None:
-        """A sequence with `n` new tokens for each n of `new`, of which the last sees `seen` with itself."""
+    def compute(new: Sequence[int], seen: int, draws: int = 1) -> None:
+        """A sequence with `n` new tokens for each n of `new`, of which the last sees `seen` with itself.
+
+        `draws`: from the last rows of each, as where drafts are verified.
+        """
         tables = {g.name: [i % g.num_blocks for i in range(-(-seen // g.block_size))] for g in held}
-        rows = [BatchRow([0] * n, seen - n, tables, (draw,), states=states) for n in new]
+        rows = [BatchRow([0] * n, seen - n, tables, (draw,) * draws, states=states) for n in new]
         pending = runner.forward(build_batch(rows, groups))
         assert pending.logits_RV is not None
-        words_GW = np.full((len(new), -(-pending.logits_RV.shape[1] // 32)), -1, np.int32)
-        runner.sample(pending, RowMasks(np.arange(len(new)), words_GW))
+        count, vocab_size = pending.logits_RV.shape
+        runner.sample(pending, RowMasks(np.arange(count), np.full((count, -(-vocab_size // 32)), -1, np.int32)))
         runner.collect(pending)
 
     compute([length] * -(-max_tokens // length), length)
@@ -129,7 +132,7 @@ def run_steps(
             compute([1] * (count - 1) + [2], max(length, 2))
     for num_new in sorted({*NEW, *powers(length)}):
         if num_new <= length:
-            compute([num_new], max_model_len if num_new <= FEW else length)
+            compute([num_new], max_model_len if num_new <= FEW else length, min(num_new, PROMPT_LOGPROB_ROWS))
     for seen in powers(max_model_len, 16):
         for new in ([1], [2], [1, 2]):
             compute(new, seen)
