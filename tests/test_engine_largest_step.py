@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from engine_support import Solo, llama
+from mtp_support import make_mtp
+from worker_support import ManualClock
 
-from common.config import EngineConfig
+from common.config import EngineConfig, HandoffConfig, WorkerConfig
 from common.engine.batch import Batch, RowMasks
-from common.engine.compute import _smallest_sizing
-from common.engine.gpu_memory import powers, run_steps
+from common.engine.compute import _smallest_sizing, make_compute
+from common.engine.gpu_memory import powers, run_draft_layer, run_steps
 from common.engine.runner import ModelRunner, Pending
 from common.engine.sizing import MIN_MODEL_LEN, resolve_engine
+from common.kvcache.layout import FULL_GROUP
 from common.models.spec import ModelSpec
+from common.parallel.mesh import alone
 from common.types import Role
 
 __all__ = ["llama"]
@@ -56,6 +61,36 @@ def test_each_range_of_sizes_has_been_computed_before_it_serves(
         *((count, count + more, 60, count) for count in counts for more in range(min(count, 2))),
         *((1, num_new, 130, num_new) for num_new in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)),
         *((rows, new, seen, rows) for seen in (16, 32, 64, 128) for rows, new in ((1, 1), (1, 2), (2, 3))),
+    ]
+
+
+def test_so_has_the_draft_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few new tokens behind many too: these are kernels of their own, and the last of a prompt may be few."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    engine = EngineConfig(
+        model=str(make_mtp(tmp_path / "model")),
+        device="cpu",
+        kv_cache_memory_bytes=1 << 22,
+        max_num_batched_tokens=20,
+        max_model_len=100,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1},  # type: ignore[arg-type]
+    )
+    config = WorkerConfig(engine=resolve_engine(engine), handoff=HandoffConfig(transports=("memory",)))
+    made = make_compute(config, Role.DECODE, alone(torch.device("cpu")), ManualClock())
+    drafts, group = made.draft_runner, made.layout.group(FULL_GROUP)
+    assert drafts is not None
+    passes: list[tuple[int, int]] = []  # new tokens, tokens that the last one sees
+    compute = drafts.compute
+
+    def observed(num_new: int, start: int, table: Sequence[int]) -> None:
+        compute(num_new, start, table)
+        passes.append((num_new, start + num_new))
+
+    drafts.compute = observed  # type: ignore[method-assign]
+    run_draft_layer(drafts, block_size=group.block_size, num_blocks=2, longest=20, max_model_len=100)
+    assert passes == [
+        *((num_new, 100) for num_new in (1, 2, 3, 4, 5, 6, 7, 8, 16, 20)),
+        *((num_new, seen) for seen in (16, 32, 64) for num_new in (1, 2)),
     ]
 
 

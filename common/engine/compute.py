@@ -153,7 +153,13 @@ def make_compute(
         )
         if device.type == "cuda":
             group, longest = layout.group(FULL_GROUP), min(engine.max_num_batched_tokens, sizing.max_model_len)
-            run_draft_layer(draft_runner, block_size=group.block_size, num_blocks=group.num_blocks, longest=longest)
+            run_draft_layer(
+                draft_runner,
+                block_size=group.block_size,
+                num_blocks=group.num_blocks,
+                longest=longest,
+                max_model_len=sizing.max_model_len,
+            )
         if runner.graphs is not None and records_drafts:
             draft_runner.graphs = _record_drafts(runner.graphs, runner, model, engine, sizing, pool, backend, progress)
     return Compute(sizing, bases, transport, runner, draft_runner)

@@ -140,14 +140,22 @@ def run_steps(
 
 
 def powers(most: int, least: int = 1) -> list[int]:
-    """Powers of two from `least`, itself one, to `most`."""
+    """Powers of two from `least`, itself one, to `most`, if that is no less."""
     return [1 << n for n in range(least.bit_length() - 1, most.bit_length())]
 
 
-def run_draft_layer(drafts: DraftRunner, *, block_size: int, num_blocks: int, longest: int) -> None:
+def run_draft_layer(drafts: DraftRunner, *, block_size: int, num_blocks: int, longest: int, max_model_len: int) -> None:
     """As the small ones of `run_steps`, of the draft layer's passes as they are run."""
-    for num_new in sorted({*NEW, *powers(longest)}):
-        seen = num_new + FIRST
-        if seen <= longest:
-            drafts.compute(num_new, FIRST, [i % num_blocks for i in range(-(-seen // block_size))])
+
+    def compute(num_new: int, seen: int) -> None:
+        table = [i % num_blocks for i in range(-(-seen // block_size))]
+        drafts.compute(num_new, seen - num_new, table)
+
+    most = min(longest, max_model_len - FIRST)
+    for num_new in sorted({*NEW, *powers(most), most}):
+        if num_new <= most:
+            compute(num_new, max_model_len if num_new <= FEW else num_new + FIRST)
+    for seen in powers(max_model_len, 16):
+        for num_new in (1, 2):
+            compute(num_new, seen)
     torch.cuda.synchronize()

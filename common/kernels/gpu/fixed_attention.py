@@ -107,7 +107,7 @@ def _join(top, total, more_top, more_total):
     return new_top, tl.fma(total, a, more_total * b), a, b
 
 
-@triton.jit(do_not_specialize=["num_seqs", "uniform", "lanes", "table_stride", "num_splits"])
+@triton.jit(do_not_specialize=["num_seqs", "uniform", "lanes", "table_stride", "lowest", "num_splits"])
 def _attend(
     q_ptr,
     k_ptr,
@@ -206,7 +206,7 @@ def _attend(
         tl.store(target, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "uniform", "num_splits"])
+@triton.jit(do_not_specialize=["num_seqs", "uniform", "lowest", "num_splits"])
 def _join_lanes(
     starts_ptr,
     lens_ptr,
