@@ -196,6 +196,18 @@ def test_a_modest_key_is_not_drowned_by_one_that_sends_four_times_as_much() -> N
     assert flows["b"] > 0.42 * sum(flows.values()), flows
 
 
+def test_who_is_refused_for_the_time_of_an_answer_is_told_so() -> None:
+    world = World()
+    gate = Gate(GateSettings(4, 30.0), lambda running: 1, world, world.call_later)
+    for _ in range(400):
+        assert gate.try_enter(1)
+        gate.leave(1, 4.0)
+    assert gate.try_enter(1)
+    gate.offer("a", 10, 1, 0, 20.0, lambda error: None)
+    with pytest.raises(RateLimitedError, match=r"wait would be about 0\.0 s, an answer takes up to 4\.0 s: past its d"):
+        gate.check("a", 10, 0, 2.0)
+
+
 # -- the real router --
 
 

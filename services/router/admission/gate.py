@@ -125,12 +125,14 @@ class Gate:
         """The wait foreseen and the longest allowed, seconds. Raises `RateLimitedError` if it is longer."""
         now_s = self._clock.now()
         run_s = self._run_s + 2 * self._off_s  # an answer that comes late helps nobody
-        allowed_s = min(self._settings.max_wait_s, deadline_s - now_s - run_s)
+        max_wait_s = self._settings.max_wait_s
+        allowed_s = min(max_wait_s, deadline_s - now_s - run_s)
         if not len(self._queue):
             return 0.0, allowed_s
         wait_s = self._pace.seconds(self._queue.ahead(flow, cost, priority), now_s)
         if wait_s > allowed_s:
-            raise _refused(f"the wait would be about {wait_s:.1f} s", wait_s - allowed_s)
+            late = f", an answer takes up to {run_s:.1f} s: past its deadline" if allowed_s < max_wait_s else ""
+            raise _refused(f"the wait would be about {wait_s:.1f} s{late}", wait_s - allowed_s)
         return wait_s, allowed_s
 
     def withdraw(self, waiter: Waiter) -> None:
