@@ -129,3 +129,25 @@ def test_few_new_tokens_of_any_number(keys_of: Any) -> None:
     assert of(0, 1, 1) == of(1, 7, 1) == of(3, 64, 1)
     assert of(0, 1, 2) == of(5, 3, 3) == of(2, 16, 4)
     assert of(0, 1, 8) == of(1, 9, 5) == of(3, 3, 7)
+
+
+def test_unequal_sequences_of_any_number(keys_of: Any) -> None:
+    """Attention in a fixed order, and the chunks of delta nets."""
+    from common.kernels.gpu import delta_chunks
+
+    cache = torch.empty(8, 2, 2, 64, 64, dtype=torch.bfloat16)
+
+    def of(sequences: int, first: int) -> Any:
+        tokens = sequences + 3
+        q = torch.empty(tokens, 8, 64, dtype=torch.bfloat16)
+        starts, lens = torch.zeros(sequences + 1, dtype=torch.int32), torch.zeros(sequences, dtype=torch.int32)
+        tables = torch.zeros(sequences, 9, dtype=torch.int32)
+
+        def call() -> None:
+            sizes = {"max_query_len": 4, "max_seq_len": 5000, "window": 0, "first": first}
+            gpu.fixed_attention.attend(q, cache, tables, starts, lens, **sizes, scale=0.1, lanes=2)
+            delta_chunks.cut(starts, tokens, 16)
+
+        return keys_of(call)
+
+    assert of(2, 0) == of(70, 0) == of(400, 0) == of(3, 1)

@@ -325,7 +325,7 @@ def cut(query_starts_S1: Tensor, num_tokens: int, few: int) -> Tensor:
         chunks_N3,
         num_sequences,
         few,
-        BLOCK=max(64, triton.next_power_of_2(num_sequences)),  # few variants to compile
+        BLOCK=max(512, triton.next_power_of_2(num_sequences)),  # hardly ever another kernel
         SIZE=CHUNK,
         num_warps=1,
     )

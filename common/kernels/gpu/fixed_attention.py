@@ -288,7 +288,7 @@ def attend(
         "WIDTH": width,
         "WIDTH_2": triton.next_power_of_2(width),
         "UNIFORM": uniform > 0,
-        "SEQS": max(64, triton.next_power_of_2(seqs)),  # few variants to compile
+        "SEQS": max(512, triton.next_power_of_2(seqs)),  # hardly ever another kernel
         "SPLIT": SPLIT,
     }
     _attend[tiles, units, lanes](
