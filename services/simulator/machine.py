@@ -17,6 +17,7 @@ from common.engine.messages import EngineLoad, FromEngine, KvChanges
 from common.engine.outbox import Outbox
 from common.engine.scheduler import Scheduler, SchedulerLimits, StepPlan
 from common.engine.sequence import OrderState, Phase, Sequence
+from common.engine.sizing import BUSY_TOKENS
 from common.kvcache.layout import FULL_GROUP, TAIL_GROUP, GroupSpec, KVLayout, Retention
 from common.kvcache.manager import KVCacheManager, PrefixHit
 from common.kvtransfer.session import Done, OrderSpec
@@ -47,6 +48,7 @@ class Profile:
     block_size: int = 64
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 8192
+    busy_tokens: int = BUSY_TOKENS  # as many in a step keep the device busy
 
     def seconds(self, plan: StepPlan) -> float:
         prompt = sum(item.num_new for item in plan.items if item.num_new > 1)
@@ -114,7 +116,8 @@ class Machine:
         self._outbox = Outbox()
         self._layout = _layout(profile)
         self._cache = KVCacheManager(self._layout, clock, record_events=True)
-        limits = SchedulerLimits(profile.max_num_seqs, profile.max_num_batched_tokens)
+        most, busy = profile.max_num_batched_tokens, profile.busy_tokens
+        limits = SchedulerLimits(profile.max_num_seqs, most, busy_tokens=busy)
         self.scheduler = Scheduler(self._cache, limits, clock)
         self._meter = LoadMeter(self.scheduler, self._cache, FULL_GROUP, self._outbox, clock, dict, tuple)
         self.reads = _Reads(lambda spec: order(self, spec))
