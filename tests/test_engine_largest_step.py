@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from engine_support import Solo, llama
@@ -87,7 +88,7 @@ def test_so_has_the_draft_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         passes.append((num_new, start + num_new))
 
     drafts.compute = observed  # type: ignore[method-assign]
-    run_draft_layer(drafts, block_size=group.block_size, num_blocks=2, longest=20, max_model_len=100)
+    run_draft_layer(drafts, msgspec.structs.replace(group, num_blocks=2), longest=20, max_model_len=100)
     assert passes == [
         *((num_new, 100) for num_new in (1, 2, 3, 4, 5, 6, 7, 8, 16, 20)),
         *((num_new, seen) for seen in (16, 32, 64) for num_new in (1, 2)),

@@ -152,14 +152,9 @@ def make_compute(
             model, pool, backend, sampler, runner.inputs, spec.hidden_size, groups, lambda: runner.on_progress()
         )
         if device.type == "cuda":
-            group, longest = layout.group(FULL_GROUP), min(engine.max_num_batched_tokens, sizing.max_model_len)
-            run_draft_layer(
-                draft_runner,
-                block_size=group.block_size,
-                num_blocks=group.num_blocks,
-                longest=longest,
-                max_model_len=sizing.max_model_len,
-            )
+            length = sizing.max_model_len
+            longest = min(engine.max_num_batched_tokens, length)
+            run_draft_layer(draft_runner, layout.group(FULL_GROUP), longest=longest, max_model_len=length)
         if runner.graphs is not None and records_drafts:
             draft_runner.graphs = _record_drafts(runner.graphs, runner, model, engine, sizing, pool, backend, progress)
     return Compute(sizing, bases, transport, runner, draft_runner)

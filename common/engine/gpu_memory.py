@@ -22,7 +22,7 @@ from common.engine.draft_runner import DraftRunner
 from common.engine.drafting import FIRST
 from common.engine.runner import PROMPT_LOGPROB_ROWS, ModelRunner
 from common.errors import ConfigError
-from common.kvcache.layout import KVLayout, Retention
+from common.kvcache.layout import GroupSpec, KVLayout, Retention
 from common.telemetry import get_logger
 from common.types import SamplingParams
 
@@ -117,7 +117,7 @@ def run_steps(
 
         `draws`: from the last rows of each, as where drafts are verified.
         """
-        tables = {g.name: [i % g.num_blocks for i in range(-(-seen // g.block_size))] for g in held}
+        tables = {g.name: _table(g, seen) for g in held}
         rows = [BatchRow([0] * n, seen - n, tables, (draw,) * draws, states=states) for n in new]
         pending = runner.forward(build_batch(rows, groups))
         assert pending.logits_RV is not None
@@ -130,9 +130,8 @@ def run_steps(
         compute([1] * count, length)
         if count > 1:
             compute([1] * (count - 1) + [2], max(length, 2))
-    for num_new in sorted({*NEW, *powers(length)}):
-        if num_new <= length:
-            compute([num_new], max_model_len if num_new <= FEW else length, min(num_new, PROMPT_LOGPROB_ROWS))
+    for num_new in _new_tokens(length):
+        compute([num_new], max_model_len if num_new <= FEW else length, min(num_new, PROMPT_LOGPROB_ROWS))
     for seen in powers(max_model_len, 16):
         for new in ([1], [2], [1, 2]):
             compute(new, seen)
@@ -144,17 +143,25 @@ def powers(most: int, least: int = 1) -> list[int]:
     return [1 << n for n in range(least.bit_length() - 1, most.bit_length())]
 
 
-def run_draft_layer(drafts: DraftRunner, *, block_size: int, num_blocks: int, longest: int, max_model_len: int) -> None:
-    """As the small ones of `run_steps`, of the draft layer's passes as they are run."""
+def _new_tokens(most: int, *others: int) -> list[int]:
+    """Of a sequence, those that `run_steps` computes, up to `most`."""
+    return sorted(n for n in {*NEW, *powers(most), *others} if n <= most)
+
+
+def _table(group: GroupSpec, seen: int) -> list[int]:
+    """Blocks for `seen` tokens, the same ones again where there are not so many."""
+    return [i % group.num_blocks for i in range(-(-seen // group.block_size))]
+
+
+def run_draft_layer(drafts: DraftRunner, group: GroupSpec, *, longest: int, max_model_len: int) -> None:
+    """As the small ones of `run_steps`, of the draft layer's passes as they are run. `group`: of its cache."""
 
     def compute(num_new: int, seen: int) -> None:
-        table = [i % num_blocks for i in range(-(-seen // block_size))]
-        drafts.compute(num_new, seen - num_new, table)
+        drafts.compute(num_new, seen - num_new, _table(group, seen))
 
     most = min(longest, max_model_len - FIRST)
-    for num_new in sorted({*NEW, *powers(most), most}):
-        if num_new <= most:
-            compute(num_new, max_model_len if num_new <= FEW else num_new + FIRST)
+    for num_new in _new_tokens(most, most):
+        compute(num_new, max_model_len if num_new <= FEW else num_new + FIRST)
     for seen in powers(max_model_len, 16):
         for num_new in (1, 2):
             compute(num_new, seen)

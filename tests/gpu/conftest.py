@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+@pytest.fixture(scope="module")
+def gpu_for_engines() -> Iterator[None]:
+    """Skips a module of whole engines without a GPU; their memory is given back behind it."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    yield
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -5,19 +5,18 @@ In fp32, where what a pass is padded with changes roundings that decide nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engine_support import prompts
 from mtp_support import ALWAYS, MTP, make_mtp
 
 from nanodeploy import LLM, SamplingParams
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu_for_engines")]
 
 TRAINED = Path(__file__).parents[1] / "data" / "mtp-dyck"
 OPTIONS: dict[str, Any] = {
@@ -34,14 +33,6 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "frequency_penalty": 0.7},
     {"logit_bias": ((7, 3.0),)},
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def gpu() -> Iterator[None]:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    yield
-    torch.cuda.empty_cache()
 
 
 @dataclass

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engine_support import prompts
 from families import FAMILIES, Family
 from mtp_support import make_mtp
@@ -24,7 +23,7 @@ from tiny_models import make_llama, make_qwen3, make_qwen3_5, make_qwen3_moe, ma
 
 from nanodeploy import LLM, SamplingParams
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu_for_engines")]
 
 LENGTHS, COUNT = (1, 17, 100, 300), 24
 ROOM = 3.0
@@ -37,14 +36,6 @@ ON_GPU: dict[str, Any] = {
     "max_num_seqs": 16,
 }
 ON_CPU: dict[str, Any] = {"device": "cpu", "max_model_len": 512}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def gpu() -> Iterator[None]:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    yield
-    torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ from random import Random
 from typing import Any
 
 import pytest
-import torch
 from families import FAMILIES, Family
 from mtp_support import make_mtp
 from tiny_models import make_qwen3
 
 from nanodeploy import LLM, SamplingParams
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu_for_engines")]
 
 SEED = 20261126
 ON_GPU: dict[str, Any] = {
@@ -30,14 +29,6 @@ ON_GPU: dict[str, Any] = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": 200,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def gpu() -> Iterator[None]:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    yield
-    torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -25,6 +25,27 @@ def sizes(device: torch.device) -> list[tuple[int, int, int]]:
     return [*small, (16, 512, 64), (32, 512, 64), (128, 512, 64), (64, 512, 0)] if device.type == "cuda" else small
 
 
+def check_rows(
+    case: LatentCase, value_dim: int, selected: Any, most: int, tolerance: float, packed: bool = False
+) -> None:
+    """Results and logarithms of sums by the formula."""
+    sums_TH = torch.full(case.q_THD.shape[:2], float("nan"), device=case.q_THD.device)
+    out = gpu.sparse_latent.attend(
+        case.q_THD,
+        case.cache[:, 0, 0],
+        case.triton_places(),
+        value_dim,
+        SCALE,
+        most=most,
+        selected=None if selected is None else (selected.positions_TK, selected.counts_T),
+        log_sums_TH=sums_TH,
+        packed=packed,
+    )
+    want, sums = case.expected(selected)
+    case.check(out, want, tolerance)
+    assert (sums_TH.double().cpu() - sums).abs().max().item() < tolerance
+
+
 @pytest.mark.parametrize("spans", SPANS.values(), ids=list(SPANS))
 @pytest.mark.parametrize("selects", [False, True], ids=["all", "some"])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
@@ -34,22 +55,8 @@ def test_rows_of_all_heads(kernel_device: torch.device, spans: Any, selects: boo
             shape: dict[str, Any] = {"heads": heads, "value_dim": value_dim, "rest": rest, "block_size": 16}
             case = LatentCase(spans, kernel_device, **shape, dtype=dtype, packed=packed)
             selected = case.chosen(33) if selects else None
-            sums_TH = torch.full(case.q_THD.shape[:2], float("nan"), device=kernel_device)
-            out = gpu.sparse_latent.attend(
-                case.q_THD,
-                case.cache[:, 0, 0],
-                case.triton_places(),
-                value_dim,
-                SCALE,
-                most=33 if selected is not None else case.ctx.max_seq_len,
-                selected=None if selected is None else (selected.positions_TK, selected.counts_T),
-                log_sums_TH=sums_TH,
-                packed=packed,
-            )
-            want, sums = case.expected(selected)
-            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-            case.check(out, want, tolerance)
-            assert (sums_TH.double().cpu() - sums).abs().max().item() < tolerance
+            most = 33 if selected is not None else case.ctx.max_seq_len
+            check_rows(case, value_dim, selected, most, 1e-4 if dtype == torch.float32 else 2e-2, packed)
 
 
 @pytest.mark.parametrize("shares", [1, 2, 4, 8, 16, 32])
@@ -60,20 +67,7 @@ def test_any_number_of_shares(kernel_device: torch.device, monkeypatch: Any, sha
     spans = [(50, 1), (0, 2), (70, 1)]
     case = LatentCase(spans, kernel_device, heads=6, value_dim=24, rest=8, block_size=16, dtype=torch.float32)
     selected = case.chosen(33) if selects else None
-    sums_TH = torch.full(case.q_THD.shape[:2], float("nan"), device=kernel_device)
-    out = gpu.sparse_latent.attend(
-        case.q_THD,
-        case.cache[:, 0, 0],
-        case.triton_places(),
-        24,
-        SCALE,
-        most=case.ctx.max_seq_len,
-        selected=None if selected is None else (selected.positions_TK, selected.counts_T),
-        log_sums_TH=sums_TH,
-    )
-    want, sums = case.expected(selected)
-    case.check(out, want, 1e-4)
-    assert (sums_TH.double().cpu() - sums).abs().max().item() < 1e-4
+    check_rows(case, 24, selected, case.ctx.max_seq_len, 1e-4)
 
 
 def test_windows_and_empty_first_positions(kernel_device: torch.device) -> None:
