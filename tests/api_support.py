@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import anthropic
 from redis_support import RedisServer, fresh_namespace
 from router_support import Cluster, Script, cluster
+from rpc_support import eventually
 
 from common.config import ControllerConfig
 from common.types import GenerationRequest
@@ -47,6 +48,7 @@ async def stored_cluster(
     made = controller(server, fresh_namespace())
     await made.start()
     try:
+        await eventually(lambda: made.hub.synced)
         address = f"127.0.0.1:{made.port}"
         async with cluster(folder, script, controllers=(address,), **config) as running:
             yield Stored(running, made)
