@@ -16,7 +16,7 @@ from benchmarks.gpu import show
 from benchmarks.gpu.arithmetic import Shape, prompt_flops, step_nbytes
 from benchmarks.gpu.ideal import first_come
 from benchmarks.gpu.shapes import SHAPES, with_tokenizer, write_model
-from benchmarks.gpu.stages import DOUBLE, SINGLE, STAGES, outcome
+from benchmarks.gpu.stages import BY_GPUS, STAGES, outcome
 from common.models.spec import ModelSpec
 from common.text.tokenizer import Tokenizer
 
@@ -99,8 +99,8 @@ def test_a_suite_that_was_cut_off_is_counted_and_one_that_failed_is_an_error() -
 def test_stages_have_names_of_their_own_and_fit_ten_minutes() -> None:
     seconds = {stage.name: stage.seconds for stage in STAGES}
     assert len(seconds) == len(STAGES)
-    assert sum(seconds[name] for name in DOUBLE) <= 560
-    assert set(SINGLE) | set(DOUBLE) == set(seconds)
+    assert all(sum(seconds[name] for name in BY_GPUS[gpus]) <= 560 for gpus in (2, 4))
+    assert {name for names in BY_GPUS.values() for name in names} == set(seconds)
 
 
 def test_dry_run_measures_and_goes_on_after_a_failure(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import orjson
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from common.attention import ragged
 from common.attention.flashinfer import HEAD_DIMS
 from common.attention.flashinfer_modules import Module, wanted
-from common.engine.kernels import latent_modules_for, modules_for, start_engines
+from common.engine.kernels import latent_modules_for, modules_for, start_engines, xqa_modules_for
 from services.cli import kernels
 from services.cli.main import app
 
@@ -53,6 +54,15 @@ def test_kernels_of_latent_attention(llama: Path) -> None:
     assert latent_modules_for("", "bfloat16", hopper=True) == [ragged.Module(BF16, 192, 128)]
     assert latent_modules_for("", "bfloat16", hopper=False) == []
     assert latent_modules_for(str(llama), "bfloat16", hopper=True) == []
+
+
+def test_a_config_without_weights_is_enough(tmp_path: Path, llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_bytes()) | {"head_dim": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = modules_for(str(tmp_path), "bfloat16", ["auto"], hopper=True)
+    assert [(m.kind, m.head_dim) for m in found] == [("fa2", 128), ("fa3", 128)]
+    (group,) = xqa_modules_for(str(tmp_path), "bfloat16", ["auto"], hopper=True)
+    assert group.head_dim == 128
 
 
 def test_a_model_that_flashinfer_does_not_serve(llama: Path) -> None:

@@ -1,6 +1,6 @@
-"""Figures of the engine on one GPU or two, beside the machine's own limits and vLLM's: see docs/gpu.md.
+"""Figures of the engine on one GPU, two or four, beside the machine's own limits and vLLM's: see docs/gpu.md.
 
-    python benchmarks/gpu/run.py [--gpus 2] [--only STAGE ...] [--without STAGE ...] [--append] [--dry-run]
+    python benchmarks/gpu/run.py [--gpus N] [--only STAGE ...] [--without STAGE ...] [--append] [--dry-run]
 
 Each stage (`--list`) is a process with a time limit; one that fails is reported and the rest goes on. Stages that would
 pass --budget-s are not begun, and named. Writes <--out>/<--name>.json and .png; --append keeps what is there, if it is
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import report  # noqa: E402
 from benchmarks.gpu import show  # noqa: E402
-from benchmarks.gpu.stages import DOUBLE, SINGLE, STAGES, Stage  # noqa: E402
+from benchmarks.gpu.stages import BY_GPUS, STAGES, Stage  # noqa: E402
 
 STOP_S = 30.0
 TARGETS = Path(__file__).parent / "targets.json"
@@ -122,12 +122,12 @@ def versions() -> dict[str, str]:
 def parse() -> argparse.Namespace:
     names = [stage.name for stage in STAGES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--gpus", type=int, choices=tuple(BY_GPUS), default=1)
     parser.add_argument("--only", nargs="+", choices=names, help="these stages alone, in their own order")
     parser.add_argument("--without", nargs="+", choices=names, default=[])
     parser.add_argument("--budget-s", type=float, default=560.0, help="no stage begins that would end later")
     parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--name", default="", help="of the results; by default gpu or gpu2")
+    parser.add_argument("--name", default="", help="of the results; by default gpu, gpu2 or gpu4")
     parser.add_argument("--vllm", type=Path, help="folder of vllm-MODEL.json, measured on this machine")
     parser.add_argument("--append", action="store_true", help="go on with the results that are there")
     parser.add_argument("--dry-run", action="store_true")
@@ -141,10 +141,10 @@ def main() -> None:
         for stage in STAGES:
             console.print(f"{stage.name:<20} {stage.gpus} GPU, about {stage.seconds} s", highlight=False)
         return
-    names = arguments.only or list(SINGLE if arguments.gpus == 1 else DOUBLE)
+    names = arguments.only or list(BY_GPUS[arguments.gpus])
     names = [name for name in names if name not in arguments.without]
     out = arguments.out or (DRY_RUN if arguments.dry_run else report.RESULTS)
-    path = out / f"{arguments.name or ('gpu' if arguments.gpus == 1 else 'gpu2')}.json"
+    path = out / f"{arguments.name or ('gpu' if arguments.gpus == 1 else f'gpu{arguments.gpus}')}.json"
     environment = report.environment(device=show.device(arguments.dry_run), dry_run=arguments.dry_run, **versions())
     results: dict[str, Any] = {}
     if arguments.append and path.is_file():

@@ -129,7 +129,7 @@ def rows(results: Results, targets: Mapping[str, Any]) -> list[Row]:
     for model in MODELS:
         found += _offline(results, model, targets, copy, product, by_copy, by_product)
     found += _offline(results, SAME_EXPERTS, targets, None, None, by_copy, by_product)
-    for stage, label in (("deterministic", "deterministic"), ("tp1", "TP 1"), ("tp2", "TP 2")):
+    for stage, label in (("deterministic", "deterministic"), ("tp1", "TP 1"), ("tp2", "TP 2"), ("tp4", "TP 4")):
         found += _steps(results, stage, f"qwen3-8b, {label}", {}, copy, by_copy, None, None)
     found += _deterministic(results)
     found += _start(results, targets) + _http(results, targets, by_copy, by_product) + _kv(results, targets)

@@ -193,6 +193,10 @@ STAGES = (
     Stage("apart", 2, 200, 330, apart),
     Stage("transfer", 2, 40, 80, script("kv_transfer_gpu.py", "kv_transfer_gpu")),
     Stage("tp2", 2, 60, 150, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill", tensor_parallel_size=2)),
+    Stage("tp4", 4, 60, 150, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill", tensor_parallel_size=4)),
 )
-SINGLE = tuple(stage.name for stage in STAGES if stage.gpus == 1)
-DOUBLE = ("limits", *(stage.name for stage in STAGES if stage.gpus == 2))
+BY_GPUS = {
+    1: tuple(stage.name for stage in STAGES if stage.gpus == 1),
+    2: ("limits", *(stage.name for stage in STAGES if stage.gpus == 2)),
+    4: ("limits", "tp1", "tp2", "tp4"),
+}

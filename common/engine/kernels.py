@@ -17,6 +17,7 @@ import importlib.util
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -33,16 +34,25 @@ from common.engine.deepgemm_build import Request
 from common.engine.fp8_kernels import BUILD_LIMIT_S, products_of, run
 from common.errors import NanoDeployError
 from common.kernels.gpu import deepgemm
+from common.models.checkpoint import INDEX_FILE, SINGLE_FILE
 from common.models.spec import ModelSpec
 from common.types import MonotonicClock, Role
 
 _PROGRESS = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
+def _spec(model: str) -> ModelSpec | None:
+    """Of a checkpoint, or of a folder with its config.json alone: nothing is compiled by weights. None for no model."""
+    if not model:
+        return None
+    has_weights = any((Path(model) / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+    return ModelSpec.from_folder(model, weights=has_weights)
+
+
 def modules_for(model: str, dtype: str, kv_dtypes: list[str], hopper: bool) -> list[Module]:
     """Of a model with heads, or of the usual head sizes. ValueError if FlashInfer does not serve its attention."""
     found: list[Module] = []
-    spec = ModelSpec.from_folder(model) if model else None
+    spec = _spec(model)
     if spec is not None and spec.mla is not None:
         return []
     if spec is not None and spec.compress is not None:
@@ -59,7 +69,7 @@ def modules_for(model: str, dtype: str, kv_dtypes: list[str], hopper: bool) -> l
 
 def xqa_modules_for(model: str, dtype: str, kv_dtypes: list[str], hopper: bool) -> list[Xqa]:
     """For one new token of a model's, or of usual, groups of query heads; blocks of 64 tokens."""
-    spec = ModelSpec.from_folder(model) if model else None
+    spec = _spec(model)
     if not hopper or "auto" not in kv_dtypes or (spec is not None and (spec.mla is not None or spec.cache.has_windows)):
         return []
     sizes = [(128, group) for group in (2, 4, 8)]
@@ -70,7 +80,7 @@ def xqa_modules_for(model: str, dtype: str, kv_dtypes: list[str], hopper: bool) 
 
 def latent_modules_for(model: str, dtype: str, hopper: bool) -> list[ragged.Module]:
     """For prompts of a model with latent attention, or of the usual one."""
-    spec = ModelSpec.from_folder(model) if model else None
+    spec = _spec(model)
     if not hopper or (spec is not None and spec.mla is None):
         return []
     widths = (192, 128) if spec is None or spec.mla is None else (spec.mla.qk_dim, spec.mla.v_dim)
@@ -135,8 +145,10 @@ def start_engines(model: str, kv_dtypes: list[str], device: str, options: dict[s
 
 def _build_products(args: argparse.Namespace) -> int:
     """DeepGEMM's kernels of a model in FP8. Returns the exit code."""
+    spec = _spec(args.model)
+    assert spec is not None
     try:
-        products = products_of(ModelSpec.from_folder(args.model), args.dtype, args.quantization, args.ranks)
+        products = products_of(spec, args.dtype, args.quantization, args.ranks)
     except NanoDeployError as error:
         _say({"error": error.message})
         return 1
