@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from common.engine import compute
 from common.engine.gpu_memory import GpuMemory
 from common.errors import ConfigError
 from common.kvtransfer.memory import MemoryNetwork
+from common.models import weights
 from common.types import Role
 
 __all__ = ["llama"]
@@ -42,16 +44,23 @@ TORCHS_WORDS = (
 )
 
 
-@pytest.mark.parametrize(("place", "what"), [("load_model", "the weights"), ("KVPool", "the KV cache")])
+@pytest.mark.parametrize(
+    ("module", "place", "what"),
+    [
+        (weights, "model_class", "the weights"),
+        (compute, "load_model", "the weights"),
+        (compute, "KVPool", "the KV cache"),
+    ],
+)
 def test_what_has_no_room_at_the_start_is_a_refused_start(
-    place: str, what: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, place: str, what: str, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch's allocator says it wherever it finds no room; here there is no GPU to be filled."""
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(TORCHS_WORDS)
 
-    monkeypatch.setattr(compute, place, full)
+    monkeypatch.setattr(module, place, full)
     clock = ManualClock()
     with pytest.raises(ConfigError, match=f"no room for {what}: CUDA out of memory.*1.10 GiB is free.$"):
         make_engine(llama, Role.DECODE, MemoryNetwork(clock), clock)

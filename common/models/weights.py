@@ -61,7 +61,7 @@ def load_model(
     weights from `seed`. `quantization`: auto keeps a checkpoint's FP8 weights as they are where the device multiplies
     them, fp8 quantises other weights to that form too, but those that the checkpoint's config excludes, none turns all
     of them into `dtype`. `fixed`: see `Build`.
-    ConfigError lists all that is wrong with the checkpoint.
+    ConfigError lists all that is wrong with the checkpoint. torch.OutOfMemoryError: a GPU has no room for the model.
     """
     in_fp8, tp = keeps_fp8(spec.quant, quantization, dtype, device), tp or TensorParallel()
     in_fp4 = spec.quant is not None and spec.quant.fp4_experts
@@ -70,6 +70,8 @@ def load_model(
         model = model_class(spec.model_type)(spec, build, max_positions or spec.max_position_embeddings)
     except ValueError as e:
         raise ConfigError(f"{spec.model_type} cannot be split over {build.tp.size} ranks: {e}") from None
+    except torch.OutOfMemoryError:  # a RuntimeError too
+        raise
     except (ArithmeticError, MemoryError, RuntimeError) as e:  # sizes that no machine, or not this one, has room for
         raise ConfigError(f"{spec.folder}: the model that config.json describes cannot be made here: {e}") from e
     choice = FP8Choice(spec.quant, quantization == "fp8", build.dtype, tp.rank, tp.size)
