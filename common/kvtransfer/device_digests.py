@@ -125,7 +125,7 @@ def _to_device(x: NDArray[np.int64], device: torch.device) -> Tensor:
 
 
 class DeviceGather:
-    """Over a `UcxTransport`, on the stream of the comparisons."""
+    """Over a `UcxTransport`, on the stream of the comparisons. Its kernels are there once it is made."""
 
     def __init__(self, transport: UcxTransport, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self.hold = transport.hold
@@ -133,6 +133,10 @@ class DeviceGather:
         self._device = device
         self._stream = stream
         self._anchor = torch.zeros(2, dtype=torch.int64, device=device)
+        with _on(stream):
+            nothing = torch.zeros(1, 3, dtype=torch.int64, device=device)
+            for aligned in (True, False):
+                gpu.gather.gather(self._anchor, nothing, aligned)
 
     @torch.inference_mode()
     def gather(self, pieces_N3: NDArray[np.int64]) -> DigestBatch:

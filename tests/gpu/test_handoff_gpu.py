@@ -137,7 +137,7 @@ def test_a_rank_of_two_gathers_its_half(owner: DeviceOwner, gpus: tuple[int, int
     peer = end.transport.connect(owner.endpoint)
     places = torch.randperm(NUM_BLOCKS).tolist()
     plan = plan_extent(LAYOUT, layout, extent(owner.digests), places, end.bases[FULL_GROUP], NUM_BLOCKS * BLOCK_SIZE)
-    for read_id in range(3):  # the first one compiles, and may come before the peer is ready
+    for read_id in range(3):  # the first one may come before the peer is ready
         end.transport.read(peer, read_id, plan.pieces, plan.checks)
         result = only(end.wait_for(1))
         assert (result.status, result.message) == (ReadStatus.OK, "")

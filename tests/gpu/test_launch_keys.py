@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from common.kernels import gpu
 from common.kernels.expert_weights import ExpertWeights
+from common.kvtransfer.device_digests import DeviceGather
 
 pytestmark = pytest.mark.gpu
 
@@ -151,3 +154,15 @@ def test_unequal_sequences_of_any_number(keys_of: Any) -> None:
         return keys_of(call)
 
     assert of(2, 0) == of(70, 0) == of(400, 0) == of(3, 1)
+
+
+@pytest.mark.parametrize("row", [4096, 8])
+def test_small_pieces_of_a_hand_off(keys_of: Any, row: int) -> None:
+    """A reader has the kernels of all before its first read, which comes amid its steps."""
+    transport: Any = SimpleNamespace(hold=None, release=None)
+    made: list[DeviceGather] = []
+    known = keys_of(lambda: made.append(DeviceGather(transport, torch.device("cpu"), None)))
+    for count in (1, 64, 1000):
+        sources = np.arange(count, dtype=np.int64)[:, None] * 2 * row
+        pieces = np.hstack([sources, sources + row, np.full_like(sources, row)])
+        assert keys_of(lambda: made[0].gather(pieces)) <= known, count  # noqa: B023  called at once
