@@ -66,6 +66,12 @@ def test_the_official_client_gets_what_its_schema_says(cluster: RunningCluster) 
         assert text == whole.choices[0].message.content
         assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     extra = {"guided_choice": ["north", "south"]}
+    array = SCHEMA["properties"]["way"] | {"uniqueItems": False, "default": []}
+    idle = SCHEMA | {"$schema": "http://json-schema.org/schema#", "propertyNames": {"type": "string"}}
+    idle["properties"] = {"way": array}
+    form = {"type": "json_schema", "name": "way", "schema": idle, "strict": True}
+    response = client.responses.create(model=cluster.model, input=TEXT, max_output_tokens=1200, text={"format": form})
+    jsonschema.validate(json.loads(response.output_text), SCHEMA)
     answer = client.completions.create(model=cluster.model, prompt=TEXT, max_tokens=40, extra_body=extra)
     assert answer.choices[0].text in extra["guided_choice"]
 

@@ -13,6 +13,7 @@ from typing import Any
 from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
+from common.engine.structured_schema import without_idle_keywords
 from common.engine.structured_tags import literal, tags_to_lark
 from common.types import Grammar, GrammarKind
 
@@ -65,10 +66,10 @@ def _body(grammar: Grammar, specials: Mapping[str, int]) -> str:
             return LLMatcher.grammar_from_lark(tags_to_lark(json.loads(source), JSON_OPTIONS, specials))
 
 
-def _object(schema: dict[str, Any] | bool) -> dict[str, Any]:
+def _object(schema: dict[str, Any] | bool) -> Any:
     if schema is False:
         raise ValueError("the schema is false: it allows nothing")
-    return {} if schema is True else schema
+    return {} if schema is True else without_idle_keywords(schema)
 
 
 def _unanchored(regex: str) -> str:

@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from common.engine.structured_schema import without_idle_keywords
+
 _TEXT = r"/(.|\n)*/"
 _MAX_PARTS = 10_000
 
@@ -115,6 +117,7 @@ class _Writer:
     def _schema(self, schema: Any) -> str:
         if not isinstance(schema, dict):
             raise ValueError("a schema of a structural tag must be an object")
+        schema = without_idle_keywords(schema)
         return json.dumps({**schema, "x-guidance": {**self._options, **schema.get("x-guidance", {})}})
 
     def _until(self, end: str) -> str:
