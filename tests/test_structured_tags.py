@@ -84,6 +84,7 @@ WHOLE: list[tuple[dict[str, Any], list[str], list[str]]] = [
         ['say "hi"\n', "a/b0"],
         ["say", "a/b"],
     ),
+    ({"format": {"type": "const_string", "value": "a\x00\x7f\x85b"}}, ["a\x00\x7f\x85b"], ["ab"]),
 ]
 
 
@@ -100,6 +101,7 @@ def test_tags(source: dict[str, Any], good: list[str], bad: list[str], checkpoin
         ({"structures": [{"begin": "x"}], "triggers": ["x"]}, "schema"),
         ({"structures": [{"begin": "x", "schema": {}}], "triggers": ["y"]}, "no trigger"),
         ({"structures": [{"begin": "x", "schema": 5}], "triggers": ["x"]}, "object"),
+        ({"structures": [{"begin": "x", "schema": {"x-guidance": 5}}], "triggers": ["x"]}, "x-guidance"),
         ({"format": 3}, "type"),
         ({"format": {"type": "tag", "begin": 1, "content": TEXT_PART, "end": ""}}, "begin"),
         ({"format": {"type": "sequence", "elements": []}}, "elements"),

@@ -14,7 +14,7 @@ from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from common.engine.structured_schema import without_idle_keywords
-from common.engine.structured_tags import literal, tags_to_lark
+from common.engine.structured_tags import literal, quoted, tags_to_lark
 from common.types import Grammar, GrammarKind
 
 _ASCII = "dw"  # \d and \w as in JSON schemas
@@ -59,7 +59,7 @@ def _body(grammar: Grammar, specials: Mapping[str, int]) -> str:
             return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(_unanchored(source), _ASCII)}/")
         case GrammarKind.CHOICE:
             options = dict.fromkeys(json.loads(source))
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_literal, options)))
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(quoted, options)))
         case GrammarKind.GRAMMAR:
             return LLMatcher.grammar_from_lark(any_to_lark(source))
         case GrammarKind.STRUCTURAL_TAG:
@@ -77,7 +77,3 @@ def _unanchored(regex: str) -> str:
     regex = regex.removeprefix("^")
     ends = regex.endswith("$") and (len(regex) - len(regex[:-1].rstrip("\\"))) % 2 == 1
     return regex[:-1] if ends else regex
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if text else '""'

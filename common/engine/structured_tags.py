@@ -64,11 +64,11 @@ def literal(text: str, specials: Mapping[str, int]) -> str:
     out, end = [], 0
     for found in marks.finditer(text) if marks is not None else ():
         if found.start() > end:
-            out.append(_quoted(text[end : found.start()]))
+            out.append(quoted(text[end : found.start()]))
         out.append(f"<[{specials[found.group()]}]>")
         end = found.end()
     if end < len(text):
-        out.append(_quoted(text[end:]))
+        out.append(quoted(text[end:]))
     return " ".join(out)
 
 
@@ -117,8 +117,10 @@ class _Writer:
     def _schema(self, schema: Any) -> str:
         if not isinstance(schema, dict):
             raise ValueError("a schema of a structural tag must be an object")
-        schema = without_idle_keywords(schema)
-        return json.dumps({**schema, "x-guidance": {**self._options, **schema.get("x-guidance", {})}})
+        options = schema.get("x-guidance", {})
+        if not isinstance(options, dict):
+            raise ValueError("x-guidance of a schema must be an object")
+        return json.dumps({**without_idle_keywords(schema), "x-guidance": {**self._options, **options}})
 
     def _until(self, end: str) -> str:
         """Free text and the first `end` behind it."""
@@ -127,7 +129,7 @@ class _Writer:
             before = end[: min(begins)]
             text = self._rule(_regex(rf"(.|\n)*{_escaped(before)}"), f"T{len(self.rules)}") if before else "TEXT"
             return f"{text} {self.literal(end[len(before) :])}"
-        return self._rule(f"TEXT {_quoted(end)}", f"p{len(self.rules)}[lazy]")
+        return self._rule(f"TEXT {quoted(end)}", f"p{len(self.rules)}[lazy]")
 
     def _tag(self, part: Any, skip: int = 0) -> str:
         """`skip`: characters of its beginning that are there already."""
@@ -170,8 +172,9 @@ def _tag_of(tag: Any) -> dict[str, Any]:
     return found
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def quoted(text: str) -> str:
+    """As a string of Lark's, which has no DEL in it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\x7f")
 
 
 def _escaped(text: str) -> str:
