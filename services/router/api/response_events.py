@@ -154,26 +154,33 @@ class ResponseEvents(BlockEvents):
 
 
 class ResponseStyle:
-    """One request's: it keeps the events, whose response is stored before the client hears of its end."""
+    """One request's: it keeps the events, whose response is stored before the client hears of its end.
+
+    `response_id`: known before the answer; by default the answer's own.
+    """
 
     prefix = "resp_"
     columns = False
 
-    def __init__(self, frame: dict[str, Any]) -> None:
+    def __init__(self, frame: dict[str, Any], response_id: str = "") -> None:
         self.frame = frame
+        self._id = response_id
         self.events: ResponseEvents | None = None
         self._streams = False
 
     def chunks(self, head: Head, usage: bytes | None) -> ResponseEvents:
         self._streams = True
-        self.events = ResponseEvents(head, self.frame)
-        return self.events
+        return self._begin(head)
 
     def whole(self, head: Head, choices: Sequence[Ended], usage: Usage, timings: dict[str, Any] | None) -> bytes:
-        self.events = ResponseEvents(head, self.frame)
-        self.events.walk(choices[0])
-        self.events.complete(usage, timings)
+        events = self._begin(head)
+        events.walk(choices[0])
+        events.complete(usage, timings)
         return b""
+
+    def _begin(self, head: Head) -> ResponseEvents:
+        self.events = ResponseEvents(head._replace(id=self._id or head.id), self.frame)
+        return self.events
 
     async def finished(self, payload: bytes) -> bytes:
         assert self.events is not None

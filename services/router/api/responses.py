@@ -31,6 +31,7 @@ from common.rpc.objects import ObjectClient
 from common.telemetry import get_logger
 from common.types import Clock
 from services.router.api.local import LocalExchange
+from services.router.api.references import KIND, shown, with_referred
 from services.router.api.response_events import ResponseEvents, ResponseStyle, failure
 from services.router.api.response_items import FIELDS, items_of, messages_of, to_chat
 from services.router.api.schemas import ResponsesBody
@@ -41,7 +42,6 @@ from services.router.gateway import Gateway
 from services.router.params import chat_job
 from services.router.replies import dumps
 
-KIND: Final = "response"
 CLAIM_S: Final = 15.0
 RENEW_S: Final = 4.0  # several tries before a claim runs out; also how soon a cancel from elsewhere is heard
 MAX_BACKGROUND: Final = 256
@@ -83,7 +83,8 @@ class Responses:
             started_s = self._clock.now()
             body = await self._gateway.body(exchange, ResponsesBody)
             _check_shown(body)
-            items, before = items_of(body), await self._before(body, exchange.owner)
+            items = await with_referred(self._objects, exchange.owner, items_of(body))
+            before = await self._before(body, exchange.owner)
             so_far = [*before, *messages_of(items)]
             if body.background:
                 await exchange.answer(200, dumps(await self._begin(body, exchange, items, so_far)))
@@ -123,11 +124,12 @@ class Responses:
             raise OverloadedError(f"{MAX_BACKGROUND} responses run in the background already")
         name, _ = self._gateway.resolve(body.model)
         chat = to_chat(body, so_far)
-        style = ResponseStyle(frame_of(body))
+        id_ = f"resp_{secrets.token_hex(16)}"
+        style = ResponseStyle(frame_of(body), id_)
         local = LocalExchange(b"", exchange.traceparent, exchange.caller)
         local.request_id = exchange.request_id
         response = {
-            "id": f"resp_{secrets.token_hex(16)}",
+            "id": id_,
             "object": "response",
             "created_at": int(time.time()),
             "status": "queued",
@@ -138,7 +140,7 @@ class Responses:
             "usage": None,
             **style.frame,
         }
-        key = self._key(exchange.owner, response["id"])
+        key = self._key(exchange.owner, id_)
         document = {"response": response, "items": items, "messages": so_far}
         await self._objects.put(key, dumps(document), ttl_s=self._ttl_s, expected_version=0)
         await self._objects.claim(key, self._holder, CLAIM_S)
@@ -148,8 +150,8 @@ class Responses:
                 await self._gateway.serve(local, chat, chat_job, style, self._clock.now())
 
         task = asyncio.create_task(self._follow(key, document, style, local, asyncio.create_task(work())))
-        self._running[response["id"]] = task
-        task.add_done_callback(lambda _: self._running.pop(response["id"], None))
+        self._running[id_] = task
+        task.add_done_callback(lambda _: self._running.pop(id_, None))
         return response
 
     async def _follow(
@@ -170,7 +172,7 @@ class Responses:
                     return
             work.result()
             assert style.events is not None
-            response |= style.events.response | {"id": response["id"], "created_at": response["created_at"]}
+            response |= style.events.response | {"created_at": response["created_at"]}
             document["messages"] += messages_of(response["output"])
         except asyncio.CancelledError:
             response |= {"status": "cancelled"}
@@ -235,10 +237,7 @@ class Responses:
 
     async def input_items(self, exchange: Exchange) -> None:
         document = await self._load(exchange)
-        made = [
-            {"id": f"item_{document.key.id.partition('_')[2]}{i:02x}", **item}
-            for i, item in enumerate(document.content["items"])
-        ]
+        made = shown(document.key.id, document.content["items"])
         items = made if exchange.query().get("order") == "asc" else made[::-1]
         ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
         await exchange.answer(200, dumps({"object": "list", "data": items, "has_more": False, **ends}))
