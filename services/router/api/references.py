@@ -1,4 +1,4 @@
-"""`item_reference` in an input: an item of an earlier response, of its input or output, by the id that it is shown with.
+"""`item_reference` in an input: an item of an earlier response's input or output, by the id that it is shown with.
 
 An item's id holds that of its response, so the response is what is looked up. Ids that clients gave to items of their
 inputs, and items of responses that were not stored, are found nowhere.
