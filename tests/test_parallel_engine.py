@@ -5,7 +5,9 @@ Ranks are threads here (`parallel_support`); `test_parallel_process.py` has them
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from families import FAMILIES, Family
 from mtp_support import MTP, make_mtp, make_qwen_mtp
 
 from common.config import SpeculativeConfig
+from common.engine.batch import RowMasks
 from common.engine.rank_runner import FORWARD, RankLoop
+from common.engine.structured_masks import MasksUnderWay
 from common.errors import ConfigError, RankLostError
 from common.types import SamplingParams
 
@@ -101,6 +105,53 @@ def test_drafts_of_the_model_s_own_layer(make: Callable[..., Path], tmp_path: Pa
     one, two = run(), run(tensor_parallel_size=2)
     assert one == two
     assert two[1][0] > 0
+
+
+def fail_one(solo: Solo, prompt: Sequence[int]) -> None:
+    """A request whose step fails when all ranks have computed it: its masks are not made in time."""
+    made: Future[RowMasks] = Future()
+    made.set_exception(TimeoutError())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solo.decode.parts.masks, "begin", lambda plan: MasksUnderWay(made))
+        answer = solo.submit(prompt, greedy(4))
+        solo.run()
+    assert answer.failure is not None
+
+
+@pytest.mark.parametrize("make", [make_mtp, make_qwen_mtp])
+def test_ranks_drop_a_step_that_is_not_collected(make: Callable[..., Path], tmp_path: Path) -> None:
+    """The draft layer goes on, on every rank, from the rows of the next one."""
+    folder = make(tmp_path / "checkpoint")
+    asked = prompts(21, [40, 9])
+
+    def run(**engine: object) -> tuple[list[list[int]], list[int]]:
+        solo = Solo(folder, speculative_config=SpeculativeConfig(**MTP), **engine)
+        try:
+            fail_one(solo, asked[0])
+            answers = [solo.submit(p, greedy(24, repetition_penalty=1.05 + i / 100)) for i, p in enumerate(asked)]
+            solo.run()
+            solo.check_idle()
+        finally:
+            solo.decode.close()
+        speculator = solo.decode.parts.speculator
+        assert speculator is not None
+        return [a.tokens[0] for a in answers], [speculator.num_draft_tokens, *speculator.accepted_per_pos]
+
+    assert run(tensor_parallel_size=2) == run()
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_ranks_at_rest_do_not_pass_for_hung_after_it(overlap: str, llama: Path) -> None:
+    solo = Solo(llama, tensor_parallel_size=2, hang_timeout_s=1.0, async_scheduling=overlap)
+    try:
+        fail_one(solo, (5, 6, 7))
+        time.sleep(2.0)
+        (prompt,) = prompts(9, [20])
+        answer = solo.submit(prompt, greedy(COUNT))
+        solo.run()
+    finally:
+        solo.decode.close()
+    assert answer.tokens[0] == reference_tokens(llama, prompt, COUNT)
 
 
 def test_an_engine_whose_rank_failed_says_so(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,7 @@ class Engine:
         """Start a step; None if that failed."""
         self.steps += 1
         runner, began = self._p.runner, self._p.clock.now()
+        pending: Pending | None = None
         try:
             runner.copy_blocks(state_copies(plan, self._p.cache))
             masks = self._p.masks.begin(plan)
@@ -230,7 +231,7 @@ class Engine:
                 if item.seq.order is not None and self._p.drafting is None:  # whose layer writes after the step
                     self._p.supply.launched(item.seq, item.start, item.start + item.num_new)
         except Exception as error:  # noqa: BLE001 - edge of the step: fails what was in it
-            self._step_failed(plan, error)
+            self._step_failed(plan, error, pending)
             return None
         return LaunchedStep.of(plan, pending, sampled=masks is not None, at=began)
 
@@ -266,7 +267,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - the edge of a step
             self._under_way = None
             step.land()
-            self._step_failed(step.plan, error)
+            self._step_failed(step.plan, error, step.pending)
             for seq in step.sequences:
                 self._p.scheduler.settle(seq)
 
@@ -364,12 +365,17 @@ class Engine:
         self._p.runner.copy_blocks(self._p.cache.snapshots.checkpoint(seq.seq_id, seq.prefix_hash(seq.num_computed)))
         self._writes_on = True
 
-    def _step_failed(self, plan: StepPlan, error: Exception) -> None:
+    def _step_failed(self, plan: StepPlan, error: Exception, pending: Pending | None = None) -> None:
+        """`pending`: of a step that was launched and will not be collected."""
         self._failed_steps += 1
         log.error("step failed", step=self.steps, sequences=len(plan.items), exc_info=error)
         if self._failed_steps >= MAX_FAILED_STEPS or isinstance(error, RankLostError):
             raise error
-        self._p.runner.wait()  # what of it was launched still writes to blocks that are given back now
+        # what of it was launched still writes to blocks that are given back now
+        if pending is None:
+            self._p.runner.wait()
+        else:
+            self._p.runner.drop(pending)
         reason = InternalError(f"the engine step failed: {type(error).__name__}")
         for item in plan.items:
             if item.seq.phase is Phase.ENDED:

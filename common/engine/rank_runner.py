@@ -1,6 +1,6 @@
 """One model on several ranks: rank 0 tells the others what it runs, and they run the same.
 
-    rank 0   forward(batch)   sample   collect   copy_blocks   wait      each told before it is done here
+    rank 0   forward(batch)   sample   collect   drop   copy_blocks   wait      each told before it is done here
     others   the same calls of the same runner, in the same order
 
 Every rank draws every token itself, from logits that are equal to the bit and noise keyed by place, so the next step
@@ -32,7 +32,7 @@ from common.kvtransfer.transport import DigestCheck
 from common.parallel.link import Link, LinkClosedError
 from common.parallel.ranks import ANSWER, DONE, Ranks
 
-FORWARD, SAMPLE, COLLECT, COPY, DIGEST, TAKE, KEEP, DRAFT, WAIT = range(16, 25)
+FORWARD, SAMPLE, COLLECT, COPY, DIGEST, TAKE, KEEP, DRAFT, WAIT, DROP = range(16, 26)
 _ANSWER_S = 30.0  # a rank digests behind the step that it is in
 _MAX_DIGESTS = 4096  # batches that nobody asked for, of orders that ended early
 _IDLE_S = 5.0
@@ -52,6 +52,8 @@ class Runner(Protocol):
     def is_done(self, pending: Pending) -> bool: ...
 
     def collect(self, pending: Pending) -> StepResult: ...
+
+    def drop(self, pending: Pending) -> None: ...
 
     def wait(self) -> None: ...
 
@@ -99,6 +101,11 @@ class RankedRunner:
         self._ranks.tell(COLLECT)
         with together(self._ranks):
             return self._inner.collect(pending)
+
+    def drop(self, pending: Pending) -> None:
+        self._ranks.tell(DROP)
+        with together(self._ranks):
+            self._inner.drop(pending)
 
     def wait(self) -> None:
         self._ranks.tell(WAIT)
@@ -226,6 +233,9 @@ class RankLoop:
             pending = self._pending.popleft()
             self._runner.collect(pending)
             self._hidden = pending.hidden_TD
+            self._link.send(DONE)
+        elif kind == DROP:
+            self._runner.drop(self._pending.pop())
             self._link.send(DONE)
         elif kind == COPY:
             self._runner.copy_blocks([BlockCopy(*c) for c in pickle.loads(payload)])

@@ -1,6 +1,7 @@
 """Runs a batch on the device: forward, sample, collect (architecture, decision 5).
 
     pending = forward(batch) -> sample(pending) -> collect(pending)
+                         `----------------`------> drop(pending)
 
 The three are apart so that a device may overlap them with the next step's planning; on CPU they happen
 back to back. A step may read tokens that the step before has drawn and nobody has collected: they stay on the device.
@@ -178,6 +179,10 @@ class ModelRunner:
             drawn.append(Drawn(tokens[first:good], found, failures.get(first) if good == first else None))
             first = end
         return StepResult(_with_tails(pending, drawn), pending.prompt_logprobs)
+
+    def drop(self, pending: Pending) -> None:
+        """Instead of `collect`, of the step that was launched last: wait until the device has done it."""
+        self.wait()
 
     def wait(self) -> None:
         """Until the device has done all steps, copies and passes that it was given; not what hand-offs gave it."""
