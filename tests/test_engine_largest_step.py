@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,12 +17,16 @@ from worker_support import ManualClock
 
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
 from common.engine.batch import Batch, RowMasks
-from common.engine.compute import _smallest_sizing, make_compute
+from common.engine.compute import _attention, _size_for_gpu, _smallest_sizing, make_compute
+from common.engine.draft_runner import DraftRunner
 from common.engine.gpu_memory import powers, run_draft_layer, run_steps
 from common.engine.runner import ModelRunner, Pending
-from common.engine.sizing import MIN_MODEL_LEN, resolve_engine
-from common.kvcache.layout import FULL_GROUP
+from common.engine.sampler import Sampler
+from common.engine.sizing import MIN_MODEL_LEN, resolve_engine, size_engine
+from common.errors import ConfigError
+from common.kvcache.layout import FULL_GROUP, GroupSpec, Retention
 from common.models.spec import ModelSpec
+from common.models.weights import load_model
 from common.parallel.mesh import alone
 from common.types import Role
 
@@ -93,6 +99,52 @@ def test_so_has_the_draft_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         *((num_new, 100) for num_new in (1, 2, 3, 4, 5, 6, 7, 8, 16, 20)),
         *((num_new, seen) for seen in (16, 32, 64) for num_new in (1, 2)),
     ]
+
+
+def test_its_passes_are_measured_with_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's memory is asked for their peak when all have been run."""
+    engine = EngineConfig(
+        model=str(make_mtp(tmp_path / "model")),
+        device="cpu",
+        max_num_batched_tokens=20,
+        max_num_seqs=4,
+        max_model_len=100,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1},  # type: ignore[arg-type]
+    )
+    engine, device = resolve_engine(engine), torch.device("cpu")
+    sizing = size_engine(engine, ModelSpec.from_folder(engine.model), Role.DECODE)
+    model = load_model(sizing.spec, dtype=sizing.dtype, device=device)
+    backend, sampler = _attention(engine, sizing, device), Sampler(sizing.spec.vocab_size, device)
+    passes: list[int] = []
+    compute = DraftRunner.compute
+
+    def observed(self: DraftRunner, num_new: int, start: int, table: Sequence[int]) -> None:
+        compute(self, num_new, start, table)
+        passes.append(num_new)
+
+    def peak() -> int:
+        return max(passes, default=0) << 20
+
+    monkeypatch.setattr(DraftRunner, "compute", observed)
+    for name in ("reset_peak_memory_stats", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+    sized = _size_for_gpu(engine, sizing.spec, Role.DECODE, alone(device), sizing, model, backend, sampler, 0)
+    assert sized.budget_nbytes == int(0.9 * (1 << 30)) - (20 << 20)
+
+
+def test_a_draft_layer_that_has_no_room_is_a_refused_start() -> None:
+    def full(num_new: int, start: int, table: Sequence[int]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. If reserved but unallocated memory is large ...")
+
+    drafts: Any = SimpleNamespace(compute=full)
+    group = GroupSpec(name=FULL_GROUP, retention=Retention.FULL, block_size=16, num_blocks=8)
+    with pytest.raises(ConfigError, match=r"no room for the draft layer: CUDA out of memory\.$") as raised:
+        run_draft_layer(drafts, group, longest=20, max_model_len=100)
+    assert raised.value.param == "max_num_batched_tokens"
 
 
 @pytest.mark.parametrize(("max_tokens", "length"), [(1, MIN_MODEL_LEN), (20, 20)])

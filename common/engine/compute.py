@@ -147,17 +147,24 @@ def make_compute(
     draft_runner = None
     if spec.has_drafts:
         runner.rows_outlive = True
-        groups = {FULL_GROUP: (layout.group(FULL_GROUP).block_size, 0)}
-        draft_runner = DraftRunner(
-            model, pool, backend, sampler, runner.inputs, spec.hidden_size, groups, lambda: runner.on_progress()
-        )
-        if device.type == "cuda":
-            length = sizing.max_model_len
-            longest = min(engine.max_num_batched_tokens, length)
-            run_draft_layer(draft_runner, layout.group(FULL_GROUP), longest=longest, max_model_len=length)
+        draft_runner = _draft_runner(runner, model, sizing, pool, backend, sampler)
         if runner.graphs is not None and records_drafts:
             draft_runner.graphs = _record_drafts(runner.graphs, runner, model, engine, sizing, pool, backend, progress)
     return Compute(sizing, bases, transport, runner, draft_runner)
+
+
+def _draft_runner(
+    runner: ModelRunner,
+    model: DecoderModel,
+    sizing: EngineSizing,
+    pool: KVPool,
+    backend: AttentionBackend,
+    sampler: Sampler,
+) -> DraftRunner:
+    """Of the model's multi-token-prediction layer, beside `runner`."""
+    groups = {FULL_GROUP: (sizing.layout.group(FULL_GROUP).block_size, 0)}
+    hidden_size = sizing.spec.hidden_size
+    return DraftRunner(model, pool, backend, sampler, runner.inputs, hidden_size, groups, lambda: runner.on_progress())
 
 
 @room_for("the KV cache", "gpu_memory_utilization")
@@ -222,6 +229,11 @@ def _size_for_gpu(
         longest=small.max_model_len,
         max_model_len=sizing.max_model_len,
     )
+    if spec.has_drafts:
+        drafts = _draft_runner(runner, model, small, pool, backend, sampler)
+        group = small.layout.group(FULL_GROUP)
+        run_draft_layer(drafts, group, longest=min(tokens, small.max_model_len), max_model_len=sizing.max_model_len)
+        del drafts
     del pool, runner
     memory = measure(weights, graphs=graphs_nbytes, beside=beside)
     (budget,) = mesh.least([memory.pool_nbytes(engine.gpu_memory_utilization)])

@@ -1,6 +1,7 @@
 """Where a GPU's memory goes, and what is left for the KV pool: measured, not guessed.
 
-    weights loaded -> the largest step is run once over a pool of its own, and small ones -> peak read off the allocator
+    weights loaded -> the largest step and a draft layer's largest pass are run once over a pool of their own, and
+    small ones -> peak read off the allocator
     -> pool = share of the card - weights - peak of a step - recorded steps - what others hold
 
 The largest step that will ever be run has been run then: one that runs out of memory later is a fault, not load. And
@@ -153,8 +154,9 @@ def _table(group: GroupSpec, seen: int) -> list[int]:
     return [i % group.num_blocks for i in range(-(-seen // group.block_size))]
 
 
+@room_for("the draft layer", "max_num_batched_tokens")
 def run_draft_layer(drafts: DraftRunner, group: GroupSpec, *, longest: int, max_model_len: int) -> None:
-    """As the small ones of `run_steps`, of the draft layer's passes as they are run. `group`: of its cache."""
+    """As `run_steps`, of the draft layer's passes as they are run, the largest among them. `group`: of its cache."""
 
     def compute(num_new: int, seen: int) -> None:
         drafts.compute(num_new, seen - num_new, _table(group, seen))
