@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Sequence
 
-from limits_support import KEY, key
+import pytest
+from limits_support import KEY, Ticking, key
 
 from common.types import MonotonicClock
-from common.types.keys import Grant, Lease
+from common.types.keys import ApiKey, Grant, KeyTable, Lease, LeaseAsk
 from services.router.admission.callers import Callers
 from services.router.admission.gate import Gate, GateSettings
 from services.router.admission.limiter import Limiter, headers
@@ -37,6 +40,72 @@ def test_a_debt_is_paid_before_more_is_spent() -> None:
     assert wanted.need == 350
     meters.put(Lease(meters.key.key_hash, Grant(), Grant(350, 0), Grant(), 1), 1, 50, 0.0)
     assert meters.take(1, 50, 0.0)
+
+
+class Book:
+    """A ledger of one key that takes a while to hear and to be heard. Nobody asks of it twice at a time."""
+
+    def __init__(self, mine: ApiKey) -> None:
+        self.key = mine
+        self.quota, self.requests = mine.quota_tokens, mine.requests_per_minute
+        self.spent = self.calls = 0
+        self._asked = False
+
+    async def put_keys(self, keys: Sequence[ApiKey]) -> int:
+        raise AssertionError("it has lost none")
+
+    async def list_keys(self, incarnation: str = "", revision: int = 0) -> KeyTable:
+        return KeyTable("book", 1, None if revision else (self.key,))
+
+    async def lease(self, router_id: str, asks: Sequence[LeaseAsk]) -> list[Lease]:
+        assert not self._asked
+        self._asked = True
+        self.calls += 1
+        (ask,) = asks
+        await asyncio.sleep(0)
+        self.quota -= ask.quota.want - ask.quota.give_back
+        self.requests -= ask.requests.want - ask.requests.give_back
+        self.spent += ask.spent_tokens
+        await asyncio.sleep(0)
+        self._asked = False
+        requests, quota = Grant(ask.requests.want, self.requests), Grant(ask.quota.want, self.quota)
+        return [Lease(ask.key_hash, requests, Grant(), quota)]
+
+    async def close(self) -> None:
+        assert not self._asked
+
+
+@pytest.mark.parametrize("mine", [key(quota_tokens=100_000), key(requests_per_minute=600)], ids=["quota", "rate"])
+@pytest.mark.parametrize("who", [{0}, {1}, {2}, {0, 1, 2}], ids=["first", "second", "last", "all"])
+async def test_a_request_that_ends_while_it_asks_takes_nothing_along(mine: ApiKey, who: set[int]) -> None:
+    """At each of its steps, beside others of its key: all that was granted is used or given back."""
+    for steps in range(100):
+        book, callers = Book(mine), Callers((), admin_token="t")
+        limiter = Limiter(callers, book, "r", Ticking())
+        await limiter.start(1.0)
+        caller = callers.caller([(b"authorization", f"Bearer {KEY}".encode())])
+        assert caller.meters is not None
+        caller.meters.spent = 7
+        tasks = [asyncio.create_task(limiter.charge(caller, 10, 500)) for _ in range(3)]
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        over = {each for each in who if tasks[each].done()}
+        for each in who:
+            tasks[each].cancel()
+        taken = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {each for each in range(3) if isinstance(taken[each], asyncio.CancelledError)} == who - over
+        charged = [tokens for tokens in taken if isinstance(tokens, int)]
+        assert len(charged) == 3 - len(who - over)
+        await limiter.stop()
+        assert book.spent == 7
+        if mine.quota_tokens:
+            assert book.quota == mine.quota_tokens - sum(charged)
+        else:
+            assert book.requests == mine.requests_per_minute - len(charged)
+        assert book.calls <= 2, "a lease and what was given back"
+        if over == who:
+            return
+    pytest.fail("a request without end")
 
 
 async def test_what_admission_costs_a_request() -> None:

@@ -57,6 +57,7 @@ class Limiter:
         self._table = KeyTable("", 0)
         self._keys: dict[str, KeyMeters] = {}
         self._leasing: dict[str, asyncio.Lock] = {}
+        self._leases: set[asyncio.Task[None]] = set()  # under way
         self._task: asyncio.Task[None] | None = None
         self._heard = asyncio.Event()
         self._giving = asyncio.Lock()  # held while what is given back is under way: it is nobody's then
@@ -72,13 +73,15 @@ class Limiter:
                 await self._heard.wait()
 
     async def stop(self) -> None:
-        """Give everything back, if a controller takes it within a second."""
+        """Give everything back, if a controller answers within a second each time."""
         if self._task is None or self._ledger is None:
             return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_S):
                 await self._giving.acquire()
         await end_tasks([self._task])
+        if self._leases:
+            await asyncio.wait(self._leases, timeout=STOP_S)
         if not self.following:
             self._found_again()
         try:
@@ -86,6 +89,7 @@ class Limiter:
                 await self._give_back(self._ledger, math.inf)
         except (NanoDeployError, TimeoutError) as error:
             _log.info("slices of limits could not be given back", error=str(error))
+        await end_tasks(self._leases)
         await self._ledger.close()
 
     # -- requests --
@@ -122,18 +126,32 @@ class Limiter:
         return cost
 
     async def _more(self, meters: KeyMeters, tokens: int) -> None:
-        """Lease what lacks, and take it. Requests of one key ask one after the other, and none in vain."""
-        async with self._leasing.setdefault(meters.key.key_hash, asyncio.Lock()):
+        """Lease what lacks, and take it. Requests of one key ask one after the other, and none in vain.
+
+        A request that ends meanwhile leaves its lease, and the turn, to those behind it: what was granted is theirs.
+        """
+        turn = self._leasing.setdefault(meters.key.key_hash, asyncio.Lock())
+        await turn.acquire()
+        lease: asyncio.Task[None] | None = None
+        try:
             now_s = self._clock.now()
             if meters.take(1, tokens, now_s):
                 return
             if self.following and not self._denied(meters, tokens, now_s):
-                await self._lease(meters, tokens)
+                lease = asyncio.create_task(self._lease(meters, tokens), name="lease")
+                self._leases.add(lease)
+                lease.add_done_callback(self._leases.discard)
+                await asyncio.shield(lease)
                 now_s = self._clock.now()
             if not self.following:
                 meters.refill(now_s)
             if not meters.take(1, tokens, now_s):
                 raise self._refusal(meters, tokens, now_s)
+        finally:
+            if lease is None or lease.done():
+                turn.release()
+            else:
+                lease.add_done_callback(lambda _: turn.release())
 
     def _denied(self, meters: KeyMeters, tokens: int, now_s: float) -> bool:
         wanted = ((meters.requests, 1), (meters.tokens, tokens), (meters.quota, 1))
