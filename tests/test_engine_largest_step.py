@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from mtp_support import make_mtp
 from worker_support import ManualClock
 
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
-from common.engine.batch import Batch, RowMasks
+from common.engine.batch import Batch, RowMasks, SampleRow
 from common.engine.compute import _attention, _size_for_gpu, _smallest_sizing, make_compute
 from common.engine.draft_runner import DraftRunner
 from common.engine.gpu_memory import powers, run_draft_layer, run_steps
@@ -33,11 +33,25 @@ from common.types import Role
 __all__ = ["llama"]
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("max_seqs", "counts"), [(48, [1, 2, 4, 8, 16, 32, 48]), (16, [1, 2, 4, 8, 16]), (1, [1])])
+@pytest.mark.parametrize(
+    ("max_seqs", "counts", "max_draws", "verified"),
+    [
+        (48, [1, 2, 4, 8, 16, 32, 48], 1, []),
+        (48, [1, 2, 4, 8, 16, 32, 48], 4, [(25, 100, 60, 100)]),
+        (16, [1, 2, 4, 8, 16], 4, [(16, 64, 60, 64)]),
+        (1, [1], 2, [(1, 2, 60, 2)]),
+    ],
+)
 def test_each_range_of_sizes_has_been_computed_before_it_serves(
-    max_seqs: int, counts: list[int], llama: Path, monkeypatch: pytest.MonkeyPatch
+    max_seqs: int,
+    counts: list[int],
+    max_draws: int,
+    verified: list[tuple[int, int, int, int]],
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
@@ -62,10 +76,12 @@ def test_each_range_of_sizes_has_been_computed_before_it_serves(
 
     runner.forward, runner.sample = observed, masked  # type: ignore[method-assign]
     layout = solo.decode.parts.layout
-    run_steps(runner, layout, max_tokens=100, max_seqs=max_seqs, longest=60, max_model_len=130)
+    sizes = {"max_tokens": 100, "max_seqs": max_seqs, "longest": 60, "max_model_len": 130, "max_draws": max_draws}
+    run_steps(runner, layout, **sizes)
     assert steps == [
         (2, 120, 60, 2),
         *((count, count + more, 60, count) for count in counts for more in range(min(count, 2))),
+        *verified,
         *((1, num_new, 130, num_new) for num_new in (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)),
         *((rows, new, seen, rows) for seen in (16, 32, 64, 128) for rows, new in ((1, 1), (1, 2), (2, 3))),
     ]
@@ -83,7 +99,7 @@ def test_so_has_the_draft_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         speculative_config={"method": "mtp", "num_speculative_tokens": 1},  # type: ignore[arg-type]
     )
     config = WorkerConfig(engine=resolve_engine(engine), handoff=HandoffConfig(transports=("memory",)))
-    made = make_compute(config, Role.DECODE, alone(torch.device("cpu")), ManualClock())
+    made = make_compute(config, Role.DECODE, alone(CPU), ManualClock())
     drafts, group = made.draft_runner, made.layout.group(FULL_GROUP)
     assert drafts is not None
     passes: list[tuple[int, int]] = []  # new tokens, tokens that the last one sees
@@ -101,20 +117,29 @@ def test_so_has_the_draft_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
 
 
-def test_its_passes_are_measured_with_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's memory is asked for their peak when all have been run."""
-    engine = EngineConfig(
-        model=str(make_mtp(tmp_path / "model")),
-        device="cpu",
-        max_num_batched_tokens=20,
-        max_num_seqs=4,
-        max_model_len=100,
-        speculative_config={"method": "mtp", "num_speculative_tokens": 1},  # type: ignore[arg-type]
-    )
-    engine, device = resolve_engine(engine), torch.device("cpu")
-    sizing = size_engine(engine, ModelSpec.from_folder(engine.model), Role.DECODE)
-    model = load_model(sizing.spec, dtype=sizing.dtype, device=device)
-    backend, sampler = _attention(engine, sizing, device), Sampler(sizing.spec.vocab_size, device)
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Sizes a decode engine with drafts; its GPU has seen a peak of a MiB for each that was `counted` so far."""
+    for name in ("reset_peak_memory_stats", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
+
+    def size(counted: list[int], **options: Any) -> int:
+        """MiB that are kept for steps."""
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: max(counted, default=0) << 20)
+        engine = resolve_engine(EngineConfig(model=str(make_mtp(tmp_path / "model")), device="cpu", **options))
+        sizing = size_engine(engine, ModelSpec.from_folder(engine.model), Role.DECODE)
+        model = load_model(sizing.spec, dtype=sizing.dtype, device=CPU)
+        backend, sampler = _attention(engine, sizing, CPU), Sampler(sizing.spec.vocab_size, CPU)
+        sized = _size_for_gpu(engine, sizing.spec, Role.DECODE, alone(CPU), sizing, model, backend, sampler, 0)
+        return (int(0.9 * (1 << 30)) - sized.budget_nbytes) >> 20
+
+    return size
+
+
+def test_its_passes_are_measured_with_the_steps(measured: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
     compute = DraftRunner.compute
 
@@ -122,18 +147,28 @@ def test_its_passes_are_measured_with_the_steps(tmp_path: Path, monkeypatch: pyt
         compute(self, num_new, start, table)
         passes.append(num_new)
 
-    def peak() -> int:
-        return max(passes, default=0) << 20
-
     monkeypatch.setattr(DraftRunner, "compute", observed)
-    for name in ("reset_peak_memory_stats", "synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name in ("memory_allocated", "memory_reserved"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
-    sized = _size_for_gpu(engine, sizing.spec, Role.DECODE, alone(device), sizing, model, backend, sampler, 0)
-    assert sized.budget_nbytes == int(0.9 * (1 << 30)) - (20 << 20)
+    drafting = {"method": "mtp", "num_speculative_tokens": 1}
+    sizes = {"max_num_batched_tokens": 20, "max_num_seqs": 4, "max_model_len": 100}
+    assert measured(passes, speculative_config=drafting, **sizes) == 20
+
+
+@pytest.mark.parametrize(("method", "rows"), [("none", 32), ("ngram", 48)])
+def test_so_are_the_draws_that_verify_drafts(
+    method: str, rows: int, measured: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of all drafts of all sequences at once."""
+    drawn: list[int] = []
+    sample = Sampler.sample
+
+    def observed(self: Sampler, logits_RV: torch.Tensor, rows: Sequence[SampleRow], masks: RowMasks | None) -> Any:
+        drawn.append(len(logits_RV))
+        return sample(self, logits_RV, rows, masks)
+
+    monkeypatch.setattr(Sampler, "sample", observed)
+    drafting = {"method": method, "num_speculative_tokens": 3}
+    sizes = {"max_num_batched_tokens": 60, "max_num_seqs": 12, "max_model_len": 100}
+    assert measured(drawn, speculative_config=drafting, **sizes) == rows
 
 
 def test_a_draft_layer_that_has_no_room_is_a_refused_start() -> None:

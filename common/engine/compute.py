@@ -228,6 +228,7 @@ def _size_for_gpu(
         max_seqs=engine.max_num_seqs,
         longest=small.max_model_len,
         max_model_len=sizing.max_model_len,
+        max_draws=_max_draws(engine) if role is Role.DECODE else 1,
     )
     if spec.has_drafts:
         drafts = _draft_runner(runner, model, small, pool, backend, sampler)
@@ -272,10 +273,8 @@ def _record(
         states=[g.name for g in layout.groups if g.retention is Retention.SNAPSHOT and g.name != TAIL_GROUP],
         max_seq_len=max_model_len,
     )
-    speculative = engine.speculative_config
-    most = 1 + (speculative.num_speculative_tokens if speculative.method != "none" else 0)
-    sizes = engine.cuda_graph_sizes or graph_sizes(engine.max_num_seqs)
-    graphs = DecodeGraphs(model.forward, pool, backend, runner.inputs, runner.drawn_R, shape, sizes, range(1, most + 1))
+    sizes, query_lens = engine.cuda_graph_sizes or graph_sizes(engine.max_num_seqs), range(1, _max_draws(engine) + 1)
+    graphs = DecodeGraphs(model.forward, pool, backend, runner.inputs, runner.drawn_R, shape, sizes, query_lens)
     graphs.record(lambda done, total: progress("recording decode steps", done, total))
     return graphs
 
@@ -300,6 +299,12 @@ def _record_drafts(
     graphs = DraftGraphs(model, pool, backend, runner.inputs, shape, sizes, limits, decode.memory_pool)
     graphs.record(lambda done, total: progress("recording drafts", done, total))
     return graphs
+
+
+def _max_draws(engine: EngineConfig) -> int:
+    """Of a sequence in a step: behind its last token, and behind each draft."""
+    speculative = engine.speculative_config
+    return 1 + (speculative.num_speculative_tokens if speculative.method != "none" else 0)
 
 
 def _may_record(engine: EngineConfig, model: DecoderModel, backend: AttentionBackend) -> bool:

@@ -95,15 +95,24 @@ def measure(weights: int, *, graphs: int, beside: int = 0) -> GpuMemory:
 
 
 def run_steps(
-    runner: ModelRunner, layout: KVLayout, *, max_tokens: int, max_seqs: int, longest: int, max_model_len: int
+    runner: ModelRunner,
+    layout: KVLayout,
+    *,
+    max_tokens: int,
+    max_seqs: int,
+    longest: int,
+    max_model_len: int,
+    max_draws: int = 1,
 ) -> None:
     """Compute the largest step, and then small ones, so that no kernel is compiled while requests wait.
 
     The largest is a prompt chunk of `max_tokens` tokens, in sequences of up to `longest`; draws follow for `max_seqs`
-    sequences with all that drawing can need, a grammar's masks too, and for as many rows as a prompt's log
-    probabilities are computed for at once. Kernels are chosen by how many sequences a step has, by how many new tokens,
-    whether as many of each, and by how many tokens these see, `max_model_len` at most: each range that has a kernel of
-    its own holds a power of two. The tokens are written over one another: the pool need not hold them all.
+    sequences with all that drawing can need, a grammar's masks too, then `max_draws` of each, as where drafts are
+    verified, and for as many rows as a prompt's log probabilities are computed for at once.
+
+    Kernels are chosen by how many sequences a step has, by how many new tokens, whether as many of each, and by how
+    many tokens these see, `max_model_len` at most: each range that has a kernel of its own holds a power of two. The
+    tokens are written over one another: the pool need not hold them all.
     """
     torch.cuda.reset_peak_memory_stats()
     length = min(max_tokens, longest)
@@ -131,6 +140,8 @@ def run_steps(
         compute([1] * count, length)
         if count > 1:
             compute([1] * (count - 1) + [2], max(length, 2))
+    if max_draws > 1:
+        compute([max_draws] * max(1, min(max_seqs, max_tokens // max_draws)), max(length, max_draws), max_draws)
     for num_new in _new_tokens(length):
         compute([num_new], max_model_len if num_new <= FEW else length, min(num_new, PROMPT_LOGPROB_ROWS))
     for seen in powers(max_model_len, 16):
