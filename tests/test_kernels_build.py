@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 from common.attention import ragged
 from common.attention.flashinfer import HEAD_DIMS
 from common.attention.flashinfer_modules import Module, wanted
+from common.config import HandoffConfig
+from common.engine.build import BuiltEngine, build_engine
 from common.engine.kernels import latent_modules_for, modules_for, start_engines, xqa_modules_for
 from services.cli import kernels
 from services.cli.main import app
@@ -85,6 +88,20 @@ def test_an_engine_is_started_for_what_triton_compiles(llama: Path, capfdbinary:
     start_engines(str(llama), ["auto"], "cpu", options | {"kv_cache_memory_bytes": 1})
     (_, note) = [orjson.loads(line)["note"] for line in capfdbinary.readouterr().out.splitlines()[-2:]]
     assert note.startswith("its kernels are left to the first start: ")
+
+
+def test_it_hands_kv_over_as_a_worker_s_engine_does(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To itself, before it is ready: the kernels of that are compiled too."""
+    transports: list[str] = []
+
+    def observed(*args: Any) -> BuiltEngine:
+        built = build_engine(*args)
+        transports.append(built.transport.name)
+        return built
+
+    monkeypatch.setattr("common.engine.kernels.build_engine", observed)
+    start_engines(str(llama), ["auto"], "cpu", {"kv_cache_memory_bytes": 16 << 20, "max_model_len": 128})
+    assert transports == list(HandoffConfig().transports)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -28,7 +28,7 @@ from common.attention.context import DTYPES
 from common.attention.flashinfer import HEAD_DIMS
 from common.attention.flashinfer_modules import Compiled, Module, build, wanted
 from common.attention.flashinfer_xqa import Xqa
-from common.config import EngineConfig, HandoffConfig, WorkerConfig
+from common.config import EngineConfig, WorkerConfig
 from common.engine.build import build_engine
 from common.engine.deepgemm_build import Request
 from common.engine.fp8_kernels import BUILD_LIMIT_S, products_of, run
@@ -122,15 +122,16 @@ def main() -> int:
 def start_engines(model: str, kv_dtypes: list[str], device: str, options: dict[str, Any]) -> None:
     """Start an engine with drawn weights for each type of cache, and end it: what Triton compiles for it is kept.
 
-    It computes all sizes that choose a kernel (`common.engine.gpu_memory.run_steps`). `options`: of `EngineConfig`.
-    What cannot be started here is said and left to the first start.
+    It computes all sizes that choose a kernel (`common.engine.gpu_memory.run_steps`), and hands KV over to itself
+    (`common.engine.selftest`). `options`: of `EngineConfig`. What cannot be started here is said and left to the first
+    start.
     """
     if device == "cuda" and not torch.cuda.is_available():
         _say({"note": "Triton's kernels are left to the first start: there is no GPU"})
         return
     for kv_dtype in kv_dtypes:
         engine = EngineConfig(model=model, load_format="dummy", device=device, kv_dtype=kv_dtype, **options)
-        config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
+        config = WorkerConfig(engine=engine)
         _say({"note": f"starting an engine with drawn weights, kv_dtype {kv_dtype}, for Triton's kernels"})
         try:
             build_engine(config, Role.DECODE, MonotonicClock(), lambda *_: None).close()
