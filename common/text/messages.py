@@ -2,7 +2,7 @@
 
 Every error names its place: `messages[2].content`. Content is a string or a list of text parts, which are
 joined by newlines; tool-call arguments, JSON text on the wire, become `Arguments`; reasoning has both of its names;
-what a client echoes back from a response (`refusal`, `annotations` ...) is dropped.
+what a client echoes back from a response (`refusal`, `parsed` ...) or marks (`type`, `cache_control`) is dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from common.errors import InvalidRequestError, UnsupportedError
 ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 _KEPT: Final = ("name", "tool_call_id", "reasoning_content", "reasoning")
 _MAY_LACK_CONTENT: Final = ("assistant", "tool", "function")
-_DROPPED: Final = frozenset({"refusal", "annotations", "audio", "function_call", "weight"})
+_DROPPED: Final = frozenset(
+    {"refusal", "annotations", "audio", "function_call", "weight", "parsed", "type", "cache_control"}
+)
 _TEXT_PARTS: Final = ("text", "input_text", "output_text", "refusal")
 
 Message = dict[str, Any]

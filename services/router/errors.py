@@ -97,6 +97,13 @@ def error_headers(error: NanoDeployError) -> list[tuple[bytes, bytes]]:
     return []
 
 
+def idle_fields(error: ValidationError) -> set[str]:
+    """Unknown fields of a body that are null, and so ask for nothing."""
+    faults = error.errors(include_url=False, include_context=False)
+    idle = (fault for fault in faults if fault["type"] == "extra_forbidden" and fault["input"] is None)
+    return {str(fault["loc"][0]) for fault in idle if len(fault["loc"]) == 1}
+
+
 def validation_error(error: ValidationError) -> InvalidRequestError:
     """The first fault that pydantic found, in one sentence that names the field."""
     faults = error.errors(include_url=False, include_context=False)

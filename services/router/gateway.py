@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -34,7 +35,7 @@ from services.router.admission.limiter import Ledger, Limiter, headers
 from services.router.admission.places import Place, Places, cost_of
 from services.router.admission.sizes import TIMEOUT_HEADER, check_sizes, time_limit_s
 from services.router.console.recent import Recent
-from services.router.errors import validation_error
+from services.router.errors import idle_fields, validation_error
 from services.router.exchange import Exchange
 from services.router.metrics import ModelMetrics, RouterMetrics
 from services.router.models import ModelText, ModelTexts
@@ -64,6 +65,16 @@ _log = get_logger(__name__)
 def fingerprint(model_hash: bytes, dtype: str) -> str:
     """Changes when weights or their dtype do."""
     return "fp_" + hashlib.blake2b(model_hash + dtype.encode(), digest_size=5).hexdigest()
+
+
+def _checked(kind: type[B], raw: bytes) -> B:
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        idle = idle_fields(error)
+        if not idle:
+            raise
+    return kind.model_validate_json(json.dumps({k: v for k, v in json.loads(raw).items() if k not in idle}))
 
 
 class Gateway:
@@ -142,7 +153,7 @@ class Gateway:
     async def body(self, exchange: Exchange, kind: type[B]) -> B:
         raw = await exchange.body(self._config.max_body_bytes)
         try:
-            return kind.model_validate_json(raw)
+            return _checked(kind, raw)
         except ValidationError as error:
             raise validation_error(error) from None
 

@@ -48,7 +48,8 @@ def tool_use(body: ChatBody) -> ToolUse:
     tools = body.tools or []
     _check(tools)
     choice = body.tool_choice
-    if not tools and choice not in (None, "none"):
+    empty = body.tools is not None and choice == "auto"  # of none at all
+    if not tools and not empty and choice not in (None, "none"):
         raise InvalidRequestError("tool_choice is allowed with tools only", param="tool_choice")
     if not tools or choice == "none":
         return ToolUse(tools or None, [])
