@@ -37,8 +37,8 @@ def anthropic_client(cluster: Cluster) -> anthropic.AsyncAnthropic:
     return anthropic.AsyncAnthropic(base_url=cluster.url, api_key="none", max_retries=0)
 
 
-def controller(server: RedisServer, namespace: str, port: int = 0) -> Controller:
-    return Controller(ControllerConfig(port=port, http_port=0, redis_url=server.url, namespace=namespace))
+def controller(server: RedisServer, namespace: str, port: int = 0, **config: Any) -> Controller:
+    return Controller(ControllerConfig(port=port, http_port=0, redis_url=server.url, namespace=namespace, **config))
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -35,7 +36,7 @@ def parse(content: bytes, endpoint: str) -> tuple[list[Line], list[Fault]]:
     lines: list[Line] = []
     faults: list[Fault] = []
     seen: set[str] = set()
-    for number, raw in enumerate(content.split(b"\n")):
+    for number, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n")):
         if not raw.strip():
             continue
         if number >= MAX_LINES:

@@ -21,7 +21,7 @@ from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient
 from services.router.api.files import Files, listed
 from services.router.api.schemas import BatchBody
-from services.router.api.stored import Document, load, page
+from services.router.api.stored import Document, load, page, whole_or_none
 from services.router.exchange import Exchange
 from services.router.gateway import Gateway
 from services.router.replies import dumps
@@ -67,10 +67,12 @@ class Batches:
         }
         ttl_s = self._files.ttl_s
         kept_s = min(ttl_s, body.output_expires_after.seconds) if body.output_expires_after else ttl_s
-        await self._objects.put(self._key(exchange.owner, batch["id"]), dumps(batch), ttl_s=ttl_s, expected_version=0)
         caller = exchange.caller
         work = {"owner": exchange.owner, "tenant": caller.tenant, "key_id": caller.key_id, "file_ttl_s": kept_s}
-        await self._objects.put(work_key(batch["id"]), dumps(work), ttl_s=ttl_s, expected_version=0)
+        key = self._key(exchange.owner, batch["id"])
+        async with whole_or_none(self._objects, key):  # without its work nobody would run it
+            await self._objects.put(key, dumps(batch), ttl_s=ttl_s, expected_version=0)
+            await self._objects.put(work_key(batch["id"]), dumps(work), ttl_s=ttl_s, expected_version=0)
         self._wake()
         await exchange.answer(200, dumps(batch))
 

@@ -14,7 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from common.errors import InvalidRequestError, OverloadedError, UnsupportedError
 from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient
-from services.router.api.stored import Document, load, page, remove
+from services.router.api.stored import Document, load, page, remove, whole_or_none
 from services.router.exchange import Exchange
 from services.router.replies import dumps
 
@@ -57,12 +57,13 @@ class Files:
             name = (upload.filename or "file.jsonl").encode(errors="replace").decode()  # by the form's own charset
         finally:
             await form.close()
-        made = await self.write(exchange.owner, f"file-{secrets.token_hex(16)}", name, "batch", ttl_s)
+        key = ObjectKey(KIND, exchange.owner, f"file-{secrets.token_hex(16)}")
         parts = {i: content[start : start + PART_BYTES] for i, start in enumerate(range(0, len(content), PART_BYTES))}
-        key = ObjectKey(KIND, exchange.owner, made["id"])
-        await self.objects.put_parts(key, parts)
-        made["bytes"], made["status"] = len(content), "processed"
-        await self.objects.put(key, dumps(made))
+        async with whole_or_none(self.objects, key):
+            made = await self.write(key.owner, key.id, name, "batch", ttl_s)
+            await self.objects.put_parts(key, parts)
+            made["bytes"], made["status"] = len(content), "processed"
+            await self.objects.put(key, dumps(made))
         return made
 
     async def page(self, exchange: Exchange) -> None:

@@ -30,13 +30,15 @@ from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient
 from common.telemetry import get_logger
 from common.types import Clock
+from services.router.api.files import listed
 from services.router.api.local import LocalExchange
 from services.router.api.references import KIND, shown, with_referred
 from services.router.api.response_events import ResponseEvents, ResponseStyle, failure
 from services.router.api.response_items import FIELDS, items_of, messages_of, to_chat
 from services.router.api.schemas import ResponsesBody
-from services.router.api.stored import Document, load, remove
+from services.router.api.stored import LISTED, Document, limit_of, load, remove
 from services.router.api.translate import openai_shape, renamed
+from services.router.errors import MissingError
 from services.router.exchange import Exchange
 from services.router.gateway import Gateway
 from services.router.params import chat_job
@@ -166,7 +168,10 @@ class Responses:
         version, response = 1, document["response"]
         try:
             response["status"] = "in_progress"
-            version = (await self._objects.put(key, dumps(document), expected_version=version)).version
+            begun = await self._objects.put(key, dumps(document), expected_version=version)
+            version = begun.version
+            if not begun.stored and not await self._still_wanted(key, version):
+                return
             while not (await asyncio.wait({work}, timeout=RENEW_S))[0]:
                 if not await self._still_wanted(key, version):
                     return
@@ -193,8 +198,10 @@ class Responses:
 
     async def _still_wanted(self, key: ObjectKey, version: int) -> bool:
         try:
-            held = await self._objects.claim(key, self._holder, CLAIM_S)
-            return held and (await self._objects.get(key)).version == version
+            if not await self._objects.claim(key, self._holder, CLAIM_S):
+                return False
+            found = await load(self._objects, key)
+            return found.stored.version == version and found.content["response"]["status"] != "cancelled"
         except NotFoundError:
             return False
         except NanoDeployError:
@@ -236,11 +243,16 @@ class Responses:
         await exchange.answer(200, dumps(response))
 
     async def input_items(self, exchange: Exchange) -> None:
-        document = await self._load(exchange)
+        document, query = await self._load(exchange), exchange.query()
+        limit, after = limit_of(query, LISTED), query.get("after")
         made = shown(document.key.id, document.content["items"])
-        items = made if exchange.query().get("order") == "asc" else made[::-1]
-        ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
-        await exchange.answer(200, dumps({"object": "list", "data": items, "has_more": False, **ends}))
+        items = made if query.get("order") == "asc" else made[::-1]
+        if after is not None:
+            place = next((i for i, item in enumerate(items) if item["id"] == after), None)
+            if place is None:
+                raise MissingError(f"Item with id '{after[:128]}' not found.", param="after")
+            items = items[place + 1 :]
+        await exchange.answer(200, dumps(listed(items[:limit], len(items) > limit)))
 
     async def _load(self, exchange: Exchange) -> Document:
         document = await load(self._objects, self._key(exchange.owner, exchange.path("response_id")))

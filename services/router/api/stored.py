@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, NamedTuple
 
 import orjson
 
-from common.errors import InternalError, InvalidRequestError, NotFoundError
+from common.errors import InternalError, InvalidRequestError, NanoDeployError, NotFoundError
 from common.rpc.codec.objects import ObjectKey, StoredObject
 from common.rpc.objects import ObjectClient
 from services.router.errors import MissingError
@@ -44,6 +45,17 @@ def _may_exist(id_: str) -> bool:
     return 0 < len(id_) <= 128 and all(char.isascii() and (char.isalnum() or char in "_-.") for char in id_)
 
 
+@contextlib.asynccontextmanager
+async def whole_or_none(objects: ObjectClient, key: ObjectKey) -> AsyncIterator[None]:
+    """What is written in several steps: an object whose later ones fail is removed, and takes no room."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(NanoDeployError):
+            await objects.delete(key)
+        raise
+
+
 async def remove(objects: ObjectClient, key: ObjectKey) -> None:
     """Raises `MissingError` if there was none."""
     if not _may_exist(key.id) or not await objects.delete(key):
@@ -62,10 +74,7 @@ async def page(
 
     `wanted`: all other documents are passed over, however many stand in between.
     """
-    asked = query.get("limit", "20")
-    if not (asked.isascii() and asked.isdigit() and 1 <= int(asked[:6]) <= largest):
-        raise InvalidRequestError(f"limit must be between 1 and {largest}", param="limit")
-    limit, after = min(int(asked), LISTED), query.get("after", "")
+    limit, after = min(limit_of(query, largest), LISTED), query.get("after", "")
     if wanted is None:
         return await _listed(objects, kind, owner, after, limit)
     documents: list[Document] = []
@@ -75,6 +84,13 @@ async def page(
         documents += [document for document in found if wanted(document.content)]
         after = found[-1].key.id if found else after
     return documents[:limit], len(documents) > limit
+
+
+def limit_of(query: dict[str, str], largest: int) -> int:
+    asked = query.get("limit", "20")
+    if not (asked.isascii() and asked.isdigit() and 1 <= int(asked[:6]) <= largest):
+        raise InvalidRequestError(f"limit must be between 1 and {largest}", param="limit")
+    return int(asked)
 
 
 async def _listed(objects: ObjectClient, kind: str, owner: str, after: str, limit: int) -> tuple[list[Document], bool]:
