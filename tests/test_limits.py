@@ -146,6 +146,28 @@ async def test_a_quota_is_spent_once(server: RedisServer) -> None:
         assert await client.lease("a", [ask(key("unknown"), quota=Want(1, 1))]) == []
 
 
+async def test_a_call_that_is_heard_again_counts_once(server: RedisServer) -> None:
+    """By its router and number, until the router has all answers up to it; at whichever controller."""
+    async with limits(server) as client:
+        mine = key(quota_tokens=2**48, requests_per_minute=10)
+        await client.put_keys([mine])
+        wanted = ask(mine, quota=Want(1, 2**47 + 1), requests=Want(1, 1), spent_tokens=3)
+        first = await client.lease("a", [wanted], number=1, oldest=1)
+        assert first[0].quota.granted == 2**47 + 1
+        for _ in range(2):
+            assert await client.lease("a", [wanted], number=1, oldest=1) == first
+        assert (await client.lease("b", [ask(mine, quota=Want(1, 5))], number=1, oldest=1))[0].quota.granted == 5
+        await client.lease("a", [ask(mine, quota=Want(give_back=2**47))], number=2, oldest=1)
+        await client.lease("a", [ask(mine, quota=Want(give_back=2**47))], number=2, oldest=2)
+        (found,) = (await client.list_keys()).keys or ()
+        assert found.used_tokens == 1 + 3 + 5
+        assert await client.lease("a", [], number=3, oldest=3) == await client.lease("a", [], number=3, oldest=3) == []
+        again = await client.lease("a", [wanted], number=1, oldest=1)  # long known to have been answered
+        assert again[0].quota.granted == 2**47 + 1
+        (found,) = (await client.list_keys()).keys or ()
+        assert found.used_tokens == 1 + 3 + 5 + 2**47 + 1 + 3
+
+
 # -- a router's part, without time of its own --
 
 

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import pytest
 from limits_support import KEY, Ticking, key
 
+from common.errors import UnavailableError
 from common.types import MonotonicClock
 from common.types.keys import ApiKey, Grant, KeyTable, Lease, LeaseAsk
+from services.router.admission import limiter as limiter_module
 from services.router.admission.callers import Callers
 from services.router.admission.gate import Gate, GateSettings
 from services.router.admission.limiter import Limiter, headers
@@ -43,13 +45,17 @@ def test_a_debt_is_paid_before_more_is_spent() -> None:
 
 
 class Book:
-    """A ledger of one key that takes a while to hear and to be heard. Nobody asks of it twice at a time."""
+    """A ledger of one key that takes a while to hear and to be heard.
 
-    def __init__(self, mine: ApiKey) -> None:
+    `lost`: what is said of its next calls, of which it hears those that are True, and whose answers do not come.
+    """
+
+    def __init__(self, mine: ApiKey, *lost: bool) -> None:
         self.key = mine
+        self.answers: dict[int, Lease] = {}
+        self._lost = list(lost)
         self.quota, self.requests = mine.quota_tokens, mine.requests_per_minute
-        self.spent = self.calls = 0
-        self._asked = False
+        self.spent = self.calls = self.most_at_once = self._at_once = 0
 
     async def put_keys(self, keys: Sequence[ApiKey]) -> int:
         raise AssertionError("it has lost none")
@@ -57,22 +63,28 @@ class Book:
     async def list_keys(self, incarnation: str = "", revision: int = 0) -> KeyTable:
         return KeyTable("book", 1, None if revision else (self.key,))
 
-    async def lease(self, router_id: str, asks: Sequence[LeaseAsk]) -> list[Lease]:
-        assert not self._asked
-        self._asked = True
-        self.calls += 1
+    async def lease(self, router_id: str, asks: Sequence[LeaseAsk], *, number: int = 0, oldest: int = 0) -> list[Lease]:
         (ask,) = asks
+        self.calls += 1
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
         await asyncio.sleep(0)
-        self.quota -= ask.quota.want - ask.quota.give_back
-        self.requests -= ask.requests.want - ask.requests.give_back
-        self.spent += ask.spent_tokens
+        heard = self._lost.pop(0) if self._lost else None
+        if heard is not False and number not in self.answers:
+            self.quota -= ask.quota.want - ask.quota.give_back
+            self.requests -= ask.requests.want - ask.requests.give_back
+            self.spent += ask.spent_tokens
+            requests, quota = Grant(ask.requests.want, self.requests), Grant(ask.quota.want, self.quota)
+            self.answers = {n: answer for n, answer in self.answers.items() if n >= oldest}
+            self.answers[number] = Lease(ask.key_hash, requests, Grant(), quota)
         await asyncio.sleep(0)
-        self._asked = False
-        requests, quota = Grant(ask.requests.want, self.requests), Grant(ask.quota.want, self.quota)
-        return [Lease(ask.key_hash, requests, Grant(), quota)]
+        self._at_once -= 1
+        if heard is not None:
+            raise UnavailableError("the controller is silent")
+        return [self.answers[number]]
 
     async def close(self) -> None:
-        assert not self._asked
+        assert not self._at_once
 
 
 @pytest.mark.parametrize("mine", [key(quota_tokens=100_000), key(requests_per_minute=600)], ids=["quota", "rate"])
@@ -102,10 +114,34 @@ async def test_a_request_that_ends_while_it_asks_takes_nothing_along(mine: ApiKe
             assert book.quota == mine.quota_tokens - sum(charged)
         else:
             assert book.requests == mine.requests_per_minute - len(charged)
-        assert book.calls <= 2, "a lease and what was given back"
+        assert (book.calls <= 2, book.most_at_once) == (True, 1), "a lease, and then what was given back"
         if over == who:
             return
     pytest.fail("a request without end")
+
+
+@pytest.mark.parametrize("lost", [(True,), (False,), (True, False, True, True, False)])
+async def test_calls_whose_answers_are_lost_count_once(lost: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease, what is given back and what was spent: whether the call was heard or not, and each time that it is."""
+    monkeypatch.setattr(limiter_module, "FOLLOW_S", 0.01)
+    mine, clock = key(quota_tokens=100_000), Ticking()
+    book, callers = Book(mine, *lost), Callers((), admin_token="t")
+    limiter = Limiter(callers, book, "r", clock)
+    await limiter.start(1.0)
+    caller = callers.caller([(b"authorization", f"Bearer {KEY}".encode())])
+    assert caller.meters is not None
+    caller.meters.spent = 7
+    used = 0
+    for _ in range(2):  # what the second needs is a slice that the first gave back
+        taken = await limiter.charge(caller, 10, 500)
+        limiter.settle(caller, taken, 400)
+        used += 400
+        clock.t += 60.0
+        async with asyncio.timeout(5):
+            while not limiter.following or book.calls < len(lost):  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.01)
+    await limiter.stop()
+    assert (mine.quota_tokens - book.quota + book.spent, len(book.answers)) == (used + 7, 1)
 
 
 async def test_what_admission_costs_a_request() -> None:

@@ -40,9 +40,10 @@ class LimitsClient:
         response = await self._call(lambda stub: stub.RevokeKey, pb.RevokeKeyRequest(key_id=key_id))
         return codec.api_key_from_proto(response.key)
 
-    async def lease(self, router_id: str, asks: Sequence[LeaseAsk]) -> list[Lease]:
-        """Not tried again elsewhere once it may have been heard: a slice granted twice would be lost."""
-        request = pb.LeaseLimitsRequest(router_id=router_id, asks=map(codec.ask_to_proto, asks))
+    async def lease(self, router_id: str, asks: Sequence[LeaseAsk], *, number: int = 0, oldest: int = 0) -> list[Lease]:
+        """Heard again under its `number`, it counts once. `oldest`: number that no answer has come to."""
+        wanted = map(codec.ask_to_proto, asks)
+        request = pb.LeaseLimitsRequest(router_id=router_id, asks=wanted, number=number, oldest=oldest)
         response = await self._call(lambda stub: stub.LeaseLimits, request)
         return [codec.lease_from_proto(lease, response.num_routers) for lease in response.leases]
 

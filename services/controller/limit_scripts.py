@@ -8,6 +8,7 @@ Keys (one hash tag):
     revoked   set    hashes of keys that are no longer good; they stay, so that the API stays closed
     levels    hash   hash:requests, hash:tokens -> units in the bucket | ms of the server's clock then
     routers   zset   router id -> when it last asked (ms)
+    answers:R hash   a call's number -> what router R was answered, until it says that it knows
 
 A bucket holds a minute's units at most and fills all the time.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 KEY_NAMES = ("meta", "keys", "used", "revoked", "levels", "routers")
 ROUTER_MS = 60_000  # a router that is silent for so long counts no longer
+ANSWERS_MS = 24 * 3_600_000  # of a router that is silent for so long nothing is remembered
 
 _PRELUDE = """
 local meta, keys, used, revoked, levels, routers = unpack(KEYS)
@@ -76,11 +78,21 @@ return {1, unpack(row(found[1]))}
 """
 )
 
-# router id, then {hash, need, want and give back of requests, of tokens, of quota, spent} ...
+# router id, number and oldest without an answer, then
+# {hash, need, want and give back of requests, of tokens, of quota, spent} ...
 # -> {routers, {hash, granted, left and wait ms of each} ...}, without keys that are not there or revoked
 LEASE = (
     _PRELUDE
     + f"""
+local answers, number, oldest = KEYS[7], ARGV[3], tonumber(ARGV[4])
+if number ~= '0' then
+  local before = redis.call('HGET', answers, number)
+  if before then return cmsgpack.unpack(before) end
+  for _, each in ipairs(redis.call('HKEYS', answers)) do
+    if tonumber(each) < oldest then redis.call('HDEL', answers, each) end
+  end
+end
+
 redis.call('ZADD', routers, now, ARGV[2])
 redis.call('ZREMRANGEBYSCORE', routers, '-inf', now - {ROUTER_MS})
 local answer = {{redis.call('ZCARD', routers)}}
@@ -110,7 +122,7 @@ local function quota(hash, most, need, want, back)
   return granted, math.max(0, left - granted)
 end
 
-for i = 3, #ARGV, 11 do
+for i = 5, #ARGV, 11 do
   local hash = ARGV[i]
   local record = redis.call('HGET', keys, hash)
   if record and redis.call('SISMEMBER', revoked, hash) == 0 then
@@ -123,6 +135,10 @@ for i = 3, #ARGV, 11 do
     local qg, ql = quota(hash, key.quota_tokens, n[7], n[8], n[9])
     answer[#answer + 1] = {{hash, rg, rl, rw, tg, tl, tw, qg, ql, 0}}
   end
+end
+if number ~= '0' then
+  redis.call('HSET', answers, number, cmsgpack.pack(answer))
+  redis.call('PEXPIRE', answers, {ANSWERS_MS})
 end
 return answer
 """

@@ -49,5 +49,6 @@ class LimitsServicer(limits_pb2_grpc.LimitsServiceServicer):
     async def LeaseLimits(self, request: pb.LeaseLimitsRequest, context: Any) -> pb.LeaseLimitsResponse:
         self._admit(context)
         router_id = checks.identifier(request.router_id, "router_id")
-        leases, num_routers = await self._limits.lease(router_id, [codec.ask_from_proto(ask) for ask in request.asks])
+        asks = [codec.ask_from_proto(ask) for ask in request.asks]
+        leases, num_routers = await self._limits.lease(router_id, asks, request.number, request.oldest)
         return pb.LeaseLimitsResponse(leases=map(codec.lease_to_proto, leases), num_routers=num_routers)

@@ -20,7 +20,8 @@ _KEY_ID = re.compile(r"[0-9a-f]{4,64}")
 
 class Limits:
     def __init__(self, store: Store) -> None:
-        self._keys = [store.prefix("limits") + name for name in scripts.KEY_NAMES]
+        self._prefix = store.prefix("limits")
+        self._keys = [self._prefix + name for name in scripts.KEY_NAMES]
         self._put = store.script(scripts.PUT)
         self._list = store.script(scripts.LIST)
         self._revoke = store.script(scripts.REVOKE)
@@ -50,7 +51,9 @@ class Limits:
             raise NotFoundError(f"{many} with {key_id}", param="key_id")
         return _key(*row)
 
-    async def lease(self, router_id: str, asks: Sequence[LeaseAsk]) -> tuple[list[Lease], int]:
+    async def lease(
+        self, router_id: str, asks: Sequence[LeaseAsk], number: int, oldest: int
+    ) -> tuple[list[Lease], int]:
         """One for each ask of a key that is there and good; and how many routers have asked lately."""
         rows: list[object] = []
         for ask in asks:
@@ -58,7 +61,8 @@ class Limits:
                 n for want in (ask.requests, ask.tokens, ask.quota) for n in (want.need, want.want, want.give_back)
             )
             rows += [ask.key_hash, *wants, ask.spent_tokens]
-        num_routers, *found = await self._run(self._lease, router_id, *rows)
+        keys = [*self._keys, f"{self._prefix}answers:{router_id}"]
+        num_routers, *found = await self._lease(keys, [secrets.token_hex(8), router_id, number, oldest, *rows])
         return [_lease(row, num_routers) for row in found], num_routers
 
     async def _run(self, script: Any, *args: object) -> Any:

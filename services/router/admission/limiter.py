@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Final, Protocol
 
 import msgspec
 
-from common.errors import NanoDeployError, UnauthenticatedError, UnsupportedError
+from common.errors import InvalidRequestError, NanoDeployError, UnauthenticatedError, UnsupportedError
 from common.rpc.tasks import end_tasks
 from common.telemetry import get_logger
 from common.types import Clock
@@ -41,9 +42,47 @@ class Ledger(Protocol):
 
     async def list_keys(self, incarnation: str = "", revision: int = 0) -> KeyTable: ...
 
-    async def lease(self, router_id: str, asks: Sequence[LeaseAsk]) -> list[Lease]: ...
+    async def lease(
+        self, router_id: str, asks: Sequence[LeaseAsk], *, number: int = 0, oldest: int = 0
+    ) -> list[Lease]: ...
 
     async def close(self) -> None: ...
+
+
+class _Calls:
+    """Calls for leases. One whose answer did not come is made again under its number, until it is answered once."""
+
+    def __init__(self, ledger: Ledger, router_id: str) -> None:
+        self._ledger = ledger
+        self._router_id = router_id
+        self._numbers = itertools.count(1)
+        self._open: dict[int, Sequence[LeaseAsk]] = {}  # without an answer, by number
+        self._unheard: set[int] = set()  # those of them that are not under way
+
+    async def lease(self, asks: Sequence[LeaseAsk]) -> list[Lease]:
+        number = next(self._numbers)
+        self._open[number] = asks
+        return await self._call(number)
+
+    async def again(self) -> AsyncIterator[Lease]:
+        """What the calls bring that were not heard so far."""
+        for number in sorted(self._unheard):
+            for lease in await self._call(number):
+                yield lease
+
+    async def _call(self, number: int) -> list[Lease]:
+        self._unheard.discard(number)
+        asks, oldest = self._open[number], min(self._open)
+        try:
+            leases = await self._ledger.lease(self._router_id, asks, number=number, oldest=oldest)
+        except InvalidRequestError:  # it never counts
+            del self._open[number]
+            raise
+        except BaseException:
+            self._unheard.add(number)
+            raise
+        del self._open[number]
+        return leases
 
 
 class Limiter:
@@ -52,7 +91,7 @@ class Limiter:
     def __init__(self, callers: Callers, ledger: Ledger | None, router_id: str, clock: Clock) -> None:
         self._callers = callers
         self._ledger = ledger
-        self._router_id = router_id
+        self._calls = None if ledger is None else _Calls(ledger, router_id)
         self._clock = clock
         self._table = KeyTable("", 0)
         self._keys: dict[str, KeyMeters] = {}
@@ -86,7 +125,7 @@ class Limiter:
             self._found_again()
         try:
             async with asyncio.timeout(STOP_S):
-                await self._give_back(self._ledger, math.inf)
+                await self._give_back(math.inf)
         except (NanoDeployError, TimeoutError) as error:
             _log.info("slices of limits could not be given back", error=str(error))
         await end_tasks(self._leases)
@@ -158,12 +197,10 @@ class Limiter:
         return any(part is not None and part.left < n and part.denied_s(n, now_s) > 0 for part, n in wanted)
 
     async def _lease(self, meters: KeyMeters, tokens: int) -> None:
-        assert self._ledger is not None
-        ask = meters.ask(1, tokens)
+        assert self._calls is not None
         try:
-            leases = await self._ledger.lease(self._router_id, [ask])
+            leases = await self._calls.lease([meters.ask(1, tokens)])
         except NanoDeployError as error:
-            meters.spent += ask.spent_tokens
             self._lost(error)
             return
         for lease in leases:  # none: the key was revoked a moment ago, which the next look shows
@@ -206,7 +243,7 @@ class Limiter:
                 if self._callers.known:
                     self._heard.set()
                 async with self._giving:
-                    await self._give_back(ledger, self._clock.now() - IDLE_S)
+                    await self._give_back(self._clock.now() - IDLE_S)
             except Exception as error:  # noqa: BLE001 - keys stay as they are, whatever the controller does
                 self._lost(error)
             await asyncio.sleep(FOLLOW_S if self._callers.known else FIRST_S)
@@ -251,22 +288,23 @@ class Limiter:
             return key
         return msgspec.structs.replace(key, used_tokens=max(0, key.quota_tokens - meters.quota.remaining))
 
-    async def _give_back(self, ledger: Ledger, before_s: float) -> None:
-        """What keys last used before then hold; and what keys without a quota have spent."""
+    async def _give_back(self, before_s: float) -> None:
+        """What keys last used before then hold; and what keys without a quota have spent.
+
+        Before that, what calls bring that were not heard so far.
+        """
+        assert self._calls is not None
+        async for lease in self._calls.again():
+            if (meters := self._keys.get(lease.key_hash)) is not None:
+                meters.late(lease)
         asks = []
         for meters in self._keys.values():
             if meters.used_s <= before_s or meters.spent:
                 ask = meters.give_back(all_of_it=meters.used_s <= before_s)
                 if ask is not None:
                     asks.append(ask)
-        if not asks:
-            return
-        try:
-            await ledger.lease(self._router_id, asks)
-        except NanoDeployError:
-            for ask in asks:
-                self._keys[ask.key_hash].keep(ask)
-            raise
+        if asks:
+            await self._calls.lease(asks)
 
     def _found_again(self) -> None:
         for meters in self._keys.values():

@@ -172,12 +172,10 @@ class KeyMeters:
             return None
         return LeaseAsk(self.key.key_hash, requests, tokens, quota, spent)
 
-    def keep(self, ask: LeaseAsk) -> None:
-        """What could not be given back."""
-        for part, want in zip(self.slices, (ask.requests, ask.tokens, ask.quota), strict=True):
-            if part is not None:
-                part.left += want.give_back
-        self.spent += ask.spent_tokens
+    def late(self, lease: Lease) -> None:
+        """An answer long after its call. What it brings of a rate has come again by itself."""
+        if self.quota is not None:
+            self.quota.left += lease.quota.granted
 
     def put(self, lease: Lease, requests: int, tokens: int, now_s: float) -> None:
         self.num_routers = max(1, lease.num_routers)
