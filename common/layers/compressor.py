@@ -18,12 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.attention.compressed import sequence_of_tokens
-from common.attention.context import GroupTables
+from common.attention.context import GroupTables, HostLengths
 from common.kernels.compress_ops import pool_entries
+from common.kernels.draws import to_device
 from common.kvcache.layout import KVPlace
 from common.layers.base import Build, Init, Layer, Slot
 from common.layers.rms_norm import RMSNorm
@@ -54,7 +57,12 @@ def completed(step: Step, ratio: int, num_pooled: int, inputs: GroupTables, entr
         num_tokens = step.positions_T.shape[0]
         ends_T = (step.positions_T + 1) % ratio == 0
         is_recorded = step.ctx.graph > 0
-        tokens_N = torch.arange(num_tokens, device=ends_T.device) if is_recorded else ends_T.nonzero().flatten()
+        if is_recorded:
+            tokens_N = torch.arange(num_tokens, device=ends_T.device)
+        elif step.ctx.host is not None:
+            tokens_N = to_device(_last_tokens(step.ctx.host, ratio), ends_T.device)
+        else:
+            tokens_N = ends_T.nonzero().flatten()
         last_N1 = step.positions_T[tokens_N][:, None]
         sequence_N1 = sequence_of_tokens(step.ctx, num_tokens)[tokens_N][:, None]
         pooled_NL = last_N1 + torch.arange(1 - num_pooled, 1, device=last_N1.device)
@@ -69,6 +77,13 @@ def completed(step: Step, ratio: int, num_pooled: int, inputs: GroupTables, entr
         found = Completed(tokens_N, slots_NL, block_ids_N, place_N % size // ratio)
         step.shared[key] = found
     return found
+
+
+def _last_tokens(host: HostLengths, ratio: int) -> NDArray[np.int64]:
+    """Of the entries that a step completes, [N]: the device, where the step before may still run, is not asked."""
+    starts_S1 = host.query_starts_S1
+    seen_T = np.arange(1, starts_S1[-1] + 1) + np.repeat(host.seq_lens_S - starts_S1[1:], np.diff(starts_S1))
+    return np.flatnonzero(seen_T % ratio == 0)
 
 
 def _slots(tables: GroupTables, sequence_N1: Tensor, positions_NL: Tensor) -> Tensor:
