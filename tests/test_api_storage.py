@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 from api_support import Stored, controller, ended, stored_cluster
 from redis_support import RedisServer, fresh_namespace, run_redis
 from router_support import MODEL, cluster, say, until
+from rpc_support import eventually
 
 from common.errors import OverloadedError
 from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient, Written
-from services.router.api import batch_runner
+from services.router.api import batch_runner, responses
 
 ANSWER = "Because molecules scatter blue light."
 LINE = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": MODEL, "prompt": "Hi"}}
@@ -99,6 +101,41 @@ async def test_a_cancel_before_it_began_is_not_run_over(stored: Stored, monkeypa
         await until(lambda: not gateway.in_flight)
         await asyncio.sleep(0.2)  # for what it might store at its end
         assert (await client.responses.retrieve(made.id)).status == "cancelled"
+
+
+async def test_an_answer_outlives_a_controller_that_is_away(
+    server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a response in the background, whose text is nowhere else."""
+    monkeypatch.setattr(responses, "RENEW_S", 0.2)
+    first = controller(server, namespace := fresh_namespace())
+    await first.start()
+    await eventually(lambda: first.hub.synced)
+    address, slow = f"127.0.0.1:{first.port}", say(ANSWER, delay_s=0.02)
+    async with cluster(tmp_path, slow, controllers=(address,)) as made, made.openai() as client:
+        gateway = made.router.gateway
+        assert gateway is not None
+        asked = await client.responses.create(model=MODEL, input="One", background=True)
+        await until(lambda: bool(made.worker.entries))
+        await first.stop(0.1)
+        await until(lambda: not gateway.in_flight)
+        await asyncio.sleep(0.5)  # it is tried in vain
+        again = controller(server, namespace, first.port)
+        await again.start()
+        try:
+            await until(lambda: again.hub.synced)
+            await eventually_text(client, asked.id, ANSWER)
+        finally:
+            await again.stop(0.1)
+
+
+async def eventually_text(client: openai.AsyncOpenAI, id_: str, text: str) -> None:
+    found = ""
+    async with asyncio.timeout(20):
+        while found != text:
+            await asyncio.sleep(0.05)
+            with contextlib.suppress(openai.InternalServerError):  # 503 until the controller is found again
+                found = (await client.responses.retrieve(id_)).output_text
 
 
 async def test_items_of_an_input_come_in_pages(stored: Stored) -> None:

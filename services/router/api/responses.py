@@ -46,6 +46,7 @@ from services.router.replies import dumps
 
 CLAIM_S: Final = 15.0
 RENEW_S: Final = 4.0  # several tries before a claim runs out; also how soon a cancel from elsewhere is heard
+KEEP_S: Final = 600.0
 MAX_BACKGROUND: Final = 256
 _ENDED: Final = ("completed", "incomplete", "failed", "cancelled")
 
@@ -190,11 +191,22 @@ class Responses:
             local.lose()
             work.cancel()
             await asyncio.wait({work})
-        try:
-            await self._objects.put(key, dumps(document), expected_version=version)
-            await self._objects.claim(key, self._holder, 0)
-        except NanoDeployError as error:
-            _log.warning("background response not stored", id=key.id, error=error.message)
+        await self._keep_end(key, dumps(document), version)
+
+    async def _keep_end(self, key: ObjectKey, document: bytes, version: int) -> None:
+        """While no controller answers it is tried again: the answer is nowhere else."""
+        until_s = self._clock.now() + KEEP_S
+        while True:
+            try:
+                await self._objects.put(key, document, expected_version=version)
+                await self._objects.claim(key, self._holder, 0)
+                return
+            except NanoDeployError as error:
+                if isinstance(error, InvalidRequestError | NotFoundError) or self._clock.now() > until_s:
+                    _log.warning("background response not stored", id=key.id, error=error.message)
+                    return
+                _log.info("background response not stored yet", id=key.id, error=error.message)
+            await asyncio.sleep(RENEW_S)
 
     async def _still_wanted(self, key: ObjectKey, version: int) -> bool:
         try:
