@@ -14,23 +14,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from common.attention.context import AttentionContext, GroupTables, Selection
+from common.attention.context import AttentionContext, GroupTables, HostLengths, Selection
 from common.kernels.compress_ops import join_parts
 
 
 @dataclass(frozen=True)
 class Entries:
     """The entries of one ratio in a step. `counts_T`: int32, how many are complete at each token, its own included;
-    `most`: no token sees more, whatever a recorded step is replayed with.
+    `most`: no token sees more, whatever a recorded step is replayed with. `ratio`: tokens of an entry.
     """
 
     ctx: AttentionContext
     tables: GroupTables
     counts_T: Tensor
     most: int
+    ratio: int
 
     @cached_property
     def all(self) -> Selection:
@@ -51,6 +53,9 @@ class Entries:
         num_blocks = max(-(-self.most // tables.block_size), 1)
         table_TB = tables.block_tables_SB[sequence_of_tokens(ctx, num_tokens), :num_blocks]
         starts = torch.arange(num_tokens + 1, dtype=torch.int32, device=self.counts_T.device)
+        host = None
+        if ctx.host is not None:
+            host = HostLengths(np.arange(num_tokens + 1, dtype=np.int32), ctx.host.seen() // self.ratio)
         alone = replace(
             ctx,
             query_starts_S1=starts,
@@ -59,7 +64,7 @@ class Entries:
             max_seq_len=self.most,
             groups={},
             scratch={},
-            host=None,  # what the host knows is of the sequences
+            host=host,
         )
         return replace(tables, block_tables_SB=table_TB), alone
 
@@ -69,7 +74,7 @@ def entries_of(ctx: AttentionContext, positions_T: Tensor, tables: GroupTables, 
     counts_T = ((positions_T + 1) // ratio).int()
     most = ctx.max_seq_len // ratio
     entry_tables = GroupTables(tables.block_tables_SB, tables.slots_T // ratio, tables.block_size // ratio)
-    return Entries(ctx, entry_tables, counts_T, most)
+    return Entries(ctx, entry_tables, counts_T, most, ratio)
 
 
 def attend(

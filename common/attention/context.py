@@ -56,6 +56,12 @@ class HostLengths:
     query_starts_S1: NDArray[np.int32]
     seq_lens_S: NDArray[np.int32]
 
+    def seen(self) -> NDArray[np.int32]:
+        """[T]: positions that each new token of a step that is not recorded sees, its own included."""
+        starts_S1 = self.query_starts_S1
+        before_S = self.seq_lens_S - starts_S1[1:]
+        return np.arange(1, starts_S1[-1] + 1, dtype=np.int32) + np.repeat(before_S, np.diff(starts_S1))
+
 
 @dataclass(frozen=True)
 class AttentionContext:

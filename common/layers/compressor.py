@@ -20,11 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from common.attention.compressed import sequence_of_tokens
-from common.attention.context import GroupTables, HostLengths
+from common.attention.context import GroupTables
 from common.kernels.compress_ops import pool_entries
 from common.kernels.draws import to_device
 from common.kvcache.layout import KVPlace
@@ -59,8 +58,8 @@ def completed(step: Step, ratio: int, num_pooled: int, inputs: GroupTables, entr
         is_recorded = step.ctx.graph > 0
         if is_recorded:
             tokens_N = torch.arange(num_tokens, device=ends_T.device)
-        elif step.ctx.host is not None:
-            tokens_N = to_device(_last_tokens(step.ctx.host, ratio), ends_T.device)
+        elif step.ctx.host is not None:  # the device, where the step before may still run, is not asked
+            tokens_N = to_device(np.flatnonzero(step.ctx.host.seen() % ratio == 0), ends_T.device)
         else:
             tokens_N = ends_T.nonzero().flatten()
         last_N1 = step.positions_T[tokens_N][:, None]
@@ -77,13 +76,6 @@ def completed(step: Step, ratio: int, num_pooled: int, inputs: GroupTables, entr
         found = Completed(tokens_N, slots_NL, block_ids_N, place_N % size // ratio)
         step.shared[key] = found
     return found
-
-
-def _last_tokens(host: HostLengths, ratio: int) -> NDArray[np.int64]:
-    """Of the entries that a step completes, [N]: the device, where the step before may still run, is not asked."""
-    starts_S1 = host.query_starts_S1
-    seen_T = np.arange(1, starts_S1[-1] + 1) + np.repeat(host.seq_lens_S - starts_S1[1:], np.diff(starts_S1))
-    return np.flatnonzero(seen_T % ratio == 0)
 
 
 def _slots(tables: GroupTables, sequence_N1: Tensor, positions_NL: Tensor) -> Tensor:
