@@ -116,6 +116,19 @@ async def test_what_is_not_there_is_named(stored: Stored) -> None:
             await client.responses.create(**ASKED, input=many)
 
 
+async def test_nobody_refers_to_items_of_others(server: RedisServer, tmp_path: Path) -> None:
+    async with stored_cluster(server, tmp_path, say("Yes."), api_keys=("one", "two")) as made:
+        one, two = (
+            openai.AsyncOpenAI(base_url=f"{made.cluster.url}/v1", api_key=key, max_retries=0) for key in ("one", "two")
+        )
+        async with one, two:
+            mine = await one.responses.create(model=MODEL, input="One?")
+            given: Any = [refer(mine.output[0]), QUESTION]
+            assert (await one.responses.create(model=MODEL, input=given)).status == "completed"
+            with pytest.raises(openai.NotFoundError, match=mine.output[0].id):
+                await two.responses.create(model=MODEL, input=given)
+
+
 async def test_without_a_controller_a_reference_cannot_be_read(tmp_path: Path) -> None:
     async with cluster(tmp_path, say(ANSWER), controllers=("127.0.0.1:9",)) as made:
         answer = await made.post("/v1/responses", model=MODEL, input=[refer(f"msg_{0:032x}00")])

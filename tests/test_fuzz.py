@@ -102,7 +102,7 @@ def check_stream(request: Request, raw: bytes) -> None:
 
 async def storm(url: str, model: str, count: int, seed: int) -> Counter[int]:
     fuzzer, statuses = Fuzzer(seed, model), Counter[int]()
-    limits = httpx.Limits(max_connections=AT_ONCE)
+    limits = httpx.Limits(max_connections=None)  # the pool keeps some of those that are cancelled, to no end
 
     async def one(client: httpx.AsyncClient, numbers: Iterator[int]) -> None:
         for _ in numbers:
