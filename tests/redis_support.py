@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -58,6 +59,16 @@ class RedisServer:
             if time.monotonic() > deadline or self._process.poll() is not None:
                 raise RuntimeError((self._folder / "server.log").read_text())
             time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def stalled(self) -> Iterator[None]:
+        """It hears everything and does nothing of it until afterwards."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL: no goodbye to anybody."""

@@ -196,6 +196,31 @@ async def test_a_quota_that_was_spent_without_a_controller_is_spent(server: Redi
         await client.close()
 
 
+async def test_a_storage_that_stalls_counts_each_lease_once(valkey: RedisServer) -> None:
+    """It carries out what nobody waits for any more: at one controller, and at the next, which was asked too."""
+    clock, namespace = Ticking(), fresh_namespace()
+    async with controller(valkey, namespace) as one, controller(valkey, namespace) as other:
+        addresses = [f"127.0.0.1:{one.port}", f"127.0.0.1:{other.port}"]
+        client = LimitsClient(addresses, TOKEN)
+        await client.put_keys([key(quota_tokens=1_000_000)])
+        callers = Callers((), admin_token=TOKEN)
+        for address in addresses:  # the storage knows the script from now on
+            single = LimitsClient([address], TOKEN)
+            await single.lease("router", [])
+            await single.close()
+        limiter = Limiter(callers, LimitsClient(addresses, TOKEN), "router", clock)
+        await limiter.start(5.0)
+        caller = callers.caller([(b"authorization", f"Bearer {KEY}".encode())])
+        with valkey.stalled():
+            limiter.settle(caller, await limiter.charge(caller, 10, 3000), 2500)
+        await support.until(lambda: limiter.following)
+        clock.t += 60.0
+        await limiter.stop()
+        (found,) = (await client.list_keys()).keys or ()
+        assert found.used_tokens == 2500
+        await client.close()
+
+
 # -- all of it --
 
 
