@@ -58,3 +58,16 @@ def test_every_key_is_in_one_item(kernel_device: torch.device, turn: int) -> Non
             assert max(sizes) == sizes[0], case
             assert sum(sizes) > (len(sizes) - 1) * sizes[0], case  # equal parts, but for what the last one lacks
     assert max(taken, default=0) < places, case
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length", "parts"), [(1, 65536, 49), (8, 1152, 6), (16, 1152, 3), (16, 16384, 3), (32, 1152, 1)]
+)
+def test_equal_sequences_are_cut_into_as_many_items_as_run_at_once(
+    kernel_device: torch.device, sequences: int, length: int, parts: int
+) -> None:
+    """49 of a key head do, on 132 multiprocessors with 8 key heads; 64 would be a round and a third."""
+    own = gpu.paged_attention
+    lens_S = torch.full((sequences,), length, dtype=torch.int32, device=kernel_device)
+    items = [i for i in own.schedule(lens_S, own.Seen(1), 128, 49).tolist() if i[0] >= 0]
+    assert [i[3] for i in items] == [parts] * (sequences * parts)

@@ -9,6 +9,7 @@ depend on who that is. Query heads of a key head and all new tokens of a sequenc
 an 8-bit cache are multiplied as float16, which holds them exactly.
 
 The chunk follows from the sum of lengths. Sequences that are a single item whatever the chunk do not count: padding is.
+As many items as run at once are best; where whole sequences make for more, few of them are cut.
 
 Shape letters as in `common.attention.context`; also I items, N keys of a tile.
 """
@@ -29,7 +30,7 @@ ITEM = 8
 results, the item's own, the sequence's first key that is seen, its length."""
 MAX_ROWS = 128
 MIN_CHUNK = 128  # keys
-SLOTS_PER_PROCESSOR = 2  # items to aim for: so many run at once
+SLOTS_PER_PROCESSOR = 3  # items to aim for: so many run at once (their tiles fill the shared memory)
 STAGES = {False: 3, True: 5}  # of loads ahead, by whether the cache is 8-bit
 WARPS = 4
 JOINED = tl.constexpr(4096)  # numbers of partial results that are joined at once
@@ -70,6 +71,8 @@ def _schedule(
     chunk = (total + num_slots - 1) // num_slots
     chunk = tl.maximum((chunk + TILE - 1) // TILE * TILE, MIN_CHUNK)
     chunks = tl.maximum((seen + chunk // 2) // chunk, 1)  # what is a little longer is not cut
+    at_once = tl.sum(tl.where(seen > MIN_CHUNK, chunks, 0), 0) <= num_slots
+    chunks = tl.where(at_once, chunks, tl.maximum(seen // chunk, 1))
     chunk = tl.maximum(((seen + chunks - 1) // chunks + TILE - 1) // TILE * TILE, TILE)  # each sequence's: equal parts
     chunks = (seen + chunk - 1) // chunk
     end_item = tl.cumsum(chunks, 0)
@@ -292,7 +295,7 @@ def num_slots(units: int, device: torch.device) -> int:
 
 def workspace(num_sequences: int, units: int, width: int, rows: int, slots: int, device: torch.device) -> Workspace:
     """`rows`: new tokens times query heads of a key head, for which this is the most."""
-    partials, rows = 2 * slots * units, _rows(rows)
+    partials, rows = slots * units, _rows(rows)
     return Workspace(
         torch.empty(partials * rows * width, dtype=torch.float32, device=device),
         torch.empty(partials * rows, dtype=torch.float32, device=device),
