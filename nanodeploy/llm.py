@@ -60,6 +60,7 @@ class LLM:
         config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
         self._folder = Path(model)
         media = LocalMedia()
+        gc.collect()  # an engine that was closed may hold a GPU's memory in cycles
         self._built = build_engine(config, Role.DECODE, MonotonicClock(), loading or (lambda *_: None), media=media)
         self._built.engine.drain()
         if self._built.ready.device != "cpu":
@@ -151,8 +152,10 @@ class LLM:
         return target
 
     def close(self) -> None:
-        """Free the KV cache and stop the transport."""
+        """Stop the transport. Model and KV cache are freed with this object, or by the next one before it is made."""
         self._built.close()
+        if self._built.ready.device != "cpu":
+            gc.unfreeze()
 
     def __enter__(self) -> LLM:
         return self

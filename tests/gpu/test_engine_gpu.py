@@ -172,3 +172,11 @@ def test_drawn_tokens_are_those_of_their_noise_in_any_batch(tmp_path: Path) -> N
     fixed = ON_GPU | {"deterministic": True, "params": params}
     together = generate(folder, texts, **fixed)
     assert together == [generate(folder, [text], **fixed)[0] for text in texts]
+
+
+def test_a_closed_engine_leaves_its_memory_to_the_next(tmp_path: Path) -> None:
+    """Each takes more than half of the card. One measured scales: its attention went through another's hands."""
+    folder = make_llama(tmp_path / "checkpoint", seed=3, head_dim=64)
+    for _ in range(2):
+        with LLM(folder, device="cuda", dtype="bfloat16", gpu_memory_utilization=0.6, max_num_seqs=4) as llm:
+            llm.calibrate_kv(prompts(3, [40]), tmp_path / "scales.json")
