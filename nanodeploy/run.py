@@ -180,9 +180,10 @@ class GenerateRun(_Run[SamplingParams, RequestOutput]):
         choice = self._choices[slot][delta.choice]
         if choice.output.finish_reason is not None:
             return
-        if choice.push(delta) and delta.finish is None:
+        stopped = choice.push(delta)
+        if stopped and delta.finish is None:
             self._engine.handle(Cancel((slot,), (delta.choice,)))
-        if all(o.finish_reason is not None for o in output.outputs):
+        if (stopped or delta.finish is not None) and all(o.finish_reason is not None for o in output.outputs):
             del self._by_slot[slot]
 
 

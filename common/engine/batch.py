@@ -6,6 +6,7 @@ row was handed over) take part in sampling only.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -125,11 +126,7 @@ def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]])
     max_seq_len = int(seq_lens.max(initial=0))
     arrays = {}
     for name, (block_size, window) in groups.items():
-        tables = np.zeros((len(active), -(-max_seq_len // block_size)), np.int32)
-        for i, r in enumerate(active):
-            held = r.tables[name][: -(-int(seq_lens[i]) // block_size)]
-            tables[i, : len(held)] = held
-        np.maximum(tables, 0, out=tables)
+        tables = _tables([r.tables[name] for r in active], -(-seq_lens // block_size))
         slots = tables[row_of_T, positions // block_size].astype(np.int64) * block_size + positions % block_size
         arrays[name] = GroupArrays(tables, slots, block_size, window)
     states = active[0].states if active else ()
@@ -151,6 +148,17 @@ def build_batch(rows: Sequence[BatchRow], groups: Mapping[str, tuple[int, int]])
         states_S={name: np.fromiter((r.states[name] for r in active), np.int64, len(active)) for name in states},
         pending_T=_pending(active, query_starts),
     )
+
+
+def _tables(blocks: Sequence[Sequence[int]], counts_S: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The first `counts_S` blocks of each sequence, 0 where none is held and behind the last: [S, largest count]."""
+    held = [ids[:count] for ids, count in zip(blocks, counts_S.tolist(), strict=True)]
+    lengths = np.fromiter(map(len, held), np.int64, len(held))
+    tables = np.zeros((len(held), int(counts_S.max(initial=0))), np.int32)
+    tables[np.arange(tables.shape[1]) < lengths[:, None]] = np.fromiter(
+        itertools.chain.from_iterable(held), np.int32, int(lengths.sum())
+    )
+    return np.maximum(tables, 0, out=tables)
 
 
 def _pending(active: Sequence[BatchRow], query_starts_S1: NDArray[np.int32]) -> NDArray[np.int64] | None:

@@ -31,6 +31,7 @@ from common.engine.sequence import Phase, Sequence
 from common.engine.speculative import MadeAhead
 from common.kvcache.layout import FULL_GROUP
 from common.kvcache.manager import KVCacheManager
+from common.types import FinishReason
 from common.types.prefix import UNIT
 
 FIRST = 1  # position of a sequence's first row
@@ -38,8 +39,8 @@ FIRST = 1  # position of a sequence's first row
 
 class Moved(NamedTuple):
     """What a step did to a sequence: positions from `start` on are computed, the first of them in row `row` of the
-    step; `num_tokens` were appended, and if it `goes_on`, more will follow. If it `goes_back`, nothing is computed:
-    the next step begins at `start` again.
+    step; `num_tokens` were appended, and if it `goes_on`, more will follow; `finish`: why none will. If it `goes_back`,
+    nothing is computed: the next step begins at `start` again.
     """
 
     seq: Sequence
@@ -47,6 +48,7 @@ class Moved(NamedTuple):
     row: int
     num_tokens: int
     goes_on: bool
+    finish: FinishReason | None = None
     goes_back: bool = False
 
 

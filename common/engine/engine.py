@@ -195,10 +195,14 @@ class Engine:
 
     def _may_go_ahead(self, plan: StepPlan) -> bool:
         """Can the next step be planned without the tokens of this one?"""
-        p = self._p
-        drawing = [item.seq for item in plan.items if item.draws and item.seq.phase is Phase.RUNNING]
-        if any(item.drafts for item in plan.items) or any(map(needs_history, drawing)):
-            return False
+        p, drawing = self._p, []
+        for item in plan.items:
+            if item.drafts:
+                return False
+            if item.draws and item.seq.phase is Phase.RUNNING:
+                if needs_history(item.seq):
+                    return False
+                drawing.append(item.seq)
         if p.cache.snapshots.has_states and any(self._copies_state(item) for item in plan.items):
             return False
         if p.drafting is not None and any(item.seq.order or item.seq.tail_ready for item in plan.items):
@@ -303,15 +307,16 @@ class Engine:
     def _advance(self, plan: StepPlan, result: StepResult) -> list[Moved]:
         """Append the tokens that stand, and make final what was computed of those before the last."""
         p, moved, first_row = self._p, [], 0
+        has_states = p.cache.snapshots.has_states
         for item, drawn in zip(plan.items, result.drawn, strict=True):
             seq, start = item.seq, item.start
             if seq.phase is not Phase.RUNNING:  # it ended while the step was under way
                 moved.append(Moved(seq, start, first_row, 0, goes_on=False))
                 first_row += item.num_new + len(item.drafts)
                 continue
-            num_tokens = p.requests.num_standing(seq, drawn.token_ids, item.drafts)
+            num_tokens, finish = p.requests.standing(seq, drawn.token_ids, item.drafts)
             seq.token_ids += drawn.token_ids[:num_tokens]
-            goes_back = p.cache.snapshots.has_states and num_tokens <= len(item.drafts) > 0
+            goes_back = has_states and num_tokens <= len(item.drafts) > 0
             if item.num_new and not goes_back:
                 seq.num_computed += item.num_new + max(num_tokens - 1, 0)
                 seq.grow_chain()
@@ -325,8 +330,8 @@ class Engine:
                 p.cache.snapshots.release_backup(seq.seq_id, go_back=goes_back)
                 if num_tokens <= len(item.drafts):
                     p.cache.truncate(seq.seq_id, seq.num_tokens)
-            goes_on = drawn.failure is None and num_tokens > 0 and p.requests.goes_on(seq)
-            moved.append(Moved(seq, start, first_row, num_tokens, goes_on, goes_back))
+            goes_on = drawn.failure is None and num_tokens > 0 and finish is None
+            moved.append(Moved(seq, start, first_row, num_tokens, goes_on, finish, goes_back))
             first_row += item.num_new + len(item.drafts)
         return moved
 
@@ -358,7 +363,7 @@ class Engine:
                 p.requests.pooled(seq, drawn.hidden_D)
             elif num_tokens:
                 logprobs = TokenLogprobs.join(drawn.logprobs[:num_tokens]) if drawn.logprobs else None
-                p.requests.tokens(seq, num_tokens, logprobs)
+                p.requests.tokens(seq, num_tokens, m.finish, logprobs)
 
     def _checkpoint(self, seq: Sequence) -> None:
         """Cache a copy of the state that the step has left, where there is room for one."""

@@ -59,12 +59,12 @@ class FirstTokens:
         Those under a grammar wait for the end: masks are made of what runs.
         """
         running = self._scheduler.running
-        items = tuple(StepItem.of(s, 0) for s in running if s.tail_ready and not s.steps_under_way)
+        items = tuple(StepItem.of(s, s.num_scheduled, 0) for s in running if s.tail_ready and not s.steps_under_way)
         if items:
             yield StepPlan(items)
         for seq in list(self._tails.values()):
             if not seq.steps_under_way and seq.pooling is None and seq.constraint is None:
-                yield StepPlan((StepItem(seq, seq.num_tokens, 0, reaches_end=True),))
+                yield StepPlan((StepItem(seq, seq.num_tokens, 0, reaches_end=True, draws=True),))
 
     def launch(self, plan: StepPlan, masks: RowMasks | None) -> None:
         """Start to draw for what was due."""

@@ -146,7 +146,7 @@ class EngineReady(Message, frozen=True):
     embedding_size: int = 0  # elements of a vector; 0: the model generates
 
 
-class DeltaRow(msgspec.Struct, frozen=True, array_like=True):
+class DeltaRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     slot: int
     delta: ChoiceDelta
 

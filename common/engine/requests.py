@@ -195,38 +195,34 @@ class Requests:
             computed_tokens=seq.num_prompt - found,
         )
 
-    def num_standing(self, seq: Sequence, token_ids: Tokens[int], drafts: Tokens[int]) -> int:
-        """How many of the tokens drawn for `seq` stand: the i-th if all drafts before it were right.
+    def standing(self, seq: Sequence, token_ids: Tokens[int], drafts: Tokens[int]) -> tuple[int, FinishReason | None]:
+        """How many of the tokens drawn for `seq` stand: the i-th if all drafts before it were right. And why the
+        sequence ends with the last of them, None if it goes on.
 
         `token_ids[i]` was drawn behind `drafts[:i]`. None stands behind the one that ends the sequence.
         """
+        num_output = seq.num_output
         for i, token_id in enumerate(token_ids):
-            right = i < len(drafts) and drafts[i] == token_id
             if seq.constraint is not None and token_id not in seq.stop_ids:
                 seq.constraint.accept(token_id)
-            if not right or self._finish_reason(seq, token_id, seq.num_output + i + 1) is not None:
-                return i + 1
-        return len(token_ids)
+            reason = self._finish_reason(seq, token_id, num_output + i + 1)
+            if reason is not None or i >= len(drafts) or drafts[i] != token_id:
+                return i + 1, reason
+        return len(token_ids), None
 
-    def goes_on(self, seq: Sequence) -> bool:
-        """Is there a token behind the last one of `seq`?"""
-        return self._finish_reason(seq, seq.token_ids[-1], seq.num_output) is None
-
-    def tokens(self, seq: Sequence, count: int, logprobs: TokenLogprobs | None) -> None:
-        """`count` tokens were appended: tell the router, and end the sequence if the last one ends it."""
+    def tokens(self, seq: Sequence, count: int, finish: FinishReason | None, logprobs: TokenLogprobs | None) -> None:
+        """`count` tokens were appended: tell the router, and end the sequence if it ends with them."""
         token_ids = tuple(seq.token_ids[-count:])
         self.tokens_out += count
-        first = not seq.times.first_token
-        if first:
+        if not seq.times.first_token:
             self._first_token(seq)
-        reason = self._finish_reason(seq, token_ids[-1], seq.num_output)
-        if reason is None:
+        if finish is None:
             delta = ChoiceDelta(
                 choice=seq.choice, position=seq.num_output - count, token_ids=token_ids, logprobs=logprobs
             )
             self._outbox.delta(seq.slot, delta)
         else:
-            self._end(seq, reason, token_ids, logprobs)
+            self._end(seq, finish, token_ids, logprobs)
 
     def pooled(self, seq: Sequence, hidden_D: NDArray[np.float32]) -> None:
         """The whole prompt was computed: the request ends with its vector, made of the last token's row."""

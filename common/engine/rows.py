@@ -13,12 +13,14 @@ from common.kvcache.tables import BlockCopy
 
 def batch_of(plan: StepPlan, cache: KVCacheManager, groups: Mapping[str, tuple[int, int]]) -> Batch:
     """`groups` as `build_batch` takes them. Blocks are reserved."""
-    return build_batch([_row(item, cache, groups) for item in plan.items], groups)
+    return build_batch([_row(item, cache) for item in plan.items], groups)
 
 
 def state_copies(plan: StepPlan, cache: KVCacheManager) -> list[BlockCopy]:
     """What gives the states of sequences that start now their first values, and keeps those that may go back."""
     copies: list[BlockCopy] = []
+    if not cache.snapshots.has_states:
+        return copies
     for item in plan.items:
         if item.num_new:
             copies += cache.snapshots.state_origin(item.seq.seq_id)
@@ -27,25 +29,29 @@ def state_copies(plan: StepPlan, cache: KVCacheManager) -> list[BlockCopy]:
     return copies
 
 
-def _row(item: StepItem, cache: KVCacheManager, groups: Mapping[str, tuple[int, int]]) -> BatchRow:
-    seq = item.seq
-    end = item.start + item.num_new
-    is_pending = end > seq.num_tokens
-    tail = cache.snapshots.tail_block(seq.seq_id)
-    tail_id = -1 if tail is None else tail
+def _row(item: StepItem, cache: KVCacheManager) -> BatchRow:
+    seq, start, drafts = item.seq, item.start, item.drafts
+    end = start + item.num_new
+    is_pending = end > len(seq.token_ids)
+    tail_read = tail_write = -1
+    if seq.tail_ready or seq.order is not None:
+        tail = cache.snapshots.tail_block(seq.seq_id)
+        tail_id = -1 if tail is None else tail
+        tail_read = tail_id if seq.tail_ready and not item.num_new else -1
+        tail_write = tail_id if item.reaches_end and seq.order is not None else -1
+    wants_logprobs = start < seq.num_prompt - 1 and seq.wants_prompt_logprobs
     embeds = seq.embeds
-    wants_logprobs = seq.wants_prompt_logprobs and item.start < seq.num_prompt - 1
     return BatchRow(
-        token_ids=seq.token_ids[item.start : end] + [0] * is_pending + list(item.drafts),
-        start=item.start,
-        tables={g: cache.block_table(seq.seq_id, g) for g in groups},
-        samples=sample_rows(seq, item.drafts) if item.draws else (),
-        tail_read=tail_id if seq.tail_ready and not item.num_new else -1,
-        tail_write=tail_id if item.reaches_end and seq.order is not None else -1,
+        token_ids=seq.token_ids[start:end] + [0] * is_pending + list(drafts),
+        start=start,
+        tables=cache.block_tables(seq.seq_id),
+        samples=sample_rows(seq, drafts) if item.draws else (),
+        tail_read=tail_read,
+        tail_write=tail_write,
         prompt_logprobs=(seq.sampling.prompt_logprobs or 0) if wants_logprobs else -1,
-        prompt_targets=seq.token_ids[item.start + 1 : min(end + 1, seq.num_prompt)] if wants_logprobs else (),
-        media=embeds.rows_between(item.start, end) if embeds else (),
-        rope_positions_3T=embeds.rope_positions(item.start, end + len(item.drafts)) if embeds else None,
+        prompt_targets=seq.token_ids[start + 1 : min(end + 1, seq.num_prompt)] if wants_logprobs else (),
+        media=embeds.rows_between(start, end) if embeds else (),
+        rope_positions_3T=embeds.rope_positions(start, end + len(drafts)) if embeds else None,
         states=cache.snapshots.state_blocks(seq.seq_id),
         pending=seq.pending_sample if is_pending else -1,
         pools=item.pools,

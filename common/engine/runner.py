@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -65,8 +66,7 @@ class Pending:
     tails: Fetched | None = None  # bool [R] of the batch's rows with a tail to write, in order: is it of numbers?
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What one row's samples gave, up to the first that failed. `failure`: why not even the first gave a token, or
     that the tail which it wrote is none.
 
@@ -170,13 +170,16 @@ class ModelRunner:
             if pending.ran is not None:
                 pending.ran.get()  # blocks that are given back now may be written by others than this stream
             return StepResult(_with_tails(pending, _pooled(pending)), pending.prompt_logprobs)
-        tokens, failures, logprobs = result.tokens, result.failures, result.logprobs
+        tokens, failures, logprobs = result.tokens, result.failures, result.logprobs if result.raw is not None else ()
         drawn, first = [], 0
         for row in rows:
             end = first + len(row.samples)
-            good = next((j for j in range(first, end) if j in failures), end) if failures else end
-            found = [entry for entry in logprobs[first:good] if entry is not None]
-            drawn.append(Drawn(tokens[first:good], found, failures.get(first) if good == first else None))
+            if not failures and not logprobs:
+                drawn.append(Drawn(tokens[first:end]))
+            else:
+                good = next((j for j in range(first, end) if j in failures), end)
+                found = [entry for entry in logprobs[first:good] if entry is not None]
+                drawn.append(Drawn(tokens[first:good], found, failures.get(first) if good == first else None))
             first = end
         return StepResult(_with_tails(pending, drawn), pending.prompt_logprobs)
 

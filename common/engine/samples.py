@@ -24,6 +24,8 @@ def sample_row(seq: Sequence, drafts: Tokens[int] = ()) -> SampleRow:
 
 def sample_rows(seq: Sequence, drafts: Tokens[int]) -> list[SampleRow]:
     """The draw behind the last token, and behind each draft as if it and those before it were right."""
+    if not drafts:
+        return [sample_row(seq)]
     return [sample_row(seq, drafts[:i]) for i in range(len(drafts) + 1)]
 
 

@@ -25,7 +25,9 @@ from __future__ import annotations
 import bisect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import msgspec
 
 from common.engine.checkpoints import checkpoint_after, checkpoints, cut
 from common.engine.sequence import Phase, Sequence
@@ -43,28 +45,25 @@ class SchedulerLimits:
     """As many in a step keep the device busy: more take longer in proportion."""
 
 
-@dataclass(frozen=True)
-class StepItem:
+class StepItem(msgspec.Struct, frozen=True, eq=False, gc=False):
     """Compute `num_new` tokens of `seq` from position `start` on; 0 means only the head on its tail row.
 
-    `reaches_end`: the last of them is the last it has, or will have when the step before is over. `drafts` follow it
-    and are verified.
+    `reaches_end`: the last of them is the last it has, or will have when the step before is over. `draws`: and a token
+    behind it is wanted. `drafts` follow it and are verified.
     """
 
     seq: Sequence
     start: int
     num_new: int
     reaches_end: bool
+    draws: bool
     drafts: tuple[int, ...] = ()
 
     @staticmethod
-    def of(seq: Sequence, num_new: int) -> StepItem:
-        start = seq.num_scheduled
-        return StepItem(seq, start, num_new, start + num_new == seq.num_expected)
-
-    @property
-    def draws(self) -> bool:
-        return self.reaches_end and self.seq.order is None and self.seq.pooling is None
+    def of(seq: Sequence, start: int, num_new: int) -> StepItem:
+        """The next `num_new` tokens of `seq`."""
+        reaches_end = start + num_new == len(seq.token_ids) + seq.num_pending
+        return StepItem(seq, start, num_new, reaches_end, reaches_end and seq.order is None and seq.pooling is None)
 
     @property
     def pools(self) -> bool:
@@ -206,18 +205,20 @@ class Scheduler:
         room = _Room(self._limits)
         items: list[StepItem] = []
         preempted: list[Sequence] = []
-        index = 0
+        index, reserve = 0, self._cache.reserve
         while index < len(self.running) and room.left > 0:
             seq = self.running[index]
             if seq.first_under_way or (ahead and self._must_wait(seq)):
                 index += 1
                 continue
-            num_new = self._new_tokens(seq, seq.num_scheduled, seq.num_expected, room.left)
-            if ahead and not self._cache.reserve(seq.seq_id, seq.num_scheduled + num_new):
-                return StepPlan((), short_of_blocks=True)
-            if not ahead and not self._make_room(seq, num_new, preempted):
-                continue
-            items.append(StepItem.of(seq, num_new))
+            start = seq.num_computed + seq.num_launched
+            num_new = self._new_tokens(seq, start, len(seq.token_ids) + seq.num_pending, room.left)
+            if not reserve(seq.seq_id, start + num_new):
+                if ahead:
+                    return StepPlan((), short_of_blocks=True)
+                if not self._make_room(seq, num_new, preempted):
+                    continue
+            items.append(StepItem.of(seq, start, num_new))
             room.take(items[-1])
             index += 1
         if not preempted:
@@ -235,7 +236,7 @@ class Scheduler:
         num_new = min(end - start, most)
         if seq.order is not None and num_new == end - start > 2 * self._limits.busy_tokens:
             num_new -= num_new // 2
-        return cut(seq.checkpoints, start, num_new)
+        return cut(seq.checkpoints, start, num_new) if seq.checkpoints else num_new
 
     def _must_wait(self, seq: Sequence) -> bool:
         """Does the step under way bring all that can be computed of `seq`, or draw the last token it may have?"""
@@ -256,7 +257,7 @@ class Scheduler:
             drafts = propose(seq, room, len(self.running)) if room else ()
             fits = drafts and self._cache.reserve(seq.seq_id, seq.num_tokens + len(drafts))
             if fits and self._cache.snapshots.reserve_backup(seq.seq_id):
-                items[index] = replace(item, drafts=drafts)
+                items[index] = msgspec.structs.replace(item, drafts=drafts)
                 step.take_drafts(len(drafts))
 
     def _make_room(self, seq: Sequence, num_new: int, preempted: list[Sequence]) -> bool:
@@ -305,7 +306,7 @@ class Scheduler:
             seq.phase = Phase.RUNNING
             seq.num_computed = seq.num_drafted = hit.num_tokens
             bisect.insort(self.running, seq, key=_rank)
-            items.append(StepItem.of(seq, num_new))
+            items.append(StepItem.of(seq, hit.num_tokens, num_new))
             room.take(items[-1])
             self._on_started(seq, hit)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from common.engine.media import MediaEmbeds
 from common.engine.pace import Pace
 from common.types import GenerationRequest, Pooling, RequestStats, SamplingParams, TokenLogprobs
-from common.types.prefix import extend_chain, hash_at
+from common.types.prefix import UNIT, extend_chain, hash_at
 
 if TYPE_CHECKING:
     from common.engine.constraint import Constraint
@@ -131,6 +131,8 @@ class Sequence:
 
     def grow_chain(self, num_tokens: int | None = None) -> None:
         """Hash the whole units of all tokens known so far, or of the first `num_tokens`."""
+        if len(self.token_ids) // UNIT < len(self.chain):
+            return  # they are
         extend_chain(self.chain, self.token_ids, self.media, num_tokens)
 
     def prefix_hash(self, num_tokens: int) -> bytes:

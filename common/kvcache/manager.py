@@ -12,7 +12,7 @@ Groups that hold one block a sequence, not one per so many positions, are `snaps
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from common.kvcache.blocks import BlockPool
 from common.kvcache.layout import KVLayout, Retention
@@ -191,6 +191,10 @@ class KVCacheManager:
         if at is not None:
             return seq.tables[at].blocks
         return self.snapshots.held(seq_id, group)
+
+    def block_tables(self, seq_id: int) -> Mapping[str, list[int]]:
+        """`block_table` of every positional group: the live lists."""
+        return self._seqs[seq_id].lists
 
     def begin_read(self, read_id: int, group: str, block_ids: Sequence[int]) -> None:
         """A remote read writes these blocks of one sequence until `end_read`. A read may grow, over groups too."""

@@ -16,6 +16,8 @@ from common.kvcache.blocks import BlockPool
 from common.kvcache.layout import TAIL_GROUP, Retention
 from common.kvcache.tables import BlockCopy, SequenceBlocks, SnapshotSlot
 
+_NO_STATES: Mapping[str, int] = {}
+
 
 class SnapshotBlocks:
     """Which of `pools` the open sequences `seqs` hold single blocks of. `KVCacheManager` opens and closes them."""
@@ -42,8 +44,10 @@ class SnapshotBlocks:
         """A block of each state, to be updated in place. False: no room; what it got stays the sequence's."""
         return all(self._hold_own(seq_id, name) is not None for name in self._states)
 
-    def state_blocks(self, seq_id: int) -> dict[str, int]:
+    def state_blocks(self, seq_id: int) -> Mapping[str, int]:
         """The sequence's block of each state."""
+        if not self._states:
+            return _NO_STATES
         return {name: self._slot(seq_id, name)[0].own for name in self._states}
 
     def state_origin(self, seq_id: int) -> list[BlockCopy]:

@@ -39,7 +39,7 @@ class GroupTable:
     def __init__(self, group: GroupSpec) -> None:
         self.block_size = group.block_size
         self.window = group.window
-        self.blocks: list[int] = []
+        self.blocks: list[int] = []  # this list, as long as the sequence lives
         self.first = 0  # entries below it were given back or never held
         self.num_whole = 0  # entries in [first, num_whole) are all held
         self.num_sealed = 0  # entries below it are sealed or never will be
@@ -130,6 +130,7 @@ class SequenceBlocks:
     __slots__ = (
         "fetch_end",
         "fetch_to",
+        "lists",
         "num_computed",
         "num_reserved",
         "owner",
@@ -145,6 +146,7 @@ class SequenceBlocks:
         self.owner = owner
         self.seals = seals  # may its blocks enter the prefix index?
         self.tables = [GroupTable(g) for g in positional]
+        self.lists = {g.name: table.blocks for g, table in zip(positional, self.tables, strict=True)}
         self.slots = [SnapshotSlot() for _ in snapshots]
         self.num_computed = 0
         self.fetch_to = 0  # positions up to here come from a peer
