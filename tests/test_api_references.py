@@ -69,7 +69,7 @@ async def test_references_are_the_items_that_they_name(stored: Stored, how: str)
         assert last_prompt(stored) == wanted
 
         items = (await client.responses.input_items.list(second.id, order="asc")).data
-        assert [item.type or "message" for item in items] == [
+        assert [item.type for item in items] == [
             *("message", "reasoning", "message", "function_call", "function_call_output")
         ]
         assert [item.id for item in items[:4]] == [asked.id, *(item.id for item in first.output)]

@@ -50,9 +50,12 @@ async def with_referred(objects: ObjectClient, owner: str, items: Sequence[Item]
 
 
 def shown(response_id: str, items: Sequence[Item]) -> list[Item]:
-    """Items of a response's input, each with an id."""
+    """Items of a response's input, each with an id and a type."""
     ids = response_id.partition("_")[2]
-    return [{**item, "id": item.get("id") or f"item_{ids}{i:02x}"} for i, item in enumerate(items)]
+    return [
+        {**item, "id": item.get("id") or f"item_{ids}{i:02x}", "type": item.get("type") or "message"}
+        for i, item in enumerate(items)
+    ]
 
 
 def _refers(item: Item) -> bool:
