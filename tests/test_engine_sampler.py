@@ -279,7 +279,7 @@ def test_top_logprobs_ties_are_listed_by_id() -> None:
 def test_prompt_logprobs_follow_the_targets() -> None:
     logits = make_logits(5)
     expected = torch.log_softmax(logits, dim=-1)
-    got = logprobs_module.prompt_logprobs(logits, [3, 1, 4, 1, 5], 2)
+    got = logprobs_module.prompt_logprobs(logits, torch.tensor([3, 1, 4, 1, 5]), 2).get()
     assert got.token_logprobs == pytest.approx([expected[i, t].item() for i, t in enumerate([3, 1, 4, 1, 5])], abs=1e-6)
     top = expected.topk(2)
     assert (got.top_n, got.top_ids) == (2, tuple(top.indices.flatten().tolist()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from common.engine.results import Fetched
 from common.kernels.sampling import top_rows
 from common.types import TokenLogprobs
 
@@ -56,15 +57,25 @@ class RawLogprobs:
         return out
 
 
-def prompt_logprobs(logits_TV: Tensor, targets: Sequence[int], top_n: int) -> TokenLogprobs:
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Logprobs of tokens of a prompt, on their way to the host."""
+
+    raw: RawLogprobs
+    fetched: Fetched
+
+    def get(self) -> TokenLogprobs:
+        """Waits."""
+        found = [line for line in self.raw.per_row(*self.fetched.get()) if line is not None]
+        return TokenLogprobs(
+            tuple(line.token_logprobs[0] for line in found),
+            self.raw.ids_LN.shape[1],
+            tuple(t for line in found for t in line.top_ids),
+            tuple(v for line in found for v in line.top_logprobs),
+        )
+
+
+def prompt_logprobs(logits_TV: Tensor, targets_T: Tensor, top_n: int) -> PromptLogprobs:
     """Logprobs of the token that really follows each position, and the best `top_n` of each position."""
-    targets_T = logits_TV.new_tensor(targets).long()
-    raw = RawLogprobs.of(logits_TV, targets_T, [top_n] * len(targets))
-    lines = raw.per_row(*raw.tensors())
-    found = [line for line in lines if line is not None]
-    return TokenLogprobs(
-        tuple(line.token_logprobs[0] for line in found),
-        min(top_n, logits_TV.shape[1]),
-        tuple(t for line in found for t in line.top_ids),
-        tuple(v for line in found for v in line.top_logprobs),
-    )
+    raw = RawLogprobs.of(logits_TV, targets_T, [top_n] * len(targets_T))
+    return PromptLogprobs(raw, Fetched.start(raw.tensors()))

@@ -24,7 +24,7 @@ from common.attention.context import AttentionBackend, AttentionContext
 from common.engine.batch import Batch, BatchMedia, RowMasks, SampleRow
 from common.engine.graphs import DecodeGraphs, known_or_drawn
 from common.engine.inputs import HostInputs, Inputs, PinnedInputs, arrays_of, context_of
-from common.engine.logprobs import prompt_logprobs
+from common.engine.logprobs import PromptLogprobs, prompt_logprobs
 from common.engine.results import Fetched
 from common.engine.sampler import NOT_FINITE, Sampler, SampleResult
 from common.kernels import gpu
@@ -59,7 +59,7 @@ class Pending:
     hidden_TD: Tensor | None
     logits_RV: Tensor | None
     sample_rows: Sequence[SampleRow]
-    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    prompt_logprobs: dict[int, list[PromptLogprobs]]
     result: SampleResult | None = None
     ran: Fetched | None = None  # where nothing is drawn: there when all is computed
     pooled: Fetched | None = None  # float32 rows [R, D] of the batch's rows that pool, in order
@@ -169,7 +169,7 @@ class ModelRunner:
         if result is None:
             if pending.ran is not None:
                 pending.ran.get()  # blocks that are given back now may be written by others than this stream
-            return StepResult(_with_tails(pending, _pooled(pending)), pending.prompt_logprobs)
+            return StepResult(_with_tails(pending, _pooled(pending)), _of_prompts(pending))
         tokens, failures, logprobs = result.tokens, result.failures, result.logprobs if result.raw is not None else ()
         drawn, first = [], 0
         for row in rows:
@@ -181,7 +181,7 @@ class ModelRunner:
                 found = [entry for entry in logprobs[first:good] if entry is not None]
                 drawn.append(Drawn(tokens[first:good], found, failures.get(first) if good == first else None))
             first = end
-        return StepResult(_with_tails(pending, drawn), pending.prompt_logprobs)
+        return StepResult(_with_tails(pending, drawn), _of_prompts(pending))
 
     def drop(self, pending: Pending) -> None:
         """Instead of `collect`, of the step that was launched last: wait until the device has done it."""
@@ -257,20 +257,24 @@ class ModelRunner:
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return self.inputs.put({"index": np.array(numbers, np.int64)})["index"]
 
-    def _prompt_logprobs(self, batch: Batch, hidden_TD: Tensor | None) -> dict[int, list[TokenLogprobs]]:
-        out: dict[int, list[TokenLogprobs]] = {}
+    def _prompt_logprobs(self, batch: Batch, hidden_TD: Tensor | None) -> dict[int, list[PromptLogprobs]]:
+        out: dict[int, list[PromptLogprobs]] = {}
         for i, row in enumerate(batch.rows):
             if row.prompt_logprobs < 0 or not row.prompt_targets:
                 continue
             assert hidden_TD is not None
             first = batch.last_rows[i] + 1 - len(row.token_ids)
             out[i] = []
-            for start in range(0, len(row.prompt_targets), PROMPT_LOGPROB_ROWS):
+            for targets_T in torch.split(self._index(row.prompt_targets), PROMPT_LOGPROB_ROWS):
                 self.on_progress()
-                targets = row.prompt_targets[start : start + PROMPT_LOGPROB_ROWS]
-                logits = self._model.logits(hidden_TD[first + start : first + start + len(targets)])
-                out[i].append(prompt_logprobs(logits, targets, row.prompt_logprobs))
+                logits = self._model.logits(hidden_TD[first : first + len(targets_T)])
+                out[i].append(prompt_logprobs(logits, targets_T, row.prompt_logprobs))
+                first += len(targets_T)
         return out
+
+
+def _of_prompts(pending: Pending) -> dict[int, list[TokenLogprobs]]:
+    return {i: [part.get() for part in parts] for i, parts in pending.prompt_logprobs.items()}
 
 
 def _with_tails(pending: Pending, drawn: Sequence[Drawn]) -> Sequence[Drawn]:
