@@ -3,9 +3,10 @@
     python benchmarks/gpu/run.py [--gpus N] [--only STAGE ...] [--without STAGE ...] [--append] [--dry-run]
 
 Each stage (`--list`) is a process with a time limit; one that fails is reported and the rest goes on. Stages that would
-pass --budget-s are not begun, and named. Writes <--out>/<--name>.json and .png; --append keeps what is there, if it is
-of the same device and commit, and runs what is missing. --dry-run runs it on the CPU with tiny models: its figures
-mean nothing, so they are judged by nothing and go to build/gpu-dry-run, beside no result that was measured.
+pass --budget-s are not begun, and named. Writes <--out>/<--name>.json, after each stage, and .png at the end; --append
+keeps what is there, if it is of the same device and commit, and runs what is missing. --dry-run runs it on the CPU with
+tiny models: its figures mean nothing, so they are judged by nothing and go to build/gpu-dry-run, beside no result that
+was measured.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,8 +93,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.stdin.close()
 
 
-def run_all(names: list[str], arguments: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Run the stages one after the other, into `results`."""
+def run_all(
+    names: list[str], arguments: argparse.Namespace, results: dict[str, Any], keep: Callable[[], object]
+) -> None:
+    """Run the stages one after the other, into `results`. `keep` is called after each: a run may be killed."""
     deadline = time.monotonic() + arguments.budget_s
     with tempfile.TemporaryDirectory(prefix="nanodeploy-gpu-") as name:
         for stage in (s for s in STAGES if s.name in names):
@@ -108,6 +112,7 @@ def run_all(names: list[str], arguments: argparse.Namespace, results: dict[str, 
                 console.print(f"  {part} failed: {error}", markup=False, highlight=False)
             if "log" in found:
                 console.print(found["log"], markup=False, highlight=False)
+            keep()
 
 
 def versions() -> dict[str, str]:
@@ -154,15 +159,20 @@ def main() -> None:
             names = [name for name in names if name in (arguments.only or ()) or show.lacks(results, name)]
         else:
             console.print("--append: the results there are of another device or commit; they are replaced")
-    run_all(names, arguments, results)
     targets = show.with_measured(json.loads(TARGETS.read_text(encoding="utf-8")), arguments.vllm)
-    rows = show.rows(results, targets)
-    if arguments.dry_run:
-        rows = [replace(row, wanted=None, wanted_of_limit=None, most=None) for row in rows]
-    show.tables(console, rows, results, targets, environment)
     out.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment, "rows": [row.as_dict() for row in rows], "results": results}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def keep() -> list[show.Row]:
+        rows = show.rows(results, targets)
+        if arguments.dry_run:
+            rows = [replace(row, wanted=None, wanted_of_limit=None, most=None) for row in rows]
+        content = {"environment": environment, "rows": [row.as_dict() for row in rows], "results": results}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return rows
+
+    run_all(names, arguments, results, keep)
+    rows = keep()
+    show.tables(console, rows, results, targets, environment)
     show.draw(path.with_suffix(".png"), rows, environment)
     console.print(f"wrote {path}", highlight=False)
 
