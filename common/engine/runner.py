@@ -208,13 +208,19 @@ class ModelRunner:
         return self._model.forward(input_ids, tensors["positions"], ctx, media)
 
     def _media(self, media: BatchMedia) -> StepMedia:
-        dev, turned = self._device, media.rope_positions_3T
-        parts = [part.rows_NW.to(dev) for part in media.parts]
+        turned = media.rope_positions_3T
+        parts = [self._sent(part.rows_NW) for part in media.parts]
         return StepMedia(
-            torch.from_numpy(media.rows_N).to(dev),
-            torch.cat(parts) if parts else torch.empty(0, 0, device=dev),
-            torch.from_numpy(turned).to(dev) if turned is not None else None,
+            self._sent(torch.from_numpy(media.rows_N)),
+            torch.cat(parts) if parts else torch.empty(0, 0, device=self._device),
+            self._sent(torch.from_numpy(turned)) if turned is not None else None,
         )
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """On the device, with nobody waiting for it."""
+        if self._device.type == "cpu":
+            return x
+        return x.pin_memory().to(self._device, non_blocking=True)
 
     def _gather(self, batch: Batch, hidden_TD: Tensor | None, num_samples: int) -> Tensor:
         """Hidden rows of all samples, from this step's forward or, one a sequence, from the tail pool."""
