@@ -60,7 +60,6 @@ class LLM:
         config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
         self._folder = Path(model)
         media = LocalMedia()
-        gc.collect()  # an engine that was closed may hold a GPU's memory in cycles
         self._built = build_engine(config, Role.DECODE, MonotonicClock(), loading or (lambda *_: None), media=media)
         self._built.engine.drain()
         if self._built.ready.device != "cpu":
@@ -152,7 +151,7 @@ class LLM:
         return target
 
     def close(self) -> None:
-        """Stop the transport. Model and KV cache are freed with this object, or by the next one before it is made."""
+        """Stop the transport. Model and KV cache go with this object, at the latest when the next one is made."""
         self._built.close()
         if self._built.ready.device != "cpu":
             gc.unfreeze()

@@ -5,6 +5,7 @@ Every rank makes it the same way, from the same config; the ranks of one engine 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -116,6 +117,9 @@ def make_compute(
             device=device,
             progress=lambda done, total: progress("compiling FP8 kernels", done, total),
         )
+    if device.type == "cuda":  # an engine that was closed in this process may hold memory in cycles
+        gc.collect()
+        torch.cuda.empty_cache()
     with room_for("the weights", "tensor_parallel_size"):
         model = load_model(
             spec,

@@ -231,9 +231,10 @@ class Engine:
             pending = runner.forward(batch_of(plan, self._p.cache, self._groups))
             if masks is not None:
                 runner.sample(pending, masks.get())
-            for item in plan.items:
-                if item.seq.order is not None and self._p.drafting is None:  # whose layer writes after the step
-                    self._p.supply.launched(item.seq, item.start, item.start + item.num_new)
+            if self._p.drafting is None:  # whose layer writes after the step
+                for item in plan.items:
+                    if item.seq.order is not None:
+                        self._p.supply.launched(item.seq, item.start, item.start + item.num_new)
         except Exception as error:  # noqa: BLE001 - edge of the step: fails what was in it
             self._step_failed(plan, error, pending)
             return None
@@ -293,8 +294,9 @@ class Engine:
             p.meter.step(plan, at)
             self._deliver(result, moved)
         finally:
-            for seq in (*(item.seq for item in plan.items), *followed):
-                p.scheduler.settle(seq)
+            for seq in [*(item.seq for item in plan.items), *followed]:
+                if seq.phase is Phase.ENDED:
+                    p.scheduler.settle(seq)
 
     def _hold_written(self, plan: StepPlan) -> None:
         """What writes behind a step, or the one under way, holds blocks: hand-offs write to those given back."""
@@ -307,29 +309,29 @@ class Engine:
     def _advance(self, plan: StepPlan, result: StepResult) -> list[Moved]:
         """Append the tokens that stand, and make final what was computed of those before the last."""
         p, moved, first_row = self._p, [], 0
-        has_states = p.cache.snapshots.has_states
+        cache, standing, has_states = p.cache, p.requests.standing, p.cache.snapshots.has_states
         for item, drawn in zip(plan.items, result.drawn, strict=True):
             seq, start = item.seq, item.start
             if seq.phase is not Phase.RUNNING:  # it ended while the step was under way
                 moved.append(Moved(seq, start, first_row, 0, goes_on=False))
                 first_row += item.num_new + len(item.drafts)
                 continue
-            num_tokens, finish = p.requests.standing(seq, drawn.token_ids, item.drafts)
+            num_tokens, finish = standing(seq, drawn.token_ids, item.drafts)
             seq.token_ids += drawn.token_ids[:num_tokens]
             goes_back = has_states and num_tokens <= len(item.drafts) > 0
             if item.num_new and not goes_back:
                 seq.num_computed += item.num_new + max(num_tokens - 1, 0)
                 seq.grow_chain()
-                p.cache.advance(seq.seq_id, seq.chain, seq.num_computed)
+                cache.advance(seq.seq_id, seq.chain, seq.num_computed)
                 if seq.num_computed in seq.checkpoints:
                     self._checkpoint(seq)
             if item.drafts:
                 assert p.speculator is not None
                 num_right = sum(map(operator.eq, item.drafts, drawn.token_ids[:num_tokens]))
                 p.speculator.observe(seq, len(item.drafts), num_right)
-                p.cache.snapshots.release_backup(seq.seq_id, go_back=goes_back)
+                cache.snapshots.release_backup(seq.seq_id, go_back=goes_back)
                 if num_tokens <= len(item.drafts):
-                    p.cache.truncate(seq.seq_id, seq.num_tokens)
+                    cache.truncate(seq.seq_id, seq.num_tokens)
             goes_on = drawn.failure is None and num_tokens > 0 and finish is None
             moved.append(Moved(seq, start, first_row, num_tokens, goes_on, finish, goes_back))
             first_row += item.num_new + len(item.drafts)

@@ -12,7 +12,6 @@ home folder) and FLASHINFER_CUDA_ARCH_LIST.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import os
 import re
@@ -139,9 +138,6 @@ def start_engines(model: str, kv_dtypes: list[str], device: str, options: dict[s
             _say({"note": f"its kernels are left to the first start: {error.message}"})
         else:
             _say({"note": "they are there"})
-        gc.collect()  # its memory is the next one's
-        if device == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _build_products(args: argparse.Namespace) -> int:

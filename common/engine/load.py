@@ -65,8 +65,9 @@ class LoadMeter:
         now = self._clock.now()
         if launched is not None:
             self._note_speed(plan, now, launched)
-        self._rates.append((now, max(plan.num_tokens, 1)))
-        self._step_tokens.append(plan.num_tokens)
+        num_tokens = plan.num_tokens
+        self._rates.append((now, max(num_tokens, 1)))
+        self._step_tokens.append(num_tokens)
         self._step_seqs.append(len(plan.items))
         self._preemptions += len(plan.preempted)
 
