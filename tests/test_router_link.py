@@ -89,7 +89,7 @@ class FakePeer:
 
 
 def make_link(peer: FakePeer, connect_timeout_s: float = 1.0) -> WorkerLink:
-    def lost(generation: Generation, why: NanoDeployError, gone: bool) -> None:
+    def lost(generation: Generation, why: NanoDeployError, forgotten: bool) -> None:
         raise AssertionError(f"lost: {why}")
 
     return WorkerLink(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from router_support import MODEL, Cluster, Script, ScriptedWorker, cluster, events, say, tokenizer, until
 
 from common.rpc import codec
-from common.types import ChoiceDelta, Failure, FinishReason, GenerationRequest, Role, WorkerRef, WorkerState
+from common.types import ChoiceDelta, FinishReason, GenerationRequest, Role, WorkerRef, WorkerState
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 LONG = "Because molecules scatter blue light more than red light. " * 4
@@ -127,20 +128,17 @@ async def test_a_worker_that_stays_away_is_a_clear_error(tmp_path: Path, monkeyp
         assert refused.status_code == 503
 
 
-async def test_an_engine_that_died_moves_its_requests(tmp_path: Path) -> None:
-    failure = Failure("unavailable", "the worker's engine died")
-    async with cluster(tmp_path, say(LONG), num_workers=2) as made:
-        for worker in made.workers:
-            worker.script = lambda r: say(LONG, fail_at=-1 if any(r.sent) else 5, failure=failure)(r)
-        assert (await streamed(made))[0] == LONG
-        assert sum(len(worker.entries) for worker in made.workers) == 2
-
-
-async def test_a_request_that_kills_engines_is_given_up(tmp_path: Path) -> None:
-    async with cluster(tmp_path, say(LONG, fail_at=0), num_workers=4) as made:
-        answer = await made.post("/v1/chat/completions", **CHAT)
-        assert answer.status_code == 500
-        assert sum(len(worker.entries) for worker in made.workers) == 2
+async def test_the_only_worker_takes_again_what_it_has_forgotten(tmp_path: Path) -> None:
+    """The router was paused for longer than requests are kept without a stream."""
+    async with cluster(tmp_path, say(LONG, delay_s=0.01)) as made:
+        task = asyncio.create_task(streamed(made))
+        worker = await working(made)
+        (entry,) = worker.entries.values()
+        entry.task.cancel()
+        worker.entries = {0: dataclasses.replace(entry, router_id="")}
+        worker.break_streams()
+        assert (await asyncio.wait_for(task, 5))[0] == LONG
+        assert worker.requests[-1].sent[0]
 
 
 async def test_a_worker_drained_in_mid_answer(tmp_path: Path) -> None:

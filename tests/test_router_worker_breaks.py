@@ -78,7 +78,7 @@ async def test_a_stream_that_breaks_at_any_moment(seed: int) -> None:
         peer = GrpcDecodePeer(worker.ref(), "router", MonotonicClock())
         moving: set[asyncio.Task[None]] = set()
 
-        def lost(generation: Generation, why: NanoDeployError, gone: bool) -> None:
+        def lost(generation: Generation, why: NanoDeployError, forgotten: bool) -> None:
             if not generation.done:
                 task = asyncio.create_task(place(generation))
                 moving.add(task)

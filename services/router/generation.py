@@ -258,6 +258,7 @@ class Generation:
 
     __slots__ = (
         "_mailbox",
+        "deaths",
         "done",
         "ended",
         "gaps",
@@ -294,6 +295,7 @@ class Generation:
         self.unacked = 0
         self.gaps = 0
         self.placements = 0  # workers it was sent to
+        self.deaths = 0  # engines that died with it
         self.ticket: Ticket | None = None  # how the board counts it
         self.routes: list[dict[str, object]] = []  # why it went where, if the caller asked
 

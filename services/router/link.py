@@ -39,7 +39,7 @@ _log = get_logger(__name__)
 
 
 class WorkerLink:
-    """`on_lost(generation, why, worker_gone)` is called for each request that must continue elsewhere."""
+    """`on_lost(generation, why, forgotten)` is called for each request that must be placed again."""
 
     def __init__(
         self,
@@ -191,10 +191,10 @@ class WorkerLink:
         self._outbox.forget(generation)
         generation.link = None
 
-    def _lose(self, generation: Generation, error: NanoDeployError, *, worker_gone: bool = False) -> None:
+    def _lose(self, generation: Generation, error: NanoDeployError, *, forgotten: bool = False) -> None:
         self._forget(generation)
         generation.lost_on = self.ref
-        self._on_lost(generation, error, worker_gone)
+        self._on_lost(generation, error, forgotten)
 
     def _lose_all(self, error: NanoDeployError) -> None:
         """Move all requests; should the worker come back, it hears that they are not wanted."""
@@ -202,7 +202,7 @@ class WorkerLink:
             self._reaching.tell(error)
         for generation in list(self._open.values()):
             self._outbox.cancel(generation.slot)
-            self._lose(generation, error, worker_gone=True)
+            self._lose(generation, error)
 
     # -- rows --
 
@@ -234,7 +234,9 @@ class WorkerLink:
         elif isinstance(row, TokenLogprobs):
             generation.prompt_logprobs = row
         else:
-            self._lose(generation, row.to_error())
+            error = row.to_error()
+            generation.deaths += isinstance(error, UnavailableError)
+            self._lose(generation, error)
 
     def _take(self, generation: Generation, delta: ChoiceDelta) -> None:
         if delta.finish is not None and delta.finish in ABNORMAL and not generation.has_ended(delta.choice):
@@ -311,7 +313,8 @@ class WorkerLink:
             raise UnavailableError(f"worker {self.ref.worker_id} was restarted")
         for slot in unknown:
             if (generation := self._open.get(slot)) is not None:
-                self._lose(generation, UnavailableError(f"worker {self.ref.worker_id} lost the request"))
+                error = UnavailableError(f"worker {self.ref.worker_id} lost the request")
+                self._lose(generation, error, forgotten=True)
         self._broken, self.attached = False, True
         self._reaching.tell()
         self._on_attached()

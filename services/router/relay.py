@@ -34,6 +34,7 @@ from services.router.link import WorkerLink
 from services.router.routing.board import NO_HINTS, Board, Hints, Members, Ticket
 
 MAX_PLACEMENTS: Final = 8  # workers that one request is sent to, before it is given up
+MAX_DEATHS: Final = 2  # engines that may die under it: with one more it passes for what kills them
 _MOVABLE = (UnavailableError, OverloadedError, CancelledByCallerError, KVTransferError, InternalError)
 
 _log = get_logger(__name__)
@@ -180,10 +181,11 @@ class Relay:
                 await asyncio.shield(self._changed)
         return self._clock.now() < until_s
 
-    def _on_lost(self, generation: Generation, error: NanoDeployError, worker_gone: bool) -> None:
+    def _on_lost(self, generation: Generation, error: NanoDeployError, forgotten: bool) -> None:
         """A link gave a request up: move it, or tell the client if moving cannot help.
 
-        A worker that is gone may be on its way back under another epoch: if there is no other, that is waited for.
+        A worker that was lost, its engine too, may be on its way back under another epoch: if there is no other,
+        that is waited for. One that has only forgotten the request may take it again.
         """
         if generation.done:
             return
@@ -194,6 +196,9 @@ class Relay:
         if isinstance(error, InternalError) and generation.placements > 1:
             generation.fail(error)  # two engines failed on it: the request is at fault
             return
+        if generation.deaths > MAX_DEATHS:
+            generation.fail(error)
+            return
         self.moves += 1
         _log.warning(
             "request moves to another worker",
@@ -201,8 +206,8 @@ class Relay:
             why=error.message,
             sent_tokens=sum(map(len, generation.sent)),
         )
-        wait_s = self._resume_wait_s if worker_gone else 0.0
-        self._spawn(self._place(generation, {lost} if lost else set(), error, wait_s))
+        wait_s = self._resume_wait_s if isinstance(error, UnavailableError) else 0.0
+        self._spawn(self._place(generation, {lost} if lost and not forgotten else set(), error, wait_s))
 
     # -- workers --
 
