@@ -238,6 +238,15 @@ def test_a_router_that_does_not_read_is_cut_off_and_finds_everything_in_the_log(
     assert received == [*((i, 100) for i in range(MAX_BACKLOG_ROWS + 1)), (MAX_BACKLOG_ROWS + 1, 101)]
 
 
+def test_a_router_that_submits_and_does_not_read_the_answers_is_cut_off() -> None:
+    h = Harness()
+    link, generation, _ = h.streams.attach("r", [])
+    for number in range(MAX_BACKLOG_ROWS + 1):
+        h.streams.submitted(link, generation, number, Failure("not_found", "no such model"))
+    assert asyncio.run(rows_of(link, generation)) is None
+    assert not link.rows
+
+
 async def test_many_rows_leave_in_several_messages_and_a_failure_after_them() -> None:
     h = Harness()
     log = h.streams.open("r", "a", range(1))

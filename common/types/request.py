@@ -185,7 +185,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
         return TokenLogprobs(self.token_logprobs, top_n, ids, logprobs)
 
 
-class ChoiceDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class ChoiceDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """Tokens that one step added to one choice. `position` is the output index of the first.
 
     `vector`: what a request for one ends with, float32, little-endian; it takes an output position, as a token does.

@@ -39,7 +39,6 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         self._sessions = sessions
         self._served = served
         self._clock = clock
-        self.tokens_made = 0
 
     # -- RPCs --
 
@@ -98,7 +97,6 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
     def on_engine(self, message: FromEngine) -> None:
         match message:
             case Deltas():
-                self.tokens_made += sum(len(r.delta.token_ids) for r in message.rows)
                 for entry in self._streams.deliver(message):
                     _log_end(entry)
             case PlaceOrder() | DropOrder() | ReleaseLease():
@@ -155,7 +153,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
         going: set[asyncio.Task[None]] = set()
 
         async def submit(item: pb.SubmitItem, number: int) -> None:
-            link.submitted(generation, number, await self._submit_item(link.router_id, item))
+            self._streams.submitted(link, generation, number, await self._submit_item(link.router_id, item))
 
         try:
             async for request in requests:

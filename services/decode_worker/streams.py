@@ -33,8 +33,9 @@ class Rows:
         self.prompt_logprobs: list[tuple[int, TokenLogprobs]] = []
         self.submitted: list[tuple[int, int | Failure]] = []  # (number, slot or why not) of the stream's submits
 
-    def __bool__(self) -> bool:
-        return bool(self.deltas or self.submitted or self.failures or self.stats or self.prompt_logprobs)
+    def __len__(self) -> int:
+        rows = len(self.deltas) + len(self.failures) + len(self.stats)
+        return rows + len(self.prompt_logprobs) + len(self.submitted)
 
     def split(self, max_nbytes: int = MAX_MESSAGE_NBYTES) -> tuple[Rows, Rows]:
         """What fits into a message, and the rest: failures come last, and no row before its prompt's logprobs."""
@@ -68,29 +69,19 @@ class Link:
         self.attached = False
         self.generation = 0  # of the stream: an older stream of the same router ends when a newer one attaches
         self.detached_at = 0.0
-        self._rows = Rows()
+        self.rows = Rows()
         self._wake = asyncio.Event()
-
-    @property
-    def rows(self) -> Rows:
-        return self._rows
 
     def wake(self) -> None:
         self._wake.set()
-
-    def submitted(self, generation: int, number: int, outcome: int | Failure) -> None:
-        """An item of a stream's submits is answered; nobody hears of it if that stream has ended."""
-        if self.attached and generation == self.generation:
-            self._rows.submitted.append((number, outcome))
-            self.wake()
 
     async def take(self, generation: int) -> Rows | None:
         """Wait for rows (or a wake-up) and take a message full. None: the link belongs to another stream now."""
         await self._wake.wait()
         if generation != self.generation:
             return None
-        rows, self._rows = self._rows.split(self._max_message_nbytes)
-        if not self._rows:
+        rows, self.rows = self.rows.split(self._max_message_nbytes)
+        if not self.rows:
             self._wake.clear()
         return rows
 
@@ -103,7 +94,7 @@ class Link:
         self.wake()
 
     def discard(self) -> None:
-        self._rows = Rows()
+        self.rows = Rows()
 
 
 class Streams:
@@ -147,7 +138,9 @@ class Streams:
         for row in deltas.rows:
             if (log := self._logs.get(row.slot)) is not None:
                 log.add(row.delta, now)
-                self._push(log, touched).deltas.append((row.slot, row.delta))
+                link = self._links[log.router_id]
+                link.rows.deltas.append((row.slot, row.delta))
+                touched.add(link)
         for failure in deltas.failures:
             if (log := self._logs.get(failure.slot)) is not None:
                 log.fail(failure.failure, now)
@@ -161,14 +154,18 @@ class Streams:
                 log.prompt_logprobs = prompt.logprobs
                 self._push(log, touched).prompt_logprobs.append((prompt.slot, prompt.logprobs))
         for link in touched:
-            if not link.attached:
-                link.discard()  # the log has it; a reattaching router gets it from there
-            elif len(link.rows.deltas) > link.max_rows:
-                link.release(now)
+            if link.attached:
+                self._send(link)
             else:
-                link.wake()
+                link.discard()  # the log has it; a reattaching router gets it from there
         slots = {r.slot for r in deltas.rows if r.delta.finish is not None} | {f.slot for f in deltas.failures}
         return [log for slot in slots if (log := self._logs.get(slot)) is not None and log.ended_at]
+
+    def submitted(self, link: Link, generation: int, number: int, outcome: int | Failure) -> None:
+        """An item of a stream's submits is answered; nobody hears of it if that stream has ended."""
+        if link.attached and generation == link.generation:
+            link.rows.submitted.append((number, outcome))
+            self._send(link)
 
     def fail_all(self, failure: Failure) -> None:
         """The engine died: one terminal event for each request that ran."""
@@ -206,7 +203,7 @@ class Streams:
             elif log.rows or log.failure is not None:
                 link.rows.deltas.extend((log.slot, d) for rows in log.rows.values() for d in rows)
                 self._replay_extras(link, log)
-        link.max_rows = MAX_BACKLOG_ROWS + len(link.rows.deltas)
+        link.max_rows = MAX_BACKLOG_ROWS + len(link.rows)
         link.wake()
         return link, link.generation, sorted(set(unknown))
 
@@ -270,8 +267,14 @@ class Streams:
         if log.prompt_logprobs is not None:
             link.rows.prompt_logprobs.append((log.slot, log.prompt_logprobs))
 
+    def _send(self, link: Link) -> None:
+        if len(link.rows) > link.max_rows:
+            link.release(self._clock.now())
+        else:
+            link.wake()
+
     def _push(self, log: RequestLog, touched: set[Link]) -> Rows:
-        link = self._link(log.router_id)
+        link = self._links[log.router_id]
         touched.add(link)
         return link.rows
 

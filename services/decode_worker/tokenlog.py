@@ -7,13 +7,15 @@ The log outlives a broken stream: a router that comes back says where it stands 
 
 from __future__ import annotations
 
+import bisect
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.types import ChoiceDelta, Failure, RequestStats, TokenLogprobs
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class RequestLog:
     """Unacknowledged output of one request."""
 
@@ -23,14 +25,14 @@ class RequestLog:
     open_choices: set[int]
     created_at: float
     traceparent: str = ""
-    rows: dict[int, list[ChoiceDelta]] = field(default_factory=dict)
+    rows: defaultdict[int, list[ChoiceDelta]] = field(default_factory=lambda: defaultdict(list))
     stats: RequestStats | None = None
     prompt_logprobs: TokenLogprobs | None = None
     failure: Failure | None = None
     ended_at: float = 0.0  # 0 while it runs
 
     def add(self, delta: ChoiceDelta, now: float) -> None:
-        self.rows.setdefault(delta.choice, []).append(delta)
+        self.rows[delta.choice].append(delta)
         if delta.finish is not None:
             self.open_choices.discard(delta.choice)
             if not self.open_choices:
@@ -44,9 +46,7 @@ class RequestLog:
         """Everything of `choice` below `next_position` has arrived."""
         rows = self.rows.get(choice)
         if rows:
-            keep = next((i for i, d in enumerate(rows) if _reaches_past(d, next_position)), len(rows))
-            if keep:
-                self.rows[choice] = rows[keep:]
+            del rows[: bisect.bisect_left(rows, True, key=lambda d: _reaches_past(d, next_position))]
 
     @property
     def all_acked(self) -> bool:

@@ -7,7 +7,7 @@ Every row is one (request, choice) that got tokens or ended; `token_ids` is flat
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import NamedTuple
 
 from common.rpc.codec import checks
@@ -128,15 +128,7 @@ def deltas_to_proto(
 ) -> pb.StepDeltas:
     out = pb.StepDeltas()
     if rows:
-        out.slots.extend([slot for slot, _ in rows])
-        out.choices.extend([d.choice for _, d in rows])
-        out.positions.extend([d.position for _, d in rows])
-        out.num_tokens.extend([len(d.token_ids) for _, d in rows])
-        out.finish_reasons.extend([_FINISH_TO_WIRE[d.finish] for _, d in rows])
-        out.stop_token_ids.extend([0 if d.stop_token_id is None else d.stop_token_id + 1 for _, d in rows])
-        out.token_ids.extend(list(chain.from_iterable(d.token_ids for _, d in rows)))
-        out.logprobs.extend([_logprobs_to_proto(i, d.logprobs) for i, (_, d) in enumerate(rows) if d.logprobs])
-        out.vectors.extend([pb.VectorRow(row=i, values=d.vector) for i, (_, d) in enumerate(rows) if d.vector])
+        _fill_columns(out, rows)
     if failures:
         out.errors.extend([pb.ErrorRow(slot=slot, error=failure_to_proto(f)) for slot, f in failures])
     if stats:
@@ -144,6 +136,33 @@ def deltas_to_proto(
     if prompt_logprobs:
         out.prompt_logprobs.extend([_prompt_logprobs_to_proto(slot, p) for slot, p in prompt_logprobs])
     return out
+
+
+def _fill_columns(out: pb.StepDeltas, rows: Sequence[tuple[int, ChoiceDelta]]) -> None:
+    """In one pass over the rows: one for each column costs half as much again."""
+    choices, positions, counts = [], [], []
+    token_ids: list[int] = []
+    finishes, stops = [types_pb2.FINISH_REASON_UNSPECIFIED] * len(rows), [0] * len(rows)
+    for i, (_, delta) in enumerate(rows):
+        choices.append(delta.choice)
+        positions.append(delta.position)
+        counts.append(len(delta.token_ids))
+        token_ids += delta.token_ids
+        if delta.finish is not None:
+            finishes[i] = _FINISH_TO_WIRE[delta.finish]
+        if delta.stop_token_id is not None:
+            stops[i] = delta.stop_token_id + 1
+        if delta.logprobs is not None:
+            out.logprobs.append(_logprobs_to_proto(i, delta.logprobs))
+        if delta.vector:
+            out.vectors.append(pb.VectorRow(row=i, values=delta.vector))
+    out.slots.extend([slot for slot, _ in rows])
+    out.choices.extend(choices)
+    out.positions.extend(positions)
+    out.num_tokens.extend(counts)
+    out.finish_reasons.extend(finishes)
+    out.stop_token_ids.extend(stops)
+    out.token_ids.extend(token_ids)
 
 
 def deltas_from_proto(deltas: pb.StepDeltas) -> StepRows:
