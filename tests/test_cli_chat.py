@@ -107,6 +107,17 @@ def test_conversation_remembers(api: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert "temperature must be" in out.getvalue()
 
 
+def test_what_is_shown_ends_with_a_line(api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(prompt: str) -> str:
+        out.write(prompt)
+        raise EOFError
+
+    shown, out = console()
+    monkeypatch.setattr(shown, "input", ends)
+    assert run_chat(api, "", ChatOptions(), shown) == 0
+    assert out.getvalue().endswith("\n")
+
+
 def test_errors_are_the_routers_own(api: str) -> None:
     shown, out = console()
     with pytest.raises(NanoDeployError, match="answered 400: temperature must be between 0 and 100"):

@@ -52,6 +52,7 @@ def _converse(
         try:
             text = console.input("[bold cyan]> [/bold cyan]").strip()
         except EOFError:
+            console.out("")
             return 0
         if not text or text in _BYE:
             return 0

@@ -32,7 +32,9 @@ def check_path(answer: Answer, num_prefill: int) -> str:
     return answer.path
 
 
-def print_banner(plan: ClusterPlan, chat: str, console: Console, *, embeds: bool = False) -> None:
+def print_banner(
+    plan: ClusterPlan, chat: str, console: Console, *, embeds: bool = False, needs_key: bool = False
+) -> None:
     """The address, a line to copy, and what to type next (`chat`), unless the model makes vectors."""
     question = "Why is the sky blue?"
     path = "/v1/chat/completions"
@@ -40,7 +42,8 @@ def print_banner(plan: ClusterPlan, chat: str, console: Console, *, embeds: bool
     if embeds:
         path, asked, chat = "/v1/embeddings", {"input": question}, ""
     body = json.dumps({"model": plan.model, **asked})
-    curl = f"curl {plan.url}{path} -H 'Content-Type: application/json' -d '{body}'"
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
+    curl = f"curl {plan.url}{path}{key} -H 'Content-Type: application/json' -d '{body}'"
     console.print(f"\n[bold green]Ready[/bold green]: {plan.url}/v1 (documented at {plan.url}/docs)", highlight=False)
     console.out("\n  ".join(["Try:", curl, *([chat] if chat else [])]) + "\n", highlight=False)
 

@@ -51,7 +51,7 @@ async def wait_until_ready(spec: ServiceSpec, client: httpx.AsyncClient, waiting
 class Answer:
     """A completion, or a vector of `embedding_size` elements, and, from its waterfall, the way it took.
 
-    `fallback`: why a prefill worker was given up.
+    `fallback`: why a prefill worker was given up. `needs_key`: the API answers nobody without one.
     """
 
     prompt_tokens: int
@@ -62,6 +62,7 @@ class Answer:
     transfer_gbps: float
     fallback: str
     embedding_size: int = 0
+    needs_key: bool = False
 
     @property
     def path(self) -> str:
@@ -93,6 +94,7 @@ async def complete_once(
     body = {"model": model, "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
     try:
         card = await client.get(f"{url}/v1/models/{model}", headers=dict(headers), timeout=timeout_s)
+        stranger = await client.get(f"{url}/v1/models/{model}", timeout=timeout_s)
         embeds = card.status_code == 200 and card.json().get("capabilities", {}).get("embeddings", False)
         if embeds:
             body = {"model": model, "input": prompt}
@@ -111,6 +113,7 @@ async def complete_once(
             transfer_gbps=stats["transfer_gbps"],
             fallback=stats["fallback"],
             embedding_size=len(answer["data"][0]["embedding"]) if embeds else 0,
+            needs_key=stranger.status_code == 401,
         )
     except httpx.HTTPError as error:
         raise UnavailableError(f"the test completion failed: {error!r}") from None

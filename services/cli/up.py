@@ -110,16 +110,16 @@ async def _run(folder: StateFolder, request: ClusterRequest, options: UpOptions,
             console.print(note, highlight=False, markup=False)
         console.print(f"Starting cluster [bold]{folder.name}[/bold] with {plan.model}", highlight=False)
 
-        embeds = False
+        embeds = needs_key = False
 
         def path_taken(answer: Answer) -> str:
-            nonlocal embeds
-            embeds = answer.embedding_size > 0
+            nonlocal embeds, needs_key
+            embeds, needs_key = answer.embedding_size > 0, answer.needs_key
             return check_path(answer, request.num_prefill)
 
         async def announce() -> None:
             chat = hint('chat "Why is the sky blue?"', folder.name, options.program)
-            print_banner(plan, chat, console, embeds=embeds)
+            print_banner(plan, chat, console, embeds=embeds, needs_key=needs_key)
             if not console.is_terminal:
                 await print_workers(plan.controller, console)
 
