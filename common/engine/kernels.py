@@ -142,9 +142,9 @@ def start_engines(model: str, kv_dtypes: list[str], device: str, options: dict[s
 
 def _build_products(args: argparse.Namespace) -> int:
     """DeepGEMM's kernels of a model in FP8. Returns the exit code."""
-    spec = _spec(args.model)
-    assert spec is not None
     try:
+        spec = _spec(args.model)
+        assert spec is not None
         products = products_of(spec, args.dtype, args.quantization, args.ranks)
     except NanoDeployError as error:
         _say({"error": error.message})
