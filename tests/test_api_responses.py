@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from api_support import PARSERS, Stored, ended, stored_cluster, typed_events
-from redis_support import RedisServer, run_redis
+from redis_support import RedisServer, server
 from router_support import MAX_MODEL_LEN, MODEL, Cluster, Script, cluster, say, tokenizer, until
 
 from common.types import Failure, GenerationRequest, RequestStats
 from services.router.relay import Relay
+
+__all__ = ["server"]
 
 ANSWER = "Hello, world! 你好 🙂 Because molecules scatter blue light."
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
@@ -28,12 +30,6 @@ TOOLS: list[Any] = [
         "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
     }
 ]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with run_redis() as running:
-        yield running
 
 
 @pytest.fixture

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from api_support import Stored, controller, ended, stored_cluster
-from redis_support import RedisServer, fresh_namespace, run_redis
+from redis_support import RedisServer, fresh_namespace, server
 from router_support import MODEL, cluster, say, until
 from rpc_support import eventually
 
@@ -21,14 +21,10 @@ from common.rpc.codec.objects import ObjectKey
 from common.rpc.objects import ObjectClient, Written
 from services.router.api import batch_runner, responses
 
+__all__ = ["server"]
+
 ANSWER = "Because molecules scatter blue light."
 LINE = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": MODEL, "prompt": "Hi"}}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with run_redis() as running:
-        yield running
 
 
 @pytest.fixture

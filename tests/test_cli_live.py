@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
 import msgspec
 import pytest
-from redis_support import RedisServer, fresh_namespace, run_redis
+from redis_support import RedisServer, fresh_namespace, server
 from rpc_support import eventually, make_worker
 
 from common.config import ControllerConfig
@@ -23,13 +23,9 @@ from services.cli import cluster as cluster_module
 from services.cli.cluster import WorkerView, follow_cluster
 from services.controller.app import Controller
 
+__all__ = ["server"]
+
 REFRESH_S = 0.1
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with run_redis() as running:
-        yield running
 
 
 class Statuses(worker_pb2_grpc.WorkerServiceServicer):

@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 from engine_support import PEER, READER, Answer, Pair, Solo, greedy, hybrid, llama, prompts, windowed
-from torch import Tensor
 
 from common.engine.batch import Batch
-from common.engine.logprobs import RawLogprobs
 from common.engine.messages import PeerEvent, ReaderEvent
 from common.engine.runner import Pending
 from common.kvcache.layout import FULL_GROUP
 from common.kvtransfer.memory import Fault
 from common.kvtransfer.orders import DropOrder, OrderFailed, PlaceOrder
-from common.types import FinishReason, SamplingParams, TokenLogprobs
+from common.types import FinishReason, SamplingParams
 
 __all__ = ["hybrid", "llama", "windowed"]
 
@@ -52,33 +50,6 @@ def answers(engine: Solo, seed: int) -> list[dict[int, list[int]]]:
     engine.check_idle()
     assert all(a.failure is None for a in got)
     return [a.tokens for a in got]
-
-
-def test_what_a_step_gives_is_read_when_it_is_collected(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log probabilities of a prompt too: whoever reads them sooner waits for the step before as well."""
-    solo = Solo(llama, **OVERLAP, max_num_batched_tokens=16)
-    runner = solo.decode.parts.runner
-    forward, of_rows = runner.forward, RawLogprobs.per_row
-    launching: list[bool] = []
-    read: list[bool] = []
-
-    def launch(batch: Batch) -> Pending:
-        launching.append(True)
-        pending = forward(batch)
-        launching.pop()
-        return pending
-
-    def per_row(self: RawLogprobs, *tensors: Tensor) -> list[TokenLogprobs | None]:
-        read.append(bool(launching))
-        return of_rows(self, *tensors)
-
-    runner.forward = launch  # type: ignore[method-assign]
-    monkeypatch.setattr(RawLogprobs, "per_row", per_row)
-    (prompt,) = prompts(5, [40])
-    answer = solo.submit(prompt, greedy(6, prompt_logprobs=2, logprobs=1))
-    solo.run()
-    assert answer.prompt_logprobs is not None
-    assert read == [False] * (3 + 6)
 
 
 @pytest.mark.parametrize("model", ["llama", "windowed", "hybrid"])

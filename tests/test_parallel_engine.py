@@ -84,29 +84,6 @@ def test_draws_that_depend_on_more_than_logits(llama: Path) -> None:
             assert two.logprobs[choice] == pytest.approx(logprobs, abs=1e-3)
 
 
-@pytest.mark.parametrize("make", [make_mtp, make_qwen_mtp])
-def test_drafts_of_the_model_s_own_layer(make: Callable[..., Path], tmp_path: Path) -> None:
-    """Every rank runs the layer: the same tokens, and as many drafts that were right."""
-    folder = make(tmp_path / "checkpoint")
-    asked = prompts(21, [40, 9])
-
-    def run(**engine: object) -> tuple[list[list[int]], list[int]]:
-        solo = Solo(folder, speculative_config=SpeculativeConfig(**MTP), **engine)
-        try:
-            answers = [solo.submit(p, greedy(24, repetition_penalty=1.05 + i / 100)) for i, p in enumerate(asked)]
-            solo.run()
-            solo.check_idle()
-        finally:
-            solo.decode.close()
-        speculator = solo.decode.parts.speculator
-        assert speculator is not None
-        return [a.tokens[0] for a in answers], [speculator.num_draft_tokens, *speculator.accepted_per_pos]
-
-    one, two = run(), run(tensor_parallel_size=2)
-    assert one == two
-    assert two[1][0] > 0
-
-
 def fail_one(solo: Solo, prompt: Sequence[int]) -> None:
     """A request whose step fails when all ranks have computed it: its masks are not made in time."""
     made: Future[RowMasks] = Future()
@@ -118,26 +95,37 @@ def fail_one(solo: Solo, prompt: Sequence[int]) -> None:
     assert answer.failure is not None
 
 
+def drafted(folder: Path, *, fails: bool = False, **engine: object) -> tuple[list[list[int]], list[int]]:
+    """Answers of an engine that drafts, and how many drafts it made and had right. `fails`: a request before them."""
+    asked = prompts(21, [40, 9])
+    solo = Solo(folder, speculative_config=SpeculativeConfig(**MTP), **engine)
+    try:
+        if fails:
+            fail_one(solo, asked[0])
+        answers = [solo.submit(p, greedy(24, repetition_penalty=1.05 + i / 100)) for i, p in enumerate(asked)]
+        solo.run()
+        solo.check_idle()
+    finally:
+        solo.decode.close()
+    speculator = solo.decode.parts.speculator
+    assert speculator is not None
+    return [a.tokens[0] for a in answers], [speculator.num_draft_tokens, *speculator.accepted_per_pos]
+
+
+@pytest.mark.parametrize("make", [make_mtp, make_qwen_mtp])
+def test_drafts_of_the_model_s_own_layer(make: Callable[..., Path], tmp_path: Path) -> None:
+    """Every rank runs the layer: the same tokens, and as many drafts that were right."""
+    folder = make(tmp_path / "checkpoint")
+    one, two = drafted(folder), drafted(folder, tensor_parallel_size=2)
+    assert one == two
+    assert two[1][0] > 0
+
+
 @pytest.mark.parametrize("make", [make_mtp, make_qwen_mtp])
 def test_ranks_drop_a_step_that_is_not_collected(make: Callable[..., Path], tmp_path: Path) -> None:
     """The draft layer goes on, on every rank, from the rows of the next one."""
     folder = make(tmp_path / "checkpoint")
-    asked = prompts(21, [40, 9])
-
-    def run(**engine: object) -> tuple[list[list[int]], list[int]]:
-        solo = Solo(folder, speculative_config=SpeculativeConfig(**MTP), **engine)
-        try:
-            fail_one(solo, asked[0])
-            answers = [solo.submit(p, greedy(24, repetition_penalty=1.05 + i / 100)) for i, p in enumerate(asked)]
-            solo.run()
-            solo.check_idle()
-        finally:
-            solo.decode.close()
-        speculator = solo.decode.parts.speculator
-        assert speculator is not None
-        return [a.tokens[0] for a in answers], [speculator.num_draft_tokens, *speculator.accepted_per_pos]
-
-    assert run(tensor_parallel_size=2) == run()
+    assert drafted(folder, fails=True, tensor_parallel_size=2) == drafted(folder, fails=True)
 
 
 @pytest.mark.parametrize("overlap", ["on", "off"])

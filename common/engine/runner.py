@@ -28,6 +28,7 @@ from common.engine.logprobs import PromptLogprobs, prompt_logprobs
 from common.engine.results import Fetched
 from common.engine.sampler import NOT_FINITE, Sampler, SampleResult
 from common.kernels import gpu
+from common.kernels.draws import sent
 from common.kvcache.pool import KVPool
 from common.kvcache.tables import BlockCopy
 from common.layers.step import StepMedia
@@ -208,19 +209,13 @@ class ModelRunner:
         return self._model.forward(input_ids, tensors["positions"], ctx, media)
 
     def _media(self, media: BatchMedia) -> StepMedia:
-        turned = media.rope_positions_3T
-        parts = [self._sent(part.rows_NW) for part in media.parts]
+        device, turned = self._device, media.rope_positions_3T
+        parts = [sent(part.rows_NW, device) for part in media.parts]
         return StepMedia(
-            self._sent(torch.from_numpy(media.rows_N)),
-            torch.cat(parts) if parts else torch.empty(0, 0, device=self._device),
-            self._sent(torch.from_numpy(turned)) if turned is not None else None,
+            sent(torch.from_numpy(media.rows_N), device),
+            torch.cat(parts) if parts else torch.empty(0, 0, device=device),
+            sent(torch.from_numpy(turned), device) if turned is not None else None,
         )
-
-    def _sent(self, x: Tensor) -> Tensor:
-        """On the device, with nobody waiting for it."""
-        if self._device.type == "cpu":
-            return x
-        return x.pin_memory().to(self._device, non_blocking=True)
 
     def _gather(self, batch: Batch, hidden_TD: Tensor | None, num_samples: int) -> Tensor:
         """Hidden rows of all samples, from this step's forward or, one a sequence, from the tail pool."""

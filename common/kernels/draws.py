@@ -107,6 +107,9 @@ def draw_packed(logits_RV: Tensor, draws_R6: Tensor, *, truncated: bool = True) 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     """A copy on `device` that the host does not wait for; `array` may change as soon as this returns."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type != "cuda":
-        return tensor.clone()
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.clone() if device.type != "cuda" else sent(tensor, device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, by a copy that the host does not wait for; on the CPU it is there."""
+    return tensor if device.type != "cuda" else tensor.pin_memory().to(device, non_blocking=True)

@@ -52,7 +52,6 @@ class KVCacheManager:
         self._pools = {g.name: BlockPool(g, PrefixIndex(g, self._log), clock) for g in layout.groups}
         self._positional = [g for g in layout.groups if g.retention is not Retention.SNAPSHOT]
         self._table_pools = [self._pools[g.name] for g in self._positional]
-        self._table_at = {g.name: i for i, g in enumerate(self._positional)}
         self._indexes = [(p.spec, p.index) for p in self._pools.values()]
         self._step = match_step(layout.groups)
         self._seqs: dict[int, SequenceBlocks] = {}
@@ -187,10 +186,8 @@ class KVCacheManager:
         The live list: it changes with the sequence, and callers do not change it. For a snapshot group, the
         blocks held: the state a hit started from (until the next `advance`), then the sequence's own.
         """
-        seq, at = self._seqs[seq_id], self._table_at.get(group)
-        if at is not None:
-            return seq.tables[at].blocks
-        return self.snapshots.held(seq_id, group)
+        blocks = self._seqs[seq_id].lists.get(group)
+        return blocks if blocks is not None else self.snapshots.held(seq_id, group)
 
     def block_tables(self, seq_id: int) -> Mapping[str, list[int]]:
         """`block_table` of every positional group: the live lists."""
