@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from pydantic import ValidationError
 from common.attention.context import AttentionBackend
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
 from common.config.load import suggest
-from common.engine.build import build_engine
+from common.engine.build import BuiltEngine, build_engine
 from common.engine.calibrate import KVMeter
+from common.engine.gpu_memory import give_memory_back
 from common.engine.media_local import LocalMedia
 from common.errors import ConfigError
 from common.kvcache.pool import KVPool
@@ -46,6 +48,12 @@ from nanodeploy.run import EmbedRun, GenerateRun, Local
 Loading = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class _Opened:
+    built: BuiltEngine
+    local: Local
+
+
 class LLM:
     """A model, loaded. `options` are the fields of `EngineConfig` (vLLM's names): dtype, max_model_len ...
 
@@ -60,17 +68,31 @@ class LLM:
         config = WorkerConfig(engine=engine, handoff=HandoffConfig(transports=("memory",)))
         self._folder = Path(model)
         media = LocalMedia()
-        self._built = build_engine(config, Role.DECODE, MonotonicClock(), loading or (lambda *_: None), media=media)
-        self._built.engine.drain()
-        if self._built.ready.device != "cpu":
+        built = build_engine(config, Role.DECODE, MonotonicClock(), loading or (lambda *_: None), media=media)
+        built.engine.drain()
+        if built.ready.device != "cpu":
             gc.collect()
             gc.freeze()  # a full collection that looks through model and libraries would hold a step up for 0.1 s
         self.tokenizer = Tokenizer.load(Path(model)) if _has_tokenizer(Path(model)) else None
-        self._local = Local(self._built.engine, EngineGuard(self._built), media, self.tokenizer)
+        self._opened: _Opened | None = _Opened(built, Local(built.engine, EngineGuard(built), media, self.tokenizer))
 
     @property
     def max_model_len(self) -> int:
         return self._built.ready.max_model_len
+
+    @property
+    def _built(self) -> BuiltEngine:
+        return self._open().built
+
+    @property
+    def _local(self) -> Local:
+        return self._open().local
+
+    def _open(self) -> _Opened:
+        """ValueError once it is closed."""
+        if self._opened is None:
+            raise ValueError("this LLM is closed")
+        return self._opened
 
     def generate(
         self,
@@ -151,10 +173,15 @@ class LLM:
         return target
 
     def close(self) -> None:
-        """Stop the transport. Model and KV cache go with this object, at the latest when the next one is made."""
-        self._built.close()
-        if self._built.ready.device != "cpu":
+        """Stop the engine, and give its memory back: model and KV cache are gone. Closing it again does nothing."""
+        if self._opened is None:
+            return
+        built, self._opened = self._opened.built, None
+        built.close()
+        if built.ready.device != "cpu":
+            del built
             gc.unfreeze()
+            give_memory_back()
 
     def __enter__(self) -> LLM:
         return self

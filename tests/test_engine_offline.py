@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,22 @@ def test_stops_wait_for_min_tokens_and_are_shown_where_asked_for(tmp_path: Path)
             shown = answer(**stop, min_tokens=place, include_stop_str_in_output=True)
             assert shown.text == found.text + texts[place]
             assert len(answer(**stop, min_tokens=place + 1).token_ids) > place + 1
+
+
+def test_a_closed_one_holds_nothing_and_says_that_it_is_closed(folder: Path, tmp_path: Path) -> None:
+    """A name that is bound anew keeps the old object until the new one is made: both models do not fit on a card."""
+    llm = LLM(folder, **OPTIONS)
+    llm.calibrate_kv([[1, 2, 3]], tmp_path / "scales.json")  # its attention goes through other hands
+    runner = llm._built.compute.runner
+    held = [weakref.ref(one) for one in (runner, runner._pool, runner._model)]
+    del runner
+    llm.close()
+    gc.collect()
+    assert [ref() for ref in held] == [None, None, None]
+    for call in (lambda: llm.generate([[1]]), lambda: llm.embed([[1]]), lambda: llm.max_model_len):
+        with pytest.raises(ValueError, match="this LLM is closed"):
+            call()
+    llm.close()
 
 
 @pytest.mark.parametrize(

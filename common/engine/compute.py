@@ -5,7 +5,6 @@ Every rank makes it the same way, from the same config; the ranks of one engine 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +18,15 @@ from common.engine.draft_graphs import DraftGraphs, DraftLimits, logits_nbytes
 from common.engine.draft_runner import DraftRunner
 from common.engine.drafting import FIRST
 from common.engine.fp8_kernels import compile_beforehand
-from common.engine.gpu_memory import GRAPHS_NBYTES, measure, room_for, run_draft_layer, run_steps, weights_nbytes
+from common.engine.gpu_memory import (
+    GRAPHS_NBYTES,
+    give_memory_back,
+    measure,
+    room_for,
+    run_draft_layer,
+    run_steps,
+    weights_nbytes,
+)
 from common.engine.graphs import DecodeGraphs, GraphShape, graph_sizes
 from common.engine.runner import ModelRunner
 from common.engine.sampler import Sampler
@@ -117,9 +124,8 @@ def make_compute(
             device=device,
             progress=lambda done, total: progress("compiling FP8 kernels", done, total),
         )
-    if device.type == "cuda":  # an engine that was closed in this process may hold memory in cycles
-        gc.collect()
-        torch.cuda.empty_cache()
+    if device.type == "cuda":  # an engine that failed in this process may hold memory in cycles
+        give_memory_back()
     with room_for("the weights", "tensor_parallel_size"):
         model = load_model(
             spec,
