@@ -50,9 +50,13 @@ DRY = Sizes(
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *, apart: bool, dry_run: bool, devices: Sequence[int] = (0, 1)) -> Iterator[cluster.Cluster]:
-    """`up` with one decode worker, and a prefill worker on the second device if `apart`."""
+def serving(folder: Path, *, apart: bool, dry_run: bool) -> Iterator[cluster.Cluster]:
+    """`up` with one decode worker; if `apart` that is on the second device, and a prefill worker on the first.
+
+    So all prompts are computed by the same card, alone and apart: two of one host may differ by some percent.
+    """
     sizes = DRY if dry_run else Sizes()
+    devices = {"decode": int(apart), "prefill": 0}
     engine: dict[str, Any] = {
         "load_format": "dummy",
         "dtype": "bfloat16",
@@ -64,8 +68,7 @@ def serving(folder: Path, *, apart: bool, dry_run: bool, devices: Sequence[int] 
     if dry_run:
         engine |= {"kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 256}
     config: dict[str, Any] = {
-        role: {"engine": engine | ({} if dry_run else {"devices": [device]})}
-        for role, device in zip(("decode", "prefill"), devices, strict=True)
+        role: {"engine": engine | ({} if dry_run else {"devices": [device]})} for role, device in devices.items()
     }
     if apart:
         config["router"] = {"separation": "always"}  # by itself it would let an idle decode worker do both
