@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,17 +126,18 @@ def apart(folder: Path, service_ms: float, *, dry_run: bool) -> dict[str, Any]:
     one = LoadOptions(folder.name, sizes.one_at_a_time, 1, 0.0, *sizes.apart_lengths, seed=1, timeout_s=120.0)
     with serving(folder, apart=False, dry_run=dry_run) as running:
         found["plain, one at a time"] = short(load(running, one, sizes.token_ids)[1])
+        found["waterfall, plain"] = waterfall(running, folder.name, sizes)
     service_s = (service_ms or found["plain, one at a time"]["ttft_p50_ms"]) / 1e3
     with serving(folder, apart=True, dry_run=dry_run) as running:
         found["ready_s"] = running.ready_s
         found["one at a time"] = short(load(running, one, sizes.token_ids)[1])
+        found["waterfall"] = waterfall(running, folder.name, sizes)
         for rate, seconds in sizes.rates:
             options = LoadOptions(
                 folder.name, round(rate * seconds), 0, rate, *sizes.apart_lengths, seed=round(rate), timeout_s=120.0
             )
             samples, summary = load(running, options, sizes.token_ids)
             found[f"{rate:g}/s"] = short(summary) | beside_ideal(samples, service_s)
-        found["waterfall"] = waterfall(running, folder.name, sizes)
     found["service_ms"] = 1e3 * service_s
     return found
 
@@ -160,13 +163,22 @@ def short(summary: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def waterfall(running: cluster.Cluster, model: str, sizes: Sizes, count: int = 4) -> list[dict[str, Any]]:
-    """Where the time of single requests went, by the server's own word: queue, prefill, transfer, first token."""
+def waterfall(running: cluster.Cluster, model: str, sizes: Sizes, count: int = 8) -> list[dict[str, Any]]:
+    """Where the time of single requests went: `client_ttft_ms`, and by the server's own word queue, prefill and so on.
+
+    `first_token_ms` is a decode worker's, from a request's arrival there: the client's time holds the ways to and fro.
+    """
     found = []
     options = LoadOptions(model, count, 1, 0.0, *sizes.apart_lengths, seed=99)
     with httpx.Client(timeout=60.0, headers={"x-nanodeploy-timings": "1"}) as client:
         for body in make_bodies(options, sizes.token_ids):
-            plain = {key: value for key, value in body.items() if not key.startswith("stream")}
-            answer = client.post(f"{running.url}/v1/completions", json=plain).raise_for_status().json()
-            found.append(answer["nanodeploy"]["requests"][0])
+            began, first_s, last = time.perf_counter(), None, ""
+            with client.stream("POST", f"{running.url}/v1/completions", json=body) as answer:
+                answer.raise_for_status()
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        first_s, last = first_s or time.perf_counter() - began, line
+            assert first_s is not None
+            (request,) = json.loads(last.removeprefix("data: "))["nanodeploy"]["requests"]
+            found.append({"client_ttft_ms": 1e3 * first_s} | request)
     return found

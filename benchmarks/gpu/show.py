@@ -333,9 +333,12 @@ def tables(
         if memory:
             parts = ", ".join(f"{key} {value:,.1f}" for key, value in memory.items())
             console.print(f"memory, {model} (GB): {parts}", highlight=False)
-    for stamp in results.get("apart", {}).get("waterfall", ()):
-        figures = {key: value for key, value in stamp.items() if value and key.endswith(("_ms", "gbps", "transport"))}
-        console.print(f"one request apart: {figures}", highlight=False)
+    for name, label in (("waterfall, plain", "one request"), ("waterfall", "one request apart")):
+        for stamp in results.get("apart", {}).get(name, ()):
+            figures = {
+                key: value for key, value in stamp.items() if value and key.endswith(("_ms", "gbps", "transport"))
+            }
+            console.print(f"{label}: {figures}", highlight=False)
     if results.get("tests"):
         console.print(f"tests of the GPU: {results['tests']}", highlight=False, markup=False)
 
