@@ -324,6 +324,21 @@ def test_the_waterfall_of_a_failed_hand_off_ends_with_the_prompt_computed_here(l
     assert (s.queue_ms, s.prefill_ms, s.decode_queue_ms) == pytest.approx((0.0, 3.5e3, 0.0))
 
 
+def test_the_waterfall_tells_how_long_a_prompt_waited_and_was_computed_on_the_prefill_worker(llama: Path) -> None:
+    pair = Pair(llama, prefill=SMALL_CHUNKS | {"max_num_seqs": 1})
+    answers = [pair.submit(prompt, greedy(2)) for prompt in prompts(8, (100, 100))]
+    while not all(answer.finish for answer in answers):
+        pair.step()
+        pair.clock.advance(0.1)
+    one, two = (answer.stats for answer in answers)
+    assert one.prefill_compute_ms > 100
+    assert two.prefill_queue_ms >= one.prefill_queue_ms + one.prefill_compute_ms
+    assert two.prefill_compute_ms == pytest.approx(one.prefill_compute_ms)
+    for stats in (one, two):
+        assert stats.transferred_tokens == 100
+        assert stats.prefill_queue_ms + stats.prefill_compute_ms <= stats.prefill_ms
+
+
 @pytest.mark.parametrize("length", [60, 130, 150, 250])
 def test_a_hand_off_that_could_never_fit_is_done_without(windowed: Path, length: int) -> None:
     """A read takes a window from a multiple of 128 tokens on: more than a decode worker of short steps needs."""

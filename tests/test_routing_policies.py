@@ -352,6 +352,14 @@ def test_speeds_are_learned_from_stats_where_workers_report_none() -> None:
     assert ticket.choice.decode.learned_prefill == pytest.approx(2000)
 
 
+def test_a_prefill_workers_queue_is_not_its_speed() -> None:
+    board, _, _ = board_of(worker("a"))
+    ticket = board.place(request(1000))
+    waited = {"prefill_ms": 2600.0, "prefill_queue_ms": 2090.0, "prefill_compute_ms": 500.0}
+    ticket.began(RequestStats(prompt_tokens=1000, transferred_tokens=1000, **waited))
+    assert ticket.choice.decode.learned_prefill == pytest.approx(2000)
+
+
 def test_names_of_other_routers_are_understood() -> None:
     assert RouterConfig(policy="cache_aware").policy == "prefix"  # type: ignore[arg-type]
     assert RouterConfig(policy="power-of-two").policy == "power_of_two"  # type: ignore[arg-type]

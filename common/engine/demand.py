@@ -135,6 +135,8 @@ class Demand:
         seq.stats = msgspec.structs.replace(
             seq.stats,
             remote_cached_tokens=done.remote_cached_tokens,
+            prefill_queue_ms=done.queue_ms,
+            prefill_compute_ms=done.compute_ms,
             transfer_ms=done.wait_seconds * 1e3,
             transfer_bytes=done.nbytes,
             transfer_gbps=done.nbytes / seconds / 1e9 if seconds > 0 else 0.0,

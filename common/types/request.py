@@ -124,6 +124,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
     """Where time and prompt tokens went; cached + computed + transferred = prompt tokens.
 
+    `prefill_queue_ms` and `prefill_compute_ms` are parts of `prefill_ms` on a prefill worker, by its own word.
     `drafts` are steps that verified `draft_tokens` in all, of which `accepted_draft_tokens` were right.
     """
 
@@ -134,6 +135,8 @@ class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
     remote_cached_tokens: int = 0
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
+    prefill_queue_ms: float = 0.0
+    prefill_compute_ms: float = 0.0
     transfer_ms: float = 0.0
     transfer_bytes: int = 0
     transfer_gbps: float = 0.0

@@ -121,8 +121,9 @@ def _learn(seat: Seat, computing: Seat, stats: RequestStats) -> None:
         rate = stats.transferred_tokens * stats.transfer_gbps * 1e9 / stats.transfer_bytes
         seat.learned_transfer += LEARN * (rate - seat.learned_transfer) if seat.learned_transfer else rate
     computed = stats.computed_tokens or stats.transferred_tokens - stats.remote_cached_tokens
-    if stats.prefill_ms > 0 and computed >= 64:
-        rate = computed / stats.prefill_ms * 1e3
+    busy_ms = stats.prefill_compute_ms or stats.prefill_ms  # a prefill worker's queue says nothing of its speed
+    if busy_ms > 0 and computed >= 64:
+        rate = computed / busy_ms * 1e3
         computing.learned_prefill += LEARN * (rate - computing.learned_prefill) if computing.learned_prefill else rate
 
 

@@ -106,8 +106,9 @@ function flow(request) {
   if (!stats) return [["prepare", prepare], ["deliver", first - prepare], ["output", request.total_ms - first]];
   const move = Math.min(stats.transfer_ms, stats.decode_queue_ms);
   const known = stats.queue_ms + stats.prefill_ms + stats.decode_queue_ms;
+  const queue = stats.queue_ms + stats.prefill_queue_ms, compute = stats.prefill_ms - stats.prefill_queue_ms;
   return [
-    ["prepare", prepare], ["deliver", Math.max(first - prepare - known, 0)], ["queue", stats.queue_ms], ["compute", stats.prefill_ms],
+    ["prepare", prepare], ["deliver", Math.max(first - prepare - known, 0)], ["queue", queue], ["compute", compute],
     ["move", move], ["first", stats.decode_queue_ms - move], ["output", Math.max(request.total_ms - first, 0)],
   ];
 }
