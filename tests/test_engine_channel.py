@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 from engine_support import greedy, llama, make_engine
 
 from common.config import EngineConfig, LogConfig, WorkerConfig
@@ -167,3 +168,27 @@ def test_who_notices_a_lost_rank_is_not_held_up(monkeypatch: pytest.MonkeyPatch)
     assert aborted == [False]
     assert not ended.is_set()
     assert ended.wait(10)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_what_is_sent_to_an_engine_that_has_just_ended_is_for_nobody(llama: Path, turns: int) -> None:
+    """uvloop, which workers run on, raises where its socket is closed and the reader has not heard of it yet."""
+
+    async def run() -> list[str]:
+        deaths: list[str] = []
+        config = WorkerConfig(engine=EngineConfig(model=str(llama), dtype="float32", num_threads=1))
+        client = ProcessEngine(Role.DECODE, config, LogConfig(), os.environ)
+        await client.start(lambda message: None, deaths.append)
+        client.kill()
+        assert client._process is not None
+        client._process.wait(20)  # nothing of the loop runs meanwhile
+        async with asyncio.timeout(20):
+            while not deaths:
+                for _ in range(turns):
+                    client.send(Cancel((1,)))
+                await asyncio.sleep(0)
+        client.send(Cancel((1,)))
+        return deaths
+
+    (reason,) = uvloop.run(run())
+    assert "SIGKILL" in reason

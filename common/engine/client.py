@@ -99,8 +99,8 @@ class ProcessEngine:
         self._task = asyncio.create_task(self._read(reader, on_message, on_death))
 
     def send(self, message: ToEngine) -> None:
-        if self._writer is None or self._gave_up:
-            return
+        if self._writer is None or self._gave_up or self._writer.is_closing():
+            return  # its end is told, or will be: what it has not taken ended with it
         self._writer.write(frame(self._encoder.encode(message)))
         if self._writer.transport.get_write_buffer_size() > self._max_backlog and self._process is not None:
             log.error("the engine takes no messages and is ended", pid=self._process.pid)
