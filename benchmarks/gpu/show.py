@@ -333,6 +333,12 @@ def tables(
         if memory:
             parts = ", ".join(f"{key} {value:,.1f}" for key, value in memory.items())
             console.print(f"memory, {model} (GB): {parts}", highlight=False)
+    for stage in ("tp1", "tp2", "tp4"):
+        one = good(results, stage, "one_prompt")
+        if one:
+            names = {"ms": "median", "best_ms": "best", "sustained_ms": "without a pause"}
+            times = ", ".join(f"{name} {one[key]:.1f}" for key, name in names.items() if key in one)
+            console.print(f"{stage}, a prompt of {one['length']} tokens alone (ms): {times}", highlight=False)
     for name, label in (("waterfall, plain", "one request"), ("waterfall", "one request apart")):
         for stamp in results.get("apart", {}).get(name, ()):
             figures = {

@@ -189,10 +189,10 @@ STAGES = (
     ),
     Stage("sparse", 1, 80, 180, offline("deepseek-v3.2-cut", "by_context", **_CONTEXTS)),
     Stage("dense", 1, 90, 180, offline("deepseek-v3.2-cut", "by_context", sparse_attention=False, **_CONTEXTS)),
-    Stage("tp1", 2, 45, 120, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill")),
+    Stage("tp1", 2, 60, 130, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill")),
     Stage("apart", 2, 200, 330, apart),
     Stage("transfer", 2, 40, 80, script("kv_transfer_gpu.py", "kv_transfer_gpu")),
-    Stage("tp2", 2, 60, 150, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill", tensor_parallel_size=2)),
+    Stage("tp2", 2, 70, 160, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill", tensor_parallel_size=2)),
     Stage("tp4", 4, 60, 150, offline("qwen3-8b", "ready", "one_prompt", "decode", "prefill", tensor_parallel_size=4)),
 )
 BY_GPUS = {
