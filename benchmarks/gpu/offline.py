@@ -43,7 +43,7 @@ class Sizes:
     batch: tuple[int, int, int] = (512, 1024, 256)  # sequences, in, out
     prefill: tuple[int, int] = (128, 1024)
     long_prefill: tuple[int, int] = (8, 4096)
-    row: int = 130  # long prompts, one after the other
+    row: int = 130  # long prompts, one after the other; 12 at least
     long: tuple[int, int, int] = (16, 16384, 65)  # sequences, context, out: steps at long context
     contexts: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
     contexts_batch: int = 16
@@ -202,8 +202,8 @@ def one_prompt(session: Session) -> dict[str, Any]:
 
     `sustained_ms`: the last ten of a row without a pause, as a loaded prefill worker computes them.
     """
-    length, row = session.sizes.long_prefill[1], session.sizes.row
-    seconds = [session.run([session.prompt(length)], [1])[0] for _ in range(max(12, row))]
+    length = session.sizes.long_prefill[1]
+    seconds = [session.run([session.prompt(length)], [1])[0] for _ in range(session.sizes.row)]
     first, last = seconds[2:12], seconds[-10:]
     return {
         "length": length,

@@ -22,6 +22,7 @@ Results = Mapping[str, Any]
 SAME_EXPERTS = "moonlight-same-experts"
 TIMES = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "gap_p99_ms")
 MODELS = ("qwen3-8b", "qwen3-0.6b", "qwen3-30b-a3b", "moonlight-16b-a3b")
+ALONE = {"ms": "median", "best_ms": "best", "sustained_ms": "without a pause"}  # times of one prompt
 
 
 @dataclass(frozen=True)
@@ -336,8 +337,7 @@ def tables(
     for stage in ("tp1", "tp2", "tp4"):
         one = good(results, stage, "one_prompt")
         if one:
-            names = {"ms": "median", "best_ms": "best", "sustained_ms": "without a pause"}
-            times = ", ".join(f"{name} {one[key]:.1f}" for key, name in names.items() if key in one)
+            times = ", ".join(f"{name} {one[key]:.1f}" for key, name in ALONE.items() if key in one)
             console.print(f"{stage}, a prompt of {one['length']} tokens alone (ms): {times}", highlight=False)
     for name, label in (("waterfall, plain", "one request"), ("waterfall", "one request apart")):
         for stamp in results.get("apart", {}).get(name, ()):

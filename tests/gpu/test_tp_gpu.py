@@ -42,15 +42,13 @@ SIZES: dict[str, Any] = {
 }
 MODELS = {
     "llama": lambda folder: tiny_models.make_llama(folder, seed=3, **SIZES | {"intermediate_size": 1024}),
-    "qwen3_moe": lambda folder: moe(folder, 3),
-    "qwen3_moe, all experts": lambda folder: moe(folder, 4),
+    "qwen3_moe": lambda folder: moe(folder),
+    "qwen3_moe, all experts": lambda folder: moe(folder, num_experts=4, num_experts_per_tok=4),
 }
 
 
-def moe(folder: Path, chosen: int) -> Path:
-    """`chosen` of 4 experts."""
-    sizes = {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": chosen}
-    return tiny_models.make_qwen3_moe(folder, seed=3, **SIZES | sizes)
+def moe(folder: Path, **sizes: int) -> Path:
+    return tiny_models.make_qwen3_moe(folder, seed=3, **SIZES | {"moe_intermediate_size": 256} | sizes)
 
 
 @pytest.fixture
