@@ -9,7 +9,8 @@ rule from the start. Steps of a prompt end where its state is to be cached (`com
 
 Orders reserve their whole prompt when they start and are never preempted. Whoever ordered waits for the end of the step
 that computes the end of the prompt, and then for what that step computed to be sent. So a step that ends an order takes
-nothing more once the device is busy with it, and a long prompt's last step is a short one: most is sent meanwhile.
+nothing more once the device is busy with it, and the last step of a long prompt is a short one where nobody waits
+behind it: most is sent meanwhile.
 
 A running sequence that lacks one token only may carry drafts behind it, from what the running ones leave of the
 budget and of the free blocks: nobody is preempted for a guess. Where a state cannot be cut back, a copy is kept for the
@@ -231,10 +232,12 @@ class Scheduler:
     def _new_tokens(self, seq: Sequence, start: int, end: int, most: int) -> int:
         """Of those from `start` to `end`, how many a step takes; a long end of an order is computed in halves.
 
-        What is published, sent and verified behind the last step is a half then.
+        What is published, sent and verified behind the last step is a half then. Two steps take longer than one, so
+        not where others wait for them.
         """
         num_new = min(end - start, most)
-        if seq.order is not None and num_new == end - start > 2 * self._limits.busy_tokens:
+        others_wait = len(self.waiting) > (seq.phase is Phase.WAITING)
+        if seq.order is not None and not others_wait and num_new == end - start > 2 * self._limits.busy_tokens:
             num_new -= num_new // 2
         return cut(seq.checkpoints, start, num_new) if seq.checkpoints else num_new
 
