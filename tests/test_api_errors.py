@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from api_support import PARSERS
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from router_support import MODEL, Cluster, Script, cluster, say
 
 from common.types import FinishReason
@@ -35,6 +35,21 @@ BODIES: list[tuple[str, type[BaseModel], dict[str, Any]]] = [
     ("/v1/embeddings", api_schemas.EmbeddingsBody, {"input": "Hi"}),
 ]
 STORED = {"store", "background", "previous_response_id"}  # need a storage, which is not there
+
+
+@pytest.mark.parametrize(("kind", "name"), [(schemas.CompletionBody, "prompt"), (api_schemas.EmbeddingsBody, "input")])
+@pytest.mark.parametrize("wrong", ["5", 2.5, None, [5]], ids=str)
+def test_each_kind_of_prompt_stops_at_its_first_mistake(kind: type[BaseModel], name: str, wrong: Any) -> None:
+    with pytest.raises(ValidationError) as raised:
+        kind.model_validate({"model": MODEL, name: [*range(4096), wrong, *range(4096), wrong]})
+    errors = raised.value.errors()
+    assert [error["loc"][1] for error in errors] == ["str", "list[str]", "list[int]", "list[list[int]]"]
+    assert errors[2]["loc"] == (name, "list[int]", 4096)
+
+
+@pytest.mark.parametrize("prompt", ["Hi", ["Hi", "5"], [5, 6], [[5, 6], [7]]], ids=str)
+def test_prompts_of_every_kind_stay_what_they_are(prompt: Any) -> None:
+    assert schemas.CompletionBody.model_validate({"model": MODEL, "prompt": prompt}).prompt == prompt
 
 
 @pytest.mark.parametrize(("path", "kind", "base"), BODIES, ids=lambda value: value if isinstance(value, str) else "")

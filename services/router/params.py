@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
@@ -203,6 +203,8 @@ async def _completion_prompts(
         prompt = [prompt]
     if not prompt:
         raise InvalidRequestError(f"{param} must not be empty", param=param)
+    if isinstance(prompt[0], int):  # all are, and there may be many
+        return [cast("list[int]", prompt)]
     strings = [p for p in prompt if isinstance(p, str)]
     if strings:
         whole = body.truncate_prompt_tokens is None
@@ -215,8 +217,7 @@ async def _completion_prompts(
             ]
 
         return await texts.run(work, sum(len(s) for s in strings))
-    lists = [p for p in prompt if isinstance(p, list)]
-    return lists or [[p for p in prompt if isinstance(p, int)]]
+    return cast("list[list[int]]", prompt)
 
 
 def _placed(prompts: Sequence[T], param: str) -> list[tuple[T, str]]:

@@ -11,6 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+# Each kind stops at its first mistake: otherwise thousands of ids are as many errors of every other kind.
+Prompts = (
+    str
+    | Annotated[list[str], Field(fail_fast=True)]
+    | Annotated[list[int], Field(fail_fast=True)]
+    | Annotated[list[list[int]], Field(fail_fast=True)]
+)
+
 _MESSAGE_SCHEMA: dict[str, Any] = {
     "type": "array",
     "minItems": 1,
@@ -191,7 +199,7 @@ class ChatBody(SamplingFields):
 
 
 class CompletionBody(SamplingFields):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     logprobs: int | None = Field(None, description="alternatives per token, 0 to 20")
     echo: bool | None = None
     suffix: str | None = Field(None, description="not supported")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from services.router.schemas import Body
+from services.router.schemas import Body, Prompts
 
 _OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -129,7 +129,7 @@ class CountBody(Prompt):
 
 class EmbeddingsBody(Body):
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]] = Field(description="texts or lists of token ids, or one")
+    input: Prompts = Field(description="texts or lists of token ids, or one")
     dimensions: int | None = Field(None, ge=1, description="first elements of the vectors; by default all")
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: float32, little-endian")
     user: str | None = Field(None, description="requests of one user may go to one worker: see router.policy")
