@@ -204,7 +204,7 @@ async def _completion_prompts(
     if not prompt:
         raise InvalidRequestError(f"{param} must not be empty", param=param)
     if isinstance(prompt[0], int):  # all are, and there may be many
-        return [cast("list[int]", prompt)]
+        return [prompt]
     strings = [p for p in prompt if isinstance(p, str)]
     if strings:
         whole = body.truncate_prompt_tokens is None
