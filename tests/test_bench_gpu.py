@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from benchmarks.gpu import show
 from benchmarks.gpu.arithmetic import Shape, prompt_flops, step_nbytes
@@ -73,6 +75,13 @@ def test_separation_stands_beside_both_of_vllms_ways() -> None:
     beside = [row for (group, _), row in rows.items() if group == "the same, vLLM: 2 replicas, 8/s"]
     assert [row.vllm for row in beside] == [111, 240, 9.1, 83]
     assert {row.met for row in beside} == {None}
+
+
+def test_the_queue_of_a_card_at_its_power_limit_is_told_beside() -> None:
+    console = Console(record=True, width=200, file=io.StringIO())
+    found = {"apart": {"8/s": {"loaded_ideal_p50_ms": 311.2, "loaded_ideal_p99_ms": 839.9}, "service_ms": 103.9}}
+    show.tables(console, [], found, TARGETS, {"device": "a GPU", "commit": "0", "date": "2026-11-27"})
+    assert "apart, 8/s, an ideal queue of prompts without a pause (ms): p50 311, p99 840" in console.export_text()
 
 
 def test_figures_of_this_machine_are_not_scaled(tmp_path: Path) -> None:

@@ -117,10 +117,11 @@ def http(folder: Path, *, dry_run: bool) -> dict[str, Any]:
     return found
 
 
-def apart(folder: Path, service_ms: float, *, dry_run: bool) -> dict[str, Any]:
-    """One at a time on a plain worker and with prefill apart; then Poisson arrivals, beside an ideal queue.
+def apart(folder: Path, service_ms: float, loaded_ms: float, *, dry_run: bool) -> dict[str, Any]:
+    """One at a time on a plain worker and with prefill apart; then Poisson arrivals, beside two ideal queues.
 
-    `service_ms`: of one prompt on an engine alone; 0 takes the plain worker's time to first token.
+    `service_ms`: of one prompt on an engine alone; 0 takes the plain worker's time to first token. `loaded_ms`: the
+    same in a row without a pause, when the card is at the limit of its power; 0 takes `service_ms`.
     """
     sizes, found = DRY if dry_run else Sizes(), {}
     one = LoadOptions(folder.name, sizes.one_at_a_time, 1, 0.0, *sizes.apart_lengths, seed=1, timeout_s=120.0)
@@ -128,6 +129,7 @@ def apart(folder: Path, service_ms: float, *, dry_run: bool) -> dict[str, Any]:
         found["plain, one at a time"] = short(load(running, one, sizes.token_ids)[1])
         found["waterfall, plain"] = waterfall(running, folder.name, sizes)
     service_s = (service_ms or found["plain, one at a time"]["ttft_p50_ms"]) / 1e3
+    loaded_s = loaded_ms / 1e3 or service_s
     with serving(folder, apart=True, dry_run=dry_run) as running:
         found["ready_s"] = running.ready_s
         found["one at a time"] = short(load(running, one, sizes.token_ids)[1])
@@ -137,8 +139,9 @@ def apart(folder: Path, service_ms: float, *, dry_run: bool) -> dict[str, Any]:
                 folder.name, round(rate * seconds), 0, rate, *sizes.apart_lengths, seed=round(rate), timeout_s=120.0
             )
             samples, summary = load(running, options, sizes.token_ids)
-            found[f"{rate:g}/s"] = short(summary) | beside_ideal(samples, service_s)
-    found["service_ms"] = 1e3 * service_s
+            loaded = {f"loaded_{name}": ms for name, ms in beside_ideal(samples, loaded_s).items()}
+            found[f"{rate:g}/s"] = short(summary) | beside_ideal(samples, service_s) | loaded
+    found |= {"service_ms": 1e3 * service_s, "loaded_service_ms": 1e3 * loaded_s}
     return found
 
 

@@ -339,6 +339,10 @@ def tables(
         if one:
             times = ", ".join(f"{name} {one[key]:.1f}" for key, name in ALONE.items() if key in one)
             console.print(f"{stage}, a prompt of {one['length']} tokens alone (ms): {times}", highlight=False)
+    for rate, load in results.get("apart", {}).items():
+        if isinstance(load, Mapping) and "loaded_ideal_p50_ms" in load:
+            queue = ", ".join(f"{q} {load[f'loaded_ideal_{q}_ms']:.0f}" for q in ("p50", "p99"))
+            console.print(f"apart, {rate}, an ideal queue of prompts without a pause (ms): {queue}", highlight=False)
     for name, label in (("waterfall, plain", "one request"), ("waterfall", "one request apart")):
         for stamp in results.get("apart", {}).get(name, ()):
             figures = {

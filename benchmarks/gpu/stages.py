@@ -137,7 +137,7 @@ def apart(context: Context) -> Result:
 
     folder = with_tokenizer(write_model(context.folder / "served", "qwen3-8b", dry_run=context.dry_run))
     alone = context.earlier.get("tp1", {}).get("one_prompt", {})
-    return served.apart(folder, alone.get("ms", 0.0), dry_run=context.dry_run)
+    return served.apart(folder, alone.get("ms", 0.0), alone.get("sustained_ms", 0.0), dry_run=context.dry_run)
 
 
 _FIRST_TESTS = ("test_engine_gpu.py", "test_deterministic.py")
