@@ -236,9 +236,9 @@ class Scheduler:
         not where others wait for them.
         """
         num_new = min(end - start, most)
-        others_wait = len(self.waiting) > (seq.phase is Phase.WAITING)
-        if seq.order is not None and not others_wait and num_new == end - start > 2 * self._limits.busy_tokens:
-            num_new -= num_new // 2
+        if seq.order is not None and num_new == end - start > 2 * self._limits.busy_tokens:
+            others_wait = len(self.waiting) > (seq.phase is Phase.WAITING)
+            num_new -= 0 if others_wait else num_new // 2
         return cut(seq.checkpoints, start, num_new) if seq.checkpoints else num_new
 
     def _must_wait(self, seq: Sequence) -> bool:
