@@ -14,7 +14,7 @@ from common.engine.messages import PeerEvent, ReaderEvent
 from common.engine.runner import Pending
 from common.kvcache.layout import FULL_GROUP
 from common.kvtransfer.memory import Fault
-from common.kvtransfer.orders import DropOrder, OrderFailed, PlaceOrder
+from common.kvtransfer.orders import DropOrder, OrderExtent, OrderFailed, OrderFinished, PlaceOrder
 from common.types import FinishReason, SamplingParams
 
 __all__ = ["hybrid", "llama", "windowed"]
@@ -283,7 +283,7 @@ def early(pair: Pair, prompt: tuple[int, ...]) -> Answer:
         pair.step()
         if pair.network.num_waiting == 2:
             break
-    pair.network.step(1)
+    pair.network.step(0)  # the tail leads
     drawn: list[Batch] = []
     runner = pair.decode.parts.runner
     draw = runner.draw_beside  # type: ignore[attr-defined]
@@ -385,11 +385,32 @@ def test_a_first_token_leaves_before_the_next_step_is_launched(llama: Path) -> N
             pair.on_decode(message)
         assert len(answer.tokens[0]) == 1
 
-    runner.forward, engine.on_first_token = launch, send  # type: ignore[method-assign]
+    runner.forward, engine.on_awaited = launch, send  # type: ignore[method-assign]
     answer = pair.submit(prompts(24, [30])[0], greedy(6))
     pair.run()
     assert happened[:2] == ["token", "step"]
     assert happened.count("token") == 1
+    pair.check_idle()
+
+
+def test_kv_is_announced_as_soon_as_its_step_is_collected(llama: Path) -> None:
+    """What a step brings leaves at its end; a reader that waits does not wait for what else the step does."""
+    pair = Pair(llama, **OVERLAP)
+    engine = pair.prefill.engine
+    at_once: list[type] = []
+
+    def send() -> None:
+        for message in engine.drain():
+            assert isinstance(message, ReaderEvent)
+            at_once.append(type(message.event))
+            pair.decode.engine.handle(PeerEvent(PEER, message.event))
+
+    engine.on_awaited = send
+    answer = pair.submit(prompts(24, [30])[0], greedy(6))
+    pair.run()
+    assert at_once[-3:] == [OrderExtent, OrderExtent, OrderFinished]
+    assert not any(isinstance(event, OrderExtent | OrderFinished) for event in pair.events)
+    assert len(answer.tokens[0]) == 6
     pair.check_idle()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -146,7 +147,7 @@ class Reading:
 
     def __init__(self) -> None:
         self.owner = Published()
-        self.extent = self.owner.publisher(on_device=False).publish(self.owner.order, 0, 40)[0]
+        self.extent = self.owner.publisher(on_device=False).publish(self.owner.order, 0, 40)[1]
         self.inner = MemoryTransport(self.owner.network)
         self.bases = allocate(self.inner, self.owner.layout, seed=4)
         self.device = FakeDevice()
@@ -238,6 +239,42 @@ def test_checks_are_prepared_while_the_bytes_are_on_their_way(reading: Reading) 
     reading.owner.network.advance()
     assert only(reading.events(1)).status is ReadStatus.OK
     assert reading.device.num_prepared == 1
+
+
+def test_a_read_that_has_ended_waits_for_no_other(reading: Reading) -> None:
+    """Two have ended, a third is asked for: each is told before anything is done for the next."""
+    device, order = reading.device, list[tuple[str, int]]()  # what is done, and how many reads were told since
+    reading.owner.network.held = True
+    begun, go_on = threading.Event(), threading.Event()
+
+    def begin() -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    def noting(what: str, did: Callable[[Sequence[DigestCheck]], Any]) -> Callable[[Sequence[DigestCheck]], Any]:
+        def noted(checks: Sequence[DigestCheck]) -> Any:
+            order.append((what, len(reading.transport.poll())))
+            return did(checks)
+
+        return noted
+
+    reading.transport.close()
+    reading.inner = MemoryTransport(reading.owner.network)
+    reading.bases = allocate(reading.inner, reading.owner.layout, seed=4)
+    device.prepare = noting("prepare", device.prepare)  # type: ignore[method-assign]
+    device.compare = noting("compare", device.compare)  # type: ignore[method-assign]
+    reading.transport = DeviceTransport(reading.inner, device, begin=begin)
+    reading.peer = reading.transport.connect(reading.owner.transport.endpoint())
+    assert begun.wait(10)
+    reading.read(1)
+    reading.read(2)
+    reading.owner.network.advance()
+    reading.read(3)
+    go_on.set()
+    deadline = time.monotonic() + 10
+    while len(order) < 5 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert order == [("prepare", 0), ("compare", 0), ("prepare", 1), ("compare", 0), ("prepare", 1)]
 
 
 def test_a_thread_that_ends_is_no_silence(reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,9 +420,10 @@ def test_reads_that_ended_by_themselves_do_not_wait_for_all_launches(small: Smal
     small.gatherer.held = True
     small.read(1)
     small.read(2)
+    first = small.gatherer.batch(0)
     tail = small.bases[FULL_GROUP]
     small.transport.read(small.peer, 3, [ReadPiece(FULL_GROUP, 0, tail, 64)], [])
-    small.gatherer.batch(0).done.set()
+    first.done.set()
     assert [e.read_id for e in small.events(2) if isinstance(e, ReadResult)] == [1, 3]
     small.gatherer.batch(1).done.set()
     assert only(small.events(1)).read_id == 2

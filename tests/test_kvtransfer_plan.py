@@ -182,7 +182,8 @@ def test_publisher_digests_a_sealed_block_once_and_a_partial_one_each_time() -> 
         extents = publisher.publish(order, 0, 20) + publisher.publish(order, 20, 40)
         assert len(calls) == (2 * 2 + 2 + 1 if seq_id == 1 else 2 + 1)
         spans = [(e.group, e.start_position, e.num_tokens, e.block_ids) for e in extents]
-        assert spans == [(FULL_GROUP, 0, 16, (4,)), (FULL_GROUP, 16, 24, (2, 3)), (TAIL_GROUP, 39, 1, (seq_id,))]
+        # the tail leads at the end: a reader draws from it while the rest is on its way
+        assert spans == [(FULL_GROUP, 0, 16, (4,)), (TAIL_GROUP, 39, 1, (seq_id,)), (FULL_GROUP, 16, 24, (2, 3))]
         assert [e.prefix_hash for e in extents] == [hash_at(order.chain, token_ids, n) for n in (16, 40, 40)]
         assert {(e.order_id, e.lease_id) for e in extents} == {(10 + seq_id, 20 + seq_id)}
     assert publisher.publish(order, 40, 40) == []

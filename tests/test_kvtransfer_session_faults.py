@@ -74,7 +74,7 @@ def test_a_read_that_never_ends_is_fenced_and_its_peer_lost(worlds: Worlds) -> N
         assert [(u.seq_id, getattr(u, "reason", "")) for u in world.ends()] == [(1, "read_timeout"), (2, "peer_lost")]
         verified = world.ends()[0]
         assert isinstance(verified, Failed)
-        assert verified.num_verified == (0, CHUNK, 2 * CHUNK, N)[stuck - 1]
+        assert verified.num_verified == (0, CHUNK, N, 2 * CHUNK)[stuck - 1], "the third is the tail's"
         assert world.cache.count("in flight") == in_flight > 0, "a timer frees nothing"
         assert not world.sent(ReleaseLease)
         verdict = world.sent(PeerVerdict)[-1]

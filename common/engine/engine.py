@@ -71,9 +71,9 @@ class Engine:
         self._num_planned = 0  # of the sequences ever queued, those that a plan could have taken
         self.while_waiting: Callable[[], None] | None = None
         """Called again and again while the device computes what is to be collected next; may handle messages."""
-        self.on_first_token: Callable[[], None] = lambda: None
-        """Called when the first token of a hand-off is there to be drained: the launch of the next step takes longer
-        than the rest of its way."""
+        self.on_awaited: Callable[[], None] = lambda: None
+        """Called when what somebody waits for is there to be drained, the first token of a hand-off or KV for one: the
+        launch of the next step takes longer than the rest of its way."""
         self.steps = 0
 
     # -- messages --
@@ -183,7 +183,7 @@ class Engine:
                 self._step_failed(plan, error)
         for drawn in self._firsts.ended():
             self._bring(*drawn)
-            self.on_first_token()
+            self.on_awaited()
 
     def _await_firsts(self) -> None:
         """There is nothing else to do: wait for the draws under way, as for a step."""
@@ -349,6 +349,7 @@ class Engine:
                     p.supply.advanced(seq)
                 else:
                     p.supply.broken(seq, drawn.failure)
+                self.on_awaited()
                 continue
             if seq.tail_ready:
                 seq.tail_ready = False

@@ -144,7 +144,7 @@ def serve(built: BuiltEngine, channel: EngineChannel, messages: list[ToEngine]) 
         if not arrived:
             time.sleep(LISTEN_S)
 
-    engine.while_waiting, engine.on_first_token = listen, send
+    engine.while_waiting, engine.on_awaited = listen, send
     while not channel.closed:
         handle(messages)
         if stopping:

@@ -202,28 +202,26 @@ class DeviceTransport:
             poll.register(fd, select.POLLIN)
         stopped = False
         while not stopped:
-            ready = {fd for fd, _ in poll.poll(0 if self._asked else None)}
+            ready = {fd for fd, _ in poll.poll(0 if self._asked or self._unprepared else None)}
             stopped = self._stop_fd in ready
             if self._asked_fd in ready:
                 os.eventfd_read(self._asked_fd)
-            self._prepare()
+            for event in self._inner.poll():  # a small read does not wait for the preparation of a large one behind it
+                self._report(self._verified(event))
+            if self._unprepared:
+                self._prepare(self._unprepared.popleft())
             if self._asked and not stopped:
                 self._report(self._gather(self._asked.popleft()))
-            began = time.perf_counter()
-            launched = [(event, self._launch(event)) for event in self._inner.poll()]
-            for event, outcome in launched:
-                self._report(event if outcome is None else _verdict(event, outcome, began))
         for asked in self._asked:  # nobody waits for it any more
             assert self._gatherer is not None
             self._gatherer.release(asked.peer_id)
 
-    def _prepare(self) -> None:
+    def _prepare(self, asked: _Checks) -> None:
         """What will be compared, while its bytes are on their way."""
-        while self._unprepared:
-            try:
-                self._unprepared.popleft().prepare(self._digests)
-            except Exception:  # tried again, and told, when the read has ended
-                log.exception("digests could not be prepared")
+        try:
+            asked.prepare(self._digests)
+        except Exception:  # tried again, and told, when the read has ended
+            log.exception("digests could not be prepared")
 
     def _gather(self, asked: _Gathering) -> ReadResult:
         assert self._gatherer is not None
@@ -245,16 +243,19 @@ class DeviceTransport:
         self._gatherer.release(asked.peer_id)
         return result
 
-    def _launch(self, event: ReadResult | PeerDown) -> _Outcome | None:
+    def _verified(self, event: ReadResult | PeerDown) -> ReadResult | PeerDown:
+        """What the transport says, and of bytes that it has read, whether they are right. Waits for that."""
         if not isinstance(event, ReadResult):
-            return None
+            return event
         checks = self._checks.pop(event.read_id, None)
         if event.status is not ReadStatus.OK or checks is None:
-            return None
+            return event
+        began = time.perf_counter()
         try:
-            return self._digests.compare(checks.prepare(self._digests)), len(checks.checks)
+            outcome: _Outcome = self._digests.compare(checks.prepare(self._digests)), len(checks.checks)
         except Exception as error:  # noqa: BLE001 - edge of the thread: fails that read
-            return error
+            outcome = error
+        return _verdict(event, outcome, began)
 
     def _report(self, event: ReadResult | PeerDown) -> None:
         with self._lock:
@@ -266,8 +267,7 @@ class DeviceTransport:
 _Outcome = tuple[Comparison, int] | Exception
 
 
-def _verdict(event: ReadResult | PeerDown, outcome: _Outcome, began: float) -> ReadResult:
-    assert isinstance(event, ReadResult)
+def _verdict(event: ReadResult, outcome: _Outcome, began: float) -> ReadResult:
     try:
         if isinstance(outcome, Exception):
             raise outcome

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from common.errors import InternalError
-from common.kvcache.layout import GroupSpec, KVLayout, Retention
+from common.kvcache.layout import TAIL_GROUP, GroupSpec, KVLayout, Retention
 from common.kvtransfer.cache import CacheView
 from common.kvtransfer.orders import OrderExtent
 from common.kvtransfer.plan import block_checks, window_start
@@ -129,7 +129,8 @@ class Publisher:
         self._launcher = launcher
         self._others = others
         self._launched: dict[int, dict[BlockPart, _Launched]] = {}  # by sequence
-        self._num_digests = {g.name: layout.num_digests(g.name) for g in layout.groups}
+        held = [g for g in layout.groups if layout.num_digests(g.name)]
+        self._groups = sorted(held, key=lambda g: g.name != TAIL_GROUP)
 
     def launch(self, order: PublishOrder, start: int, end: int) -> None:
         """A step that computes positions [start, end) was launched: launch the digests that publishing them takes."""
@@ -186,15 +187,16 @@ class Publisher:
         return extents
 
     def _runs(self, order: PublishOrder, start: int, end: int) -> Iterator[tuple[GroupSpec, Sequence[int], int, int]]:
-        """(group, its blocks, first position, end) of each extent of `publish`."""
+        """(group, its blocks, first position, end) of each extent of `publish`.
+
+        The tail leads: it is small, and its reader draws from it while the rest is on its way.
+        """
         start = max(start, order.start_position)
         if end > len(order.token_ids):
             raise ValueError(f"positions up to {end} of a prompt of {len(order.token_ids)} tokens")
         if end <= start:
             return
-        for group in self._layout.groups:
-            if not self._num_digests[group.name]:
-                continue
+        for group in self._groups:
             table = self._cache.block_table(order.seq_id, group.name)
             if group.retention is not Retention.SNAPSHOT:
                 yield from self._blocks(order, group, table, start, end)
