@@ -69,7 +69,7 @@ class Owner:
     def start(self, place: PlaceOrder) -> list[OrderEvent]:
         """Accept and start an order: its blocks are held and its lease is open."""
         self._seq_ids += 1
-        self.cache.open(self._seq_ids, len(place.token_ids))
+        self.cache.open(self._seq_ids, place.num_tokens)
         lease_id = self.leases.open(place.request_id)
         order = PublishOrder(
             self._seq_ids,
@@ -81,10 +81,10 @@ class Owner:
         )
         self.orders[place.order_id] = OwnerOrder(order, place.start_position)
         self._write(place, self._seq_ids)
-        return [OrderAccepted(place.order_id, len(place.token_ids), 0), OrderStarted(place.order_id, lease_id, 0)]
+        return [OrderAccepted(place.order_id, place.num_tokens, 0), OrderStarted(place.order_id, lease_id, 0)]
 
     def _write(self, place: PlaceOrder, seq_id: int) -> None:
-        total = len(place.token_ids)
+        total = place.num_tokens
         truth = self.truth[place.request_id] = {}
         for spec in self.layout.regions:
             group, table = self.layout.group(spec.group), self.cache.tables[seq_id][spec.group]

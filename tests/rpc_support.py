@@ -39,6 +39,7 @@ from common.types import (
     WorkerState,
     new_epoch,
 )
+from common.types.prefix import pack_tokens
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
@@ -348,12 +349,12 @@ def order_events(draw: st.DrawFn, layout: KVLayout) -> object:
 
 @st.composite
 def orders(draw: st.DrawFn, peer: int) -> PlaceOrder:
-    tokens = draw(st.lists(token_id, min_size=1, max_size=40).map(tuple))
+    tokens = draw(st.lists(token_id, min_size=1, max_size=40))
     return PlaceOrder(
         peer,
         draw(u64),
         draw(names),
-        tokens,
+        pack_tokens(tokens),
         draw(st.integers(0, len(tokens) - 1)),
         draw(text),
         draw(text),

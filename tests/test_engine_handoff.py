@@ -11,6 +11,7 @@ from engine_support import PEER, READER, Answer, Pair, abort_after, greedy, llam
 from common.engine.messages import PeerEvent
 from common.kvtransfer.memory import Fault
 from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, OrderStarted, PlaceOrder, ReleaseLease
+from common.types.prefix import pack_tokens
 
 __all__ = ["llama", "windowed"]
 
@@ -228,7 +229,7 @@ def test_bad_orders_are_answered_by_name(llama: Path) -> None:
             "peer": READER,
             "order_id": order_id,
             "request_id": "x",
-            "token_ids": PROMPT,
+            "tokens": pack_tokens(PROMPT),
             "start_position": 0,
             "adapter_id": "",
             "cache_salt": "",
@@ -243,10 +244,10 @@ def test_bad_orders_are_answered_by_name(llama: Path) -> None:
         return failures[0].failure.message
 
     cases: list[tuple[Callable[[], str], str]] = [
-        (lambda: ask(1, token_ids=()), "0 tokens"),
-        (lambda: ask(2, token_ids=(1,) * 1000), "1000 tokens"),
+        (lambda: ask(1, tokens=b""), "0 tokens"),
+        (lambda: ask(2, tokens=pack_tokens([1] * 1000)), "1000 tokens"),
         (lambda: ask(3, start_position=100), "start_position 100"),
-        (lambda: ask(4, token_ids=(10**6,)), "vocabulary"),
+        (lambda: ask(4, tokens=pack_tokens([10**6])), "vocabulary"),
         (lambda: ask(5, adapter_id="lora"), "adapters"),
     ]
     for attempt, expected in cases:

@@ -16,6 +16,7 @@ from common.kvcache.layout import FULL_GROUP
 from common.kvtransfer.memory import Fault
 from common.kvtransfer.orders import DropOrder, OrderExtent, OrderFailed, OrderFinished, PlaceOrder
 from common.types import FinishReason, SamplingParams
+from common.types.prefix import pack_tokens
 
 __all__ = ["hybrid", "llama", "windowed"]
 
@@ -220,7 +221,7 @@ def test_an_order_that_was_dropped_does_not_fail_with_its_step(llama: Path) -> N
     pair = Pair(llama, prefill=OVERLAP | {"max_num_batched_tokens": 16})
     engine, runner = pair.prefill.engine, pair.prefill.parts.runner
     (prompt,) = prompts(20, [60])
-    engine.handle(PlaceOrder(READER, 1, "r", prompt, 0, "", "", (), 0, 0.0))
+    engine.handle(PlaceOrder(READER, 1, "r", pack_tokens(prompt), 0, "", "", (), 0, 0.0))
     engine.step()
     collect = runner.collect
 

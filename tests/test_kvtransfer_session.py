@@ -25,6 +25,7 @@ from common.kvtransfer.orders import (
 from common.kvtransfer.session import LONGEST_TURN_S, Done, Failed, OrderSpec, Progress
 from common.kvtransfer.transport import Endpoint
 from common.types import EmbeddingHandle
+from common.types.prefix import pack_tokens
 
 __all__ = ["worlds"]
 
@@ -353,7 +354,7 @@ def test_an_order_carries_what_the_owner_needs(worlds: Worlds) -> None:
     world = worlds()
     world.ready()
     place = world.place(1, N, start=16, adapter_id="a", cache_salt="s", priority=3, remaining_s=4.5, traceparent="00-1")
-    assert place == PlaceOrder(1, 1, "r1", prompt(N, seed=1), 16, "a", "s", (), 3, 4.5, "00-1")
+    assert place == PlaceOrder(1, 1, "r1", pack_tokens(prompt(N, seed=1)), 16, "a", "s", (), 3, 4.5, "00-1")
     assert world.layout.model_hash == MODEL
     started = OrderStarted(1, 8, 70)
     world.send([OrderAccepted(1, N, 0), started])

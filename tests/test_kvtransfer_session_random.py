@@ -97,7 +97,7 @@ class HandoffMachine(RuleBasedStateMachine):
             if isinstance(command, PeerVerdict) or command.peer != self.peer:
                 continue
             if isinstance(command, PlaceOrder):
-                if self.has_room(world.owner.cache, len(command.token_ids)):
+                if self.has_room(world.owner.cache, command.num_tokens):
                     self.wire.extend((self.peer, e) for e in world.owner.start(command))
             else:
                 world.owner.handle(command)

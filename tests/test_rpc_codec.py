@@ -370,6 +370,23 @@ def test_bad_layouts(data):
 
 @quick
 @given(st.data())
+def test_bad_orders(data):
+    message = codec.order_to_proto(data.draw(s.orders(7))).prefill
+    packed = message.packed_tokens
+
+    def spoil(param: str, change: Any) -> None:
+        spoiled = through_bytes(message)
+        change(spoiled)
+        refused(param, codec.order_from_proto, spoiled, 7)
+
+    spoil("prefill.packed_tokens", lambda o: setattr(o, "packed_tokens", packed[:-1]))
+    spoil("prefill.packed_tokens", lambda o: setattr(o, "packed_tokens", packed + (2**31).to_bytes(4, "little")))
+    spoil("prefill.start_position", lambda o: setattr(o, "packed_tokens", packed[: 4 * o.start_position]))
+    spoil("prefill.start_position", lambda o: setattr(o, "start_position", len(packed) // 4))
+
+
+@quick
+@given(st.data())
 def test_bad_extents(data):
     layout = data.draw(s.layouts())
     event = data.draw(s.order_events(layout).filter(lambda e: hasattr(e, "block_ids")))

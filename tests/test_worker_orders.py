@@ -28,6 +28,7 @@ from common.kvtransfer.orders import (
 from common.rpc import codec
 from common.rpc.status import error_from_rpc
 from common.types import Failure, WorkerRef
+from common.types.prefix import pack_tokens
 from nanodeploy.v1 import prefill_pb2, prefill_pb2_grpc, types_pb2
 from services.prefill_worker.part import PrefillPart
 
@@ -84,7 +85,7 @@ async def test_a_session_brings_orders_in_and_events_out(prefill: Prefill) -> No
     assert (welcome.owner.epoch, welcome.layout, welcome.lease_ttl_s) == (worker.host.epoch, small_layout(), 5.0)
     await reader.call.write(codec.order_to_proto(order(0)))
     placed = await worker.engine.got(PlaceOrder)
-    assert (placed.order_id, placed.token_ids, placed.remaining_s) == (9, (5, 6, 7), 3.0)
+    assert (placed.order_id, placed.token_ids, placed.remaining_s) == (9, [5, 6, 7], 3.0)
     assert worker.part.num_active() == 1
     digests = tuple(range(small_layout().num_digests("full")))
     events: list[OrderEvent] = [
@@ -207,9 +208,10 @@ async def test_a_session_that_does_not_begin_with_hello_is_ended(
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"token_ids": []}, "start_position"),
+        ({"packed_tokens": b""}, "start_position"),
         ({"start_position": 1}, "start_position"),
-        ({"token_ids": [2**31]}, "token_ids"),
+        ({"packed_tokens": bytes(7)}, "packed_tokens"),
+        ({"packed_tokens": b"\xff" * 4}, "packed_tokens"),
         ({"request_id": "no spaces"}, "request_id"),
         ({"adapter_id": "a" * 2000}, "adapter_id"),
         ({"embeddings": [types_pb2.EmbeddingHandle(num_tokens=5)]}, "embeddings"),
@@ -220,7 +222,7 @@ async def test_a_malformed_order_is_refused_by_itself(prefill: Prefill, fields: 
     reader = connect()
     await reader.hello(worker)
     await reader.call.write(codec.order_to_proto(order(0, 1)))
-    malformed = {"order_id": 2, "request_id": "r", "token_ids": [1]} | fields
+    malformed = {"order_id": 2, "request_id": "r", "packed_tokens": pack_tokens([1])} | fields
     await reader.write(prefill=prefill_pb2.PrefillOrder(**malformed))
     await reader.call.write(codec.order_to_proto(order(0, 3)))
     refused = codec.order_event_from_proto(await reader.read(), small_layout())

@@ -16,6 +16,7 @@ from common.kvtransfer.orders import PlaceOrder
 from common.rpc import codec
 from common.rpc.client import call
 from common.types import WorkerRef
+from common.types.prefix import pack_tokens
 from nanodeploy.v1 import decode_pb2, decode_pb2_grpc
 from services.decode_worker.part import DecodePart
 
@@ -92,4 +93,4 @@ async def decode() -> AsyncIterator[tuple[ScriptedWorker, Client]]:
 
 
 def order(peer: int, order_id: int = 9) -> PlaceOrder:
-    return PlaceOrder(peer, order_id, "r1", (5, 6, 7), 0, "", "", (), 0, 3.0, "")
+    return PlaceOrder(peer, order_id, "r1", pack_tokens((5, 6, 7)), 0, "", "", (), 0, 3.0, "")

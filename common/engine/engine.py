@@ -231,6 +231,9 @@ class Engine:
             pending = runner.forward(batch_of(plan, self._p.cache, self._groups))
             if masks is not None:
                 runner.sample(pending, masks.get())
+            for item in plan.items:
+                if item.num_new > 1:
+                    item.seq.grow_chain()  # while the device computes: at the end somebody waits
             if self._p.drafting is None:  # whose layer writes after the step
                 for item in plan.items:
                     if item.seq.order is not None:

@@ -20,6 +20,7 @@ from common.kvtransfer.orders import OrderExtent, OrderFailed, OrderFinished, Pl
 from common.kvtransfer.reads import Reads, Wanted
 from common.kvtransfer.transport import Endpoint, PeerDown, ReadStatus
 from common.types import ChoiceDelta, GenerationRequest, Pooling, SamplingParams
+from common.types.prefix import pack_tokens
 
 TIMEOUT_S = 60.0
 OUTPUT_TOKENS = MIN_MODEL_LEN - 1
@@ -73,7 +74,7 @@ def _read_back(
             peer=_READER,
             order_id=1,
             request_id="self-test",
-            token_ids=prompt,
+            tokens=pack_tokens(prompt),
             start_position=0,
             adapter_id="",
             cache_salt="self-test",

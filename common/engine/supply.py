@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from common.engine.media import Media, media_hashes, outside
 from common.engine.messages import ReaderEvent
 from common.engine.outbox import Outbox
@@ -72,16 +74,16 @@ class Supply:
     def order(self, message: PlaceOrder) -> None:
         """Accept an order or answer it with one failure."""
         try:
-            self._check(message)
+            token_ids = self._check(message)
         except NanoDeployError as error:
             self._answer_failed(message.peer, message.order_id, error)
             return
-        seq = self._sequence(message)
+        seq = self._sequence(message, token_ids)
         seq.embeds = self._p.media.open(message.embeddings, lambda error: self.fail(seq, error))
         queue_tokens = sum(s.gap for s in (*self._p.scheduler.waiting, *self._p.scheduler.running))
         self._open[message.peer, message.order_id] = seq
         self._p.scheduler.add(seq)
-        self._tell(seq, OrderAccepted(message.order_id, len(message.token_ids), queue_tokens))
+        self._tell(seq, OrderAccepted(message.order_id, len(token_ids), queue_tokens))
 
     def started(self, seq: Sequence, hit: PrefixHit) -> None:
         """Blocks are reserved: open the lease and publish what the prefix cache had."""
@@ -214,7 +216,7 @@ class Supply:
         self.failed[error.code] = self.failed.get(error.code, 0) + 1
         self._p.outbox.send(ReaderEvent(reader, OrderFailed(order_id, Failure.of(error))))
 
-    def _sequence(self, message: PlaceOrder) -> Sequence:
+    def _sequence(self, message: PlaceOrder, token_ids: list[int]) -> Sequence:
         now = self._p.clock.now()
         seq_id = self._next_id()
         return Sequence(
@@ -222,8 +224,8 @@ class Supply:
             slot=0,
             choice=0,
             label=message.request_id,
-            token_ids=list(message.token_ids),
-            num_prompt=len(message.token_ids),
+            token_ids=token_ids,
+            num_prompt=len(token_ids),
             sampling=_NO_SAMPLING,
             stop_ids=frozenset(),
             chain=[root_hash(self._p.limits.model_hash, message.adapter_id, message.cache_salt)],
@@ -235,9 +237,9 @@ class Supply:
             media=media_hashes(message.embeddings),
         )
 
-    def _check(self, message: PlaceOrder) -> None:
-        limits = self._p.limits
-        n = len(message.token_ids)
+    def _check(self, message: PlaceOrder) -> list[int]:
+        """The order's token ids, or what is wrong with it."""
+        limits, n = self._p.limits, message.num_tokens
         if self.draining:
             raise UnavailableError("the worker is draining")
         if (message.peer, message.order_id) in self._open:
@@ -250,7 +252,11 @@ class Supply:
             raise InvalidRequestError(f"start_position {message.start_position} is outside the prompt of {n} tokens")
         if message.adapter_id:
             raise UnsupportedError("adapters are not supported by this worker")
-        self._p.media.check(message.embeddings, message.token_ids)
-        text = outside(message.token_ids, message.embeddings)
-        if text and not 0 <= min(text) <= max(text) < limits.vocab_size:
+        token_ids = message.token_ids
+        self._p.media.check(message.embeddings, token_ids)
+        text_T = np.frombuffer(message.tokens, "<i4")
+        if message.embeddings:
+            text_T = np.array(outside(token_ids, message.embeddings), np.int32)
+        if text_T.size and not 0 <= text_T.min() <= text_T.max() < limits.vocab_size:
             raise InvalidRequestError(f"a token id is outside the vocabulary of {limits.vocab_size}")
+        return token_ids

@@ -10,6 +10,7 @@ FAILED -> recompute. Events of an order come in turn, or the reader fails it.
 from __future__ import annotations
 
 from common.types import EmbeddingHandle, Failure, Message
+from common.types.prefix import TOKEN_NBYTES, unpack_tokens
 
 
 class OrderAccepted(Message, frozen=True):
@@ -64,12 +65,15 @@ OrderEvent = OrderAccepted | OrderStarted | OrderExtent | OrderFinished | OrderF
 
 
 class PlaceOrder(Message, frozen=True):
-    """Compute KV of positions [start_position, len(token_ids)) and publish it. `remaining_s`: time left, 0 no limit."""
+    """Compute KV of positions [start_position, num_tokens) and publish it. `remaining_s`: time left, 0 no limit.
+
+    `tokens` is packed (`pack_tokens`): the order passes through four processes, and only the last looks at them.
+    """
 
     peer: int
     order_id: int
     request_id: str
-    token_ids: tuple[int, ...]
+    tokens: bytes
     start_position: int
     adapter_id: str
     cache_salt: str
@@ -77,6 +81,14 @@ class PlaceOrder(Message, frozen=True):
     priority: int
     remaining_s: float
     traceparent: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) // TOKEN_NBYTES
+
+    @property
+    def token_ids(self) -> list[int]:
+        return unpack_tokens(self.tokens)
 
 
 class DropOrder(Message, frozen=True):

@@ -49,6 +49,7 @@ from common.kvtransfer.reads import Reads, Wanted
 from common.kvtransfer.transport import Endpoint, PeerDown, ReadResult, ReadStatus
 from common.kvtransfer.updates import Done, Failed, HandoffCounters, HandoffUpdate, Progress, TailRead
 from common.types import Clock, Failure, WorkerRef
+from common.types.prefix import pack_tokens
 
 REMEMBERED = 4096
 LONGEST_TURN_S = 300.0  # that an order hears nothing of itself, while its worker computes others
@@ -151,7 +152,7 @@ class HandoffReader:
                 peer=spec.peer,
                 order_id=order_id,
                 request_id=spec.request_id,
-                token_ids=spec.token_ids,
+                tokens=pack_tokens(spec.token_ids),
                 start_position=spec.start_position,
                 adapter_id=spec.adapter_id,
                 cache_salt=spec.cache_salt,

@@ -16,9 +16,11 @@ from operator import xor
 
 UNIT = 16
 HASH_NBYTES = 16
+TOKEN_NBYTES = 4
 _SCHEMA = b"nanodeploy-prefix-1"
 _STATE_FACTOR = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
+_STRIDE = UNIT * TOKEN_NBYTES
 
 
 def root_hash(model_hash: bytes, adapter_id: str = "", cache_salt: str = "") -> bytes:
@@ -30,17 +32,27 @@ def root_hash(model_hash: bytes, adapter_id: str = "", cache_salt: str = "") -> 
     return h.digest()
 
 
-def _pack(token_ids: Sequence[int]) -> bytes:
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian int32, one after the other: what is hashed, and what carries a whole prompt."""
     packed = array.array("i", token_ids)
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()
 
 
+def unpack_tokens(packed: bytes) -> list[int]:
+    """What `pack_tokens` packed. ValueError for bytes that are no whole ids."""
+    ids = array.array("i")
+    ids.frombytes(packed)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids.tolist()
+
+
 def _unit_hash(parent: bytes, raw: bytes, start: int, media: Sequence[tuple[int, bytes]]) -> bytes:
     h = hashlib.blake2b(raw, key=parent, digest_size=HASH_NBYTES)
     for position, media_hash in media:
-        if start <= position < start + len(raw) // 4:
+        if start <= position < start + len(raw) // TOKEN_NBYTES:
             h.update((position - start).to_bytes(4, "little"))
             h.update(media_hash)
     return h.digest()
@@ -63,11 +75,11 @@ def extend_chain(
     total = (len(token_ids) if num_tokens is None else min(num_tokens, len(token_ids))) // UNIT
     if total <= done:
         return
-    raw = _pack(token_ids[done * UNIT : total * UNIT])
-    stride, parent, blake2b = UNIT * 4, chain[-1], hashlib.blake2b
+    raw = pack_tokens(token_ids[done * UNIT : total * UNIT])
+    stride, parent, blake2b = _STRIDE, chain[-1], hashlib.blake2b
     for at in range(0, len(raw), stride):
         if media:
-            parent = _unit_hash(parent, raw[at : at + stride], done * UNIT + at // 4, media)
+            parent = _unit_hash(parent, raw[at : at + stride], done * UNIT + at // TOKEN_NBYTES, media)
         else:
             parent = blake2b(raw[at : at + stride], key=parent, digest_size=HASH_NBYTES).digest()
         chain.append(parent)
@@ -86,7 +98,7 @@ def hash_at(
     units, rest = divmod(num_tokens, UNIT)
     if not rest:
         return chain[units]
-    return _unit_hash(chain[units], _pack(token_ids[units * UNIT : num_tokens]), units * UNIT, media)
+    return _unit_hash(chain[units], pack_tokens(token_ids[units * UNIT : num_tokens]), units * UNIT, media)
 
 
 class LazyChain:
@@ -108,9 +120,9 @@ class LazyChain:
         for i in range(len(hashes) - 1, units):
             place = i % self._PACK
             if not place:
-                self._raw = _pack(self._token_ids[i * UNIT : (i + self._PACK) * UNIT])
+                self._raw = pack_tokens(self._token_ids[i * UNIT : (i + self._PACK) * UNIT])
             hashes.append(
-                _unit_hash(hashes[-1], self._raw[place * UNIT * 4 : (place + 1) * UNIT * 4], i * UNIT, self._media)
+                _unit_hash(hashes[-1], self._raw[place * _STRIDE : (place + 1) * _STRIDE], i * UNIT, self._media)
             )
         return hashes[units]
 

@@ -135,7 +135,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
             **trace_fields(order.request_id, order.traceparent),
             reader=key,
             order_id=order.order_id,
-            prompt_tokens=len(order.token_ids),
+            prompt_tokens=order.num_tokens,
             start_position=order.start_position,
         )
         self._host.send(order)

@@ -7,8 +7,11 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from common.errors import InvalidRequestError
 from common.telemetry import parse_traceparent
+from common.types.prefix import TOKEN_NBYTES
 
 T = TypeVar("T")
 
@@ -82,6 +85,16 @@ def token_ids(values: Sequence[int], field: str) -> tuple[int, ...]:
     if ids and max(ids) >= 2**31:
         raise fail(field, f"has token id {max(ids)}, which is not below 2**31")
     return ids
+
+
+def packed_tokens(packed: bytes, field: str) -> int:
+    """The number of token ids in `packed`, see `common.types.prefix.pack_tokens`."""
+    count, rest = divmod(len(packed), TOKEN_NBYTES)
+    if rest:
+        raise fail(field, f"has {len(packed)} bytes, which are no whole token ids")
+    if count and np.frombuffer(packed, "<i4").min() < 0:
+        raise fail(field, "has a token id that is not below 2**31")
+    return count
 
 
 def traceparent(value: str) -> str:

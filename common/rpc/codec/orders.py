@@ -91,7 +91,7 @@ def order_to_proto(order: PlaceOrder) -> pb.SessionRequest:
             request_id=order.request_id,
             adapter_id=order.adapter_id,
             cache_salt=order.cache_salt,
-            token_ids=order.token_ids,
+            packed_tokens=order.tokens,
             start_position=order.start_position,
             embeddings=[embedding_to_proto(e) for e in order.embeddings],
             priority=order.priority,
@@ -103,18 +103,18 @@ def order_to_proto(order: PlaceOrder) -> pb.SessionRequest:
 
 def order_from_proto(order: pb.PrefillOrder, peer: int) -> PlaceOrder:
     """The order as its reader placed it; `peer` is the key that this side gave the session."""
-    tokens = checks.token_ids(order.token_ids, "prefill.token_ids")
-    if order.start_position >= len(tokens):
-        raise checks.fail("prefill.start_position", f"{order.start_position} is not below {len(tokens)} tokens")
+    num_tokens = checks.packed_tokens(order.packed_tokens, "prefill.packed_tokens")
+    if order.start_position >= num_tokens:
+        raise checks.fail("prefill.start_position", f"{order.start_position} is not below {num_tokens} tokens")
     return PlaceOrder(
         peer=peer,
         order_id=order.order_id,
         request_id=checks.identifier(order.request_id, "prefill.request_id"),
-        token_ids=tokens,
+        tokens=order.packed_tokens,
         start_position=order.start_position,
         adapter_id=checks.short_text(order.adapter_id, "prefill.adapter_id"),
         cache_salt=checks.short_text(order.cache_salt, "prefill.cache_salt"),
-        embeddings=embeddings_from_proto(order.embeddings, len(tokens), "prefill.embeddings"),
+        embeddings=embeddings_from_proto(order.embeddings, num_tokens, "prefill.embeddings"),
         priority=order.priority,
         remaining_s=order.remaining_ms / 1000,
         traceparent=checks.traceparent(order.traceparent),
