@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -39,6 +40,8 @@ class Reader:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         stub: Any = prefill_pb2_grpc.PrefillServiceStub
         self.call = stub(channel).Session()
+        self.num_messages = 0
+        self._arrived: deque[prefill_pb2.SessionResponse] = deque()
 
     async def hello(self, worker: ScriptedWorker, layout: Any = None, epoch: int | None = None) -> codec.Welcome:
         hello = codec.Hello(
@@ -54,10 +57,14 @@ class Reader:
         await self.call.write(prefill_pb2.SessionRequest(**message))
 
     async def read(self) -> prefill_pb2.SessionResponse:
-        response: Any = await asyncio.wait_for(self.call.read(), 10)
-        if not isinstance(response, prefill_pb2.SessionResponse):  # grpc.aio.EOF
-            raise EOFError
-        return response
+        """The next response, batched or not."""
+        if not self._arrived:
+            message: Any = await asyncio.wait_for(self.call.read(), 10)
+            if not isinstance(message, prefill_pb2.SessionResponse):  # grpc.aio.EOF
+                raise EOFError
+            self.num_messages += 1
+            self._arrived.extend(message.batch.responses if message.HasField("batch") else [message])
+        return self._arrived.popleft()
 
     async def read_on(self) -> None:
         while True:
@@ -97,7 +104,9 @@ async def test_a_session_brings_orders_in_and_events_out(prefill: Prefill) -> No
     for event in events:
         worker.engine.say(ReaderEvent(placed.peer, event))
     worker.engine.say(ReaderEvent(placed.peer + 1, OrderAccepted(9, 3, 0)))
+    before = reader.num_messages
     assert [codec.order_event_from_proto(await reader.read(), small_layout()) for _ in events] == events
+    assert reader.num_messages == before + 1, "what is ready leaves together"
     assert worker.part.num_active() == 1  # it has yet to read
     await reader.write(release=prefill_pb2.LeaseRelease(lease_id=1234))
     await reader.write(cancel=prefill_pb2.PrefillCancel(order_id=9))
@@ -266,6 +275,7 @@ async def test_a_reader_that_does_not_read_is_not_answered_for_ever(
     prefill: Prefill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.prefill_worker.servicer.MAX_BACKLOG", 100)
+    monkeypatch.setattr("services.prefill_worker.servicer.MAX_BATCH_NBYTES", 0)
     worker, connect = prefill
     reader = connect()
     await reader.hello(worker)

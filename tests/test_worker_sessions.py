@@ -26,6 +26,7 @@ from common.kvtransfer.orders import (
 from common.rpc import codec
 from common.rpc.server import RpcServer, Service
 from common.types import WorkerRef
+from common.types.prefix import unpack_tokens
 from nanodeploy.v1 import prefill_pb2, prefill_pb2_grpc
 from services.decode_worker import sessions as sessions_module
 from services.prefill_worker.part import PrefillPart
@@ -112,7 +113,7 @@ async def test_orders_go_out_and_events_come_back_on_one_session(decode: tuple[S
         await eventually(lambda: owner.kinds() == ["hello", "prefill", "cancel", "release"])
         hello, placed = owner.received[0].hello, owner.received[1].prefill
         assert (hello.expected_epoch, list(hello.transports)) == (owner.epoch, ["ucx"])
-        assert (placed.order_id, list(placed.token_ids), placed.remaining_ms) == (9, [5, 6, 7], 3000)
+        assert (placed.order_id, unpack_tokens(placed.packed_tokens), placed.remaining_ms) == (9, [5, 6, 7], 3000)
         events: list[OrderEvent] = [
             OrderAccepted(9, 3, 0),
             OrderStarted(9, 1234, 0),
@@ -120,13 +121,16 @@ async def test_orders_go_out_and_events_come_back_on_one_session(decode: tuple[S
         ]
         for event in events:
             owner.to_say.put_nowait(codec.order_event_to_proto(event))
-        await worker.engine.got(PeerEvent, 3)
+        together = [codec.order_event_to_proto(event) for event in events]
+        owner.to_say.put_nowait(prefill_pb2.SessionResponse(batch=prefill_pb2.SessionBatch(responses=together)))
+        await worker.engine.got(PeerEvent, 6)
+        events += events
         assert [m for m in worker.engine.sent if isinstance(m, PeerEvent)] == [PeerEvent(peer, e) for e in events]
         assert [(p.state, p.transport) for p in worker.part.peers()] == [("ready", "ucx/cma")]
         for steps in (5, 5, 6, 6):
             owner.to_say.put_nowait(prefill_pb2.SessionResponse(pong=prefill_pb2.SessionPong(steps=steps)))
         owner.to_say.put_nowait(codec.order_event_to_proto(events[0]))
-        await worker.engine.got(PeerEvent, 4)
+        await worker.engine.got(PeerEvent, 7)
         assert [m for m in worker.engine.sent if isinstance(m, PeerComputes)] == [PeerComputes(peer)]
         owner.to_say.put_nowait(None)
         gone = await worker.engine.got(PeerGone)
@@ -237,12 +241,16 @@ async def test_a_silent_peer_is_lost(decode: tuple[ScriptedWorker, Client], monk
         assert owner.kinds().count("ping") >= 3
 
 
-async def test_a_peer_that_talks_nonsense_is_lost(decode: tuple[ScriptedWorker, Client]) -> None:
+@pytest.mark.parametrize("batched", [False, True])
+async def test_a_peer_that_talks_nonsense_is_lost(decode: tuple[ScriptedWorker, Client], batched: bool) -> None:
     worker, client = decode
     async with owner_server() as owner:
         peer = await ready_session(worker, client, owner)
         extent = prefill_pb2.PrefillExtent(order_id=1, lease_id=2, group="nowhere", prefix_hash=b"short")
-        owner.to_say.put_nowait(prefill_pb2.SessionResponse(extent=extent))
+        nonsense = prefill_pb2.SessionResponse(extent=extent)
+        if batched:
+            nonsense = prefill_pb2.SessionResponse(batch=prefill_pb2.SessionBatch(responses=[nonsense]))
+        owner.to_say.put_nowait(nonsense)
         assert (await worker.engine.got(PeerGone)).peer == peer
 
 

@@ -55,6 +55,7 @@ class Session:
     retry_at: float = 0.0
     heard_at: float = 0.0
     steps: int | None = None  # of its engine, as it said last
+    layout: KVLayout | None = None  # of its engine, once it is welcome
     task: asyncio.Task[None] | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     outgoing: asyncio.Queue[pb.SessionRequest | None] = field(default_factory=asyncio.Queue)
@@ -147,7 +148,7 @@ class PrefillSessions:
 
     def _open(self, session: Session) -> None:
         session.peer = next(self._numbers)
-        session.state, session.detail, session.steps = "connecting", "", None
+        session.state, session.detail, session.steps, session.layout = "connecting", "", None, None
         session.settled = asyncio.Event()
         session.outgoing = asyncio.Queue()
         self._by_peer[session.peer] = session
@@ -221,22 +222,26 @@ class PrefillSessions:
 
     async def _receive(self, session: Session, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         session.heard_at = self._clock.now()
-        owner_layout: KVLayout | None = None
-        async for response in call:
+        async for message in call:
             session.heard_at = self._clock.now()
-            kind = response.WhichOneof("message")
-            if kind == "welcome":
-                welcome = codec.welcome_from_proto(response.welcome)
-                owner_layout = welcome.layout
-                self._send(
-                    PeerReady(session.peer, welcome.owner, welcome.layout, welcome.endpoints, welcome.lease_ttl_s)
-                )
-            elif kind == "pong":
-                if session.steps not in (None, response.pong.steps):
-                    self._send(PeerComputes(session.peer))
-                session.steps = response.pong.steps
-            elif kind is not None and owner_layout is not None:
-                self._send(PeerEvent(session.peer, codec.order_event_from_proto(response, owner_layout)))
+            if message.HasField("batch"):
+                for response in message.batch.responses:
+                    self._take(session, response)
+            else:
+                self._take(session, message)
+
+    def _take(self, session: Session, response: pb.SessionResponse) -> None:
+        kind = response.WhichOneof("message")
+        if kind == "welcome":
+            welcome = codec.welcome_from_proto(response.welcome)
+            session.layout = welcome.layout
+            self._send(PeerReady(session.peer, welcome.owner, welcome.layout, welcome.endpoints, welcome.lease_ttl_s))
+        elif kind == "pong":
+            if session.steps not in (None, response.pong.steps):
+                self._send(PeerComputes(session.peer))
+            session.steps = response.pong.steps
+        elif kind is not None and session.layout is not None:
+            self._send(PeerEvent(session.peer, codec.order_event_from_proto(response, session.layout)))
 
     async def _watch(self, session: Session, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         """A peer that does not answer pings is gone, however open its socket is."""

@@ -25,6 +25,7 @@ from services.worker.trace import record_prefill, trace_fields
 log = get_logger(__name__)
 
 MAX_BACKLOG = 16384  # answers that a reader has not read when it is heard no longer
+MAX_BATCH_NBYTES = 1 << 20
 
 
 class _Began(NamedTuple):
@@ -69,7 +70,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         try:
             yield codec.welcome_to_proto(welcome)
             while (response := await queue.get()) is not None:
-                yield response
+                yield _with_ready(response, queue)
             if reader.done() and not reader.cancelled():
                 reader.result()
         finally:
@@ -175,3 +176,16 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
     def end_sessions(self) -> None:
         for queue in self._readers.values():
             queue.put_nowait(None)
+
+
+def _with_ready(first: pb.SessionResponse, queue: asyncio.Queue[pb.SessionResponse | None]) -> pb.SessionResponse:
+    """`first`, and with it what else is ready."""
+    together, nbytes = [first], first.ByteSize()
+    while not queue.empty() and nbytes < MAX_BATCH_NBYTES:
+        response = queue.get_nowait()
+        if response is None:
+            queue.put_nowait(None)  # the end comes next
+            break
+        together.append(response)
+        nbytes += response.ByteSize()
+    return first if len(together) == 1 else pb.SessionResponse(batch=pb.SessionBatch(responses=together))
