@@ -51,7 +51,7 @@ class Comparer(Protocol):
 
 class Comparison(Protocol):
     def values(self) -> list[int]:
-        """For each check, 1 if its digest is not what was expected. Waits."""
+        """For each check, 0 if its digest is what was expected. Waits."""
 
 
 class Gatherer(Protocol):

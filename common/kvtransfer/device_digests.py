@@ -26,7 +26,7 @@ _WORD = 8
 
 @dataclass
 class DigestBatch:
-    """Digests under way. `result_N`: pinned, int64 sums, or bool: does the digest differ from what is expected?"""
+    """Digests under way, or what they differ by from what is expected. `result_N`: pinned, int64."""
 
     result_N: Tensor
     event: torch.cuda.Event | None
@@ -43,10 +43,13 @@ class DigestBatch:
 
 @dataclass(frozen=True)
 class PreparedChecks:
-    """Checks on the device: by shape a table of segments (see `add_digests`), its tokens at most, are places even?"""
+    """Checks on the device: by shape a table of segments (see `add_digests`), its tokens at most, are places even?
+
+    `sums_N` begins at what makes a right digest zero. It is added to, so that these are compared once.
+    """
 
     tables: Sequence[tuple[DigestGeometry, Tensor, int, bool]]
-    expected_N: Tensor
+    sums_N: Tensor
 
 
 class DeviceDigests:
@@ -65,42 +68,60 @@ class DeviceDigests:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with _on(self._stream):
-            return _fetch(self._sums(self.prepare(checks)))
+            return self._digest(self._on_device(checks, from_zero=True))
 
     @torch.inference_mode()
     def prepare(self, checks: Sequence[DigestCheck]) -> PreparedChecks:
-        columns, places_N = Checks.of(checks)
-        expected_N = np.empty(len(places_N), np.uint64)
-        expected_N[places_N] = np.concatenate([np.empty(0, np.uint64), *(t.expected_C for t in columns.tables)])
-        tables, first = [], 0
         with _on(self._stream):
-            for table in columns.tables:
-                after = first + len(table.expected_C)
-                tables.append(self._table(table, places_N[first:after]))
-                first = after
-            return PreparedChecks(tables, _to_device(expected_N.view(np.int64), self._device))
+            return self._on_device(checks, from_zero=False)
 
     @torch.inference_mode()
     def compare(self, prepared: PreparedChecks) -> DigestBatch:
+        """0 for each check whose digest is what is expected."""
         with _on(self._stream):
-            return _fetch(self._sums(prepared) != prepared.expected_N)
+            return self._digest(prepared)
 
-    def _sums(self, prepared: PreparedChecks) -> Tensor:
-        sums = torch.zeros_like(prepared.expected_N)
+    def _digest(self, prepared: PreparedChecks) -> DigestBatch:
         for geometry, table_N4, max_tokens, aligned in prepared.tables:
-            gpu.digest.add_digests(sums, self._anchor, table_N4, geometry, max_tokens, aligned)
-        return sums
+            gpu.digest.add_digests(prepared.sums_N, self._anchor, table_N4, geometry, max_tokens, aligned)
+        return _fetch(prepared.sums_N)
 
-    def _table(self, checks: CheckTable, places_C: NDArray[np.int64]) -> tuple[DigestGeometry, Tensor, int, bool]:
-        table_N4 = checks.segments_N4.copy()
+    def _on_device(self, checks: Sequence[DigestCheck], *, from_zero: bool) -> PreparedChecks:
+        """One copy brings all: a reader waits for it, and the interpreter is another thread's as well."""
+        columns, places_N = Checks.of(checks)
+        sums_N = np.zeros(len(places_N), np.uint64)
+        parts, kinds, first, at = [], [], 0, _even(len(places_N))
+        for table in columns.tables:
+            places_C = places_N[first : first + len(table.expected_C)]
+            if not from_zero:
+                sums_N[places_C] = -table.expected_C  # modulo 2^64
+            table_N4, aligned = self._placed(table.segments_N4, places_C)
+            *geometry, max_tokens = table.shape  # what is compiled depends on these alone
+            rows = slice(at, at + table_N4.size)
+            kinds.append((DigestGeometry(*geometry), rows, max_tokens or int(table_N4[:, 2].max()), aligned))
+            parts.append((rows, table_N4))
+            first, at = first + len(places_C), _even(rows.stop)
+        words_W = np.empty(at, np.int64)
+        words_W[: len(sums_N)] = sums_N.view(np.int64)
+        for rows, table_N4 in parts:
+            words_W[rows] = table_N4.reshape(-1)
+        there_W = _to_device(words_W, self._device)
+        tables = [(geometry, there_W[rows].view(-1, 4), most, aligned) for geometry, rows, most, aligned in kinds]
+        return PreparedChecks(tables, there_W[: len(sums_N)])
+
+    def _placed(self, segments_N4: NDArray[np.int64], places_C: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
+        """Segments with places in words from the anchor; are they even?"""
+        table_N4 = segments_N4.copy()
         table_N4[:, 3] = places_C[table_N4[:, 3]]
         places = table_N4[:, 0] - self._anchor.data_ptr()
         assert not (places % _WORD).any(), "digests count whole words"
         table_N4[:, 0] = places // _WORD
-        *geometry, max_tokens = checks.shape  # what is compiled depends on these alone
-        aligned = not (places % (2 * _WORD)).any()
-        table = _to_device(table_N4, self._device)
-        return DigestGeometry(*geometry), table, max_tokens or int(table_N4[:, 2].max()), aligned
+        return table_N4, not (places % (2 * _WORD)).any()
+
+
+def _even(words: int) -> int:
+    """Where a table may begin: kernels are compiled for addresses of 16 bytes."""
+    return words + words % 2
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
