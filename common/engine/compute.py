@@ -71,7 +71,7 @@ class Compute:
 
     def forget_steps(self) -> None:
         """Before collectives are closed: NCCL waits for recorded steps that refer to it."""
-        self.runner.graphs = None
+        self.runner.forget_steps()
         if self.draft_runner is not None:
             self.draft_runner.graphs = None
 
@@ -154,6 +154,8 @@ def make_compute(
     runner = ModelRunner(model, pool, backend, sampler, device, engine.max_num_seqs)
     if records:
         runner.graphs = _record(runner, model, engine, layout, pool, backend, sizing.max_model_len, progress)
+        if role is Role.DECODE and mesh.size == 1 and not spec.has_drafts:
+            _record_head(runner)
     draft_runner = None
     if spec.has_drafts:
         runner.rows_outlive = True
@@ -287,6 +289,11 @@ def _record(
     graphs = DecodeGraphs(model.forward, pool, backend, runner.inputs, runner.drawn_R, shape, sizes, query_lens)
     graphs.record(lambda done, total: progress("recording decode steps", done, total))
     return graphs
+
+
+@room_for("a recorded head", "cuda_graph_sizes")
+def _record_head(runner: ModelRunner) -> None:
+    runner.record_head()
 
 
 @room_for("recorded drafts", "cuda_graph_sizes")

@@ -25,6 +25,7 @@ from common.engine.batch import Batch, BatchMedia, RowMasks, SampleRow
 from common.engine.graphs import DecodeGraphs, known_or_drawn
 from common.engine.inputs import HostInputs, Inputs, PinnedInputs, arrays_of, context_of
 from common.engine.logprobs import PromptLogprobs, prompt_logprobs
+from common.engine.recorded_head import RecordedHead
 from common.engine.results import Fetched
 from common.engine.sampler import NOT_FINITE, Sampler, SampleResult
 from common.kernels import gpu
@@ -112,6 +113,7 @@ class ModelRunner:
         self.drawn_R = torch.zeros(max_seqs, dtype=torch.int64, device=device)
         self.graphs: DecodeGraphs | None = None
         self._beside = _stream_beside(device)
+        self._head: RecordedHead | None = None
         self.rows_outlive = False
         """Are a step's hidden rows read when the next step may have run?"""
         self.on_progress: Callable[[], None] = lambda: None
@@ -151,13 +153,26 @@ class ModelRunner:
             self.drawn_R[:count].copy_(pending.result.token_ids_R[:count])
             pending.logits_RV = None  # memory for the next step's
 
+    def record_head(self) -> None:
+        """Make `draw_beside` quicker to launch, for the usual draw of one row."""
+        assert self._beside is not None
+        self._head = RecordedHead(self._model, self._pool, self.inputs, self._sampler.vocab_size, self._beside)
+        self._head.record()
+
+    def forget_steps(self) -> None:
+        """Compute without what is recorded from now on."""
+        self.graphs = self._head = None
+
     @torch.inference_mode()
     def draw_beside(self, batch: Batch, masks: RowMasks | None = None) -> Pending:
         """Head and draw for rows that were handed over, beside the steps; no step finds these tokens on the device."""
         rows = [sample for r in batch.rows for sample in r.samples]
         with torch.cuda.stream(self._beside) if self._beside is not None else contextlib.nullcontext():
-            logits = self._model.logits(self._gather(batch, None, len(rows)))
-            return Pending(batch, None, None, rows, {}, self._sampler.sample(logits, rows, masks))
+            result = self._head.draw(batch) if self._head is not None and masks is None else None
+            if result is None:
+                logits = self._model.logits(self._gather(batch, None, len(rows)))
+                result = self._sampler.sample(logits, rows, masks)
+            return Pending(batch, None, None, rows, {}, result)
 
     def is_done(self, pending: Pending) -> bool:
         """Does `collect` not wait?"""

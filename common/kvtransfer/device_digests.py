@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.kernels import gpu
 from common.kernels.native import DigestGeometry
-from common.kvtransfer.checks import Checks, CheckTable
+from common.kvtransfer.checks import Checks
 from common.kvtransfer.transport import DigestCheck
 from common.kvtransfer.ucx import UcxTransport
 
