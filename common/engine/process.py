@@ -35,7 +35,7 @@ log = get_logger(__name__)
 
 BEAT_S = 1.0
 LISTEN_S = 1e-4
-SWITCH_S = 5e-5  # a thread beside the loop gives the interpreter back this soon: the device waits for the loop
+SWITCH_S = 2e-4  # a thread beside the loop gives the interpreter back this soon: the device waits for the loop
 LEAVE_S = 5.0
 
 

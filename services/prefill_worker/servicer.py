@@ -131,6 +131,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
             queue.put_nowait(codec.order_event_to_proto(OrderFailed(wire.order_id, Failure.of(error))))
             return
         self._orders[key, order.order_id] = _Began(self._clock.now(), order.traceparent, order.request_id)
+        self._host.send(order)
         log.info(
             "order received",
             **trace_fields(order.request_id, order.traceparent),
@@ -139,7 +140,6 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
             prompt_tokens=order.num_tokens,
             start_position=order.start_position,
         )
-        self._host.send(order)
 
     # -- engine --
 

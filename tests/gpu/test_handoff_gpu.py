@@ -236,13 +236,15 @@ def make_engine(folder: Path, role: Role, gpu: int, **options: Any) -> BuiltEngi
 
 
 class DevicePair(Pair):
-    """A decode and a prefill engine of this process, each with a transport of its own."""
+    """A decode and a prefill engine of this process, each with a transport of its own, on one GPU: an engine computes
+    on its process's.
+    """
 
-    def __init__(self, folder: Path, gpus: tuple[int, int], **options: Any) -> None:
+    def __init__(self, folder: Path, gpu: int, **options: Any) -> None:
         self.clock = MonotonicClock()  # type: ignore[assignment]
         self.network = MemoryNetwork(self.clock)
-        self.prefill = make_engine(folder, Role.PREFILL, gpus[0], **options)
-        self.decode = make_engine(folder, Role.DECODE, gpus[1], **options)
+        self.prefill = make_engine(folder, Role.PREFILL, gpu, **options)
+        self.decode = make_engine(folder, Role.DECODE, gpu, **options)
         self.answers = Answers()
         self._slots = iter(range(1, 10**6))  # type: ignore[assignment]
         self.verdicts, self.events, self.cut = [], [], False
@@ -279,7 +281,7 @@ def test_a_prompt_computed_by_one_engine_is_continued_by_another(
 ) -> None:
     """In one chunk and in several, whole blocks and a part of one; tokens are those of transformers."""
     folder = FAMILIES[family](tmp_path / "model")
-    pair = DevicePair(folder, gpus, max_num_batched_tokens=64)
+    pair = DevicePair(folder, gpus[1], max_num_batched_tokens=64)
     for prompt in prompts(5, (5, 64, 150)):
         answer = pair.submit(prompt, greedy(12))
         pair.run(answer)
@@ -294,7 +296,7 @@ def test_a_prompt_computed_by_one_engine_is_continued_by_another(
 
 def test_several_prompts_at_once(gpus: tuple[int, int], tmp_path: Path) -> None:
     folder = FAMILIES["llama"](tmp_path / "model")
-    pair = DevicePair(folder, gpus, max_num_batched_tokens=128)
+    pair = DevicePair(folder, gpus[1], max_num_batched_tokens=128)
     asked = prompts(6, (90, 33, 200, 64, 17, 128))
     answers = [pair.submit(p, greedy(10)) for p in asked]
     pair.run(*answers)
