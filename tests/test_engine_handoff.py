@@ -249,6 +249,8 @@ def test_bad_orders_are_answered_by_name(llama: Path) -> None:
         (lambda: ask(3, start_position=100), "start_position 100"),
         (lambda: ask(4, tokens=pack_tokens([10**6])), "vocabulary"),
         (lambda: ask(5, adapter_id="lora"), "adapters"),
+        (lambda: ask(6, tokens=bytes(7)), "no whole token ids"),
+        (lambda: ask(7, tokens=b"\xff" * 4), "vocabulary"),
     ]
     for attempt, expected in cases:
         assert expected in attempt()

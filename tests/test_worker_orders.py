@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from kvtransfer_support import region, small_layout, tail_region
-from wire_support import order
+from wire_support import order, responses_of
 from worker_support import ManualClock, ScriptedWorker, engine_load, scripted
 
 from common.engine.messages import EngineProgress, ReaderEvent, ReaderGone
@@ -63,7 +63,7 @@ class Reader:
             if not isinstance(message, prefill_pb2.SessionResponse):  # grpc.aio.EOF
                 raise EOFError
             self.num_messages += 1
-            self._arrived.extend(message.batch.responses if message.HasField("batch") else [message])
+            self._arrived.extend(responses_of(message))
         return self._arrived.popleft()
 
     async def read_on(self) -> None:
@@ -269,6 +269,34 @@ async def test_sessions_end_with_the_engine(prefill: Prefill) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await late.hello(worker)
     assert isinstance(error_from_rpc(caught.value), UnavailableError)
+
+
+async def test_a_session_ends_behind_what_was_ready_before_its_end(prefill: Prefill) -> None:
+    """And with it: what comes later does not hold it up."""
+    worker, connect = prefill
+    reader = connect()
+    await reader.hello(worker)
+    (queue,) = worker.part._servicer._readers.values()
+    for nonce in (1, 2, None, 3):
+        queue.put_nowait(nonce and prefill_pb2.SessionResponse(pong=prefill_pb2.SessionPong(nonce=nonce)))
+    assert [(await reader.read()).pong.nonce for _ in range(2)] == [1, 2]
+    with pytest.raises(EOFError):
+        await reader.read()
+
+
+async def test_a_batch_is_cut_where_it_is_long(prefill: Prefill, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.prefill_worker.servicer.MAX_BATCH_NBYTES", 25)
+    worker, connect = prefill
+    reader = connect()
+    await reader.hello(worker)
+    (queue,) = worker.part._servicer._readers.values()
+    before = reader.num_messages
+    pongs = [prefill_pb2.SessionResponse(pong=prefill_pb2.SessionPong(nonce=2**63 + i)) for i in range(6)]
+    assert pongs[0].ByteSize() == 13
+    for pong in pongs:
+        queue.put_nowait(pong)
+    assert [(await reader.read()).pong.nonce for _ in pongs] == [pong.pong.nonce for pong in pongs]
+    assert reader.num_messages - before == 3, "two of 13 bytes reach 25"
 
 
 async def test_a_reader_that_does_not_read_is_not_answered_for_ever(

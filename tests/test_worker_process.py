@@ -18,7 +18,7 @@ import pytest
 import tiny_models
 import yaml
 from port_support import free_port
-from wire_support import order
+from wire_support import order, responses_of
 
 from common.config import EngineConfig, HandoffConfig, WorkerConfig
 from common.engine.build import build_engine
@@ -126,7 +126,7 @@ async def test_a_drained_prefill_worker_waits_for_its_reader_but_not_for_ever(tm
             await session.write(codec.hello_to_proto(hello))
             await session.write(codec.order_to_proto(order(0)))
             async with asyncio.timeout(20):
-                while not (response := await session.read()).HasField("finished"):
+                while not (response := responses_of(await session.read())[-1]).HasField("finished"):
                     pass
             process.send_signal(signal.SIGTERM)
             began = time.monotonic()

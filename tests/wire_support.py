@@ -17,7 +17,7 @@ from common.rpc import codec
 from common.rpc.client import call
 from common.types import WorkerRef
 from common.types.prefix import pack_tokens
-from nanodeploy.v1 import decode_pb2, decode_pb2_grpc
+from nanodeploy.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2
 from services.decode_worker.part import DecodePart
 
 ROUTER = "router-1"
@@ -94,3 +94,8 @@ async def decode() -> AsyncIterator[tuple[ScriptedWorker, Client]]:
 
 def order(peer: int, order_id: int = 9) -> PlaceOrder:
     return PlaceOrder(peer, order_id, "r1", pack_tokens((5, 6, 7)), 0, "", "", (), 0, 3.0, "")
+
+
+def responses_of(message: prefill_pb2.SessionResponse) -> list[prefill_pb2.SessionResponse]:
+    """Those of a batch, or the one that it is."""
+    return list(message.batch.responses) if message.HasField("batch") else [message]

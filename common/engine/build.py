@@ -170,9 +170,11 @@ def _build(
     make_publisher = partial(Publisher, layout, bases, digest=digest, launcher=digest_ahead, others=others)
     busy = busy_tokens(spec)
     parts = assemble(config, role, layout, limits, runner, reads, make_publisher, images, clock, drafter, busy)
+    can_read = mesh.device.type == "cpu" or transport.name != "memory"  # which copies on the host
+    if role is Role.DECODE and can_read and parts.beside is not None and spec.pooling is None:
+        compute.record_head()
     progress("self-test", 0, 1)
     built = Engine(parts)
-    can_read = mesh.device.type == "cpu" or transport.name != "memory"  # which copies on the host
     fds = [transport.wakeup_fd, *(link.fileno() for link in (fleet.reads if fleet is not None else ()))]
     self_test(built, parts, reads if can_read else None, endpoints, fds, max_model_len)
     ready = EngineReady(

@@ -69,6 +69,12 @@ class Compute:
     def layout(self) -> KVLayout:
         return self.sizing.layout
 
+    @room_for("a recorded head", "cuda_graph_sizes")
+    def record_head(self) -> None:
+        """Make first tokens of hand-offs quicker to draw, where steps are recorded and draws are Triton's."""
+        if self.runner.graphs is not None and not gpu.unavailable():
+            self.runner.record_head()
+
     def forget_steps(self) -> None:
         """Before collectives are closed: NCCL waits for recorded steps that refer to it."""
         self.runner.forget_steps()
@@ -154,8 +160,6 @@ def make_compute(
     runner = ModelRunner(model, pool, backend, sampler, device, engine.max_num_seqs)
     if records:
         runner.graphs = _record(runner, model, engine, layout, pool, backend, sizing.max_model_len, progress)
-        if role is Role.DECODE and mesh.size == 1 and not spec.has_drafts:
-            _record_head(runner)
     draft_runner = None
     if spec.has_drafts:
         runner.rows_outlive = True
@@ -289,11 +293,6 @@ def _record(
     graphs = DecodeGraphs(model.forward, pool, backend, runner.inputs, runner.drawn_R, shape, sizes, query_lens)
     graphs.record(lambda done, total: progress("recording decode steps", done, total))
     return graphs
-
-
-@room_for("a recorded head", "cuda_graph_sizes")
-def _record_head(runner: ModelRunner) -> None:
-    runner.record_head()
 
 
 @room_for("recorded drafts", "cuda_graph_sizes")

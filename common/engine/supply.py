@@ -44,7 +44,7 @@ from common.kvtransfer.orders import (
 )
 from common.kvtransfer.publish import Publisher, PublishOrder
 from common.types import Clock, Failure, SamplingParams
-from common.types.prefix import root_hash
+from common.types.prefix import TOKEN_NBYTES, root_hash
 
 _NO_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1)
 
@@ -246,6 +246,8 @@ class Supply:
             raise InternalError(f"order {message.order_id} exists already")
         if len(self._p.scheduler.waiting) >= limits.max_waiting_seqs:
             raise OverloadedError(f"{limits.max_waiting_seqs} orders wait already")
+        if len(message.tokens) % TOKEN_NBYTES:
+            raise InvalidRequestError(f"tokens has {len(message.tokens)} bytes, which are no whole token ids")
         if not 0 < n <= limits.max_model_len:
             raise InvalidRequestError(f"the prompt has {n} tokens; 1 to {limits.max_model_len} are possible")
         if not 0 <= message.start_position < n:

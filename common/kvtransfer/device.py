@@ -2,7 +2,7 @@
 
     owner   step launched --launch--> digests of what it completes, right behind it on its stream -> publish takes them
     reader  read asked for -> bytes on their way, --prepare--> tables on the GPU meanwhile; read ended by UCX --compare,
-            on a stream of its own--> one flag a check -> ReadResult
+            on a stream of its own--> what it differs by -> ReadResult
 
 Pieces that are large enough are UCX's business. Many small ones (another tensor-parallel degree or block size) are one
 launch of copies where the peer's memory is mapped, straight from where they lie to where they belong: the link is kept

@@ -69,8 +69,10 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         reader = asyncio.create_task(self._read(request_iterator, key, queue))
         try:
             yield codec.welcome_to_proto(welcome)
-            while (response := await queue.get()) is not None:
-                yield _with_ready(response, queue)
+            ended = False
+            while not ended and (response := await queue.get()) is not None:
+                together, ended = _with_ready(response, queue)
+                yield together
             if reader.done() and not reader.cancelled():
                 reader.result()
         finally:
@@ -178,14 +180,16 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
             queue.put_nowait(None)
 
 
-def _with_ready(first: pb.SessionResponse, queue: asyncio.Queue[pb.SessionResponse | None]) -> pb.SessionResponse:
-    """`first`, and with it what else is ready."""
-    together, nbytes = [first], first.ByteSize()
-    while not queue.empty() and nbytes < MAX_BATCH_NBYTES:
+def _with_ready(
+    first: pb.SessionResponse, queue: asyncio.Queue[pb.SessionResponse | None]
+) -> tuple[pb.SessionResponse, bool]:
+    """`first`, and with it what else is ready; is that the end?"""
+    together, nbytes, ended = [first], first.ByteSize(), False
+    while not ended and not queue.empty() and nbytes < MAX_BATCH_NBYTES:
         response = queue.get_nowait()
         if response is None:
-            queue.put_nowait(None)  # the end comes next
-            break
-        together.append(response)
-        nbytes += response.ByteSize()
-    return first if len(together) == 1 else pb.SessionResponse(batch=pb.SessionBatch(responses=together))
+            ended = True
+        else:
+            together.append(response)
+            nbytes += response.ByteSize()
+    return first if len(together) == 1 else pb.SessionResponse(batch=pb.SessionBatch(responses=together)), ended

@@ -33,7 +33,7 @@ class Model:
 
 
 def sample(seed: int, **params: Any) -> SampleRow:
-    return SampleRow(seed, 0, 3, SamplingParams(max_tokens=9, **params), (1, 2), (3,), frozenset())
+    return SampleRow(seed, 0, 3, SamplingParams(max_tokens=9, **params), (1, 2), (3,), frozenset((7,)))
 
 
 def of_tail(tail: int, *samples: SampleRow) -> BatchRow:
@@ -85,6 +85,7 @@ def test_what_is_not_recorded_is_left_to_others(cuda: torch.device) -> None:
         [of_tail(0, plain, plain)],
         [of_tail(0, sample(1, logprobs=2))],
         [of_tail(0, sample(1, repetition_penalty=1.3))],
+        [of_tail(0, sample(1, min_tokens=8))],
         [of_tail(0, sample(1, logit_bias=((5, 3.0),)))],
     ):
         with torch.cuda.stream(stream):
