@@ -229,7 +229,7 @@ def test_bad_orders_are_answered_by_name(llama: Path) -> None:
             "peer": READER,
             "order_id": order_id,
             "request_id": "x",
-            "tokens": pack_tokens(PROMPT),
+            "packed_tokens": pack_tokens(PROMPT),
             "start_position": 0,
             "adapter_id": "",
             "cache_salt": "",
@@ -244,13 +244,13 @@ def test_bad_orders_are_answered_by_name(llama: Path) -> None:
         return failures[0].failure.message
 
     cases: list[tuple[Callable[[], str], str]] = [
-        (lambda: ask(1, tokens=b""), "0 tokens"),
-        (lambda: ask(2, tokens=pack_tokens([1] * 1000)), "1000 tokens"),
+        (lambda: ask(1, packed_tokens=b""), "0 tokens"),
+        (lambda: ask(2, packed_tokens=pack_tokens([1] * 1000)), "1000 tokens"),
         (lambda: ask(3, start_position=100), "start_position 100"),
-        (lambda: ask(4, tokens=pack_tokens([10**6])), "vocabulary"),
+        (lambda: ask(4, packed_tokens=pack_tokens([10**6])), "vocabulary"),
         (lambda: ask(5, adapter_id="lora"), "adapters"),
-        (lambda: ask(6, tokens=bytes(7)), "no whole token ids"),
-        (lambda: ask(7, tokens=b"\xff" * 4), "vocabulary"),
+        (lambda: ask(6, packed_tokens=bytes(7)), "no whole token ids"),
+        (lambda: ask(7, packed_tokens=b"\xff" * 4), "vocabulary"),
     ]
     for attempt, expected in cases:
         assert expected in attempt()

@@ -149,7 +149,7 @@ def test_an_expired_lease_is_a_mismatch_and_never_old_bytes(worlds: Worlds) -> N
     world.owner.leases.expire()
     assert world.owner.cache.is_idle
     world.clock.time = world.reader.next_deadline() - 1.0
-    other = msgspec.structs.replace(place, order_id=9, request_id="r9", tokens=pack_tokens(prompt(N, seed=9)))
+    other = msgspec.structs.replace(place, order_id=9, request_id="r9", packed_tokens=pack_tokens(prompt(N, seed=9)))
     world.owner.start(other)
     world.settle()
     assert [u.reason for u in world.updates if isinstance(u, Failed)] == ["digest_mismatch"]

@@ -231,13 +231,12 @@ class Engine:
             pending = runner.forward(batch_of(plan, self._p.cache, self._groups))
             if masks is not None:
                 runner.sample(pending, masks.get())
+            publishes = self._p.drafting is None  # whose layer writes after the step
             for item in plan.items:
                 if item.num_new > 1:
                     item.seq.grow_chain()  # while the device computes: at the end somebody waits
-            if self._p.drafting is None:  # whose layer writes after the step
-                for item in plan.items:
-                    if item.seq.order is not None:
-                        self._p.supply.launched(item.seq, item.start, item.start + item.num_new)
+                if publishes and item.seq.order is not None:
+                    self._p.supply.launched(item.seq, item.start, item.start + item.num_new)
         except Exception as error:  # noqa: BLE001 - edge of the step: fails what was in it
             self._step_failed(plan, error, pending)
             return None

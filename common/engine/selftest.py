@@ -74,7 +74,7 @@ def _read_back(
             peer=_READER,
             order_id=1,
             request_id="self-test",
-            tokens=pack_tokens(prompt),
+            packed_tokens=pack_tokens(prompt),
             start_position=0,
             adapter_id="",
             cache_salt="self-test",

@@ -246,8 +246,10 @@ class Supply:
             raise InternalError(f"order {message.order_id} exists already")
         if len(self._p.scheduler.waiting) >= limits.max_waiting_seqs:
             raise OverloadedError(f"{limits.max_waiting_seqs} orders wait already")
-        if len(message.tokens) % TOKEN_NBYTES:
-            raise InvalidRequestError(f"tokens has {len(message.tokens)} bytes, which are no whole token ids")
+        if len(message.packed_tokens) % TOKEN_NBYTES:
+            raise InvalidRequestError(
+                f"packed_tokens has {len(message.packed_tokens)} bytes, which are no whole token ids"
+            )
         if not 0 < n <= limits.max_model_len:
             raise InvalidRequestError(f"the prompt has {n} tokens; 1 to {limits.max_model_len} are possible")
         if not 0 <= message.start_position < n:
@@ -256,7 +258,7 @@ class Supply:
             raise UnsupportedError("adapters are not supported by this worker")
         token_ids = message.token_ids
         self._p.media.check(message.embeddings, token_ids)
-        text_T = np.frombuffer(message.tokens, "<i4")
+        text_T = np.frombuffer(message.packed_tokens, "<i4")
         if message.embeddings:
             text_T = np.array(outside(token_ids, message.embeddings), np.int32)
         if text_T.size and not 0 <= text_T.min() <= text_T.max() < limits.vocab_size:

@@ -89,25 +89,23 @@ class DeviceDigests:
     def _on_device(self, checks: Sequence[DigestCheck], *, from_zero: bool) -> PreparedChecks:
         """One copy brings all: a reader waits for it, and the interpreter is another thread's as well."""
         columns, places_N = Checks.of(checks)
-        sums_N = np.zeros(len(places_N), np.uint64)
-        parts, kinds, first, at = [], [], 0, _even(len(places_N))
+        count, first = len(places_N), 0
+        sums_N = np.zeros(count + count % 2, np.uint64)  # tables begin at 16 bytes: for that kernels are compiled
+        placed = []
         for table in columns.tables:
             places_C = places_N[first : first + len(table.expected_C)]
+            first += len(places_C)
             if not from_zero:
                 sums_N[places_C] = -table.expected_C  # modulo 2^64
-            table_N4, aligned = self._placed(table.segments_N4, places_C)
+            placed.append(self._placed(table.segments_N4, places_C))
+        parts = [sums_N.view(np.int64), *(table_N4.reshape(-1) for table_N4, _ in placed)]
+        sums, *there = _to_device(np.concatenate(parts), self._device).split_with_sizes([p.size for p in parts])
+        tables = []
+        for table, (table_N4, aligned), there_W in zip(columns.tables, placed, there, strict=True):
             *geometry, max_tokens = table.shape  # what is compiled depends on these alone
-            rows = slice(at, at + table_N4.size)
-            kinds.append((DigestGeometry(*geometry), rows, max_tokens or int(table_N4[:, 2].max()), aligned))
-            parts.append((rows, table_N4))
-            first, at = first + len(places_C), _even(rows.stop)
-        words_W = np.empty(at, np.int64)
-        words_W[: len(sums_N)] = sums_N.view(np.int64)
-        for rows, table_N4 in parts:
-            words_W[rows] = table_N4.reshape(-1)
-        there_W = _to_device(words_W, self._device)
-        tables = [(geometry, there_W[rows].view(-1, 4), most, aligned) for geometry, rows, most, aligned in kinds]
-        return PreparedChecks(tables, there_W[: len(sums_N)])
+            most = max_tokens or int(table_N4[:, 2].max())
+            tables.append((DigestGeometry(*geometry), there_W.view(-1, 4), most, aligned))
+        return PreparedChecks(tables, sums[:count])
 
     def _placed(self, segments_N4: NDArray[np.int64], places_C: NDArray[np.int64]) -> tuple[NDArray[np.int64], bool]:
         """Segments with places in words from the anchor; are they even?"""
@@ -117,11 +115,6 @@ class DeviceDigests:
         assert not (places % _WORD).any(), "digests count whole words"
         table_N4[:, 0] = places // _WORD
         return table_N4, not (places % (2 * _WORD)).any()
-
-
-def _even(words: int) -> int:
-    """Where a table may begin: kernels are compiled for addresses of 16 bytes."""
-    return words + words % 2
 
 
 def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:

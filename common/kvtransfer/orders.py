@@ -67,13 +67,13 @@ OrderEvent = OrderAccepted | OrderStarted | OrderExtent | OrderFinished | OrderF
 class PlaceOrder(Message, frozen=True):
     """Compute KV of positions [start_position, num_tokens) and publish it. `remaining_s`: time left, 0 no limit.
 
-    `tokens` is packed (`pack_tokens`): the order passes through four processes, and only the last looks at them.
+    `packed_tokens`, as `pack_tokens` makes them: it passes through four processes, and only the last looks at them.
     """
 
     peer: int
     order_id: int
     request_id: str
-    tokens: bytes
+    packed_tokens: bytes
     start_position: int
     adapter_id: str
     cache_salt: str
@@ -84,11 +84,11 @@ class PlaceOrder(Message, frozen=True):
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens) // TOKEN_NBYTES
+        return len(self.packed_tokens) // TOKEN_NBYTES
 
     @property
     def token_ids(self) -> list[int]:
-        return unpack_tokens(self.tokens)
+        return unpack_tokens(self.packed_tokens)
 
 
 class DropOrder(Message, frozen=True):

@@ -152,7 +152,7 @@ class HandoffReader:
                 peer=spec.peer,
                 order_id=order_id,
                 request_id=spec.request_id,
-                tokens=pack_tokens(spec.token_ids),
+                packed_tokens=pack_tokens(spec.token_ids),
                 start_position=spec.start_position,
                 adapter_id=spec.adapter_id,
                 cache_salt=spec.cache_salt,

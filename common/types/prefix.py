@@ -76,12 +76,12 @@ def extend_chain(
     if total <= done:
         return
     raw = pack_tokens(token_ids[done * UNIT : total * UNIT])
-    stride, parent, blake2b = _STRIDE, chain[-1], hashlib.blake2b
-    for at in range(0, len(raw), stride):
+    parent, blake2b = chain[-1], hashlib.blake2b
+    for at in range(0, len(raw), _STRIDE):
         if media:
-            parent = _unit_hash(parent, raw[at : at + stride], done * UNIT + at // TOKEN_NBYTES, media)
+            parent = _unit_hash(parent, raw[at : at + _STRIDE], done * UNIT + at // TOKEN_NBYTES, media)
         else:
-            parent = blake2b(raw[at : at + stride], key=parent, digest_size=HASH_NBYTES).digest()
+            parent = blake2b(raw[at : at + _STRIDE], key=parent, digest_size=HASH_NBYTES).digest()
         chain.append(parent)
 
 
